@@ -1,0 +1,282 @@
+"""Every setting, in one place: `EngramConfig` (the memory), `TrainConfig` (a run), `Config` (both).
+
+Goes in: keyword arguments, a dictionary, JSON or YAML. Comes out: a validated dataclass that is saved beside
+the table, so that a table always says how it was made. Validation runs when a configuration is made and again
+where it is used (`validate()`), because dataclass fields can be assigned to.
+
+A field that is wrong raises `ValueError` naming the field, the value and what is allowed; an unknown key names
+the nearest known one. Nothing is read from environment variables.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import json
+import math
+import types
+import typing
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, List, Optional, TypeVar, Union  # noqa: UP035  (evaluated at run time on Python 3.10)
+
+import yaml
+
+VARIANT_NAMES = ("sense", "paper", "deepseek_v41")
+NORMALIZATIONS = ("nfkc", "deepseek")
+ROW_DTYPES = ("float32", "float16", "bfloat16")
+ROW_OPTIMIZERS = ("adagrad", "adam")
+
+T = TypeVar("T", bound="_Serializable")
+
+
+def _require(ok: bool, owner: object, name: str, allowed: str) -> None:
+    if not ok:
+        raise ValueError(f"{type(owner).__name__}.{name} = {getattr(owner, name)!r}: must be {allowed}")
+
+
+def _matches(value: Any, hint: Any) -> bool:
+    """Whether `value` is of the annotated type; a bool is no int here, and an int is a float."""
+    origin = typing.get_origin(hint)
+    if origin in (Union, types.UnionType):
+        return any(_matches(value, option) for option in typing.get_args(hint))
+    if origin is list:
+        return isinstance(value, list) and all(_matches(item, typing.get_args(hint)[0]) for item in value)
+    if hint is float:
+        return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+    if hint is int:
+        return isinstance(value, int) and not isinstance(value, bool)
+    return isinstance(value, hint)
+
+
+class _Serializable:
+    """Dictionary, JSON and YAML, both ways, for the dataclasses below."""
+
+    def __post_init__(self) -> None:
+        self.validate()
+
+    def validate(self) -> None:
+        """Raises `ValueError` naming the first field whose value isn't allowed."""
+        for name, hint in typing.get_type_hints(type(self)).items():
+            _require(_matches(getattr(self, name), hint), self, name, f"of type {_type_name(hint)}")
+
+    def to_dict(self) -> dict[str, Any]:
+        return dataclasses.asdict(self)  # type: ignore[call-overload]
+
+    @classmethod
+    def from_dict(cls: type[T], values: dict[str, Any]) -> T:
+        if not isinstance(values, dict):
+            raise ValueError(f"{cls.__name__} is made from a mapping of fields, not from {values!r}")
+        hints = typing.get_type_hints(cls)
+        arguments = {}
+        for key, value in values.items():
+            if key not in hints:
+                near = difflib.get_close_matches(str(key), hints, n=1, cutoff=0.5)
+                hint = f"did you mean {near[0]!r}?" if near else f"known fields: {', '.join(hints)}"
+                raise ValueError(f"{cls.__name__} has no field {key!r}; {hint}")
+            nested = hints[key]
+            is_config = isinstance(nested, type) and issubclass(nested, _Serializable)
+            arguments[key] = nested.from_dict(value) if is_config else value
+        return cls(**arguments)
+
+    def to_json(self) -> str:
+        return json.dumps(self.to_dict(), indent=2) + "\n"
+
+    @classmethod
+    def from_json(cls: type[T], text: str) -> T:
+        return cls.from_dict(json.loads(text))
+
+    def to_yaml(self) -> str:
+        return yaml.safe_dump(self.to_dict(), sort_keys=False)
+
+    @classmethod
+    def from_yaml(cls: type[T], text: str) -> T:
+        values = yaml.safe_load(text)
+        return cls.from_dict({} if values is None else values)
+
+    def save(self, path: str | Path) -> None:
+        """Writes JSON or YAML, by the path's suffix (.json, .yaml, .yml)."""
+        path = Path(path)
+        text = self.to_json() if _is_json(path) else self.to_yaml()
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(text, encoding="utf-8")
+
+    @classmethod
+    def load(cls: type[T], path: str | Path) -> T:
+        """Reads what `save` wrote; a `ValueError` about its content names the file."""
+        path = Path(path)
+        text = path.read_text(encoding="utf-8")
+        try:
+            return cls.from_json(text) if _is_json(path) else cls.from_yaml(text)
+        except (ValueError, yaml.YAMLError) as error:
+            raise ValueError(f"{path}: {error}") from error
+
+
+def _is_json(path: Path) -> bool:
+    if path.suffix not in (".json", ".yaml", ".yml"):
+        raise ValueError(f"{path}: a configuration file ends in .json, .yaml or .yml")
+    return path.suffix == ".json"
+
+
+def _type_name(hint: Any) -> str:
+    return hint.__name__ if isinstance(hint, type) else str(hint).replace("typing.", "")
+
+
+@dataclass
+class EngramConfig(_Serializable):
+    """The memory: which n-grams, how many rows, which layers, which files.
+
+    H = heads per order × number of orders is the number of rows that make one memory vector; D = engram_dim / H is
+    a row's width.
+
+    >>> config = EngramConfig(engram_dim=64, num_heads=4, ngram_orders=[2, 3])
+    >>> config.total_heads, config.row_dim
+    (8, 8)
+    """
+
+    enabled: bool = True
+    """False: `attach_engram` attaches nothing and says so."""
+    storage_path: str = "data/engram_table.dat"
+    """The table: raw rows, C order, little-endian. Its manifest lies beside it with the suffix .json."""
+    shadow_map_path: str = "data/shadow_map.npy"
+    """The map from token ids to compressed ids, written by `EngramTokenizerBuilder`."""
+    table_size: int = 10_000_000
+    """Variant sense: rows of the whole file, shared by all layers, orders and heads. The other variants: the least
+    number of rows one head has, as their configurations count it."""
+    engram_dim: int = 1024
+    """Width of the whole memory vector: all H rows of a position, concatenated."""
+    num_heads: int = 8
+    """Hash heads per n-gram order."""
+    ngram_orders: List[int] = field(default_factory=lambda: [2, 3])  # noqa: UP006
+    """The lengths of the n-grams that are looked up; each ends with the current token."""
+    layer_indices: List[int] = field(default_factory=lambda: [2, 15])  # noqa: UP006
+    """The memory is added before these layers of the backbone, counted from 0."""
+
+    variant: str = "sense"
+    """Which published architecture: head layout, gate and convolution (see sense_v2/engram/variants.py)."""
+    tokenizer_name: Optional[str] = None  # noqa: UP045
+    """Name of the tokenizer the shadow map belongs to, recorded in the manifest. None: taken from the map's JSON."""
+    normalization: str = "nfkc"
+    """How token texts are folded: nfkc (NFKC, lowercase, strip) or deepseek (the released rule)."""
+    pad_token_id: Optional[int] = None  # noqa: UP045
+    """Token id that stands for positions before a sequence. None: the model's, else the tokenizer's, else 0."""
+    seed: int = 0
+    """Decides the hash multipliers and the rows' initial noise."""
+    dtype: str = "float32"
+    """Row type on disk: float32, float16 or bfloat16."""
+    init_std: float = 0.02
+    """Standard deviation of the rows' initial noise. 1.0 removes the gain in short runs (benchmarks/LOG.md)."""
+    causal: bool = True
+    """True for decoders: the convolution sees no later position. False for encoders: it is centred."""
+    num_streams: int = 1
+    """Residual streams of the backbone (hyper-connections); more than one only in the paper variant."""
+
+    @property
+    def total_heads(self) -> int:
+        """H: rows that make one memory vector."""
+        return len(self.ngram_orders) * self.num_heads
+
+    @property
+    def row_dim(self) -> int:
+        """D: width of one row."""
+        return self.engram_dim // self.total_heads
+
+    def validate(self) -> None:
+        super().validate()
+        for name in ("storage_path", "shadow_map_path"):
+            _require(getattr(self, name) != "", self, name, "a path")
+        for name in ("table_size", "engram_dim", "num_heads", "num_streams"):
+            _require(getattr(self, name) >= 1, self, name, "at least 1")
+        orders = self.ngram_orders
+        # The shortest n-gram has two tokens: a 1-gram is the token embedding that the model has already.
+        _require(
+            len(orders) > 0 and all(2 <= n <= 16 for n in orders), self, "ngram_orders", "orders from 2 to 16"
+        )
+        _require(orders == sorted(set(orders)), self, "ngram_orders", "ascending, each order once")
+        layers = self.layer_indices
+        _require(
+            len(layers) > 0 and min(layers) >= 0, self, "layer_indices", "layer numbers from 0, at least one"
+        )
+        _require(layers == sorted(set(layers)), self, "layer_indices", "ascending, each layer once")
+        _require(
+            self.engram_dim % self.total_heads == 0,
+            self,
+            "engram_dim",
+            f"divisible by the {self.total_heads} heads ({len(orders)} orders × {self.num_heads} heads)",
+        )
+        _require(self.variant in VARIANT_NAMES, self, "variant", f"one of {', '.join(VARIANT_NAMES)}")
+        _require(
+            self.normalization in NORMALIZATIONS, self, "normalization", f"one of {', '.join(NORMALIZATIONS)}"
+        )
+        _require(self.dtype in ROW_DTYPES, self, "dtype", f"one of {', '.join(ROW_DTYPES)}")
+        _require(self.init_std > 0, self, "init_std", "above 0 (zero rows behind a zero W_v never learn)")
+        _require(
+            self.pad_token_id is None or self.pad_token_id >= 0, self, "pad_token_id", "a token id, or None"
+        )
+        # The multipliers' generator takes no negative seed (hashing.py adds 10007 × layer to it).
+        _require(0 <= self.seed < 2**63, self, "seed", "from 0 to 2**63 - 1")
+        _require(
+            self.num_streams == 1 or self.variant == "paper",
+            self,
+            "num_streams",
+            f"1 in variant {self.variant!r}",
+        )
+
+
+@dataclass
+class TrainConfig(_Serializable):
+    """One training run. Rates are peaks; the schedule is a linear warm-up and then a cosine to a tenth."""
+
+    steps: int = 300
+    batch_size: int = 8
+    """Sequences a step."""
+    sequence_length: int = 256
+    """Tokens a sequence."""
+    learning_rate: float = 3e-3
+    """Backbone and fusion weights (AdamW)."""
+    row_learning_rate: float = 6e-2
+    """Rows of the table. Far above the backbone's in short runs: a row is met only a few times."""
+    row_optimizer: str = "adam"
+    """adam (two floats a value) or adagrad (one float a row)."""
+    weight_decay: float = 0.1
+    """On the backbone's matrices; rows have none."""
+    warmup_steps: int = 20
+    max_grad_norm: float = 1.0
+    """Gradients, the rows' included, are scaled down to this norm together."""
+    train_backbone: bool = True
+    """False: only the memory learns."""
+    seed: int = 0
+    eval_every: int = 50
+    """Steps between evaluations on held-out text; 0: only at the end."""
+    eval_sequences: int = 64
+    """Held-out sequences an evaluation reads."""
+
+    def validate(self) -> None:
+        super().validate()
+        for name in ("steps", "batch_size", "eval_sequences"):
+            _require(getattr(self, name) >= 1, self, name, "at least 1")
+        _require(self.sequence_length >= 2, self, "sequence_length", "at least 2 (a token and the next)")
+        for name in ("learning_rate", "row_learning_rate", "max_grad_norm"):
+            _require(getattr(self, name) > 0, self, name, "above 0")
+        for name in ("weight_decay", "warmup_steps", "eval_every", "seed"):
+            _require(getattr(self, name) >= 0, self, name, "0 or more")
+        _require(
+            self.row_optimizer in ROW_OPTIMIZERS, self, "row_optimizer", f"one of {', '.join(ROW_OPTIMIZERS)}"
+        )
+
+
+@dataclass
+class Config(_Serializable):
+    """Everything a run needs: the memory and how it is trained.
+
+    >>> Config.from_yaml("engram: {table_size: 1000003, num_heads: 4, engram_dim: 64}").engram.table_size
+    1000003
+    """
+
+    engram: EngramConfig = field(default_factory=EngramConfig)
+    train: TrainConfig = field(default_factory=TrainConfig)
+
+    def validate(self) -> None:
+        super().validate()
+        self.engram.validate()
+        self.train.validate()

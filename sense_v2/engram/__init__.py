@@ -1,0 +1,36 @@
+"""The flow, one module per arrow:
+
+    token_ids_BT ──tokenizer──▶ compressed_ids_BT ──hashing──▶ row_ids_BTH ──storage──▶ rows_BTHD
+    rows_BTHD + hidden_BTC ──model──▶ hidden_BTC          row gradients ──optim──▶ updated rows on disk
+
+B batch, T sequence, H rows a position (n-gram orders × heads), D row width, C hidden size, N rows of the table.
+
+The public names below are imported when they are first used, so that a process that only reads rows
+(`sense_v2.engram.storage`) never loads `transformers`.
+"""
+
+from importlib import import_module
+from typing import Any
+
+_HOME = {
+    "EngramFusionLayer": "model",
+    "EngramTokenizer": "tokenizer",
+    "EngramTokenizerBuilder": "tokenizer",
+    "HeadLayout": "hashing",
+    "MMapEmbeddingStorage": "storage",
+    "NgramHasher": "hashing",
+    "RowAdam": "optim",
+    "RowWiseAdagrad": "optim",
+}
+
+__all__ = sorted(_HOME)  # noqa: PLE0605
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOME:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(import_module(f"{__name__}.{_HOME[name]}"), name)
+
+
+def __dir__() -> list[str]:
+    return __all__

@@ -1,0 +1,106 @@
+"""The published architectures as one table. Goes in: a variant's name. Comes out: what makes it different.
+
+A variant is data: how head sizes are chosen, whether layers share a table, which gate and which convolution. Code
+elsewhere asks for these fields and never for a name, so that a new variant is a new row here.
+
+Sources: `paper` is the demo configuration of Engram (arXiv 2601.07372); `deepseek_v41` the layout of the released
+DeepSeek-V4.1 tables; `sense` this project's own, with one table of a given size for all layers.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from sense_v2.core.config import EngramConfig
+
+
+@dataclass(frozen=True)
+class Variant:
+    name: str
+    head_sizes: str
+    """budget: distinct primes just below table_size / (layers × heads), together at most table_size rows.
+    per_head: distinct primes just above table_size, one after the other over layers, orders and heads."""
+    one_table: bool
+    """True: all layers' heads lie one after the other in one table. False: each layer has its own, from row 0."""
+    gate: str
+    """sigmoid: σ(s); signed_sqrt: σ(sign(s)·√max(|s|, 1e-6)), with s = norm(h)·norm(k)/√C."""
+    conv_kernel: int
+    """Taps of the short depthwise convolution; 0: none."""
+    conv_dilation: str
+    """one, or largest_order: taps stand that many positions apart."""
+    conv_norm_silu: bool
+    """True: the convolution's input is RMS-normed and its output goes through SiLU."""
+    projection_bias: bool
+    """Whether W_k and W_v have a bias."""
+    defaults: Mapping[str, Any] = field(default_factory=dict)
+    """The published values of `EngramConfig` fields."""
+
+
+VARIANTS: dict[str, Variant] = {
+    "sense": Variant(
+        name="sense",
+        head_sizes="budget",
+        one_table=True,
+        gate="sigmoid",
+        conv_kernel=3,
+        conv_dilation="one",
+        conv_norm_silu=False,
+        projection_bias=True,
+    ),
+    "paper": Variant(
+        name="paper",
+        head_sizes="per_head",
+        one_table=True,
+        gate="signed_sqrt",
+        conv_kernel=4,
+        conv_dilation="largest_order",
+        conv_norm_silu=True,
+        projection_bias=True,
+        defaults={
+            "table_size": 646_400,
+            "engram_dim": 1024,
+            "num_heads": 8,
+            "ngram_orders": [2, 3],
+            "layer_indices": [1, 15],
+            "normalization": "deepseek",
+            "pad_token_id": 2,
+            "seed": 0,
+        },
+    ),
+    "deepseek_v41": Variant(
+        name="deepseek_v41",
+        head_sizes="per_head",
+        one_table=False,
+        gate="signed_sqrt",
+        conv_kernel=0,
+        conv_dilation="one",
+        conv_norm_silu=False,
+        projection_bias=False,
+        defaults={
+            "table_size": 16_000_000,
+            "engram_dim": 6144,
+            "num_heads": 8,
+            "ngram_orders": [2, 3, 4],
+            "layer_indices": [1, 14],
+            "normalization": "deepseek",
+            "pad_token_id": 2,
+            "seed": 0,
+        },
+    ),
+}
+
+
+def variant_config(name: str, **overrides: Any) -> EngramConfig:
+    """The `EngramConfig` a variant was published with, changed by `overrides`.
+
+    Raises `ValueError` for an unknown name or a value that isn't allowed.
+
+    >>> variant_config("paper", storage_path="paper.dat").table_size
+    646400
+    """
+    if name not in VARIANTS:
+        raise ValueError(f"no variant {name!r}; there are {', '.join(VARIANTS)}")
+    defaults = {k: list(v) if isinstance(v, list) else v for k, v in VARIANTS[name].defaults.items()}
+    return EngramConfig(**{**defaults, "variant": name, **overrides})
