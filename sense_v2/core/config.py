@@ -189,14 +189,10 @@ class EngramConfig(_Serializable):
             _require(getattr(self, name) >= 1, self, name, "at least 1")
         orders = self.ngram_orders
         # The shortest n-gram has two tokens: a 1-gram is the token embedding that the model has already.
-        _require(
-            len(orders) > 0 and all(2 <= n <= 16 for n in orders), self, "ngram_orders", "orders from 2 to 16"
-        )
+        _require(len(orders) > 0 and all(2 <= n <= 16 for n in orders), self, "ngram_orders", "orders from 2 to 16")
         _require(orders == sorted(set(orders)), self, "ngram_orders", "ascending, each order once")
         layers = self.layer_indices
-        _require(
-            len(layers) > 0 and min(layers) >= 0, self, "layer_indices", "layer numbers from 0, at least one"
-        )
+        _require(len(layers) > 0 and min(layers) >= 0, self, "layer_indices", "layer numbers from 0, at least one")
         _require(layers == sorted(set(layers)), self, "layer_indices", "ascending, each layer once")
         _require(
             self.engram_dim % self.total_heads == 0,
@@ -205,14 +201,10 @@ class EngramConfig(_Serializable):
             f"divisible by the {self.total_heads} heads ({len(orders)} orders × {self.num_heads} heads)",
         )
         _require(self.variant in VARIANT_NAMES, self, "variant", f"one of {', '.join(VARIANT_NAMES)}")
-        _require(
-            self.normalization in NORMALIZATIONS, self, "normalization", f"one of {', '.join(NORMALIZATIONS)}"
-        )
+        _require(self.normalization in NORMALIZATIONS, self, "normalization", f"one of {', '.join(NORMALIZATIONS)}")
         _require(self.dtype in ROW_DTYPES, self, "dtype", f"one of {', '.join(ROW_DTYPES)}")
         _require(self.init_std > 0, self, "init_std", "above 0 (zero rows behind a zero W_v never learn)")
-        _require(
-            self.pad_token_id is None or self.pad_token_id >= 0, self, "pad_token_id", "a token id, or None"
-        )
+        _require(self.pad_token_id is None or self.pad_token_id >= 0, self, "pad_token_id", "a token id, or None")
         # The multipliers' generator takes no negative seed (hashing.py adds 10007 × layer to it).
         _require(0 <= self.seed < 2**63, self, "seed", "from 0 to 2**63 - 1")
         _require(
@@ -260,9 +252,7 @@ class TrainConfig(_Serializable):
             _require(getattr(self, name) > 0, self, name, "above 0")
         for name in ("weight_decay", "warmup_steps", "eval_every", "seed"):
             _require(getattr(self, name) >= 0, self, name, "0 or more")
-        _require(
-            self.row_optimizer in ROW_OPTIMIZERS, self, "row_optimizer", f"one of {', '.join(ROW_OPTIMIZERS)}"
-        )
+        _require(self.row_optimizer in ROW_OPTIMIZERS, self, "row_optimizer", f"one of {', '.join(ROW_OPTIMIZERS)}")
 
 
 @dataclass

@@ -23,7 +23,7 @@ _HOME = {
     "RowWiseAdagrad": "optim",
 }
 
-__all__ = sorted(_HOME)  # noqa: PLE0605
+__all__ = sorted(_HOME)
 
 
 def __getattr__(name: str) -> Any:
