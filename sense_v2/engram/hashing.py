@@ -1,0 +1,353 @@
+"""Compressed ids -> row ids: which H rows of the table belong to each position.
+
+    mix[t]   = c[t]·m[0] ⊕ c[t-1]·m[1] ⊕ … ⊕ c[t-n+1]·m[n-1]        for each n-gram order n
+    row[t,h] = mix[t] mod prime[h] + offset[h]                       for each head h of that order
+
+The multipliers m are odd, drawn per layer, and bounded so that no product leaves int64. Every head has a prime of
+its own, so heads that share an n-gram collide on different ones. A position before the sequence, behind padding or
+in another packed document counts as the pad id, and so does everything behind it: an n-gram never reaches across.
+
+`ngram_hash` is the pure function; `HeadLayout` says which rows belong to which head; `NgramHasher` holds both for
+one layer. NumPy arrays and torch tensors on any device give the same values.
+
+Source: Engram (arXiv 2601.07372) and its demo; held against tests/golden/{paper_demo,deepseek_v41}_hash.json.
+
+B batch, T sequence, P positions of history, L layers, H heads in all (orders × heads per order), N rows.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, TypeVar
+
+import numpy as np
+import torch
+from sympy import nextprime, prevprime
+
+from sense_v2.core.config import EngramConfig
+from sense_v2.engram.variants import VARIANTS
+
+Ids = TypeVar("Ids", np.ndarray, torch.Tensor)
+
+# Marks a position of `history` that no n-gram may reach across (padding, or before the sequence).
+NO_TOKEN = -1
+
+
+@dataclass(frozen=True)
+class HeadLayout:
+    """The ranges of rows: head h of layer l owns rows offsets_LH[l, h] to offsets_LH[l, h] + primes_LH[l, h] - 1.
+
+    Heads are ordered by n-gram order, then by number, as the concatenated memory vector is.
+    """
+
+    layer_ids: tuple[int, ...]
+    ngram_orders: tuple[int, ...]
+    num_heads: int
+    """Per order; H = len(ngram_orders) × num_heads."""
+    primes_LH: tuple[tuple[int, ...], ...]
+    offsets_LH: tuple[tuple[int, ...], ...]
+    num_rows_L: tuple[int, ...]
+    """Rows of the table that each layer reads; all equal where the layers share one."""
+
+    @classmethod
+    def build(
+        cls,
+        variant: str,
+        *,
+        layer_ids: Sequence[int],
+        ngram_orders: Sequence[int],
+        num_heads: int,
+        table_size: int,
+    ) -> HeadLayout:
+        """The layout of a variant. Raises `ValueError` where `table_size` has no room for distinct primes.
+
+        >>> layout = HeadLayout.build("sense", layer_ids=[1], ngram_orders=[2, 3], num_heads=2, table_size=100)
+        >>> layout.primes_LH, layout.offsets_LH
+        (((23, 19, 17, 13),), ((0, 23, 42, 59),))
+        """
+        rules = VARIANTS[variant]
+        heads_per_layer = len(ngram_orders) * num_heads
+        count = len(layer_ids) * heads_per_layer
+        if rules.head_sizes == "budget":
+            primes = _primes_below(table_size // count + 1, count, table_size)
+        else:
+            primes = _primes_from(table_size, count)
+        primes_LH = tuple(
+            tuple(primes[start : start + heads_per_layer]) for start in range(0, count, heads_per_layer)
+        )
+        offsets_LH, first_row = [], 0
+        for primes_H in primes_LH:
+            first_row = first_row if rules.one_table else 0
+            ends_H = np.cumsum(primes_H)
+            offsets_LH.append(tuple(int(first_row + end - prime) for end, prime in zip(ends_H, primes_H, strict=True)))
+            first_row += int(ends_H[-1])
+        if rules.head_sizes == "budget":
+            num_rows_L = [table_size] * len(layer_ids)
+        elif rules.one_table:
+            num_rows_L = [first_row] * len(layer_ids)
+        else:
+            num_rows_L = [sum(primes_H) for primes_H in primes_LH]
+        return cls(
+            tuple(layer_ids), tuple(ngram_orders), num_heads, primes_LH, tuple(offsets_LH), tuple(num_rows_L)
+        )
+
+    @classmethod
+    def from_config(cls, config: EngramConfig) -> HeadLayout:
+        """The layout that `config` describes."""
+        return cls.build(
+            config.variant,
+            layer_ids=config.layer_indices,
+            ngram_orders=config.ngram_orders,
+            num_heads=config.num_heads,
+            table_size=config.table_size,
+        )
+
+    def to_dict(self) -> dict[str, Any]:
+        """For the manifest: lists and numbers only."""
+        return {
+            "layer_ids": list(self.layer_ids),
+            "ngram_orders": list(self.ngram_orders),
+            "num_heads": self.num_heads,
+            "primes": [list(primes_H) for primes_H in self.primes_LH],
+            "offsets": [list(offsets_H) for offsets_H in self.offsets_LH],
+        }
+
+
+def _primes_below(start: int, count: int, table_size: int) -> list[int]:
+    primes: list[int] = []
+    limit = start
+    while len(primes) < count:
+        if limit <= 2:
+            raise ValueError(
+                f"table_size = {table_size} has no room for {count} heads (layers × orders × heads) with distinct "
+                f"primes of at most {start - 1} rows each; use a larger table_size, or fewer heads, orders or layers"
+            )
+        limit = int(prevprime(limit))
+        primes.append(limit)
+    return primes
+
+
+def _primes_from(least: int, count: int) -> list[int]:
+    primes: list[int] = []
+    current = least - 1
+    while len(primes) < count:
+        current = int(nextprime(current))
+        primes.append(current)
+    return primes
+
+
+def hash_multipliers(layer_id: int, *, largest_order: int, compressed_vocab_size: int, seed: int) -> np.ndarray:
+    """Odd int64 multipliers m[0..largest_order-1] of one layer; m[k] belongs to the token k positions back.
+
+    They are below (2**63 - 1) / compressed_vocab_size, so that id × multiplier fits int64; they depend on the
+    compressed size for that reason. The generator and the factor 10007 are the published ones.
+    """
+    half_bound = max(1, (np.iinfo(np.int64).max // compressed_vocab_size) // 2)
+    generator = np.random.default_rng(seed + 10007 * layer_id)
+    return generator.integers(low=0, high=half_bound, size=(largest_order,), dtype=np.int64) * 2 + 1
+
+
+def boundary_mask(
+    valid_BT: torch.Tensor | None, sequence_ids_BT: torch.Tensor | None, *, distance: int
+) -> torch.Tensor | None:
+    """ok_BT: whether the n-gram at t may use the token `distance` positions back.
+
+    True where that token and all between are valid and of t's sequence. None where nothing but the start of the
+    batch's rows limits (the shift itself handles that). `valid_BT` is boolean; `sequence_ids_BT` integer.
+    """
+    ok_BT: torch.Tensor | None = None
+    for back in range(distance + 1):
+        if valid_BT is not None:
+            seen_BT = _shift(valid_BT, back, fill=False)
+            ok_BT = seen_BT if ok_BT is None else ok_BT & seen_BT
+        if sequence_ids_BT is not None and back > 0:
+            same_BT = _shift(sequence_ids_BT, back, fill=NO_TOKEN) == _shift(sequence_ids_BT, back - 1, fill=NO_TOKEN)
+            ok_BT = same_BT if ok_BT is None else ok_BT & same_BT
+    return ok_BT
+
+
+def _shift(values_BT: torch.Tensor, back: int, *, fill: int) -> torch.Tensor:
+    """values[t - back] at t; `fill` where that lies before the start."""
+    if back == 0:
+        return values_BT
+    shifted_BT = torch.full_like(values_BT, fill)
+    shifted_BT[:, back:] = values_BT[:, : max(values_BT.shape[1] - back, 0)]
+    return shifted_BT
+
+
+def ngram_hash(
+    compressed_ids_BT: torch.Tensor,
+    *,
+    multipliers: Sequence[int],
+    ngram_orders: Sequence[int],
+    primes_H: torch.Tensor,
+    offsets_H: torch.Tensor,
+    pad_id: int,
+    valid_BT: torch.Tensor | None = None,
+    sequence_ids_BT: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """row_ids_BTH (int64) of compressed ids (int64); the formula of the module's docstring."""
+    num_heads = len(primes_H) // len(ngram_orders)
+    mix_BT: torch.Tensor | None = None
+    row_ids = []
+    for back in range(max(ngram_orders)):
+        token_BT = _shift(compressed_ids_BT, back, fill=pad_id)
+        ok_BT = boundary_mask(valid_BT, sequence_ids_BT, distance=back)
+        if ok_BT is not None:
+            token_BT = torch.where(ok_BT, token_BT, pad_id)
+        term_BT = token_BT * int(multipliers[back])
+        mix_BT = term_BT if mix_BT is None else mix_BT ^ term_BT
+        if back + 1 in ngram_orders:
+            first = list(ngram_orders).index(back + 1) * num_heads
+            heads = slice(first, first + num_heads)
+            row_ids.append(mix_BT[..., None] % primes_H[heads] + offsets_H[heads])
+    return torch.cat(row_ids, dim=-1)
+
+
+class NgramHasher:
+    """Hashes for one layer of a variant: `hasher(compressed_ids_BT) -> row_ids_BTH`.
+
+    `variant` is a name of `VARIANTS`; `layer_id` must be one of `layer_ids`, all layers that share the primes;
+    `pad_id` is a *compressed* id. `NgramHasher.from_config` takes the rest from an `EngramConfig`.
+
+    >>> import torch
+    >>> hasher = NgramHasher("sense", layer_id=1, layer_ids=[1], ngram_orders=[2], num_heads=2, table_size=100,
+    ...                      compressed_vocab_size=50, pad_id=0)
+    >>> hasher(torch.tensor([[3, 4, 3, 4]])).shape
+    torch.Size([1, 4, 2])
+    """
+
+    def __init__(
+        self,
+        variant: str,
+        *,
+        layer_id: int,
+        layer_ids: Sequence[int],
+        ngram_orders: Sequence[int],
+        num_heads: int,
+        table_size: int,
+        compressed_vocab_size: int,
+        pad_id: int,
+        seed: int = 0,
+    ) -> None:
+        if variant not in VARIANTS:
+            raise ValueError(f"no variant {variant!r}; there are {', '.join(VARIANTS)}")
+        if layer_id not in layer_ids:
+            raise ValueError(f"layer_id = {layer_id} is not among layer_ids = {list(layer_ids)}")
+        if not 0 <= pad_id < compressed_vocab_size:
+            raise ValueError(f"pad_id = {pad_id}: must be a compressed id, from 0 to {compressed_vocab_size - 1}")
+        self.layout = HeadLayout.build(
+            variant, layer_ids=layer_ids, ngram_orders=ngram_orders, num_heads=num_heads, table_size=table_size
+        )
+        self.layer_id = layer_id
+        self.pad_id = pad_id
+        self.compressed_vocab_size = compressed_vocab_size
+        self.num_rows = self.layout.num_rows_L[self.layout.layer_ids.index(layer_id)]
+        self.multipliers = hash_multipliers(
+            layer_id,
+            largest_order=max(ngram_orders),
+            compressed_vocab_size=compressed_vocab_size,
+            seed=seed,
+        )
+        layer = self.layout.layer_ids.index(layer_id)
+        self._primes_H = torch.tensor(self.layout.primes_LH[layer], dtype=torch.int64)
+        self._offsets_H = torch.tensor(self.layout.offsets_LH[layer], dtype=torch.int64)
+
+    @classmethod
+    def from_config(
+        cls, config: EngramConfig, *, layer_id: int, compressed_vocab_size: int, pad_id: int
+    ) -> NgramHasher:
+        """The hasher of one layer of `config`; `pad_id` is a compressed id."""
+        return cls(
+            config.variant,
+            layer_id=layer_id,
+            layer_ids=config.layer_indices,
+            ngram_orders=config.ngram_orders,
+            num_heads=config.num_heads,
+            table_size=config.table_size,
+            compressed_vocab_size=compressed_vocab_size,
+            pad_id=pad_id,
+            seed=config.seed,
+        )
+
+    def __call__(
+        self,
+        compressed_ids_BT: Ids,
+        *,
+        attention_mask: Ids | None = None,
+        sequence_ids: Ids | None = None,
+        history: Ids | None = None,
+    ) -> Ids:
+        """row_ids_BTH, int64, of the kind (NumPy or torch) and on the device of `compressed_ids_BT`.
+
+        `attention_mask` [B, T]: 0 marks padding. `sequence_ids` [B, T]: the packed document of each position, 0 for
+        padding. `history` [B, P]: compressed ids just before these (P ≥ largest order - 1 to be exact, any P is
+        taken), `NO_TOKEN` where there is none; it belongs to the document of the first position.
+
+        Raises `ValueError` for a shape that doesn't fit and `IndexError` for an id outside the compressed range.
+        """
+        if isinstance(compressed_ids_BT, np.ndarray):
+            tensors = [None if x is None else torch.from_numpy(x) for x in (attention_mask, sequence_ids, history)]
+            return self._rows(torch.from_numpy(compressed_ids_BT), *tensors).numpy()
+        return self._rows(compressed_ids_BT, attention_mask, sequence_ids, history)
+
+    def _rows(
+        self,
+        ids_BT: torch.Tensor,
+        mask_BT: torch.Tensor | None,
+        sequence_ids_BT: torch.Tensor | None,
+        history_BP: torch.Tensor | None,
+    ) -> torch.Tensor:
+        if ids_BT.dim() != 2:
+            raise ValueError(f"compressed ids have shape {tuple(ids_BT.shape)}; expected [batch, sequence]")
+        for name, extra_BT in (("attention_mask", mask_BT), ("sequence_ids", sequence_ids_BT)):
+            if extra_BT is not None and extra_BT.shape != ids_BT.shape:
+                raise ValueError(f"{name} has shape {tuple(extra_BT.shape)}; expected {tuple(ids_BT.shape)}")
+        if history_BP is not None and (history_BP.dim() != 2 or history_BP.shape[0] != ids_BT.shape[0]):
+            raise ValueError(f"history has shape {tuple(history_BP.shape)}; expected [{ids_BT.shape[0]}, positions]")
+        _check_range(ids_BT, 0, self.compressed_vocab_size, "compressed ids")
+
+        device = ids_BT.device
+        ids_BT = ids_BT.to(torch.int64)
+        num_history = 0
+        valid_BT = None if mask_BT is None else mask_BT.to(device) != 0
+        if sequence_ids_BT is not None:
+            sequence_ids_BT = sequence_ids_BT.to(device)
+            in_document_BT = sequence_ids_BT != 0
+            valid_BT = in_document_BT if valid_BT is None else valid_BT & in_document_BT
+        if history_BP is not None and history_BP.shape[1] > 0:
+            _check_range(history_BP, NO_TOKEN, self.compressed_vocab_size, "history")
+            history_BP = history_BP.to(device=device, dtype=torch.int64)
+            num_history = history_BP.shape[1]
+            known_BP = history_BP != NO_TOKEN
+            valid_BT = torch.ones_like(ids_BT, dtype=torch.bool) if valid_BT is None else valid_BT
+            valid_BT = torch.cat([known_BP, valid_BT], dim=1)
+            ids_BT = torch.cat([history_BP.clamp_min(0), ids_BT], dim=1)
+            if sequence_ids_BT is not None:
+                past_BP = sequence_ids_BT[:, :1].expand(-1, num_history)
+                sequence_ids_BT = torch.cat([past_BP, sequence_ids_BT], dim=1)
+        row_ids_BTH = ngram_hash(
+            ids_BT,
+            multipliers=self.multipliers.tolist(),
+            ngram_orders=self.layout.ngram_orders,
+            primes_H=self._primes_H.to(device),
+            offsets_H=self._offsets_H.to(device),
+            pad_id=self.pad_id,
+            valid_BT=valid_BT,
+            sequence_ids_BT=sequence_ids_BT,
+        )
+        return row_ids_BTH[:, num_history:]
+
+
+def _check_range(ids: torch.Tensor, low: int, high: int, what: str) -> None:
+    if ids.dtype.is_floating_point or ids.dtype == torch.bool:
+        raise TypeError(f"{what} are {ids.dtype}; expected integers")
+    if ids.numel() == 0:
+        return
+    least, most = (int(bound) for bound in torch.aminmax(ids))
+    if least < low or most >= high:
+        bad = least if least < low else most
+        raise IndexError(
+            f"{what} hold {bad}, outside {low} to {high - 1}: they must come from the EngramTokenizer this was made for"
+        )
