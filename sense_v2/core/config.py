@@ -6,6 +6,8 @@ where it is used (`validate()`), because dataclass fields can be assigned to.
 
 A field that is wrong raises `ValueError` naming the field, the value and what is allowed; an unknown key names
 the nearest known one. Nothing is read from environment variables.
+
+YAML is PyYAML's (1.1) with one rule of 1.2: `3e-3` is a number, with or without a dot or a sign.
 """
 
 from __future__ import annotations
@@ -13,7 +15,8 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import json
-import math
+import re
+import sys
 import types
 import typing
 from dataclasses import dataclass, field
@@ -30,6 +33,24 @@ ROW_OPTIMIZERS = ("adagrad", "adam")
 T = TypeVar("T", bound="_Serializable")
 
 
+class _YamlLoader(yaml.SafeLoader):
+    pass
+
+
+class _YamlDumper(yaml.SafeDumper):
+    pass
+
+
+# YAML 1.1 takes `3e-3` for a string, and a learning rate is written just so. The dumper needs the rule too, or a path
+# called "1e3" would be written without quotes and come back as a number.
+for _yaml_class in (_YamlLoader, _YamlDumper):
+    _yaml_class.add_implicit_resolver(
+        "tag:yaml.org,2002:float",
+        re.compile(r"[-+]?([0-9]+\.?[0-9]*|\.[0-9]+)[eE][-+]?[0-9]+$"),
+        list("-+.0123456789"),
+    )
+
+
 def _require(ok: bool, owner: object, name: str, allowed: str) -> None:
     if not ok:
         raise ValueError(f"{type(owner).__name__}.{name} = {getattr(owner, name)!r}: must be {allowed}")
@@ -43,7 +64,8 @@ def _matches(value: Any, hint: Any) -> bool:
     if origin is list:
         return isinstance(value, list) and all(_matches(item, typing.get_args(hint)[0]) for item in value)
     if hint is float:
-        return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+        # The comparison is false for nan and inf, and unlike math.isfinite it takes an int of any size.
+        return isinstance(value, (int, float)) and not isinstance(value, bool) and abs(value) <= sys.float_info.max
     if hint is int:
         return isinstance(value, int) and not isinstance(value, bool)
     return isinstance(value, hint)
@@ -84,14 +106,22 @@ class _Serializable:
 
     @classmethod
     def from_json(cls: type[T], text: str) -> T:
-        return cls.from_dict(json.loads(text))
+        try:
+            values = json.loads(text)
+        except ValueError as error:
+            raise ValueError(f"not valid JSON: {error}") from error
+        return cls.from_dict(values)
 
     def to_yaml(self) -> str:
-        return yaml.safe_dump(self.to_dict(), sort_keys=False)
+        # Through JSON, so that a np.float64, which is a float, is written as one; YAML's dumper refuses it.
+        return yaml.dump(json.loads(self.to_json()), Dumper=_YamlDumper, sort_keys=False)
 
     @classmethod
     def from_yaml(cls: type[T], text: str) -> T:
-        values = yaml.safe_load(text)
+        try:
+            values = yaml.load(text, Loader=_YamlLoader)  # a SafeLoader: plain values only
+        except yaml.YAMLError as error:
+            raise ValueError(f"not valid YAML: {error}") from error
         return cls.from_dict({} if values is None else values)
 
     def save(self, path: str | Path) -> None:
@@ -105,10 +135,10 @@ class _Serializable:
     def load(cls: type[T], path: str | Path) -> T:
         """Reads what `save` wrote; a `ValueError` about its content names the file."""
         path = Path(path)
-        text = path.read_text(encoding="utf-8")
+        read = cls.from_json if _is_json(path) else cls.from_yaml
         try:
-            return cls.from_json(text) if _is_json(path) else cls.from_yaml(text)
-        except (ValueError, yaml.YAMLError) as error:
+            return read(path.read_text(encoding="utf-8"))
+        except ValueError as error:
             raise ValueError(f"{path}: {error}") from error
 
 
@@ -119,6 +149,8 @@ def _is_json(path: Path) -> bool:
 
 
 def _type_name(hint: Any) -> str:
+    if hint is float:
+        return "float (finite)"
     return hint.__name__ if isinstance(hint, type) else str(hint).replace("typing.", "")
 
 
@@ -220,6 +252,7 @@ class TrainConfig(_Serializable):
     """One training run. Rates are peaks; the schedule is a linear warm-up and then a cosine to a tenth."""
 
     steps: int = 300
+    """Optimizer steps; each reads one batch."""
     batch_size: int = 8
     """Sequences a step."""
     sequence_length: int = 256
@@ -233,11 +266,13 @@ class TrainConfig(_Serializable):
     weight_decay: float = 0.1
     """On the backbone's matrices; rows have none."""
     warmup_steps: int = 20
+    """Steps over which the rates rise from 0 to their peaks."""
     max_grad_norm: float = 1.0
     """Gradients, the rows' included, are scaled down to this norm together."""
     train_backbone: bool = True
     """False: only the memory learns."""
     seed: int = 0
+    """Decides the backbone's initial weights and the order of the batches."""
     eval_every: int = 50
     """Steps between evaluations on held-out text; 0: only at the end."""
     eval_sequences: int = 64
@@ -250,8 +285,9 @@ class TrainConfig(_Serializable):
         _require(self.sequence_length >= 2, self, "sequence_length", "at least 2 (a token and the next)")
         for name in ("learning_rate", "row_learning_rate", "max_grad_norm"):
             _require(getattr(self, name) > 0, self, name, "above 0")
-        for name in ("weight_decay", "warmup_steps", "eval_every", "seed"):
+        for name in ("weight_decay", "warmup_steps", "eval_every"):
             _require(getattr(self, name) >= 0, self, name, "0 or more")
+        _require(0 <= self.seed < 2**63, self, "seed", "from 0 to 2**63 - 1")
         _require(self.row_optimizer in ROW_OPTIMIZERS, self, "row_optimizer", f"one of {', '.join(ROW_OPTIMIZERS)}")
 
 
@@ -264,7 +300,9 @@ class Config(_Serializable):
     """
 
     engram: EngramConfig = field(default_factory=EngramConfig)
+    """The memory."""
     train: TrainConfig = field(default_factory=TrainConfig)
+    """How it is trained."""
 
     def validate(self) -> None:
         super().validate()

@@ -19,6 +19,7 @@ from sense_v2.core.config import EngramConfig
 @dataclass(frozen=True)
 class Variant:
     name: str
+    """As `EngramConfig.variant` spells it."""
     head_sizes: str
     """budget: distinct primes just below table_size / (layers × heads), together at most table_size rows.
     per_head: distinct primes just above table_size, one after the other over layers, orders and heads."""
@@ -95,12 +96,14 @@ VARIANTS: dict[str, Variant] = {
 def variant_config(name: str, **overrides: Any) -> EngramConfig:
     """The `EngramConfig` a variant was published with, changed by `overrides`.
 
-    Raises `ValueError` for an unknown name or a value that isn't allowed.
+    Raises `ValueError` for an unknown name, an unknown field or a value that isn't allowed.
 
     >>> variant_config("paper", storage_path="paper.dat").table_size
     646400
     """
     if name not in VARIANTS:
         raise ValueError(f"no variant {name!r}; there are {', '.join(VARIANTS)}")
+    if "variant" in overrides:
+        raise ValueError(f"variant_config({name!r}, variant={overrides['variant']!r}): name one variant")
     defaults = {k: list(v) if isinstance(v, list) else v for k, v in VARIANTS[name].defaults.items()}
-    return EngramConfig(**{**defaults, "variant": name, **overrides})
+    return EngramConfig.from_dict({**defaults, "variant": name, **overrides})
