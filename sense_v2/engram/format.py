@@ -193,6 +193,8 @@ class Manifest:
             _check(entry.dtype == STATE_DTYPE, f"{where}.dtype", entry.dtype, STATE_DTYPE)
             _check(_is_count(entry.step), f"{where}.step", entry.step, "0 or more")
             file_bytes(self.rows, entry.width, entry.dtype)
+        files = [entry.file for entry in self.states.values()]
+        _check(len(files) == len(set(files)), "states", files, "one file each")
 
 
 def _state_entry(name: str, values: Any) -> StateEntry:
@@ -214,6 +216,10 @@ def as_json_object(provenance: Mapping[str, Any] | None) -> dict[str, Any]:
     return dict(values)
 
 
+# A tokenizer is a hub name to one user and a folder to another; the map's checksum is what identifies it.
+_TOLD_ONLY = ("tokenizer_name",)
+
+
 def provenance_differences(recorded: Mapping[str, Any], given: Mapping[str, Any]) -> list[tuple[str, Any, Any]]:
     """(field, recorded value, given value) of every key that both have and that differs; nested ones by path.
 
@@ -222,7 +228,7 @@ def provenance_differences(recorded: Mapping[str, Any], given: Mapping[str, Any]
     """
     differences: list[tuple[str, Any, Any]] = []
     for key in given:
-        if key not in recorded:
+        if key not in recorded or key in _TOLD_ONLY:
             continue
         old, new = recorded[key], given[key]
         if isinstance(old, dict) and isinstance(new, dict):

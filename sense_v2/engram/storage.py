@@ -15,6 +15,9 @@ B batch, T sequence, H rows a position, D row width, N rows of the table, U uniq
 
 from __future__ import annotations
 
+import contextlib
+import dataclasses
+import glob
 import operator
 import os
 import threading
@@ -29,7 +32,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from sense_v2.engram.fill import allocate, fill_normal, new_file
+from sense_v2.engram.fill import allocate, fill_normal, new_file, sync, wait_for_new_file
 from sense_v2.engram.format import (
     STATE_DTYPE,
     Manifest,
@@ -101,8 +104,10 @@ class MMapEmbeddingStorage(nn.Module):
         self._row_dtype = row_dtype(dtype)
         self._pending: list[tuple[torch.Tensor, torch.Tensor]] = []
         self._pending_lock = threading.Lock()
+        self.rows_require_grad = True
         self._states: dict[str, RowState] = {}
-        self._state_maps: list[np.memmap[Any, Any]] = []
+        self._state_maps: dict[str, np.memmap[Any, Any]] = {}
+        self._sync_failed = False
         wanted = Manifest(
             self.num_embeddings,
             self.embedding_dim,
@@ -122,37 +127,57 @@ class MMapEmbeddingStorage(nn.Module):
     # Opening
 
     def _create(self, manifest: Manifest, num_threads: int | None, progress: bool | None) -> None:
+        """Makes the table, then its manifest; a process that finds another one at it waits and makes neither.
+
+        Both are synced under temporary names before the table is renamed, and the manifest last: a kill leaves
+        nothing, or a whole table, in the worst case without the manifest.
+        """
         if self.mode == "r":
             raise FileNotFoundError(f"{self.path}: no table there. mode='r+' makes one; mode='r' only reads")
-        if self._manifest_path.exists():
+        with contextlib.suppress(FileExistsError), new_file(self._manifest_path) as manifest_fd:
+            self._refuse_left_states()
+            os.pwrite(manifest_fd, manifest.to_json().encode(), 0)
+            os.fsync(manifest_fd)
+            with new_file(self.path) as fd:
+                allocate(fd, manifest.table_bytes, self.path)
+                fill_normal(
+                    fd,
+                    manifest.rows * manifest.width,
+                    manifest.dtype,
+                    seed=manifest.init_seed or 0,
+                    std=manifest.init_std or 0.0,
+                    num_threads=num_threads,
+                    progress=progress,
+                )
+        if not self.path.exists():
             raise FileNotFoundError(
                 f"{self._manifest_path} describes a table, but {self.path} isn't there. Put it back, or remove "
                 "the manifest to make a new one"
             )
-        self.path.parent.mkdir(parents=True, exist_ok=True)
-        with new_file(self.path) as fd:
-            if fd is None:
-                return
-            allocate(fd, manifest.table_bytes, self.path)
-            fill_normal(
-                fd,
-                manifest.rows * manifest.width,
-                manifest.dtype,
-                seed=manifest.init_seed or 0,
-                std=manifest.init_std or 0.0,
-                num_threads=num_threads,
-                progress=progress,
+
+    def _refuse_left_states(self) -> None:
+        """A new table must not be trained on with an old table's optimizer state."""
+        pattern = glob.escape(state_file_name(self.path.name, "_")).replace("._.", ".*.")
+        left = [path for path in self.path.parent.glob(pattern) if path != self.path and not _is_table(path)]
+        if left:
+            names = ", ".join(sorted(path.name for path in left))
+            raise ValueError(
+                f"{self.path} isn't there, but optimizer state of an earlier table is: {names}. Remove it"
             )
-        self._write_manifest(manifest)
 
     def _checked_manifest(self, wanted: Manifest) -> Manifest:
         """The manifest on disk, once it and the file agree with what the caller wants."""
+        if not self.path.is_file():
+            raise ValueError(f"{self.path} isn't a regular file")
         found_bytes = self.path.stat().st_size
+        if not self._manifest_path.exists():
+            # Its maker may be between the two renames.
+            wait_for_new_file(self._manifest_path)
         if not self._manifest_path.exists():
             if found_bytes != wanted.table_bytes:
                 raise ValueError(
-                    f"{self.path}: {wanted.rows} rows × {wanted.width} {wanted.dtype} are {wanted.table_bytes} "
-                    f"bytes, the file has {found_bytes}, and there is no manifest {self._manifest_path}"
+                    f"{self.path}: expected {wanted.table_bytes} bytes ({wanted.rows} rows × {wanted.width} "
+                    f"{wanted.dtype}), found {found_bytes}, and there is no manifest {self._manifest_path}"
                 )
             warnings.warn(
                 f"{self.path} has no manifest: its size fits, what its rows mean isn't known. "
@@ -165,26 +190,33 @@ class MMapEmbeddingStorage(nn.Module):
             manifest = Manifest.from_json(self._manifest_path.read_text(encoding="utf-8"))
         except ValueError as error:
             raise ValueError(f"{self._manifest_path}: {error}") from error
-        for name in ("rows", "width", "dtype"):
-            recorded, given = getattr(manifest, name), getattr(wanted, name)
-            if recorded != given:
-                raise ValueError(
-                    f"{self.path} has {name} = {recorded!r}, asked for {given!r}. Open it with the configuration it "
-                    "was made with, or choose another path"
-                )
-        if found_bytes != manifest.table_bytes:
-            raise ValueError(f"{self.path}: expected {manifest.table_bytes} bytes, found {found_bytes}")
-        for name, recorded, given in provenance_differences(manifest.provenance, wanted.provenance):
+        recorded = {name: getattr(manifest, name) for name in ("rows", "width", "dtype")}
+        given = {name: getattr(wanted, name) for name in recorded}
+        differences = provenance_differences(recorded, given)
+        differences += provenance_differences(manifest.provenance, wanted.provenance)
+        if differences:
+            found = "; ".join(f"{name} is {old!r}, asked for {new!r}" for name, old, new in differences)
             raise ValueError(
-                f"{self.path} was made with {name} = {recorded!r}, asked for {given!r}. Open it with the "
-                "configuration it was made with, or choose another path"
+                f"{self._manifest_path} describes another table: {found}. Open it with the configuration it was made "
+                "with, or choose another path"
+            )
+        if found_bytes != manifest.table_bytes:
+            raise ValueError(
+                f"{self.path}: expected {manifest.table_bytes} bytes ({manifest.rows} rows × {manifest.width} "
+                f"{manifest.dtype}), found {found_bytes}: the file was cut, or isn't the manifest's"
             )
         manifest.provenance = merge_provenance(manifest.provenance, wanted.provenance)
         return manifest
 
     def _map(self, path: Path, width: int, dtype: np.dtype[Any]) -> np.memmap[Any, Any]:
         mode: Any = self.mode
-        return np.memmap(path, dtype=dtype, mode=mode, shape=(self.num_embeddings, width))
+        try:
+            return np.memmap(path, dtype=dtype, mode=mode, shape=(self.num_embeddings, width))
+        except OSError as error:
+            if self.mode == "r":
+                raise
+            way_out = "mode='r' opens a table that can't be written to"
+            raise OSError(error.errno, f"can't open {path} to write: {error.strerror}. {way_out}") from error
 
     # Reading
 
@@ -195,15 +227,15 @@ class MMapEmbeddingStorage(nn.Module):
     @property
     def weight(self) -> torch.Tensor:
         """[N, D], sharing the mapping. In mode "r" a write to it is a segmentation fault."""
-        if self._weight is None:
-            raise RuntimeError(f"{self.path}: the storage is closed; make a new one to open the table again")
+        self._refuse_closed()
+        assert self._weight is not None
         return self._weight
 
     @property
     def mmap(self) -> np.memmap[Any, Any]:
         """[N, D]; a bfloat16 table's bits as uint16."""
-        if self._mmap is None:
-            raise RuntimeError(f"{self.path}: the storage is closed; make a new one to open the table again")
+        self._refuse_closed()
+        assert self._mmap is not None
         return self._mmap
 
     def forward(self, row_ids: torch.Tensor) -> torch.Tensor:
@@ -214,7 +246,8 @@ class MMapEmbeddingStorage(nn.Module):
         """
         ids = self._checked_ids(row_ids)
         shape = (*row_ids.shape, self.embedding_dim)
-        if not (self.training and torch.is_grad_enabled() and self.mode == "r+"):
+        trained = self.training and self.rows_require_grad and self.mode == "r+"
+        if not (trained and torch.is_grad_enabled()):
             return self._select(ids).to(row_ids.device).reshape(shape)
         ids_U, inverse = torch.unique(ids, return_inverse=True)
         leaf_UD = self._select(ids_U).to(row_ids.device, torch.float32).requires_grad_()
@@ -247,6 +280,11 @@ class MMapEmbeddingStorage(nn.Module):
 
     # Training
 
+    def requires_grad_(self, requires_grad: bool = True) -> MMapEmbeddingStorage:
+        """False freezes the rows: lookups carry no gradient. The table has no parameters to say so for it."""
+        self.rows_require_grad = requires_grad
+        return self
+
     def _gradient_hook(self, ids_U: torch.Tensor) -> Callable[[torch.Tensor], None]:
         def move(leaf_UD: torch.Tensor) -> None:
             if leaf_UD.grad is not None:
@@ -267,7 +305,8 @@ class MMapEmbeddingStorage(nn.Module):
             if len(self._pending) > 1:
                 ids_U, inverse = torch.unique(torch.cat([ids for ids, _ in self._pending]), return_inverse=True)
                 grads = torch.cat([grads.cpu() for _, grads in self._pending])
-                grads_UD = torch.zeros(len(ids_U), self.embedding_dim).index_add_(0, inverse, grads)
+                shape = (len(ids_U), self.embedding_dim)
+                grads_UD = torch.zeros(shape, dtype=torch.float32, device="cpu").index_add_(0, inverse, grads)
             else:
                 ids_U, grads_UD = self._pending[0]
             self._pending = [(ids_U.to(torch.int64), grads_UD.cpu())]
@@ -289,28 +328,43 @@ class MMapEmbeddingStorage(nn.Module):
     def open_state(self, name: str, width: int) -> RowState:
         """The optimizer state of that name, [N, width] float32: zeros at first, later what it was."""
         self._refuse_read_only("open an optimizer state")
-        self.weight  # noqa: B018  (raises when closed)
-        path = self.path.with_name(state_file_name(self.path.name, name))
-        state = self._states.get(name)
-        if state is not None:
-            if state.values.shape[1] != width:
-                raise ValueError(f"{path} has width {state.values.shape[1]}, asked for {width}")
-            return state
-        expected_bytes = file_bytes(self.num_embeddings, width, STATE_DTYPE)
+        self._refuse_closed()
         entry = self._manifest.states.get(name)
+        path = self.path.with_name(entry.file if entry else state_file_name(self.path.name, name))
+        expected_bytes = file_bytes(self.num_embeddings, width, STATE_DTYPE)
+        state = self._states.get(name)
+        known_width = state.values.shape[1] if state else entry.width if entry else width
+        if known_width != width:
+            raise ValueError(f"optimizer state {path} has width {known_width}, asked for {width}")
+        if state:
+            return state
+        if _is_table(path) or path == self.path:
+            raise ValueError(f"{path} is a table: optimizer state {name!r} can't be there")
         if not path.exists():
-            with new_file(path) as fd:
-                if fd is not None:
-                    allocate(fd, expected_bytes, path)
-        if path.stat().st_size != expected_bytes:
-            raise ValueError(f"{path}: expected {expected_bytes} bytes, found {path.stat().st_size}")
+            if entry:
+                raise FileNotFoundError(
+                    f"{self._manifest_path} lists optimizer state {path}, which isn't there. Put it back, or remove "
+                    f"the entry states.{name} to begin with zeros"
+                )
+            with contextlib.suppress(FileExistsError), new_file(path) as fd:
+                allocate(fd, expected_bytes, path)
+        found_bytes = path.stat().st_size
+        if found_bytes != expected_bytes:
+            raise ValueError(
+                f"optimizer state {path}: expected {expected_bytes} bytes ({self.num_embeddings} rows × {width} "
+                f"{STATE_DTYPE}), found {found_bytes}"
+            )
         mapping = self._map(path, width, np.dtype("<f4"))
-        self._state_maps.append(mapping)
         state = RowState(name, path, _shared_tensor(mapping), entry.step if entry else 0)
-        self._states[name] = state
+        self._states[name], self._state_maps[name] = state, mapping
         return state
 
     # Keeping
+
+    @property
+    def manifest(self) -> Manifest:
+        """As of the last flush, or of opening; for reading."""
+        return self._manifest
 
     @property
     def committed_step(self) -> int | None:
@@ -318,35 +372,50 @@ class MMapEmbeddingStorage(nn.Module):
         return self._manifest.step
 
     def flush(self, step: int | None = None) -> None:
-        """Makes rows and states durable, then the manifest that says so, one generation on."""
-        self._refuse_read_only("flush")
-        for mapping in (self.mmap, *self._state_maps):
-            mapping.flush()
-        for path in (self.path, *(state.path for state in self._states.values())):
-            with open(path, "rb") as file:
-                os.fsync(file.fileno())
-        for state in self._states.values():
-            width = state.values.shape[1]
-            self._manifest.states[state.name] = StateEntry(state.path.name, width, step=int(state.step))
-        self._manifest.generation += 1
-        if step is not None:
-            self._manifest.step = operator.index(step)
-        self._write_manifest(self._manifest)
+        """Makes rows and states durable, then the manifest that says so, one generation on.
 
-    def _write_manifest(self, manifest: Manifest) -> None:
+        After a sync that failed no flush can succeed: the kernel may have dropped what it couldn't write, and says so
+        only once.
+        """
+        self._refuse_read_only("flush")
+        self._refuse_closed()
+        if self._sync_failed:
+            raise RuntimeError(f"{self.path}: an earlier flush failed, so what is on disk isn't known. Open it again")
+        states = dict(self._manifest.states)
+        for name, state in self._states.items():
+            states[name] = StateEntry(state.path.name, state.values.shape[1], step=operator.index(state.step))
+        manifest = dataclasses.replace(
+            self._manifest,
+            generation=self._manifest.generation + 1,
+            step=self._manifest.step if step is None else operator.index(step),
+            states=states,
+        )
+        manifest.validate()
+        try:
+            for mapping in (self.mmap, *self._state_maps.values()):
+                mapping.flush()
+            for path in (self.path, *(state.path for state in self._states.values())):
+                sync(path)
+        except OSError:
+            self._sync_failed = True
+            raise
         with new_file(self._manifest_path, replace=True) as fd:
-            assert fd is not None
             os.pwrite(fd, manifest.to_json().encode(), 0)
+        self._manifest = manifest
 
     def close(self) -> None:
         """Lets go of the mappings, without a flush. The storage can't be used after that."""
         self._mmap = self._weight = None
-        self._states, self._state_maps = {}, []
+        self._states, self._state_maps = {}, {}
         self.clear_gradients()
 
     def _refuse_read_only(self, what: str) -> None:
         if self.mode == "r":
             raise PermissionError(f"{self.path} is open with mode='r': can't {what}. Open it with mode='r+'")
+
+    def _refuse_closed(self) -> None:
+        if self._mmap is None:
+            raise RuntimeError(f"{self.path}: the storage is closed; make a new one to open the table again")
 
     def __reduce__(self) -> tuple[Any, ...]:
         arguments = (self.num_embeddings, self.embedding_dim, str(self.path.absolute()), self._row_dtype.name)
@@ -360,6 +429,11 @@ class MMapEmbeddingStorage(nn.Module):
 
 def _reopen(num_embeddings: int, embedding_dim: int, path: str, dtype: str, training: bool) -> MMapEmbeddingStorage:
     return MMapEmbeddingStorage(num_embeddings, embedding_dim, path, dtype=dtype, mode="r").train(training)
+
+
+def _is_table(path: Path) -> bool:
+    """Whether a file that could be a state, by its name, is a table with a manifest of its own."""
+    return path.with_name(manifest_name(path.name)).exists()
 
 
 class _Memory:

@@ -31,8 +31,10 @@ class Variant:
     """Taps of the short depthwise convolution; 0: none."""
     conv_dilation: str
     """one, or largest_order: taps stand that many positions apart."""
-    conv_norm_silu: bool
-    """True: the convolution's input is RMS-normed and its output goes through SiLU."""
+    gate_norm_eps: float
+    """Of the RMSNorms of query and key."""
+    conv_norm_eps: float | None
+    """Not None: the convolution's input is RMS-normed with this epsilon, and its output goes through SiLU."""
     projection_bias: bool
     """Whether W_k and W_v have a bias."""
     defaults: Mapping[str, Any] = field(default_factory=dict)
@@ -47,7 +49,8 @@ VARIANTS: dict[str, Variant] = {
         gate="sigmoid",
         conv_kernel=3,
         conv_dilation="one",
-        conv_norm_silu=False,
+        gate_norm_eps=1e-6,
+        conv_norm_eps=None,
         projection_bias=True,
     ),
     "paper": Variant(
@@ -57,7 +60,9 @@ VARIANTS: dict[str, Variant] = {
         gate="signed_sqrt",
         conv_kernel=4,
         conv_dilation="largest_order",
-        conv_norm_silu=True,
+        # What torch.nn.RMSNorm takes by default in float32.
+        gate_norm_eps=1.1920928955078125e-07,
+        conv_norm_eps=1e-5,
         projection_bias=True,
         defaults={
             "table_size": 646_400,
@@ -77,7 +82,8 @@ VARIANTS: dict[str, Variant] = {
         gate="signed_sqrt",
         conv_kernel=0,
         conv_dilation="one",
-        conv_norm_silu=False,
+        gate_norm_eps=1e-6,
+        conv_norm_eps=None,
         projection_bias=False,
         defaults={
             "table_size": 16_000_000,

@@ -1,0 +1,343 @@
+"""Rows and hidden states -> fused hidden states: the layer that a backbone gets its memory from.
+
+    memory = concatenated rows of the position's n-grams            [B, T, engram_dim]
+    α = σ(norm(h)·norm(W_k memory)/√C)                              one gate per position (and residual stream)
+    out = h + α·V + conv(α·V),  V = W_v memory
+
+V and the convolution start at zero, so a fresh layer is the identity whatever the rows hold, and attaching memory
+changes no logit until something is learned. The rows start as noise: zero rows behind a zero W_v would never move.
+
+The convolution is `nn.Conv1d(kernel_size=3, padding=1)`. As it stands it would let a position see the next one, in
+a causal model a leak of the label, so there it runs on an input padded by one more position on the left and is cut
+to T. Padding is zeroed at its input, and where documents are packed its taps stop at their borders, as the n-grams
+do.
+
+The `paper` variant (arXiv 2601.07372 and its demo) takes the signed square root of the score before the sigmoid,
+norms the convolution's input, puts SiLU behind it, and can feed several residual streams.
+
+B batch, T sequence, C hidden size, S residual streams, H rows a position, D row width, V value (W_v memory).
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from sense_v2.core.config import EngramConfig
+from sense_v2.engram.hashing import HeadLayout, NgramHasher, boundary_mask
+from sense_v2.engram.storage import MMapEmbeddingStorage
+from sense_v2.engram.tokenizer import EngramTokenizer
+from sense_v2.engram.variants import VARIANTS
+
+
+def open_table(config: EngramConfig, tokenizer: EngramTokenizer, *, mode: str = "r+") -> MMapEmbeddingStorage:
+    """The table that `config` describes: created where there is none yet (mode r+), else checked against it.
+
+    Raises `ValueError` naming what differs between the table's manifest and `config` or the shadow map.
+    """
+    layout = HeadLayout.from_config(config)
+    if len(set(layout.num_rows_L)) != 1 or not VARIANTS[config.variant].one_table:
+        raise ValueError(
+            f"EngramConfig.variant = {config.variant!r} keeps one table per layer; a table for all layers has the "
+            f"variants {', '.join(name for name, rules in VARIANTS.items() if rules.one_table)}"
+        )
+    return MMapEmbeddingStorage(
+        layout.num_rows_L[0],
+        config.row_dim,
+        config.storage_path,
+        dtype=config.dtype,
+        mode=mode,
+        seed=config.seed,
+        init_std=config.init_std,
+        provenance={
+            "variant": config.variant,
+            "seed": config.seed,
+            "layout": layout.to_dict(),
+            "compressed_vocab_size": tokenizer.compressed_vocab_size,
+            "shadow_map_sha256": tokenizer.sha256,
+            "tokenizer_name": config.tokenizer_name or tokenizer.tokenizer_name,
+        },
+    )
+
+
+def packed_documents(position_ids_BT: torch.Tensor) -> torch.Tensor | None:
+    """sequence_ids_BT from positions that restart: 1 for the first document, 2 for the next, …; None without any."""
+    restarts_BT = position_ids_BT[:, 1:] <= position_ids_BT[:, :-1]
+    if not restarts_BT.any():
+        return None
+    return F.pad(restarts_BT.long().cumsum(dim=1), (1, 0)) + 1
+
+
+def short_conv(
+    inputs_BCT: torch.Tensor, conv: nn.Conv1d, *, causal: bool, sequence_ids_BT: torch.Tensor | None
+) -> torch.Tensor:
+    """The depthwise convolution of `inputs_BCT`, same shape; position t reads t and before, or is centred."""
+    num_positions = inputs_BCT.shape[-1]
+    taps, dilation = conv.kernel_size[0], conv.dilation[0]
+    reach_back = (taps - 1) * dilation if causal else (taps - 1) * dilation // 2
+    if sequence_ids_BT is None:
+        padding = conv.padding[0]
+        assert isinstance(padding, int)
+        padded = F.pad(inputs_BCT, (reach_back - padding, 0))
+        return conv(padded)[..., :num_positions]
+    # Tap by tap, so that each stops at its document's border: the tap that reads `back` positions behind t is used
+    # where t and t - back, and all between, are of one document; looking forward from t is looking back from t + n.
+    total_BCT = torch.zeros_like(inputs_BCT)
+    for tap in range(taps):
+        back = reach_back - tap * dilation
+        distance = abs(back)
+        if distance >= num_positions:
+            continue
+        near, far = slice(distance, num_positions), slice(0, num_positions - distance)
+        to, source = (near, far) if back >= 0 else (far, near)
+        tapped_BCT = inputs_BCT[..., source] * conv.weight[:, 0, tap, None]
+        same_BT = boundary_mask(None, sequence_ids_BT, distance=distance)
+        if same_BT is not None:
+            tapped_BCT = tapped_BCT * same_BT[:, None, near]
+        total_BCT[..., to] = total_BCT[..., to] + tapped_BCT
+    return total_BCT
+
+
+class StreamRMSNorm(nn.Module):
+    """RMSNorm over C with a weight per residual stream, computed in float32: [..., S, C] -> [..., S, C]."""
+
+    def __init__(self, num_streams: int, hidden_size: int, eps: float) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(num_streams, hidden_size))
+        self.eps = eps
+
+    def forward(self, hidden: torch.Tensor) -> torch.Tensor:
+        normed = F.rms_norm(hidden.float(), hidden.shape[-1:], eps=self.eps)
+        return normed * self.weight.float()
+
+
+class EngramGate(nn.Module):
+    """α in float32: how much of the memory each position takes. A forward hook on it sees every gate.
+
+    `hidden_BTSC`, `key_BTSC` -> `alpha_BTS`.
+    """
+
+    def __init__(self, kind: str, num_streams: int, hidden_size: int, eps: float) -> None:
+        super().__init__()
+        self.kind = kind
+        self.query_norm = StreamRMSNorm(num_streams, hidden_size, eps)
+        self.key_norm = StreamRMSNorm(num_streams, hidden_size, eps)
+
+    def forward(self, hidden_BTSC: torch.Tensor, key_BTSC: torch.Tensor) -> torch.Tensor:
+        score_BTS = (self.query_norm(hidden_BTSC) * self.key_norm(key_BTSC)).sum(-1)
+        score_BTS = score_BTS / math.sqrt(hidden_BTSC.shape[-1])
+        if self.kind == "signed_sqrt":
+            score_BTS = score_BTS.abs().clamp_min(1e-6).sqrt() * score_BTS.sign()
+        return score_BTS.sigmoid()
+
+
+class EngramFusionLayer(nn.Module):
+    """Adds what the table knows about the last few tokens to a layer's hidden states.
+
+    `tokenizer` and `storage` are shared between layers; where they aren't given, they are opened from the paths in
+    `config` (the table is created if there is none). `pad_token_id` is a token id, used where the configuration
+    names none. `layer_id` must be one of `config.layer_indices`.
+
+    `config.enabled=False` makes a layer that passes hidden states through and opens no file.
+    """
+
+    def __init__(
+        self,
+        config: EngramConfig,
+        backbone_hidden_size: int,
+        layer_id: int,
+        *,
+        tokenizer: EngramTokenizer | None = None,
+        storage: MMapEmbeddingStorage | None = None,
+        pad_token_id: int | None = None,
+    ) -> None:
+        super().__init__()
+        config.validate()
+        self.config = config
+        self.layer_id = layer_id
+        self.enabled = config.enabled
+        if not self.enabled:
+            return
+        rules = VARIANTS[config.variant]
+        if rules.conv_kernel == 0:
+            raise ValueError(f"EngramConfig.variant = {config.variant!r}: its fusion is not part of this version")
+        if not config.causal and rules.conv_kernel % 2 == 0:
+            raise ValueError(
+                f"EngramConfig.causal = False: the {rules.conv_kernel}-tap convolution of variant "
+                f"{config.variant!r} has no centre; use variant 'sense'"
+            )
+        self.tokenizer = EngramTokenizer(config.shadow_map_path) if tokenizer is None else tokenizer
+        self.storage = open_table(config, self.tokenizer) if storage is None else storage
+        self.hasher = NgramHasher.from_config(
+            config,
+            layer_id=layer_id,
+            compressed_vocab_size=self.tokenizer.compressed_vocab_size,
+            pad_id=compressed_pad_id(config, self.tokenizer, pad_token_id),
+        )
+        self.num_streams = config.num_streams
+        self.hidden_size = backbone_hidden_size
+        channels = config.num_streams * backbone_hidden_size
+        self.W_k = nn.Linear(config.engram_dim, channels, bias=rules.projection_bias)
+        self.W_v = nn.Linear(config.engram_dim, backbone_hidden_size, bias=rules.projection_bias)
+        self.gate = EngramGate(rules.gate, config.num_streams, backbone_hidden_size, rules.gate_norm_eps)
+        self.conv_norm = (
+            StreamRMSNorm(config.num_streams, backbone_hidden_size, rules.conv_norm_eps)
+            if rules.conv_norm_eps is not None
+            else None
+        )
+        dilation = max(config.ngram_orders) if rules.conv_dilation == "largest_order" else 1
+        self.conv = nn.Conv1d(
+            channels,
+            channels,
+            kernel_size=rules.conv_kernel,
+            padding=(rules.conv_kernel - 1) * dilation // 2,
+            dilation=dilation,
+            groups=channels,
+            # A bias would add a constant to every position, padding and n-grams never seen included.
+            bias=False,
+        )
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """The identity: W_v and the convolution at zero. W_k keeps nn.Linear's noise."""
+        self.W_k.reset_parameters()
+        nn.init.zeros_(self.W_v.weight)
+        if self.W_v.bias is not None:
+            nn.init.zeros_(self.W_v.bias)
+        nn.init.zeros_(self.conv.weight)
+
+    def row_ids(
+        self,
+        input_ids: torch.Tensor,
+        *,
+        attention_mask: torch.Tensor | None = None,
+        sequence_ids: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        """row_ids_BTH of token ids [B, T]: which rows of the table each position needs."""
+        return self.hasher(self.tokenizer(input_ids), attention_mask=attention_mask, sequence_ids=sequence_ids)
+
+    def lookup(self, row_ids_BTH: torch.Tensor, valid_BT: torch.Tensor | None = None) -> torch.Tensor:
+        """memory [B, T, engram_dim]; zeros at masked positions, whose rows are neither read nor trained."""
+        if self.training and torch.is_grad_enabled() and self.storage.rows_require_grad:
+            self._refuse_dead_rows()
+        if valid_BT is None or bool(valid_BT.all()):
+            rows_BTHD = self.storage(row_ids_BTH)
+        else:
+            rows_BTHD = torch.zeros(
+                *row_ids_BTH.shape, self.storage.embedding_dim, dtype=self.storage.dtype, device=row_ids_BTH.device
+            )
+            rows_BTHD = rows_BTHD.index_put((valid_BT,), self.storage(row_ids_BTH[valid_BT]))
+        return rows_BTHD.flatten(-2)
+
+    def _refuse_dead_rows(self) -> None:
+        if not self.W_v.weight.requires_grad and not self.W_v.weight.any():
+            raise ValueError(
+                f"memory layer {self.layer_id}: W_v is zero and frozen, so no gradient can ever reach the rows; "
+                "unfreeze W_v, or freeze the rows too (storage.requires_grad_(False))"
+            )
+
+    def fuse(
+        self,
+        hidden_states: torch.Tensor,
+        memory: torch.Tensor,
+        *,
+        valid_BT: torch.Tensor | None = None,
+        sequence_ids_BT: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        """hidden + α·V + conv(α·V), in the shape and dtype of `hidden_states` ([B, T, C], or [B, T, S, C])."""
+        hidden_BTSC = hidden_states if hidden_states.dim() == 4 else hidden_states[:, :, None]
+        memory = memory.to(self.W_k.weight.dtype)
+        key_BTSC = self.W_k(memory).unflatten(-1, (self.num_streams, self.hidden_size))
+        value_BT1C = self.W_v(memory)[:, :, None]
+        alpha_BTS1 = self.gate(hidden_BTSC, key_BTSC)[..., None]
+        gated_BTSC = alpha_BTS1.to(value_BT1C.dtype) * value_BT1C
+        if valid_BT is not None:
+            gated_BTSC = gated_BTSC * valid_BT[..., None, None]
+        mixed_BTSC = gated_BTSC
+        if self.conv_norm is not None:
+            mixed_BTSC = self.conv_norm(mixed_BTSC).to(gated_BTSC.dtype)
+        mixed_BCT = short_conv(
+            mixed_BTSC.flatten(-2).transpose(1, 2),
+            self.conv,
+            causal=self.config.causal,
+            sequence_ids_BT=sequence_ids_BT,
+        )
+        mixed_BTSC = mixed_BCT.transpose(1, 2).unflatten(-1, (self.num_streams, self.hidden_size))
+        if self.conv_norm is not None:
+            mixed_BTSC = F.silu(mixed_BTSC)
+        if valid_BT is not None:
+            mixed_BTSC = mixed_BTSC * valid_BT[..., None, None]
+        delta_BTSC = gated_BTSC + mixed_BTSC
+        return hidden_states + delta_BTSC.reshape(hidden_states.shape).to(hidden_states.dtype)
+
+    def forward(
+        self,
+        hidden_states: torch.Tensor,
+        input_ids: torch.Tensor,
+        attention_mask: torch.Tensor | None = None,
+        position_ids: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        """Fused hidden states, same shape and dtype as `hidden_states` ([B, T, C]; [B, T, S, C] with S streams).
+
+        `input_ids` [B, T]. `attention_mask` [B, T], 0 at padding: such a position passes through unchanged, its
+        rows are not touched, and no n-gram or convolution reaches across it. `position_ids` [B, T] that restart
+        mark packed documents.
+
+        Raises `ValueError` for shapes that don't fit and `IndexError` for token ids outside the shadow map.
+        """
+        if not self.enabled:
+            return hidden_states
+        self._check_shapes(hidden_states, input_ids, attention_mask, position_ids)
+        valid_BT = None if attention_mask is None else attention_mask.to(input_ids.device) != 0
+        sequence_ids_BT = None
+        if position_ids is not None:
+            sequence_ids_BT = packed_documents(position_ids.to(input_ids.device).expand_as(input_ids))
+        row_ids_BTH = self.row_ids(input_ids, attention_mask=valid_BT, sequence_ids=sequence_ids_BT)
+        memory = self.lookup(row_ids_BTH, valid_BT).to(hidden_states.device)
+        return self.fuse(hidden_states, memory, valid_BT=valid_BT, sequence_ids_BT=sequence_ids_BT)
+
+    def _check_shapes(
+        self,
+        hidden_states: torch.Tensor,
+        input_ids: torch.Tensor,
+        attention_mask: torch.Tensor | None,
+        position_ids: torch.Tensor | None,
+    ) -> None:
+        if input_ids.dim() != 2:
+            raise ValueError(f"input_ids have shape {tuple(input_ids.shape)}; expected [batch, sequence]")
+        streams = () if hidden_states.dim() == 3 and self.num_streams == 1 else (self.num_streams,)
+        expected = (*input_ids.shape, *streams, self.hidden_size)
+        if tuple(hidden_states.shape) != expected:
+            raise ValueError(f"hidden_states have shape {tuple(hidden_states.shape)}; expected {expected}")
+        if attention_mask is not None and attention_mask.shape != input_ids.shape:
+            raise ValueError(
+                f"attention_mask has shape {tuple(attention_mask.shape)}; expected that of input_ids, "
+                f"{tuple(input_ids.shape)}, with 0 at padding"
+            )
+        if position_ids is not None and (
+            position_ids.dim() != 2
+            or position_ids.shape[1] != input_ids.shape[1]
+            or position_ids.shape[0] not in (1, input_ids.shape[0])
+        ):
+            raise ValueError(
+                f"position_ids have shape {tuple(position_ids.shape)}; expected that of input_ids, "
+                f"{tuple(input_ids.shape)}"
+            )
+
+
+def compressed_pad_id(config: EngramConfig, tokenizer: EngramTokenizer, pad_token_id: int | None) -> int:
+    """The compressed id that stands for positions before a sequence: the configuration's pad token, else
+    `pad_token_id`, else the map's tokenizer's, else token 0.
+    """
+    for token_id in (config.pad_token_id, pad_token_id, tokenizer.pad_token_id, 0):
+        if token_id is not None:
+            break
+    if not 0 <= token_id < tokenizer.vocab_size:
+        raise ValueError(
+            f"pad_token_id = {token_id} is outside the shadow map's {tokenizer.vocab_size} token ids; set "
+            "EngramConfig.pad_token_id to one of them"
+        )
+    return int(tokenizer(torch.tensor([token_id]))[0])

@@ -1,0 +1,93 @@
+"""Small things made on the spot: a tokenizer, models of several architectures, a memory configuration."""
+
+import torch
+from tokenizers import Tokenizer, models, pre_tokenizers
+from transformers import (
+    BertConfig,
+    BertForMaskedLM,
+    GemmaConfig,
+    GemmaForCausalLM,
+    GPT2Config,
+    GPT2LMHeadModel,
+    LlamaConfig,
+    LlamaForCausalLM,
+    MistralConfig,
+    MistralForCausalLM,
+    Qwen3Config,
+    Qwen3ForCausalLM,
+)
+
+from sense_v2.core.config import EngramConfig
+
+VOCABULARY = 96
+
+
+def tiny_tokenizer(vocabulary: int = VOCABULARY) -> Tokenizer:
+    """`vocabulary` tokens: words in three spellings that share a compressed id, and <pad> at 0."""
+    tokens = ["<pad>"]
+    for number in range(vocabulary):
+        tokens += [f"word{number}", f"Word{number}", f"WORD{number}"]
+    tokenizer = Tokenizer(models.WordLevel({t: i for i, t in enumerate(tokens[:vocabulary])}, unk_token="<pad>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    return tokenizer
+
+
+def tiny_model(name: str, *, layers: int = 3, hidden: int = 32, vocabulary: int = VOCABULARY, **extra):
+    """A random model in float32, eval mode, the same for the same arguments."""
+    torch.manual_seed(0)
+    common = dict(vocab_size=vocabulary, pad_token_id=0, bos_token_id=1, eos_token_id=2)
+    llama_like = dict(
+        hidden_size=hidden,
+        intermediate_size=2 * hidden,
+        num_hidden_layers=layers,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        head_dim=hidden // 4,
+        max_position_embeddings=128,
+    )
+    if name == "gpt2":
+        config = GPT2Config(n_embd=hidden, n_layer=layers, n_head=4, n_positions=128, **common, **extra)
+        model = GPT2LMHeadModel(config)
+    elif name == "bert":
+        config = BertConfig(
+            hidden_size=hidden,
+            intermediate_size=2 * hidden,
+            num_hidden_layers=layers,
+            num_attention_heads=4,
+            max_position_embeddings=128,
+            **common,
+            **extra,
+        )
+        model = BertForMaskedLM(config)
+    else:
+        config_type, model_type = {
+            "llama": (LlamaConfig, LlamaForCausalLM),
+            "qwen3": (Qwen3Config, Qwen3ForCausalLM),
+            "mistral": (MistralConfig, MistralForCausalLM),
+            "gemma": (GemmaConfig, GemmaForCausalLM),
+        }[name]
+        model = model_type(config_type(**{**llama_like, **common, **extra}))
+    return model.eval()
+
+
+def tiny_config(folder, **changes) -> EngramConfig:
+    """Memory of 1,500 rows of 8 before layer 1, in `folder`."""
+    settings = dict(
+        storage_path=str(folder / "engram_table.dat"),
+        shadow_map_path=str(folder / "shadow_map.npy"),
+        table_size=1_500,
+        engram_dim=32,
+        num_heads=2,
+        layer_indices=[1],
+    )
+    return EngramConfig(**{**settings, **changes})
+
+
+def wake(memory, scale: float = 0.3) -> None:
+    """Moves what starts at zero, so that the memory shows in the outputs."""
+    generator = torch.Generator().manual_seed(5)
+    with torch.no_grad():
+        for layer in memory:
+            layer.W_v.weight.normal_(0, scale, generator=generator)
+            layer.conv.weight.normal_(0, scale, generator=generator)
+        memory.storage.weight.mul_(50)
