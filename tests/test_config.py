@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 import pytest
 import yaml
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from sense_v2.core import config as config_module
@@ -351,6 +351,7 @@ train_configs = st.builds(
 configs = st.builds(Config, engram=engram_configs(), train=train_configs)
 
 
+@settings(deadline=None)  # cores are shared
 @given(configs)
 def test_round_trips(config: Config) -> None:
     assert Config.from_dict(config.to_dict()) == config
