@@ -1,0 +1,74 @@
+# `make help` says what there is. Whatever needs packages installs them into .venv first, on the first run.
+#
+# Settings, as in `make test PYTHON=python3.12`:
+#   PYTHON             the Python (3.10 or newer) that .venv is made with
+#   TORCH_CONSTRAINTS  the file that fixes torch's version; /dev/null takes any that pyproject.toml allows, such as the
+#                      CUDA build on a machine with a GPU. pip's own settings say where packages come from.
+#   CORPUS, QUICK      for `make demo`: a folder of text of your own; QUICK=1 for a look in place of a measurement
+#   JOBS               processes that `make test` runs in
+
+PYTHON ?= python3
+TORCH_CONSTRAINTS ?= constraints.txt
+JOBS ?= 2
+
+VENV := .venv
+BIN := $(VENV)/bin
+INSTALLED := $(VENV)/.installed
+INSTALLING := $(VENV)/.installing
+TYPED := sense_v2 $(wildcard scripts/*.py benchmarks/*.py)
+BENCHMARKS := $(wildcard benchmarks/*.py)
+
+.DEFAULT_GOAL := help
+.PHONY: help setup demo test lint format bench clean distclean broken
+
+help: ## this list
+	@sed -n 's/^\([a-z]*\):.*## /\1|/p' Makefile | while IFS='|' read -r target text; do printf '  make %-10s %s\n' "$$target" "$$text"; done
+
+setup: $(INSTALLED) ## .venv with everything; the targets below do it by themselves
+
+demo: $(INSTALLED) ## train a small model with memory and write the report (CORPUS=folder, QUICK=1)
+	$(BIN)/sense-engram demo --output runs/demo $(if $(CORPUS),--corpus "$(CORPUS)") $(if $(filter-out 0,$(QUICK)),--quick)
+
+# Tests are small: a torch thread per process beats several that fight for the same cores.
+test: $(INSTALLED) ## all tests (ARGS="-k name" for some)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(JOBS) $(ARGS)
+
+lint: $(INSTALLED) ## ruff and mypy
+	$(BIN)/python -m ruff check .
+	$(BIN)/python -m ruff format --check .
+	$(BIN)/python -m mypy $(TYPED)
+
+format: $(INSTALLED) ## rewrite the files as `make lint` wants them
+	$(BIN)/python -m ruff check --fix-only .
+	$(BIN)/python -m ruff format .
+
+bench: $(INSTALLED) ## every benchmark, one by one
+	@for file in $(BENCHMARKS); do echo "== $$file"; $(BIN)/python $$file || exit 1; done
+
+clean: ## remove what was built and the demo's output; data/ and .venv stay
+	rm -rf build dist *.egg-info runs/demo .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	find sense_v2 tests scripts benchmarks examples -name __pycache__ -type d -prune -exec rm -rf {} +
+
+distclean: clean ## clean, and remove .venv
+	rm -rf $(VENV)
+
+# .venv/.installed says for which folder and constraints everything was installed. Where it isn't true, or the
+# environment doesn't run any more (its Python was removed, the checkout was moved), it is made again.
+STATE := $(CURDIR) $(TORCH_CONSTRAINTS)
+PROBE := import sys, importlib.util as u; sys.exit(not all(map(u.find_spec, "torch transformers pytest xdist mypy ruff".split())))
+ifneq ($(shell cat $(INSTALLED) 2>/dev/null),$(STATE))
+$(INSTALLED): broken
+else ifneq ($(shell $(BIN)/python -c '$(PROBE)' 2>/dev/null && echo works),works)
+$(INSTALLED): broken
+endif
+
+# An installation that was cut off leaves .installing behind, and packages of which nobody knows whether they are
+# whole: that environment is made from nothing. One that somebody else made, and that works, is only added to.
+# torch comes first, and the constraints are in every call, or pip would be free to take another build of it.
+$(INSTALLED): pyproject.toml constraints.txt
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' || { echo "$(PYTHON): Python 3.10 or newer is needed; make PYTHON=... names another" >&2; exit 1; }
+	@if [ -e $(INSTALLING) ] || ! { $(BIN)/python -m pip --version || $(BIN)/python -m ensurepip; } >/dev/null 2>&1; then echo "making $(VENV)"; rm -rf $(VENV); $(PYTHON) -m venv $(VENV) || { echo "no venv: the system may want python3-venv installed" >&2; exit 1; }; fi
+	@rm -f $(INSTALLED); touch $(INSTALLING); echo "installing into $(VENV); a few minutes the first time"
+	$(BIN)/python -m pip install --quiet -c $(TORCH_CONSTRAINTS) torch
+	$(BIN)/python -m pip install --quiet -c $(TORCH_CONSTRAINTS) -e ".[demo,dev]"
+	@rm -f $(INSTALLING); printf '%s\n' '$(STATE)' > $(INSTALLED)
