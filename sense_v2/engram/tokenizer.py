@@ -323,31 +323,27 @@ def _load_from_hub(name: str) -> Any:
     from huggingface_hub import get_hf_file_metadata, hf_hub_url
     from huggingface_hub.errors import EntryNotFoundError, HfHubHTTPError, HFValidationError
 
-    # One request first: without it a machine without network waits through minutes of the libraries' retries.
-    tried, local = f"Tokenizer {name!r}: there is no such folder or file here", False
+    # One request first: a machine without network would otherwise wait through the libraries' retries, 45 s of them.
+    here = f"Tokenizer {name!r}: there is no such folder or file here"
+    reason = None
     try:
         get_hf_file_metadata(hf_hub_url(name, "tokenizer_config.json"), timeout=HUB_TIMEOUT_SECONDS)
     except EntryNotFoundError:
         pass  # the repository is there; not every one has this file
     except HFValidationError as error:
-        raise ValueError(f"{tried}, and it can't be a name on the model hub: {_one_line(error)}") from error
+        raise ValueError(f"{here}, and it can't be a name on the model hub: {_one_line(error)}") from error
     except HfHubHTTPError as error:
-        status = error.response.status_code
-        if status in (401, 403, 404):
-            raise OSError(
-                f"{tried}, and the model hub shows no such repository (status {status}): misspelt, private, or "
-                f"waiting for its terms to be accepted (hf auth login).\n{_OFFLINE_WAYS}"
-            ) from error
-        tried, local = f"{tried}, the model hub answers with status {status}", True
+        reason = f"the model hub answers with status {error.response.status_code}"
+        if error.response.status_code in (401, 403, 404):
+            reason += " (misspelt, private, or waiting for its terms to be accepted: hf auth login)"
     except Exception as error:  # the HTTP client's own classes differ between versions of the hub's library
-        reason = _one_line(error) or type(error).__name__
-        tried, local = f"{tried}, the model hub can't be reached ({reason})", True
+        reason = f"the model hub can't be reached ({_one_line(error) or type(error).__name__})"
+    if reason is None:
+        return _load_pretrained(name, local=False)
     try:
-        return _load_pretrained(name, local=local)
+        return _load_pretrained(name, local=True)
     except OSError as error:
-        if not local:
-            raise
-        raise OSError(f"{tried}, and its local cache doesn't hold it.\n{_OFFLINE_WAYS}") from error
+        raise OSError(f"{here}, {reason}, and its local cache doesn't hold it.\n{_OFFLINE_WAYS}") from error
 
 
 def _load_pretrained(name: str, local: bool) -> Any:
