@@ -20,6 +20,11 @@ def golden():
 
 
 @pytest.fixture(scope="session")
+def golden_folder() -> Path:
+    return GOLDEN
+
+
+@pytest.fixture(scope="session")
 def deepseek_map(tmp_path_factory) -> np.ndarray:
     """The released map: 129,280 token ids to 99,092 compressed ids."""
     from sense_v2.engram.tokenizer import EngramTokenizerBuilder

@@ -80,7 +80,9 @@ class HeadLayout:
         for primes_H in primes_LH:
             first_row = first_row if rules.one_table else 0
             ends_H = np.cumsum(primes_H)
-            offsets_LH.append(tuple(int(first_row + end - prime) for end, prime in zip(ends_H, primes_H, strict=True)))
+            offsets_LH.append(
+                tuple(int(first_row + end - prime) for end, prime in zip(ends_H, primes_H, strict=True))
+            )
             first_row += int(ends_H[-1])
         if rules.head_sizes == "budget":
             num_rows_L = [table_size] * len(layer_ids)
@@ -88,9 +90,7 @@ class HeadLayout:
             num_rows_L = [first_row] * len(layer_ids)
         else:
             num_rows_L = [sum(primes_H) for primes_H in primes_LH]
-        return cls(
-            tuple(layer_ids), tuple(ngram_orders), num_heads, primes_LH, tuple(offsets_LH), tuple(num_rows_L)
-        )
+        return cls(tuple(layer_ids), tuple(ngram_orders), num_heads, primes_LH, tuple(offsets_LH), tuple(num_rows_L))
 
     @classmethod
     def from_config(cls, config: EngramConfig) -> HeadLayout:
