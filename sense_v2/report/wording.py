@@ -1,0 +1,195 @@
+"""Numbers as a reader wants them. Goes in: a number, finite or not. Comes out: a short text with its unit.
+
+Every report formats through here, so that a number looks the same in a table, a sentence, a plot and the terminal.
+What isn't a finite number says so in words and never raises: a run that diverged is a result too.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+from datetime import datetime
+from typing import Any
+
+NOT_FINITE = "not finite"
+SAME = 0.005
+"""Two values less than half a percent apart are called level: one run can't tell them from chance."""
+
+
+def is_finite(value: Any) -> bool:
+    """Whether `value` is a number one can compute with; None stands for a missing number.
+
+    >>> [is_finite(value) for value in (1, 2.5, None, float("nan"), float("inf"))]
+    [True, True, False, False, False]
+    """
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+
+
+def count(value: float | None) -> str:
+    """
+    >>> count(129280)
+    '129,280'
+    """
+    return f"{value:,.0f}" if value is not None and is_finite(value) else NOT_FINITE
+
+
+def short(value: float | None) -> str:
+    """
+    >>> short(3_412_992), short(950)
+    ('3.41 M', '950')
+    """
+    if value is None or not is_finite(value):
+        return NOT_FINITE
+    for size, name in ((1e12, "T"), (1e9, "B"), (1e6, "M"), (1e3, "K")):
+        if abs(value) >= size:
+            return f"{value / size:.3g} {name}" if value < 999.5 * size else f"{value / size:.0f} {name}"
+    return f"{value:.0f}"
+
+
+def decimals(value: float | None, digits: int = 3) -> str:
+    """A loss or a ratio: a fixed number of decimals, with a minus sign.
+
+    >>> decimals(2.51049), decimals(-0.5, 2)
+    ('2.510', '−0.50')
+    """
+    return f"{value:.{digits}f}".replace("-", "−") if value is not None and is_finite(value) else NOT_FINITE
+
+
+def perplexity(value: float | None) -> str:
+    """
+    >>> perplexity(12.3081), perplexity(1503.2), perplexity(float("inf"))
+    ('12.31', '1,503', 'not finite')
+    """
+    if value is None or not is_finite(value):
+        return NOT_FINITE
+    if value >= 1e6:
+        return f"{value:.2e}"
+    return f"{value:,.0f}" if value >= 1000 else f"{value:.1f}" if value >= 100 else f"{value:.2f}"
+
+
+def percent(fraction: float | None) -> str:
+    """
+    >>> percent(0.4102), percent(0.0312), percent(-0.07)
+    ('41 %', '3.1 %', '−7.0 %')
+    """
+    if fraction is None or not is_finite(fraction):
+        return NOT_FINITE
+    value = 100 * fraction
+    text = f"{value:,.1f}" if 0 < abs(value) < 9.95 else f"{value:,.0f}"
+    return text.replace("-", "−") + " %"
+
+
+def change(new: float, old: float) -> str:
+    """How `new` compares with `old`, both finite and above 0; past ten times as high a percentage says little.
+
+    >>> change(59, 100), change(112, 100), change(2000, 100)
+    ('41 % lower', '12 % higher', '20 times as high')
+    """
+    if new > 10 * old:
+        return f"{new / old:,.0f} times as high"
+    return f"{percent(abs(new - old) / old)} {'lower' if new < old else 'higher'}"
+
+
+def duration(seconds: float | None) -> str:
+    """
+    >>> duration(0.03812), duration(4.5), duration(83), duration(725), duration(7380)
+    ('38.1 ms', '4.50 s', '83 s', '12 min 5 s', '2 h 3 min')
+    """
+    if seconds is None or not is_finite(seconds):
+        return NOT_FINITE
+    if seconds < 1:
+        return f"{1e3 * seconds:.3g} ms"
+    if seconds < 120:
+        return f"{seconds:.2f} s" if seconds < 10 else f"{seconds:.0f} s"
+    large, small, size = ("h", "min", 3600) if seconds >= 7200 else ("min", "s", 60)
+    parts = round(seconds / size * 60)
+    return f"{parts // 60} {large} {parts % 60} {small}"
+
+
+def size(num_bytes: float | None) -> str:
+    """
+    >>> size(2_560_000_000), size(16_774_144), size(900)
+    ('2.56 GB', '16.8 MB', '900 bytes')
+    """
+    if num_bytes is None or not is_finite(num_bytes):
+        return NOT_FINITE
+    for factor, name in ((1e12, "TB"), (1e9, "GB"), (1e6, "MB"), (1e3, "KB")):
+        if num_bytes >= factor:
+            return f"{num_bytes / factor:.3g} {name}" if num_bytes < 999.5 * factor else f"1,000 {name}"
+    return f"{num_bytes:.0f} bytes"
+
+
+def setting(value: Any) -> str:
+    """A value of a configuration, as it would be written in its file.
+
+    >>> setting([2, 3]), setting(None), setting(True), setting(3e-3)
+    ('[2, 3]', 'null', 'true', '0.003')
+    """
+    return value if isinstance(value, str) else json.dumps(value)
+
+
+def moment(iso_time: str) -> str:
+    """
+    >>> moment("2026-01-31T14:05:09+00:00"), moment("yesterday")
+    ('31 January 2026, 14:05 UTC', 'yesterday')
+    """
+    try:
+        time = datetime.fromisoformat(iso_time.replace("Z", "+00:00"))
+    except ValueError:
+        return iso_time
+    return f"{time.day} {time:%B %Y, %H:%M} {time.tzname() or ''}".rstrip()
+
+
+def listing(names: list[str]) -> str:
+    """
+    >>> listing(["a", "b", "c"]), listing(["a"])
+    ('a, b and c', 'a')
+    """
+    return " and ".join([", ".join(names[:-1]), names[-1]] if len(names) > 1 else names)
+
+
+def visible(text: str, inline: bool = False) -> str:
+    """A token's text with its white space made visible. Running text keeps its spaces and breaks its lines behind
+    the arrow; `inline` gives a single line, for a token that stands alone.
+
+    >>> visible("):\\n"), visible("    "), visible("\\t"), visible(" foo"), visible("")
+    ('):↵\\n', '····', '⇥\\t', ' foo', '∅')
+    >>> visible(" foo\\n", inline=True)
+    '·foo↵'
+    """
+    if not text:
+        return "∅"
+    if inline:
+        text = text.replace(" ", "·")
+    if not text.strip(" "):
+        return "·" * len(text)
+    marks = {"\n": "↵" if inline else "↵\n", "\t": "⇥" if inline else "⇥\t", "\x7f": "␡"}
+    return "".join(marks.get(c) or (chr(0x2400 + ord(c)) if ord(c) < 0x20 else c) for c in text)
+
+
+def printable(text: str) -> str:
+    """One line that a font can draw and a terminal can print: no control characters, no halves of surrogate pairs.
+
+    >>> printable("a\\tb") == "a b", printable("a\\x1b[2J") == "a\\ufffd[2J"
+    (True, True)
+    """
+    return "".join(" " if c.isspace() else c if c.isprintable() else "\ufffd" for c in text)
+
+
+def tie(text: str) -> str:
+    """Holds a number and its unit together with a no-break space, at which textwrap doesn't break a line either.
+
+    >>> tie("41 % lower after 83 s").replace(chr(160), "~")
+    '41~% lower after 83~s'
+    """
+    return re.sub(r"(?<=\d) (?=(%|[KMGT]?B|bytes|[KMT]|ms|s|min|h)(\W|$))", "\u00a0", text)
+
+
+def typeset(text: str) -> str:
+    """A sentence as a page sets it: units tied to their numbers, a printer's apostrophe.
+
+    >>> typeset("the model's perplexity")
+    'the model’s perplexity'
+    """
+    return re.sub(r"(?<=\w)'(?=\w|\s)", "’", tie(text))
