@@ -1,0 +1,245 @@
+"""The training report: did the memory help, what did it cost, and where does the gain come from.
+
+Goes in: the results of the runs, one dictionary that JSON can hold. Comes out: `write_report` one self-contained
+HTML file, `terminal_table` the same answer for a terminal, `write_picture` the picture for a README. Nothing here is
+typed in by hand: numbers are formatted in wording.py, sentences chosen in verdict.py, plots drawn in plots.py.
+
+    {
+      "title": str, "created": str (ISO time),
+      "corpus": {"name", "files", "held_out_files", "tokens", "held_out_tokens", "bytes", "held_out_bytes"},
+      "compression": {"tokenizer", "tokens", "ids", "normalization",
+                      "examples": [{"compressed_id": int, "tokens": [str, ...]}]},
+      "demo_compression": the same, for the tokenizer that the runs used,
+      "model": {"type", "layers", "hidden_size", "parameters"},
+      "engram": the fields of EngramConfig, "train": the fields of TrainConfig,
+      "table": {"rows", "width", "dtype", "bytes"}, "fusion_parameters": int,
+      "runs": {"plain": RUN, "engram": RUN, "random_rows": RUN (optional), "shuffled": RUN (optional)},
+      "step_time_ratio": median step of engram / median step of plain,
+      "same_seconds": {"seconds", "plain", "engram"}: both perplexities when the faster of the two ended; or None,
+      "controls": {"random_rows": kept, "shuffled": kept}: share of the loss gain that a control keeps; may be empty,
+      "gates": [{"layer", "tokens": [str, ...], "gates": [float, ...]}]: may be empty,
+      "rows_touched": [{"layer", "order", "head", "rows", "touched"}]: may be empty,
+      "generations": [{"prompt", "plain", "engram"}]: may be empty; a text may repeat its prompt,
+      "machine": {"cpu", "cores", "memory_bytes", "python", "torch"}, "seconds": of everything together
+    }
+
+    RUN = {
+      "label": str, "description": str (optional, what a control takes away),
+      "steps": [int], "train_loss": [float], "seconds": [float], training seconds up to and with that step,
+      "evals": [{"step", "seconds", "loss", "perplexity"}], on held-out text, the last one at the end,
+      "loss", "perplexity", "bits_per_byte": at the end, on held-out text,
+      "step_seconds_median": float, "step_seconds_spread": [10th percentile, 90th percentile]
+    }
+
+Losses are nats a token. A measured number may be NaN, infinite or None (what JSON has for both): the report says that
+it isn't finite and goes on.
+"""
+
+from __future__ import annotations
+
+import math
+import textwrap
+from pathlib import Path
+from typing import Any
+
+from sense_v2.report import page, verdict, wording
+
+COLUMNS = 100
+REQUIRED = (
+    "title",
+    "created",
+    "corpus",
+    "compression",
+    "demo_compression",
+    "model",
+    "engram",
+    "table",
+    "fusion_parameters",
+    "train",
+    "runs",
+    "step_time_ratio",
+    "same_seconds",
+    "controls",
+    "gates",
+    "rows_touched",
+    "generations",
+    "machine",
+    "seconds",
+)
+
+
+def write_report(results: dict[str, Any], path: str | Path) -> None:
+    """Writes the HTML report, making its folder. Raises `ValueError` when `results` lacks a part."""
+    from sense_v2.report import plots  # matplotlib takes a second to import, which terminal_table needn't wait for
+
+    _check(results)
+    runs = results["runs"]
+    low, high, layers = gate_layers(results["gates"])
+    page.write(
+        path,
+        "training.html",
+        results=results,
+        runs=runs,
+        names=_names(results),
+        verdict=verdict,
+        panels=plots.loss_panels(results),
+        window=plots.smoothing_window(len(runs["engram"]["steps"])),
+        step_bars=step_bars(results),
+        control_bars=control_bars(results),
+        gate_low=low,
+        gate_high=high,
+        gate_layers=layers,
+        columns=head_columns(results["rows_touched"]),
+        continuation=continuation,
+    )
+
+
+def write_picture(results: dict[str, Any], path: str | Path) -> None:
+    """Writes validation perplexity over steps, all runs, as a PNG. Raises `ValueError` for incomplete `results`."""
+    from sense_v2.report import plots
+
+    _check(results)
+    plots.write_picture(results, path)
+
+
+def terminal_table(results: dict[str, Any]) -> str:
+    """The runs as a plain text table of at most 100 columns, and under it what they show.
+
+    Raises `ValueError` when `results` lacks a part.
+    """
+    _check(results)
+    header = ("run", "perplexity", "change", "loss", "bits/byte", "a step", "training")
+    rows = [header]
+    for name in _names(results):
+        run = results["runs"][name]
+        rows.append(
+            (
+                textwrap.shorten(run["label"], 28, placeholder="…"),
+                wording.perplexity(run["perplexity"]),
+                verdict.against_plain(results, name),
+                wording.decimals(run["loss"]),
+                wording.decimals(run["bits_per_byte"]),
+                wording.duration(run["step_seconds_median"]),
+                wording.duration(run["seconds"][-1]),
+            )
+        )
+    widths = [max(len(row[i]) for row in rows) for i in range(len(header))]
+    lines = [
+        "  ".join(
+            [row[0].ljust(widths[0]), *(cell.rjust(width) for cell, width in zip(row[1:], widths[1:], strict=True))]
+        )
+        for row in rows
+    ]
+    lines.insert(1, "  ".join("-" * width for width in widths))
+    sentences = [
+        verdict.headline(results),
+        f"{verdict.steps(results)} {verdict.same_seconds(results)}",
+        verdict.controls(results),
+        *verdict.curiosities(results),
+    ]
+    told = [line for sentence in sentences for line in textwrap.wrap(wording.tie(sentence), COLUMNS)]
+    return "".join(wording.printable(line) + "\n" for line in [*lines, "", *told])
+
+
+def gate_layers(gates: list[dict[str, Any]]) -> tuple[float, float, list[dict[str, Any]]]:
+    """Lowest and highest gate of all layers, and each layer's tokens with their place between the two (0 to 1).
+
+    One scale for all layers, so that their colours compare. A gate that isn't finite has no place (None).
+    """
+    every = [gate for layer in gates for gate in layer["gates"] if wording.is_finite(gate)]
+    low, high = (min(every), max(every)) if every else (math.nan, math.nan)
+    layers = []
+    for layer in gates:
+        if len(layer["tokens"]) != len(layer["gates"]):
+            raise ValueError(
+                f"gates of layer {layer['layer']}: {len(layer['tokens'])} tokens and {len(layer['gates'])} gates"
+            )
+        tokens = [
+            {
+                "text": text,
+                "gate": gate,
+                "share": round((gate - low) / (high - low or 1), 3) if wording.is_finite(gate) else None,
+            }
+            for text, gate in zip(layer["tokens"], layer["gates"], strict=True)
+        ]
+        own = sorted((t for t in tokens if t["share"] is not None), key=lambda t: -t["gate"])
+        summary = (
+            {"low": own[-1]["gate"], "high": own[0]["gate"], "mean": sum(t["gate"] for t in own) / len(own)}
+            if own
+            else {}
+        )
+        layers.append({"layer": layer["layer"], "tokens": tokens, "widest": own[:3], **summary})
+    return low, high, layers
+
+
+def step_bars(results: dict[str, Any]) -> list[dict[str, Any]]:
+    """Step times as shares of the longest, in percent."""
+    runs = results["runs"]
+    times = {
+        name: [runs[name]["step_seconds_median"], *runs[name]["step_seconds_spread"]] for name in _names(results)
+    }
+    longest = max((t for three in times.values() for t in three if wording.is_finite(t)), default=0) or 1
+    bars = []
+    for name, (median, low, high) in times.items():
+        drawn = all(wording.is_finite(t) for t in (median, low, high))
+        shares = [round(100 * t / longest, 2) if drawn else 0 for t in (low, median, high)]
+        place = {"low": shares[0], "middle": shares[1], "width": round(shares[2] - shares[0], 2), "drawn": drawn}
+        bars.append({"name": name, "label": runs[name]["label"], "median": median, "spread": (low, high), **place})
+    return bars
+
+
+def control_bars(results: dict[str, Any]) -> list[dict[str, Any]]:
+    """What each control keeps of the gain, beside the memory model's 100 %; empty where nothing was gained."""
+    runs, kept = results["runs"], {"engram": 1.0}
+    kept.update({name: results["controls"].get(name, math.nan) for name in verdict.CONTROLS if name in runs})
+    if len(kept) == 1 or verdict.outcome(results) != "better":
+        return []
+    longest = max(share for share in kept.values() if wording.is_finite(share))
+    return [
+        {
+            "name": name,
+            "label": runs[name]["label"],
+            "kept": share,
+            "drawn": wording.is_finite(share),
+            "width": round(100 * max(share, 0) / longest, 2) if wording.is_finite(share) else 0,
+        }
+        for name, share in kept.items()
+    ]
+
+
+def head_columns(heads: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The heads by layer and n-gram order, each with the share of its rows that training reached."""
+    groups: dict[tuple[int, int], list[dict[str, Any]]] = {}
+    for head in sorted(heads, key=lambda head: (head["layer"], head["order"], head["head"])):
+        share = head["touched"] / head["rows"]
+        groups.setdefault((head["layer"], head["order"]), []).append(
+            {**head, "share": share, "height": round(100 * share, 1)}
+        )
+    return [{"layer": layer, "order": order, "heads": own} for (layer, order), own in groups.items()]
+
+
+def continuation(generation: dict[str, str], name: str) -> str:
+    """What a model wrote after the prompt."""
+    return generation[name].removeprefix(generation["prompt"])
+
+
+def _names(results: dict[str, Any]) -> list[str]:
+    return [name for name in verdict.RUNS if name in results["runs"]]
+
+
+def _check(results: dict[str, Any]) -> None:
+    missing = [key for key in REQUIRED if key not in results]
+    if missing:
+        raise ValueError(f"the results lack {', '.join(missing)}; {__name__} says what they hold")
+    runs = results["runs"]
+    missing = [name for name in ("plain", "engram") if name not in runs]
+    unknown = [name for name in runs if name not in verdict.RUNS]
+    if missing or unknown:
+        raise ValueError(
+            f"results['runs'] holds {', '.join(runs) or 'nothing'}; allowed are {', '.join(verdict.RUNS)}, "
+            "and the first two must be there"
+        )
+    for name, run in runs.items():
+        lengths = {key: len(run[key]) for key in ("steps", "train_loss", "seconds")}
+        if len(set(lengths.values())) > 1 or not run["steps"]:
+            raise ValueError(f"results['runs'][{name!r}]: lists of one length, at least 1, are needed, not {lengths}")
