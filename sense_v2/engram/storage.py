@@ -32,7 +32,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from sense_v2.engram.fill import allocate, fill_normal, new_file, sync, wait_for_new_file
+from sense_v2.engram.fill import MadeMeanwhileError, allocate, fill_normal, new_file, sync, wait_for_new_file
 from sense_v2.engram.format import (
     STATE_DTYPE,
     Manifest,
@@ -134,7 +134,7 @@ class MMapEmbeddingStorage(nn.Module):
         """
         if self.mode == "r":
             raise FileNotFoundError(f"{self.path}: no table there. mode='r+' makes one; mode='r' only reads")
-        with contextlib.suppress(FileExistsError), new_file(self._manifest_path) as manifest_fd:
+        with contextlib.suppress(MadeMeanwhileError), new_file(self._manifest_path) as manifest_fd:
             self._refuse_left_states()
             os.pwrite(manifest_fd, manifest.to_json().encode(), 0)
             os.fsync(manifest_fd)
@@ -346,7 +346,7 @@ class MMapEmbeddingStorage(nn.Module):
                     f"{self._manifest_path} lists optimizer state {path}, which isn't there. Put it back, or remove "
                     f"the entry states.{name} to begin with zeros"
                 )
-            with contextlib.suppress(FileExistsError), new_file(path) as fd:
+            with contextlib.suppress(MadeMeanwhileError), new_file(path) as fd:
                 allocate(fd, expected_bytes, path)
         found_bytes = path.stat().st_size
         if found_bytes != expected_bytes:
