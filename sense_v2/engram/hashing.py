@@ -349,5 +349,5 @@ def _check_range(ids: torch.Tensor, low: int, high: int, what: str) -> None:
     if least < low or most >= high:
         bad = least if least < low else most
         raise IndexError(
-            f"{what} hold {bad}, outside {low} to {high - 1}: they must come from the EngramTokenizer this was made for"
+            f"{what} hold {bad}, outside {low} to {high - 1}: they must come from the shadow map this was made for"
         )

@@ -332,9 +332,8 @@ def compressed_pad_id(config: EngramConfig, tokenizer: EngramTokenizer, pad_toke
     """The compressed id that stands for positions before a sequence: the configuration's pad token, else
     `pad_token_id`, else the map's tokenizer's, else token 0.
     """
-    for token_id in (config.pad_token_id, pad_token_id, tokenizer.pad_token_id, 0):
-        if token_id is not None:
-            break
+    candidates = (config.pad_token_id, pad_token_id, tokenizer.pad_token_id, 0)
+    token_id = next(candidate for candidate in candidates if candidate is not None)
     if not 0 <= token_id < tokenizer.vocab_size:
         raise ValueError(
             f"pad_token_id = {token_id} is outside the shadow map's {tokenizer.vocab_size} token ids; set "

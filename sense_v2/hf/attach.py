@@ -14,6 +14,8 @@ from __future__ import annotations
 
 import inspect
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -67,8 +69,8 @@ class EngramMemory(nn.Module):
         )
         self._undo: list[Any] = []
 
-    def __iter__(self) -> Any:
-        return iter(self.layers.values())
+    def __iter__(self) -> Iterator[EngramFusionLayer]:
+        return iter(self.layers.values())  # type: ignore[arg-type]  # a ModuleDict doesn't know its modules' type
 
 
 def attach_engram(model: PreTrainedModel, config: EngramConfig, tokenizer: Any = None) -> PreTrainedModel:
@@ -88,7 +90,7 @@ def attach_engram(model: PreTrainedModel, config: EngramConfig, tokenizer: Any =
     >>> model = attach_engram(LlamaForCausalLM(...), EngramConfig(layer_indices=[1]), tokenizer)  # doctest: +SKIP
     """
     config.validate()
-    if getattr(model, "engram", None) is not None:
+    if attached_memory(model) is not None:
         raise ValueError("this model has memory attached already; call detach_engram(model) first")
     if not config.enabled:
         warnings.warn("EngramConfig.enabled is False: no memory is attached", UserWarning, stacklevel=2)
@@ -110,7 +112,7 @@ def attach_engram(model: PreTrainedModel, config: EngramConfig, tokenizer: Any =
 
     shadow_map = _shadow_map(config, tokenizer)
     embedding = model.get_input_embeddings()
-    num_embeddings = int(embedding.weight.shape[0])
+    num_embeddings = _rows(embedding)
     _check_vocabulary(shadow_map, num_embeddings, config)
     pad_token_id = getattr(model.config, "pad_token_id", None)
     memory = EngramMemory(config, int(model.config.get_text_config().hidden_size), shadow_map, pad_token_id)
@@ -120,13 +122,28 @@ def attach_engram(model: PreTrainedModel, config: EngramConfig, tokenizer: Any =
 
     model.engram = memory
     memory._undo.append(base.register_forward_pre_hook(_carry_ids(base, embedding, num_embeddings), with_kwargs=True))
+    fusions = {fusion.layer_id: fusion for fusion in memory}
     for layer_id, layer in enumerate(layers):
-        fusion = memory.layers[str(layer_id)] if layer_id in config.layer_indices else None
-        memory._undo.append(layer.register_forward_pre_hook(_add_memory(fusion, layer_id), with_kwargs=True))
+        hook = _add_memory(fusions.get(layer_id), layer_id)
+        memory._undo.append(layer.register_forward_pre_hook(hook, with_kwargs=True))
     generation_config = getattr(model, "generation_config", None)
     if generation_config is not None:
         memory._undo.append(_AttributeChange(generation_config, "use_cache", False))
     return model
+
+
+def memory_of(model: nn.Module) -> EngramMemory:
+    """`model.engram`, typed. Raises `ValueError` where nothing is attached."""
+    memory = attached_memory(model)
+    if memory is None:
+        raise ValueError("this model has no memory attached; attach_engram(model, config) does it")
+    return memory
+
+
+def attached_memory(model: nn.Module) -> EngramMemory | None:
+    """`model.engram`, or None where nothing is attached."""
+    memory = getattr(model, "engram", None)
+    return memory if isinstance(memory, EngramMemory) else None
 
 
 def detach_engram(model: PreTrainedModel) -> PreTrainedModel:
@@ -135,9 +152,7 @@ def detach_engram(model: PreTrainedModel) -> PreTrainedModel:
     Rows that were trained since the last `storage.flush()` are flushed first. Raises `ValueError` where nothing is
     attached.
     """
-    memory = getattr(model, "engram", None)
-    if memory is None:
-        raise ValueError("this model has no memory attached")
+    memory = memory_of(model)
     if memory.storage.mode == "r+":
         memory.storage.flush()
     for change in memory._undo:
@@ -151,11 +166,28 @@ class _AttributeChange:
     """Sets an attribute; `remove()` puts the old value back, as a hook's handle does."""
 
     def __init__(self, owner: Any, name: str, value: Any) -> None:
-        self.owner, self.name, self.old = owner, name, getattr(owner, name)
+        self.owner, self.name, self.old, self.new = owner, name, getattr(owner, name), value
         setattr(owner, name, value)
 
     def remove(self) -> None:
         setattr(self.owner, self.name, self.old)
+
+    def apply(self) -> None:
+        setattr(self.owner, self.name, self.new)
+
+
+@contextmanager
+def own_settings(model: PreTrainedModel) -> Iterator[None]:
+    """While it lasts, the model's settings are those it had before memory was attached: for saving it."""
+    memory = attached_memory(model)
+    changes = [change for change in memory._undo if isinstance(change, _AttributeChange)] if memory else []
+    for change in changes:
+        change.remove()
+    try:
+        yield
+    finally:
+        for change in changes:
+            change.apply()
 
 
 def decoder_layers(model: PreTrainedModel) -> nn.ModuleList:
@@ -207,6 +239,12 @@ def _shadow_map(config: EngramConfig, tokenizer: Any) -> EngramTokenizer:
     return shadow_map
 
 
+def _rows(embedding: nn.Module) -> int:
+    weight = embedding.weight
+    assert isinstance(weight, torch.Tensor)
+    return weight.shape[0]
+
+
 def _check_vocabulary(shadow_map: EngramTokenizer, num_embeddings: int, config: EngramConfig) -> None:
     if not 0 <= num_embeddings - shadow_map.vocab_size <= MAX_PADDED_ROWS:
         raise ValueError(
@@ -230,7 +268,7 @@ def _carry_ids(base: nn.Module, embedding: nn.Module, num_embeddings: int) -> An
                 "memory is looked up by token ids, and this call has none (inputs_embeds alone): pass the ids "
                 f"along as {IDS_ARGUMENT}=…"
             )
-        current = int(embedding.weight.shape[0])
+        current = _rows(embedding)
         if current != num_embeddings:
             raise ValueError(
                 f"the vocabulary was resized from {num_embeddings} to {current} after memory was attached; "

@@ -52,9 +52,14 @@ def standard_library() -> list[Path]:
 
 
 def read_corpus(
-    paths: Sequence[str | Path] | None, *, held_out_fraction: float = 0.1, name: str | None = None
+    paths: Sequence[str | Path] | None,
+    *,
+    held_out_fraction: float = 0.1,
+    max_bytes: int | None = None,
 ) -> Corpus:
     """Reads files, and all files below folders; None is the Python standard library.
+
+    With `max_bytes`, files are taken in an order that their names decide until that many bytes are read.
 
     Raises `FileNotFoundError` for a path that isn't there, `ValueError` for a corpus without text, or with too few
     files to hold any out.
@@ -62,7 +67,7 @@ def read_corpus(
     if paths is None:
         root = Path(sysconfig.get_paths()["stdlib"])
         files, roots = standard_library(), [root]
-        name = name or "Python standard library"
+        name = "Python standard library"
     else:
         roots = [Path(path) for path in paths]
         files = []
@@ -71,10 +76,16 @@ def read_corpus(
                 raise FileNotFoundError(f"{path}: no such file or folder; --corpus takes files or folders of text")
             found = path.rglob("*") if path.is_dir() else [path]
             files += sorted(file for file in found if file.is_file() and not _is_hidden(file, path))
-        name = name or ", ".join(path.name or str(path) for path in roots)
+        name = ", ".join(path.resolve().name for path in roots)
 
     train_texts, held_out_texts, left_out, empty = [], [], [], 0
+    num_bytes = 0
+    if max_bytes is not None:
+        files = sorted(files, key=lambda file: _share("order of " + _relative_name(file, roots)))
     for file in files:
+        if max_bytes is not None and num_bytes >= max_bytes:
+            break
+        num_bytes += file.stat().st_size
         text = _read_text(file)
         if text is None:
             left_out.append(file)
@@ -92,7 +103,7 @@ def read_corpus(
         )
     if not train_texts and not held_out_texts:
         raise ValueError(
-            f"the corpus {name} has no text: {len(files)} files, {len(left_out)} of them not UTF-8 text, {empty} empty"
+            f"the corpus {name} has no text: {len(files)} files, {len(left_out)} not UTF-8 text, {empty} empty"
         )
     if not held_out_texts and len(train_texts) > 1:
         held_out_texts.append(train_texts.pop())

@@ -16,6 +16,8 @@ import torch
 import torch.nn.functional as F
 from transformers import PreTrainedModel
 
+from sense_v2.hf.attach import memory_of
+
 
 @dataclass
 class Evaluation:
@@ -70,7 +72,7 @@ def gate_strengths(model: PreTrainedModel, token_ids_T: torch.Tensor) -> dict[in
     """The gate α of each memory layer at each token of one sequence (the mean over streams), by layer number."""
     gates: dict[int, list[float]] = {}
     hooks = []
-    for layer in model.engram:
+    for layer in memory_of(model):
         store = lambda module, inputs, alpha_BTS, layer=layer: gates.__setitem__(  # noqa: E731
             layer.layer_id, alpha_BTS[0].mean(-1).tolist()
         )
@@ -87,12 +89,13 @@ def gate_strengths(model: PreTrainedModel, token_ids_T: torch.Tensor) -> dict[in
 def rows_touched(model: PreTrainedModel, batches: Iterable[torch.Tensor]) -> list[dict[str, int]]:
     """How many rows of each head the token ids in `batches` look up: one entry a head, with layer, order, head, rows
     and touched. Hashes only; no row is read. Needs one byte a row of the table."""
-    seen_N = np.zeros(model.engram.storage.num_embeddings, dtype=np.bool_)
+    memory = memory_of(model)
+    seen_N = np.zeros(memory.storage.num_embeddings, dtype=np.bool_)
     for token_ids_BT in batches:
-        for layer in model.engram:
+        for layer in memory:
             seen_N[layer.row_ids(token_ids_BT).flatten().numpy()] = True
     counts = []
-    for layer in model.engram:
+    for layer in memory:
         layout = layer.hasher.layout
         position = layout.layer_ids.index(layer.layer_id)
         heads = zip(layout.primes_LH[position], layout.offsets_LH[position], strict=True)

