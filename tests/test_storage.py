@@ -205,6 +205,21 @@ def test_a_table_that_is_not_there_cannot_be_read(path: Path) -> None:
     assert names(path.parent) == []
 
 
+def test_a_link_to_a_disk_that_is_not_there_is_kept(path: Path) -> None:
+    path.symlink_to("/not/mounted/engram_table.dat")
+    with pytest.raises(FileNotFoundError, match=r"links to /not/mounted/engram_table\.dat, which isn't there"):
+        make(path)
+    assert names(path.parent) == ["engram_table.dat"]
+    assert path.is_symlink()
+    target = path.with_name("elsewhere.dat")
+    make(target)
+    path.unlink()
+    path.symlink_to(target)
+    shutil.move(target.with_suffix(".json"), path.with_suffix(".json"))
+    make(path).write(torch.tensor([1]), torch.ones(1, D))
+    assert on_disk(target)[1].tolist() == [1.0] * D
+
+
 FULL_DISK = """
 import resource, sys
 from sense_v2.engram.storage import MMapEmbeddingStorage
@@ -775,7 +790,11 @@ def test_no_gradients_where_none_are_wanted(path: Path) -> None:
         assert not table(torch.tensor([1])).requires_grad
     assert not table.eval()(torch.tensor([1])).requires_grad
     assert table.weight.grad is None
-    table.train()(torch.tensor([], dtype=torch.int64)).sum().backward()
+    frozen = table.train().requires_grad_(False)
+    assert frozen is table
+    assert not table(torch.tensor([1])).requires_grad
+    assert table.requires_grad_()(torch.tensor([1])).requires_grad
+    table(torch.tensor([], dtype=torch.int64)).sum().backward()
     found = table.gradients()
     assert found is None or found[1].shape == (0, D)
 

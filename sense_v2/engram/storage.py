@@ -134,6 +134,9 @@ class MMapEmbeddingStorage(nn.Module):
         """
         if self.mode == "r":
             raise FileNotFoundError(f"{self.path}: no table there. mode='r+' makes one; mode='r' only reads")
+        if self.path.is_symlink():
+            # Most likely a disk that isn't mounted: a new table would take the link's place, on this disk.
+            raise FileNotFoundError(f"{self.path} links to {os.readlink(self.path)}, which isn't there")
         with contextlib.suppress(MadeMeanwhileError), new_file(self._manifest_path) as manifest_fd:
             self._refuse_left_states()
             os.pwrite(manifest_fd, manifest.to_json().encode(), 0)
