@@ -2,19 +2,20 @@
 #
 # Settings, as in `make test PYTHON=python3.12`:
 #   PYTHON             the Python (3.10 or newer) that .venv is made with
-#   TORCH_CONSTRAINTS  the file that fixes torch's version; /dev/null takes any that pyproject.toml allows, such as the
-#                      CUDA build on a machine with a GPU. pip's own settings say where packages come from.
+#   TORCH_CONSTRAINTS  the file that fixes torch's version; /dev/null takes the newest that pyproject.toml allows, such
+#                      as the CUDA build on a machine with a GPU. A change makes .venv again, which then remembers it.
+#                      Where packages come from is pip's own business (its configuration, PIP_INDEX_URL).
 #   CORPUS, QUICK      for `make demo`: a folder of text of your own; QUICK=1 for a look in place of a measurement
 #   JOBS               processes that `make test` runs in
 
 PYTHON ?= python3
-TORCH_CONSTRAINTS ?= constraints.txt
 JOBS ?= 2
 
 VENV := .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 INSTALLING := $(VENV)/.installing
+TORCH_CONSTRAINTS ?= $(or $(shell sed -n 2p $(INSTALLED) 2>/dev/null),constraints.txt)
 TYPED := sense_v2 $(wildcard scripts/*.py benchmarks/*.py)
 BENCHMARKS := $(wildcard benchmarks/*.py)
 
@@ -52,23 +53,29 @@ clean: ## remove what was built and the demo's output; data/ and .venv stay
 distclean: clean ## clean, and remove .venv
 	rm -rf $(VENV)
 
-# .venv/.installed says for which folder and constraints everything was installed. Where it isn't true, or the
-# environment doesn't run any more (its Python was removed, the checkout was moved), it is made again.
+# .venv/.installed says in which folder and with which constraints everything was installed. Where that isn't so any
+# more (the checkout was moved, its Python or packages were removed), the environment is made from nothing.
 STATE := $(CURDIR) $(TORCH_CONSTRAINTS)
 PROBE := import sys, importlib.util as u; sys.exit(not all(map(u.find_spec, "torch transformers pytest xdist mypy ruff".split())))
-ifneq ($(shell cat $(INSTALLED) 2>/dev/null),$(STATE))
-$(INSTALLED): broken
+ifneq ($(wildcard $(INSTALLED)),)
+ifneq ($(shell cat $(INSTALLED)),$(STATE))
+STALE := yes
 else ifneq ($(shell $(BIN)/python -c '$(PROBE)' 2>/dev/null && echo works),works)
+STALE := yes
+endif
+endif
+ifdef STALE
 $(INSTALLED): broken
 endif
 
 # An installation that was cut off leaves .installing behind, and packages of which nobody knows whether they are
-# whole: that environment is made from nothing. One that somebody else made, and that works, is only added to.
+# whole: from nothing as well. An environment that somebody else made and that works is only added to.
 # torch comes first, and the constraints are in every call, or pip would be free to take another build of it.
 $(INSTALLED): pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' || { echo "$(PYTHON): Python 3.10 or newer is needed; make PYTHON=... names another" >&2; exit 1; }
-	@if [ -e $(INSTALLING) ] || ! { $(BIN)/python -m pip --version || $(BIN)/python -m ensurepip; } >/dev/null 2>&1; then echo "making $(VENV)"; rm -rf $(VENV); $(PYTHON) -m venv $(VENV) || { echo "no venv: the system may want python3-venv installed" >&2; exit 1; }; fi
+	@if [ -n "$(STALE)" ] || [ -e $(INSTALLING) ] || ! { $(BIN)/python -m pip --version || $(BIN)/python -m ensurepip; } >/dev/null 2>&1; then echo "making $(VENV)"; rm -rf $(VENV); $(PYTHON) -m venv $(VENV) || { echo "no venv: the system may want python3-venv installed" >&2; exit 1; }; fi
 	@rm -f $(INSTALLED); touch $(INSTALLING); echo "installing into $(VENV); a few minutes the first time"
 	$(BIN)/python -m pip install --quiet -c $(TORCH_CONSTRAINTS) torch
 	$(BIN)/python -m pip install --quiet -c $(TORCH_CONSTRAINTS) -e ".[demo,dev]"
-	@rm -f $(INSTALLING); printf '%s\n' '$(STATE)' > $(INSTALLED)
+	@$(BIN)/python -c 'import torch, transformers, sense_v2.core.config' || { echo "$(VENV) doesn't work; try again after: make distclean" >&2; exit 1; }
+	@rm -f $(INSTALLING); printf '%s\n' "$(CURDIR)" "$(TORCH_CONSTRAINTS)" > $(INSTALLED)
