@@ -63,7 +63,7 @@ def test_paper_head_ids(golden, deepseek_map, layer_id):
     hasher = NgramHasher("paper", layer_id=layer_id, **PAPER, **PUBLISHED)
     layer = PAPER["layer_ids"].index(layer_id)
     assert hasher.multipliers.tolist() == expected["multipliers"][str(layer_id)]
-    assert list(hasher.layout.primes_LH[layer]) == sum(expected["primes"][str(layer_id)], [])
+    assert list(hasher.layout.primes_LH[layer]) == [p for order in expected["primes"][str(layer_id)] for p in order]
     for case in expected["cases"]:
         rows_BTH = hasher(deepseek_map[np.array([case["input_ids"]])])
         head_ids = rows_BTH[0] - np.array(hasher.layout.offsets_LH[layer])

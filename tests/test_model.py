@@ -328,7 +328,12 @@ def test_open_table_has_exactly_table_size_rows_and_says_what_it_is(tmp_path, go
 
 @pytest.mark.parametrize(
     ("change", "message"),
-    [({"seed": 1}, "seed"), ({"engram_dim": 64}, "width"), ({"table_size": 1_501}, "rows"), ({"num_heads": 1}, "width")],
+    [
+        ({"seed": 1}, "seed"),
+        ({"engram_dim": 64}, "width"),
+        ({"table_size": 1_501}, "rows"),
+        ({"num_heads": 1}, "width"),
+    ],
 )
 def test_a_table_of_another_configuration_is_refused_by_name(tmp_path, change, message):
     tokenizer = make_layer(tmp_path).tokenizer

@@ -35,16 +35,16 @@ def tiny_tokenizer(vocabulary: int = VOCABULARY) -> Tokenizer:
 def tiny_model(name: str, *, layers: int = 3, hidden: int = 32, vocabulary: int = VOCABULARY, **extra):
     """A random model in float32, eval mode, the same for the same arguments."""
     torch.manual_seed(0)
-    common = dict(vocab_size=vocabulary, pad_token_id=0, bos_token_id=1, eos_token_id=2)
-    llama_like = dict(
-        hidden_size=hidden,
-        intermediate_size=2 * hidden,
-        num_hidden_layers=layers,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        head_dim=hidden // 4,
-        max_position_embeddings=128,
-    )
+    common = {"vocab_size": vocabulary, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
+    llama_like = {
+        "hidden_size": hidden,
+        "intermediate_size": 2 * hidden,
+        "num_hidden_layers": layers,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "head_dim": hidden // 4,
+        "max_position_embeddings": 128,
+    }
     if name == "gpt2":
         config = GPT2Config(n_embd=hidden, n_layer=layers, n_head=4, n_positions=128, **common, **extra)
         model = GPT2LMHeadModel(config)
@@ -72,14 +72,14 @@ def tiny_model(name: str, *, layers: int = 3, hidden: int = 32, vocabulary: int 
 
 def tiny_config(folder, **changes) -> EngramConfig:
     """Memory of 1,500 rows of 8 before layer 1, in `folder`."""
-    settings = dict(
-        storage_path=str(folder / "engram_table.dat"),
-        shadow_map_path=str(folder / "shadow_map.npy"),
-        table_size=1_500,
-        engram_dim=32,
-        num_heads=2,
-        layer_indices=[1],
-    )
+    settings = {
+        "storage_path": str(folder / "engram_table.dat"),
+        "shadow_map_path": str(folder / "shadow_map.npy"),
+        "table_size": 1_500,
+        "engram_dim": 32,
+        "num_heads": 2,
+        "layer_indices": [1],
+    }
     return EngramConfig(**{**settings, **changes})
 
 
