@@ -75,7 +75,7 @@ def test_memory_is_added_before_the_named_layers(tmp_path, name):
     mask = torch.ones_like(ids)
     mask[0, :2] = 0
     seen = {}
-    layers = [module for module in model.base_model.modules() if isinstance(module, torch.nn.ModuleList)][0]
+    layers = next(module for module in model.base_model.modules() if isinstance(module, torch.nn.ModuleList))
     for number, layer in enumerate(layers):
         # Runs before the memory's own hook: what arrives; and inside the layer: what the layer got.
         hook = lambda module, args, kwargs, n=number: seen.__setitem__(("in", n), args[0])  # noqa: E731
@@ -349,7 +349,7 @@ def test_a_table_that_does_not_match_is_refused_and_kept(tmp_path, change):
     detach_engram(attached("llama", tmp_path))
     before = (tmp_path / "engram_table.dat").read_bytes()
     model = tiny_model("llama")
-    with pytest.raises(ValueError, match="seed|width|rows"):
+    with pytest.raises(ValueError, match=r"seed|width|rows"):
         attach_engram(model, tiny_config(tmp_path, **change))
     assert (tmp_path / "engram_table.dat").read_bytes() == before
     assert attached_memory(model) is None
