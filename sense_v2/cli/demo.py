@@ -23,8 +23,8 @@ from typing import Any
 import numpy as np
 import psutil
 import torch
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel
+from tokenizers import Tokenizer
+from transformers import PreTrainedModel
 
 from sense_v2.cli.progress import TrainingProgress
 from sense_v2.cli.setup import shared_spellings
@@ -34,12 +34,11 @@ from sense_v2.hf.attach import attach_engram, detach_engram, memory_of
 from sense_v2.hf.controls import freeze_rows, permute_rows
 from sense_v2.hf.corpus import Batches, encode, read_corpus
 from sense_v2.hf.evaluation import Evaluation, evaluate, gate_strengths, rows_touched
-from sense_v2.hf.pretrained import memory_paths, save_trained
+from sense_v2.hf.fresh import END_OF_TEXT_ID, fresh_backbone, small_memory, train_bpe
+from sense_v2.hf.pretrained import save_trained
 from sense_v2.hf.training import History, train
 from sense_v2.report.training import terminal_table, write_picture, write_report
 
-BPE_VOCABULARY = 8192
-END_OF_TEXT = "<|endoftext|>"
 # More text than this takes longer to tokenise than to train on.
 MAX_CORPUS_BYTES = 16 * 2**20
 
@@ -54,53 +53,9 @@ GATE_SAMPLE_TOKENS = 160
 
 
 def demo_config(output: str | Path) -> Config:
-    """What the demo trains: 8 heads of about 65,536 rows of width 32 before layer 1 of a model of width 128."""
-    storage_path, shadow_map_path = memory_paths(Path(output) / "model")
-    return Config(
-        engram=EngramConfig(
-            table_size=8 * 65_536,
-            engram_dim=256,
-            num_heads=4,
-            ngram_orders=[2, 3],
-            layer_indices=[1],
-            tokenizer_name="demo BPE",
-            storage_path=str(storage_path),
-            shadow_map_path=str(shadow_map_path),
-        ),
-        train=TrainConfig(),
-    )
-
-
-def demo_backbone(seed: int) -> LlamaForCausalLM:
-    """A Llama of two layers of width 128, the same weights from the same seed."""
-    torch.manual_seed(seed)
-    return LlamaForCausalLM(
-        LlamaConfig(
-            vocab_size=BPE_VOCABULARY,
-            hidden_size=128,
-            intermediate_size=512,
-            num_hidden_layers=2,
-            num_attention_heads=4,
-            num_key_value_heads=4,
-            max_position_embeddings=512,
-            bos_token_id=None,
-            eos_token_id=0,
-            pad_token_id=0,
-        )
-    )
-
-
-def train_bpe(texts: list[str]) -> Tokenizer:
-    """A byte-level BPE of 8,192 tokens; token 0 ends a text."""
-    tokenizer = Tokenizer(models.BPE())
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    tokenizer.decoder = decoders.ByteLevel()
-    alphabet = pre_tokenizers.ByteLevel.alphabet()
-    trainer = trainers.BpeTrainer(
-        vocab_size=BPE_VOCABULARY, special_tokens=[END_OF_TEXT], initial_alphabet=alphabet, show_progress=False
-    )
-    tokenizer.train_from_iterator(texts, trainer)
-    return tokenizer
+    """What the demo trains, in a folder that the other commands take."""
+    engram = dataclasses.replace(small_memory(Path(output) / "model"), tokenizer_name="demo BPE")
+    return Config(engram=engram, train=TrainConfig())
 
 
 def compression(builder: EngramTokenizerBuilder, name: str) -> dict[str, Any]:
@@ -149,8 +104,8 @@ def run_demo(
     builder = EngramTokenizerBuilder(tokenizer)
     demo_compression = compression(builder, config.engram.tokenizer_name or "demo BPE")
     echo(_compression_line(demo_compression))
-    train_ids = encode(text.train_texts, tokenizer, separator_id=0)
-    held_out_ids = encode(text.held_out_texts, tokenizer, separator_id=0)
+    train_ids = encode(text.train_texts, tokenizer, separator_id=END_OF_TEXT_ID)
+    held_out_ids = encode(text.held_out_texts, tokenizer, separator_id=END_OF_TEXT_ID)
     settings = config.train
     shape = {"batch_size": settings.batch_size, "sequence_length": settings.sequence_length, "seed": settings.seed}
     batches = Batches(train_ids, **shape)
@@ -160,7 +115,7 @@ def run_demo(
     builder.build_mapping(config.engram.shadow_map_path)
     runs: dict[str, dict[str, Any]] = {}
     for name in ("plain", "engram") if quick else ("plain", "engram", "random_rows", "shuffled"):
-        model = demo_backbone(settings.seed)
+        model = fresh_backbone(builder.vocab_size, settings.seed)
         if name == "plain":
             plain = model
         else:

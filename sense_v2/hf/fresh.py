@@ -1,0 +1,63 @@
+"""A corpus -> a tokenizer, a small model that has learned nothing yet, and a memory of a size that suits it: what is
+trained where no model is named."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from sense_v2.core.config import EngramConfig
+from sense_v2.hf.pretrained import memory_paths
+
+BPE_VOCABULARY = 8192
+END_OF_TEXT = "<|endoftext|>"
+END_OF_TEXT_ID = 0
+
+
+def train_bpe(texts: list[str]) -> Tokenizer:
+    """A byte-level BPE of 8,192 tokens, or of fewer where the texts have no more to give; token 0 ends a text."""
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    trainer = trainers.BpeTrainer(
+        vocab_size=BPE_VOCABULARY, special_tokens=[END_OF_TEXT], initial_alphabet=alphabet, show_progress=False
+    )
+    tokenizer.train_from_iterator(texts, trainer)
+    return tokenizer
+
+
+def fresh_backbone(vocab_size: int, seed: int, *, max_positions: int = 512) -> LlamaForCausalLM:
+    """A Llama of two layers of width 128, the same weights from the same arguments."""
+    torch.manual_seed(seed)
+    return LlamaForCausalLM(
+        LlamaConfig(
+            vocab_size=vocab_size,
+            hidden_size=128,
+            intermediate_size=512,
+            num_hidden_layers=2,
+            num_attention_heads=4,
+            num_key_value_heads=4,
+            max_position_embeddings=max_positions,
+            bos_token_id=None,
+            eos_token_id=END_OF_TEXT_ID,
+            pad_token_id=END_OF_TEXT_ID,
+        )
+    )
+
+
+def small_memory(folder: str | Path) -> EngramConfig:
+    """8 heads of about 65,536 rows of width 32 before layer 1, in a folder that `save_trained` will save to."""
+    storage_path, shadow_map_path = memory_paths(folder)
+    return EngramConfig(
+        table_size=8 * 65_536,
+        engram_dim=256,
+        num_heads=4,
+        ngram_orders=[2, 3],
+        layer_indices=[1],
+        storage_path=str(storage_path),
+        shadow_map_path=str(shadow_map_path),
+    )
