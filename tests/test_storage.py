@@ -322,8 +322,10 @@ def test_a_write_error_or_an_interrupt_during_the_fill_leaves_nothing(
 
     real_chunk = fill._normal_chunk
     for what, expected in ((fail, OSError), (interrupt, KeyboardInterrupt)):
+        drawn: list[int] = []
 
-        def chunk(*arguments: Any, what: Callable[[], None] = what) -> None:
+        def chunk(*arguments: Any, what: Callable[[], None] = what, drawn: list[int] = drawn) -> None:
+            drawn.append(arguments[2])
             if arguments[2] == 2:
                 what()
             time.sleep(0.01)
@@ -332,7 +334,8 @@ def test_a_write_error_or_an_interrupt_during_the_fill_leaves_nothing(
         with monkeypatch.context() as patch:
             patch.setattr(fill, "_normal_chunk", chunk)
             with pytest.raises(expected):
-                MMapEmbeddingStorage(20 * CHUNK_VALUES // 64, 64, path, num_threads=2)
+                MMapEmbeddingStorage(400 * CHUNK_VALUES // 64, 64, path, num_threads=2)
+        assert len(drawn) < 300  # the other thread doesn't go on to the end
         assert names(path.parent) == []
         assert not [thread for thread in threading.enumerate() if thread.name.startswith("fill")]
     make(path)
@@ -397,6 +400,29 @@ def test_a_maker_killed_between_the_two_renames(tmp_path: Path) -> None:
     assert torch.equal(table.weight, expected.weight)
     table.flush()
     assert names(tmp_path) == ["engram_table.dat", "engram_table.json", "other"]
+
+
+def test_a_reader_between_the_two_renames_waits_for_the_manifest(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    renamed, go_on = threading.Event(), threading.Event()
+    real_replace = os.replace
+
+    def replace(old: Any, new: Any) -> None:
+        real_replace(old, new)
+        if new == path:
+            renamed.set()
+            assert go_on.wait(30)
+
+    monkeypatch.setattr(os, "replace", replace)
+    with ThreadPoolExecutor(2) as pool:
+        maker = pool.submit(make, path, provenance={"by": "maker"})
+        assert renamed.wait(30)
+        reader = pool.submit(make, path, mode="r")
+        time.sleep(0.2)
+        waited = not reader.done()
+        go_on.set()
+        maker.result(30)
+        assert reader.result(30).manifest.provenance == {"by": "maker"}
+    assert waited
 
 
 def test_several_makers_at_once_make_one_table(path: Path) -> None:
@@ -1002,6 +1028,23 @@ def test_everything_is_synced_before_the_manifest_says_so(path: Path, monkeypatc
         "rename engram_table.json",
         f"fsync {path.parent.name}",
     ]
+
+
+def test_a_manifest_is_whole_at_every_moment_of_several_flushes(path: Path) -> None:
+    tables = [make(path) for _ in range(4)]
+
+    def flush(table: MMapEmbeddingStorage) -> None:
+        for _ in range(10):
+            table.flush()
+
+    with ThreadPoolExecutor(4) as pool:
+        futures = [pool.submit(flush, table) for table in tables]
+        while not all(future.done() for future in futures):
+            assert manifest(path)["rows"] == N
+        for future in futures:
+            future.result()
+    assert manifest(path)["generation"] == 10  # each storage counts from what it opened
+    assert names(path.parent) == ["engram_table.dat", "engram_table.json"]
 
 
 def test_a_manifest_that_cannot_be_written_leaves_the_old_one(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -27,7 +27,7 @@ import os
 import shutil
 import threading
 from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
 from pathlib import Path
 from typing import Any
 
@@ -192,12 +192,14 @@ def fill_normal(
 
     num_threads = max(1, min(num_threads or torch.get_num_threads(), num_chunks))
     with bar, ThreadPoolExecutor(num_threads, "fill") as pool:
+        threads = [pool.submit(work) for _ in range(num_threads)]
         try:
-            for thread in [pool.submit(work) for _ in range(num_threads)]:
-                thread.result()
+            wait(threads, return_when=FIRST_EXCEPTION)
         finally:
             # Whatever happened here or in a thread, the others end after the chunk they are at.
             stop.set()
+        for thread in threads:
+            thread.result()
 
 
 def _normal_quantiles(std: float) -> np.ndarray[Any, Any]:
