@@ -49,11 +49,18 @@ class EngramInputs:
 class EngramMemory(nn.Module):
     """What `attach_engram` adds to a model: `layers` (by layer number), and the table and map they share."""
 
-    def __init__(self, config: EngramConfig, hidden_size: int, tokenizer: EngramTokenizer, pad_token_id: int | None):
+    def __init__(
+        self,
+        config: EngramConfig,
+        hidden_size: int,
+        tokenizer: EngramTokenizer,
+        pad_token_id: int | None,
+        mode: str = "r+",
+    ) -> None:
         super().__init__()
         self.config = config
         self.tokenizer = tokenizer
-        self.storage = open_table(config, tokenizer)
+        self.storage = open_table(config, tokenizer, mode=mode)
         self.layers = nn.ModuleDict(
             {
                 str(layer_id): EngramFusionLayer(
@@ -73,12 +80,15 @@ class EngramMemory(nn.Module):
         return iter(self.layers.values())  # type: ignore[arg-type]  # a ModuleDict doesn't know its modules' type
 
 
-def attach_engram(model: PreTrainedModel, config: EngramConfig, tokenizer: Any = None) -> PreTrainedModel:
+def attach_engram(
+    model: PreTrainedModel, config: EngramConfig, tokenizer: Any = None, *, mode: str = "r+"
+) -> PreTrainedModel:
     """Puts memory before the decoder layers named by `config.layer_indices`, in place; returns `model`.
 
     `tokenizer` is whatever `EngramTokenizerBuilder` takes (a tokenizer, a hub name, a folder, a tokenizer.json). It
     makes the shadow map where `config.shadow_map_path` doesn't exist yet, and is checked against it where it does.
-    A table that doesn't exist yet is created; one that does is checked against its manifest.
+    A table that doesn't exist yet is created; one that does is checked against its manifest. With mode "r" it is only
+    read: nothing on disk changes, and its folder may be one that can't be written to.
 
     The fusion layers get the backbone's dtype and device. A fresh memory changes no output. `model.generate` runs
     without the KV cache while memory is attached. `config.enabled=False` attaches nothing and warns.
@@ -115,7 +125,7 @@ def attach_engram(model: PreTrainedModel, config: EngramConfig, tokenizer: Any =
     num_embeddings = _rows(embedding)
     _check_vocabulary(shadow_map, num_embeddings, config)
     pad_token_id = getattr(model.config, "pad_token_id", None)
-    memory = EngramMemory(config, int(model.config.get_text_config().hidden_size), shadow_map, pad_token_id)
+    memory = EngramMemory(config, int(model.config.get_text_config().hidden_size), shadow_map, pad_token_id, mode)
     weight = next(layers[config.layer_indices[0]].parameters())
     memory.to(device=weight.device, dtype=weight.dtype)
     memory.train(model.training)

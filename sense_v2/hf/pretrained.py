@@ -56,7 +56,8 @@ def save_trained(model: PreTrainedModel, folder: str | Path, *, tokenizer: Any =
         return
     target = folder / MEMORY_FOLDER
     target.mkdir(exist_ok=True)
-    memory.storage.flush()
+    if memory.storage.mode == "r+":
+        memory.storage.flush()
     for source, name in (
         (memory.storage.path, "engram_table.dat"),
         (memory.storage.path.with_suffix(".json"), "engram_table.json"),
@@ -70,8 +71,9 @@ def save_trained(model: PreTrainedModel, folder: str | Path, *, tokenizer: Any =
     relative.save(target / "config.json")
 
 
-def load_trained(folder: str | Path) -> PreTrainedModel:
-    """The model that `save_trained` wrote, with its memory attached, in eval mode.
+def load_trained(folder: str | Path, *, mode: str = "r+") -> PreTrainedModel:
+    """The model that `save_trained` wrote, with its memory attached, in eval mode. With mode "r" its rows can't be
+    trained, and nothing in the folder changes.
 
     Raises `FileNotFoundError` where the folder or a part of it is missing.
     """
@@ -86,7 +88,7 @@ def load_trained(folder: str | Path) -> PreTrainedModel:
         if not storage_path.is_file():
             raise FileNotFoundError(f"{storage_path}: the memory's table is missing; copy it back")
         config = dataclasses.replace(config, storage_path=str(storage_path), shadow_map_path=str(shadow_map_path))
-        attach_engram(model, config)
+        attach_engram(model, config, mode=mode)
         fusion_path = memory_folder / FUSION_FILE
         if not fusion_path.is_file():
             raise FileNotFoundError(f"{fusion_path}: the fusion layers' weights are missing; copy them back")
