@@ -2,8 +2,8 @@
 
 The physics: a fill writes every byte once, so the ceiling is what `dd` writes with the same sync at the end, measured
 first and again in every round. Between the two stands the cost of drawing normal noise. The peer is what a NumPy user
-would write: a chunked `Generator.normal` into a memory map. Files are removed after every run; writing evicts nothing
-but takes page cache, so everything here starts with an empty file and ends synced.
+would write: a chunked `Generator.normal` into a memory map. Every run starts without a file and ends synced, and its
+file is removed. The order changes from round to round, since who writes first into memory that lay idle pays for it.
 
     python benchmarks/fill.py --megabytes 512 --rounds 5 [--folder data] [--dtype float32]
 
@@ -70,9 +70,10 @@ def main() -> None:
     with tempfile.TemporaryDirectory(dir=arguments.folder) as folder:
         path = Path(folder) / "fill.dat"
         for round_number in range(-1, arguments.rounds):
-            for name, fill in ways.items():
+            first = round_number % len(ways) if round_number > 0 else 0
+            for name in [*ways, *ways][first : first + len(ways)]:
                 start = time.perf_counter()
-                fill(path, num_bytes)
+                ways[name](path, num_bytes)
                 taken = time.perf_counter() - start
                 assert path.stat().st_size == num_bytes
                 for file in (path, path.with_suffix(".json")):
