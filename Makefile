@@ -48,7 +48,7 @@ bench: $(INSTALLED) ## every benchmark, one by one
 
 clean: ## remove what was built and the demo's output; data/ and .venv stay
 	rm -rf build dist *.egg-info runs/demo .pytest_cache .mypy_cache .ruff_cache .hypothesis
-	find sense_v2 tests scripts benchmarks examples -name __pycache__ -type d -prune -exec rm -rf {} +
+	find $(wildcard sense_v2 tests scripts benchmarks examples) -name __pycache__ -type d -prune -exec rm -rf {} +
 
 distclean: clean ## clean, and remove .venv
 	rm -rf $(VENV)
