@@ -131,7 +131,8 @@ def attach_engram(
     memory.train(model.training)
 
     model.engram = memory
-    memory._undo.append(base.register_forward_pre_hook(_carry_ids(base, embedding, num_embeddings), with_kwargs=True))
+    carry = _carry_ids(base, embedding, num_embeddings, shadow_map)
+    memory._undo.append(base.register_forward_pre_hook(carry, with_kwargs=True))
     fusions = {fusion.layer_id: fusion for fusion in memory}
     for layer_id, layer in enumerate(layers):
         hook = _add_memory(fusions.get(layer_id), layer_id)
@@ -263,7 +264,7 @@ def _check_vocabulary(shadow_map: EngramTokenizer, num_embeddings: int, config: 
         )
 
 
-def _carry_ids(base: nn.Module, embedding: nn.Module, num_embeddings: int) -> Any:
+def _carry_ids(base: nn.Module, embedding: nn.Module, num_embeddings: int, shadow_map: EngramTokenizer) -> Any:
     """The hook on the base model: finds ids, mask and positions among its arguments and sends them along."""
     signature = inspect.signature(base.forward)
 
@@ -284,6 +285,8 @@ def _carry_ids(base: nn.Module, embedding: nn.Module, num_embeddings: int) -> An
                 f"the vocabulary was resized from {num_embeddings} to {current} after memory was attached; "
                 "detach_engram, make a shadow map of the new tokenizer, attach again"
             )
+        # An id that no token has is named here; the embedding, which comes next, only says "index out of range".
+        shadow_map(input_ids_BT)
         past = arguments.get("past_key_values")
         if past is not None and past.get_seq_length() > 0:
             raise ValueError(
