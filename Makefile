@@ -69,7 +69,8 @@ $(INSTALLED): broken
 endif
 
 # An installation that was cut off leaves .installing behind, and packages of which nobody knows whether they are
-# whole: from nothing as well, unless the make whose number it holds is still at it. An environment that somebody else made and that works is only added to.
+# whole: from nothing as well, unless the make whose number it holds is still at it. An environment that somebody else
+# made and that works is only added to.
 # torch comes first, and the constraints are in every call, or pip would be free to take another build of it.
 $(INSTALLED): pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' || { echo "$(PYTHON): Python 3.10 or newer is needed; make PYTHON=... names another" >&2; exit 1; }
