@@ -90,6 +90,7 @@ def run_demo(
     started = time.perf_counter()
     output = Path(output)
     config = demo_config(output) if config is None else config
+    text = read_corpus(None if corpus is None else [corpus], max_bytes=MAX_CORPUS_BYTES)
     output.mkdir(parents=True, exist_ok=True)
 
     echo("DeepSeek's tokenizer: which of its tokens read the same")
@@ -98,7 +99,6 @@ def run_demo(
     deepseek = compression(deepseek_builder, "DeepSeek")
     echo(_compression_line(deepseek))
 
-    text = read_corpus(None if corpus is None else [corpus], max_bytes=MAX_CORPUS_BYTES)
     echo(f"corpus: {text.name}, {len(text.train_texts)} files, and {len(text.held_out_texts)} held out")
     tokenizer = train_bpe(text.train_texts)
     builder = EngramTokenizerBuilder(tokenizer)
