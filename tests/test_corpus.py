@@ -90,6 +90,7 @@ def test_a_file_that_is_named_twice_counts_once(tmp_path):
     for paths in ([tmp_path, tmp_path / "deep"], [tmp_path / "deep", tmp_path, tmp_path / "deep" / "file001.txt"]):
         corpus = read_corpus(paths, held_out_fraction=0.5)
         assert sorted(corpus.train_texts + corpus.held_out_texts) == sorted(files.values())
+        assert parts(corpus) == parts(read_corpus(paths[::-1], held_out_fraction=0.5))
 
 
 def test_strings_and_folders_below_folders(tmp_path):
@@ -220,15 +221,16 @@ def test_what_is_no_text_is_left_out_with_one_warning(tmp_path):
         "utf16.txt": "text".encode("utf-16"),
         "control.bin": bytes([1, 2, 3, 65]),
         "late.txt": b"x" * 100_000 + b"\xff",
+        "nul.txt": b"x" * 1_000 + b"\0",
     }
     write(tmp_path, {**many(5), **binary})
     with pytest.warns(UserWarning, match="left out") as warned:
         corpus = read_corpus([tmp_path])
     (message,) = [str(one.message) for one in warned]
-    assert message.startswith("4 of 9 files are not UTF-8 text and are left out, ")
+    assert message.startswith("5 of 10 files are not UTF-8 text and are left out, ")
     assert any(f"{tmp_path / name} first" in message for name in binary)
     assert warned[0].filename == __file__
-    assert corpus.files_left_out == 4
+    assert corpus.files_left_out == 5
     assert set.union(*parts(corpus)) == set(many(5).values())
 
 

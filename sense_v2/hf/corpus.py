@@ -160,10 +160,11 @@ def _walk(root: Path) -> Iterator[tuple[str, Path]]:
     for start in starts:  # grows while it is read
         for folder, inner, files in os.walk(start, onerror=refuse):
             real = os.path.realpath(folder)
-            inner[:] = [] if real in entered else sorted(name for name in inner if not _is_left_out(name))
             if real in entered:
+                inner.clear()
                 continue
             entered.add(real)
+            inner[:] = sorted(name for name in inner if not _is_left_out(name))
             starts += [path for name in inner if os.path.islink(path := os.path.join(folder, name))]
             for name in sorted(files):
                 file = Path(folder, name)
