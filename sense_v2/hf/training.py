@@ -12,7 +12,9 @@ from __future__ import annotations
 import math
 import statistics
 import time
-from collections.abc import Callable, Iterable
+import warnings
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -47,39 +49,48 @@ class History:
         return [now - before for before, now in zip([0.0, *self.seconds], self.seconds, strict=False)]
 
     def median_step_seconds(self) -> float:
-        return statistics.median(self.step_seconds())
+        """nan before the first step."""
+        return statistics.median(self.step_seconds()) if self.steps else math.nan
 
 
 def rate_factor(step: int, *, warmup_steps: int, steps: int) -> float:
-    """The schedule: linear from 0 over `warmup_steps`, then a cosine from 1 down to 0.1 at the last step."""
+    """The schedule at `step` (from 0): linear from near 0 over `warmup_steps`, then a cosine from 1 down to 0.1 at
+    the last step, `steps` - 1. With no more steps than `warmup_steps` it never gets to 1.
+
+    >>> [round(rate_factor(step, warmup_steps=1, steps=4), 3) for step in range(4)]
+    [0.5, 1.0, 0.55, 0.1]
+    """
     if step < warmup_steps:
         return (step + 1) / (warmup_steps + 1)
-    progress = (step - warmup_steps) / max(1, steps - warmup_steps)
+    progress = (step - warmup_steps) / max(1, steps - 1 - warmup_steps)
     return FINAL_RATE_SHARE + (1 - FINAL_RATE_SHARE) * 0.5 * (1 + math.cos(math.pi * min(progress, 1.0)))
 
 
 def make_optimizers(model: PreTrainedModel, config: TrainConfig) -> list[torch.optim.Optimizer]:
-    """AdamW over what has a gradient, and the row optimizer where memory with trainable rows is attached."""
+    """AdamW over the weights that are trained, and the row optimizer where memory with trainable rows is attached.
+
+    Raises `ValueError` where nothing is trained.
+    """
     memory = attached_memory(model)
+    fusion = set() if memory is None else set(memory.parameters())
+    weights = [parameter for parameter in model.parameters() if parameter.requires_grad]
     if not config.train_backbone:
-        for name, parameter in model.named_parameters():
-            parameter.requires_grad_(name.startswith("engram."))
-    decayed: list[torch.nn.Parameter] = []
-    plain: list[torch.nn.Parameter] = []
-    for name, parameter in model.named_parameters():
-        if parameter.requires_grad:
-            # Norms and biases have one dimension. The fusion's W_v and convolution start at zero and are small.
-            is_matrix = parameter.dim() >= 2 and not name.startswith("engram.")
-            (decayed if is_matrix else plain).append(parameter)
-    if not decayed and not plain:
-        raise ValueError("nothing to train: train_backbone is False and the model has no memory attached")
-    groups = [{"params": decayed, "weight_decay": config.weight_decay}, {"params": plain, "weight_decay": 0.0}]
-    optimizers: list[torch.optim.Optimizer] = [
-        torch.optim.AdamW([group for group in groups if group["params"]], lr=config.learning_rate, betas=(0.9, 0.95))
-    ]
+        weights = [parameter for parameter in weights if parameter in fusion]
+    # Norms and biases have one dimension. The fusion's W_v and convolution start at zero and are small.
+    decayed = [parameter for parameter in weights if parameter.dim() >= 2 and parameter not in fusion]
+    kept = [parameter for parameter in weights if parameter.dim() < 2 or parameter in fusion]
+    groups = [{"params": decayed, "weight_decay": config.weight_decay}, {"params": kept, "weight_decay": 0.0}]
+    optimizers: list[torch.optim.Optimizer] = []
+    if weights:
+        groups = [group for group in groups if group["params"]]
+        optimizers.append(torch.optim.AdamW(groups, lr=config.learning_rate, betas=(0.9, 0.95)))
     if memory is not None and memory.storage.rows_require_grad:
         row_optimizer = RowAdam if config.row_optimizer == "adam" else RowWiseAdagrad
         optimizers.append(row_optimizer(memory.storage, lr=config.row_learning_rate))
+    if not optimizers:
+        frozen = "" if config.train_backbone else ": TrainConfig.train_backbone is False"
+        found = "no memory is attached" if memory is None else "its memory is frozen"
+        raise ValueError(f"nothing to train{frozen}, the model's other weights are frozen and {found}")
     return optimizers
 
 
@@ -92,56 +103,111 @@ def train(
     on_step: Callable[[History], Any] | None = None,
     should_stop: Callable[[], bool] = lambda: False,
 ) -> History:
-    """Trains `model` in place for `config.steps` batches of token ids [B, T] and flushes the table.
+    """Trains `model` in place for `config.steps` batches of token ids [B, T] and flushes the table, with the number
+    of steps taken as its step.
 
-    `evaluate` runs every `config.eval_every` steps and after the last; `on_step` after each step; `should_stop` is
-    asked before each. Raises `FloatingPointError` at a loss that isn't finite, before it reaches the weights.
+    `evaluate` runs every `config.eval_every` steps and after the last; `on_step` after each step and its evaluation;
+    `should_stop` is asked before each. A run that is stopped, or whose batches end (which warns), is flushed too.
+
+    Raises `ValueError` where nothing is trained, and `FloatingPointError` at a loss or gradient that isn't finite,
+    before it reaches the weights and the rows; it flushes nothing.
     """
     optimizers = make_optimizers(model, config)
     schedules = [
         LambdaLR(optimizer, lambda step: rate_factor(step, warmup_steps=config.warmup_steps, steps=config.steps))
         for optimizer in optimizers
     ]
-    parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
     memory = attached_memory(model)
     history = History()
     seconds = 0.0
     model.train()
-    for step, token_ids_BT in zip(range(1, config.steps + 1), batches, strict=False):
-        if should_stop():
-            history.stopped = True
-            break
-        started = time.perf_counter()
-        token_ids_BT = token_ids_BT.to(model.device)
-        loss = model(input_ids=token_ids_BT, labels=token_ids_BT, use_cache=False).loss
-        loss.backward()
-        loss_value = loss.item()
-        if not math.isfinite(loss_value):
-            raise FloatingPointError(
-                f"the loss is {loss_value} at step {step}; the weights and rows are those of step {step - 1}. "
-                "Lower learning_rate or row_learning_rate"
-            )
-        if memory is not None:
-            clip_grad_norm_(parameters, memory.storage, config.max_grad_norm)
+    with _only_trained(model, optimizers):
+        for token_ids_BT in batches:
+            if should_stop():
+                history.stopped = True
+                break
+            step = len(history.steps) + 1
+            started = time.perf_counter()
+            loss = _step(model, token_ids_BT, optimizers, config.max_grad_norm, step)
+            for schedule in schedules:
+                schedule.step()
+            seconds += time.perf_counter() - started
+            history.steps.append(step)
+            history.train_loss.append(loss)
+            history.seconds.append(seconds)
+            last = step == config.steps
+            if evaluate is not None and (last or (config.eval_every and step % config.eval_every == 0)):
+                result = evaluate(model)
+                history.evals.append(
+                    {"step": step, "seconds": seconds, "loss": result.loss, "perplexity": result.perplexity}
+                )
+                model.train()
+            if on_step is not None:
+                on_step(history)
+            if last:
+                break
         else:
-            torch.nn.utils.clip_grad_norm_(parameters, config.max_grad_norm)
-        for optimizer, schedule in zip(optimizers, schedules, strict=True):
-            optimizer.step()
-            optimizer.zero_grad()
-            schedule.step()
-        seconds += time.perf_counter() - started
-        history.steps.append(step)
-        history.train_loss.append(loss_value)
-        history.seconds.append(seconds)
-        last = step == config.steps
-        if evaluate is not None and (last or (config.eval_every and step % config.eval_every == 0)):
-            result = evaluate(model)
-            history.evals.append(
-                {"step": step, "seconds": seconds, "loss": result.loss, "perplexity": result.perplexity}
+            history.stopped = True
+            warnings.warn(
+                f"the batches ended after {len(history.steps)} of {config.steps} steps (Batches repeats its text "
+                "without end)",
+                UserWarning,
+                stacklevel=2,
             )
-            model.train()
-        if on_step is not None:
-            on_step(history)
     if memory is not None and memory.storage.mode == "r+":
-        memory.storage.flush(step=history.steps[-1] if history.steps else 0)
+        memory.storage.flush(step=history.steps[-1] if history.steps else None)
     return history
+
+
+def _step(
+    model: PreTrainedModel,
+    token_ids_BT: torch.Tensor,
+    optimizers: Sequence[torch.optim.Optimizer],
+    max_grad_norm: float,
+    step: int,
+) -> float:
+    """One batch: forward, backward, clipping over weights and rows, update. Returns the loss."""
+    memory = attached_memory(model)
+    token_ids_BT = token_ids_BT.to(model.device)
+    loss = model(input_ids=token_ids_BT, labels=token_ids_BT, use_cache=False).loss
+    loss.backward()
+    parameters = [parameter for parameter in model.parameters() if parameter.grad is not None]
+    if memory is None:
+        norm = torch.nn.utils.clip_grad_norm_(parameters, max_grad_norm)
+    else:
+        norm = clip_grad_norm_(parameters, memory.storage, max_grad_norm)
+    for name, value in (("loss", loss.item()), ("gradient's norm", norm.item())):
+        if not math.isfinite(value):
+            before = f"the weights and rows are those of step {step - 1}; lower learning_rate or row_learning_rate"
+            untrained = "nothing was updated yet, so look for the cause in the weights that training began with"
+            raise FloatingPointError(f"the {name} is {value} at step {step}: {before if step > 1 else untrained}")
+    for optimizer in optimizers:
+        optimizer.step()
+        optimizer.zero_grad()
+    return loss.item()
+
+
+@contextmanager
+def _only_trained(model: PreTrainedModel, optimizers: Sequence[torch.optim.Optimizer]) -> Iterator[None]:
+    """While it lasts, no weight but the optimizers' asks for a gradient, and at neither end is there any: what an
+    earlier backward, or a step that failed, left behind must not reach an update."""
+    trained = {
+        parameter for optimizer in optimizers for group in optimizer.param_groups for parameter in group["params"]
+    }
+    asked = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    for parameter in asked:
+        parameter.requires_grad_(parameter in trained)
+    _forget_gradients(model)
+    try:
+        yield
+    finally:
+        _forget_gradients(model)
+        for parameter in asked:
+            parameter.requires_grad_(True)
+
+
+def _forget_gradients(model: PreTrainedModel) -> None:
+    model.zero_grad()
+    memory = attached_memory(model)
+    if memory is not None:
+        memory.storage.clear_gradients()
