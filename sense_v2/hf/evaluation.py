@@ -5,8 +5,10 @@ B batch, T sequence, S residual streams, N rows.
 
 from __future__ import annotations
 
+import json
 import math
-from collections.abc import Iterable, Iterator
+import re
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -27,35 +29,44 @@ class Evaluation:
     """Nats a token."""
     tokens: int
     text_bytes: int
-    """UTF-8 bytes of the predicted tokens."""
+    """UTF-8 bytes of the predicted tokens; 0 where they weren't counted."""
 
     @property
     def perplexity(self) -> float:
-        return math.exp(self.loss) if self.loss < 700 else math.inf
+        return math.inf if self.loss > 700 else math.exp(self.loss)
 
     @property
     def bits_per_byte(self) -> float:
-        """The loss per byte of text: comparable between tokenizers, as perplexity isn't."""
-        return self.loss * self.tokens / math.log(2) / max(self.text_bytes, 1)
+        """The loss per byte of text: comparable between tokenizers, as perplexity isn't. nan without bytes."""
+        return self.loss * self.tokens / math.log(2) / self.text_bytes if self.text_bytes else math.nan
 
 
 @contextmanager
 def evaluating(model: PreTrainedModel) -> Iterator[None]:
-    """Eval mode without gradients; afterwards the mode it was in."""
-    was_training = model.training
+    """Eval mode without gradients; afterwards each module has the mode it had."""
+    modes = [(module, module.training) for module in model.modules()]
     model.eval()
     try:
         with torch.no_grad():
             yield
     finally:
-        model.train(was_training)
+        for module, mode in modes:
+            module.training = mode
 
 
 def evaluate(
     model: PreTrainedModel, token_ids_BT: torch.Tensor, *, tokenizer: Any = None, batch_size: int = 8
 ) -> Evaluation:
-    """The model's loss on blocks of tokens, each block on its own. `tokenizer` (anything with `decode`) counts the
-    bytes; without one `text_bytes` is 0."""
+    """The model's loss on blocks of tokens, each block on its own. `tokenizer` (of `tokenizers` or transformers)
+    counts the bytes, see `count_text_bytes`; without one `text_bytes` is 0.
+
+    Raises `ValueError` where there is no token to predict.
+    """
+    if token_ids_BT.dim() != 2 or len(token_ids_BT) == 0 or token_ids_BT.shape[1] < 2:
+        raise ValueError(
+            f"token ids of shape {list(token_ids_BT.shape)} have nothing to predict: evaluation takes "
+            "[blocks, tokens], at least one block of two tokens"
+        )
     total, count, text_bytes = 0.0, 0, 0
     with evaluating(model):
         for block_BT in token_ids_BT.split(batch_size):
@@ -63,26 +74,70 @@ def evaluate(
             targets_BT = block_BT[:, 1:].to(logits_BTV.device)
             total += float(F.cross_entropy(logits_BTV.flatten(0, 1).float(), targets_BT.flatten(), reduction="sum"))
             count += targets_BT.numel()
-            if tokenizer is not None:
-                text_bytes += sum(len(tokenizer.decode(row).encode()) for row in targets_BT.tolist())
+    if tokenizer is not None:
+        text_bytes = count_text_bytes(token_ids_BT[:, 1:], tokenizer)
     return Evaluation(total / count, count, text_bytes)
+
+
+def count_text_bytes(token_ids_BT: torch.Tensor, tokenizer: Any) -> int:
+    """UTF-8 bytes of the text that the tokens stand for; a special token stands for none.
+
+    A block often begins or ends within a character. Decoding it puts U+FFFD, three bytes, where one or two are. So
+    where a token says by itself how many bytes it is (byte-level tokenizers, and those that fall back to bytes), the
+    tokens' bytes are added up. Only other tokenizers, of words say, are asked to decode.
+    """
+    backend = getattr(tokenizer, "backend_tokenizer", tokenizer)
+    kinds = _decoder_kinds(getattr(backend, "decoder", None))
+    if not kinds & {"ByteLevel", "ByteFallback", "Metaspace"}:
+        return sum(len(backend.decode(row, skip_special_tokens=True).encode()) for row in token_ids_BT.tolist())
+    is_byte_level = "ByteLevel" in kinds
+    added = backend.get_added_tokens_decoder()
+    total = 0
+    for token_id, count in zip(*np.unique(token_ids_BT.cpu().numpy(), return_counts=True), strict=True):
+        if token_id in added:
+            token_bytes = 0 if added[token_id].special else len(added[token_id].content.encode())
+        else:
+            token_bytes = _token_bytes(backend.id_to_token(int(token_id)) or "", is_byte_level)
+        total += int(count) * token_bytes
+    return total
+
+
+def _decoder_kinds(decoder: Any) -> set[str]:
+    """The names of a `tokenizers` decoder's parts; none for anything else."""
+    if decoder is None or not type(decoder).__module__.startswith("tokenizers"):
+        return set()
+    description = json.loads(decoder.__getstate__())
+    return {part["type"] for part in description.get("decoders", [description])}
+
+
+def _token_bytes(token: str, is_byte_level: bool) -> int:
+    """Bytes that a raw token stands for.
+
+    >>> _token_bytes("ĠcafÃ©", True), _token_bytes("▁café", False), _token_bytes("<0xC3>", False)
+    (6, 6, 1)
+    """
+    if is_byte_level:
+        return len(token)  # its alphabet has a character a byte
+    return 1 if re.fullmatch("<0x[0-9A-F]{2}>", token) else len(token.replace("▁", " ").encode())
 
 
 def gate_strengths(model: PreTrainedModel, token_ids_T: torch.Tensor) -> dict[int, list[float]]:
     """The gate α of each memory layer at each token of one sequence (the mean over streams), by layer number."""
     gates: dict[int, list[float]] = {}
-    hooks = []
-    for layer in memory_of(model):
-        store = lambda module, inputs, alpha_BTS, layer=layer: gates.__setitem__(  # noqa: E731
-            layer.layer_id, alpha_BTS[0].mean(-1).tolist()
-        )
-        hooks.append(layer.gate.register_forward_hook(store))
+
+    def store(layer_id: int) -> Callable[..., None]:
+        def hook(module: torch.nn.Module, inputs: Any, alpha_BTS: torch.Tensor) -> None:
+            gates[layer_id] = alpha_BTS[0].mean(-1).tolist()
+
+        return hook
+
+    handles = [layer.gate.register_forward_hook(store(layer.layer_id)) for layer in memory_of(model)]
     try:
         with evaluating(model):
             model(input_ids=token_ids_T[None].to(model.device), use_cache=False)
     finally:
-        for hook in hooks:
-            hook.remove()
+        for handle in handles:
+            handle.remove()
     return gates
 
 
@@ -93,7 +148,7 @@ def rows_touched(model: PreTrainedModel, batches: Iterable[torch.Tensor]) -> lis
     seen_N = np.zeros(memory.storage.num_embeddings, dtype=np.bool_)
     for token_ids_BT in batches:
         for layer in memory:
-            seen_N[layer.row_ids(token_ids_BT).flatten().numpy()] = True
+            seen_N[layer.row_ids(token_ids_BT).flatten().cpu().numpy()] = True
     counts = []
     for layer in memory:
         layout = layer.hasher.layout
