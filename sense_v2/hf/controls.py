@@ -5,6 +5,8 @@ more weights and from random features of n-grams, not from anything stored in th
 
 `permute_rows`: rows are learned, but every batch hands them to positions at random, drawn anew. What gain remains
 comes from more parameters and updates, not from looking the right rows up.
+
+B batch, T sequence, H rows a position, P positions that aren't padding.
 """
 
 from __future__ import annotations
@@ -23,21 +25,30 @@ def freeze_rows(memory: EngramMemory) -> None:
 
 
 def permute_rows(memory: EngramMemory, seed: int) -> None:
-    """Row ids are permuted over all positions of a batch, anew at each call, in training and evaluation."""
+    """Row ids are permuted over all positions of a batch, anew at each call, in training and evaluation.
+
+    Not for gradient checkpointing, which computes a layer twice and must find the same rows.
+    """
     for layer in memory:
         layer.hasher = PermutedHasher(layer.hasher, seed + layer.layer_id)  # type: ignore[assignment]
 
 
 class PermutedHasher:
-    """A hasher whose row ids [B, T, H] are dealt to the wrong positions; a position's H rows stay together."""
+    """A hasher whose row ids [B, T, H] are dealt to other positions; a position's H rows stay together, and padding
+    is dealt none."""
 
     def __init__(self, hasher: NgramHasher, seed: int) -> None:
         self.hasher = hasher
         self.layout = hasher.layout
+        self.pad_id = hasher.pad_id
         self.generator = torch.Generator().manual_seed(seed)
 
-    def __call__(self, compressed_ids_BT: torch.Tensor, **masks: Any) -> torch.Tensor:
-        row_ids_BTH = self.hasher(compressed_ids_BT, **masks)
-        positions = row_ids_BTH.flatten(0, 1)
-        order = torch.randperm(len(positions), generator=self.generator).to(positions.device)
-        return positions[order].view_as(row_ids_BTH)
+    def __call__(
+        self, compressed_ids_BT: torch.Tensor, *, attention_mask: torch.Tensor | None = None, **masks: Any
+    ) -> torch.Tensor:
+        row_ids_BTH = self.hasher(compressed_ids_BT, attention_mask=attention_mask, **masks)
+        valid_BT = torch.ones_like(compressed_ids_BT) if attention_mask is None else attention_mask
+        valid_BT = valid_BT.to(row_ids_BTH.device) != 0
+        dealt_PH = row_ids_BTH[valid_BT]
+        order_P = torch.randperm(len(dealt_PH), generator=self.generator).to(dealt_PH.device)
+        return row_ids_BTH.masked_scatter(valid_BT[..., None], dealt_PH[order_P])
