@@ -8,14 +8,13 @@ from pathlib import Path
 from typing import Any
 
 from sense_v2.cli.errors import CommandError
-from sense_v2.cli.models import corpus_paths, max_positions, open_trained, separator_id
+from sense_v2.cli.models import max_positions, open_corpus, open_trained, separator_id
 from sense_v2.core.config import Config, TrainConfig
 from sense_v2.hf.attach import attached_memory, detach_engram
-from sense_v2.hf.corpus import Batches, encode, read_corpus
+from sense_v2.hf.corpus import Batches, encode
 from sense_v2.hf.evaluation import evaluate
 from sense_v2.report import wording
 
-MAX_CORPUS_BYTES = 16 * 2**20
 WITH, WITHOUT = "with_memory", "without_memory"
 
 
@@ -47,7 +46,7 @@ def run_eval(
         raise CommandError(
             f"--sequence-length {length}, but {folder} takes {limit} tokens at most", f"{limit}, or less"
         )
-    text = read_corpus(corpus_paths(corpus), max_bytes=MAX_CORPUS_BYTES)
+    text = open_corpus(corpus, settings)
     texts = [*text.train_texts, *text.held_out_texts] if all_files else text.held_out_texts
     token_ids = encode(texts, tokenizer, separator_id=separator_id(tokenizer))
     what = "text" if all_files else "held-out text"

@@ -1,4 +1,4 @@
-"""A name or a folder -> a model and its tokenizer, as the commands `train`, `eval` and `generate` take them."""
+"""A name or a folder -> a model and its tokenizer, or a corpus, as `train`, `eval` and `generate` take them."""
 
 from __future__ import annotations
 
@@ -12,9 +12,14 @@ from tokenizers import Tokenizer
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerFast
 
 from sense_v2.cli.errors import CommandError, one_line
+from sense_v2.core.config import TrainConfig
 from sense_v2.engram.tokenizer import EngramTokenizerBuilder
+from sense_v2.hf.corpus import Corpus, read_corpus
 from sense_v2.hf.fresh import END_OF_TEXT, fresh_backbone, train_bpe
 from sense_v2.hf.pretrained import MEMORY_FOLDER, load_trained
+
+MIN_CORPUS_BYTES = 16 * 2**20
+BYTES_PER_TOKEN = 8  # a token is rarely longer
 
 
 @dataclass
@@ -91,9 +96,11 @@ def max_positions(model: PreTrainedModel) -> int | None:
     return found
 
 
-def corpus_paths(corpus: Sequence[str | Path] | None) -> list[Path] | None:
-    """None, for the standard library, where no corpus was named."""
-    return [Path(path) for path in corpus] if corpus else None
+def open_corpus(corpus: Sequence[str | Path] | None, settings: TrainConfig) -> Corpus:
+    """As much of the corpus (none named: the standard library) as a run of `settings` needs. Text past that only
+    costs time to tokenise. The same settings give the same part, so that `eval` reads what `train` held out."""
+    num_tokens = settings.steps * settings.batch_size * settings.sequence_length
+    return read_corpus(corpus or None, max_bytes=max(MIN_CORPUS_BYTES, BYTES_PER_TOKEN * num_tokens))
 
 
 def _unusable(name: str, error: Exception) -> CommandError:

@@ -21,13 +21,13 @@ import numpy as np
 from transformers import PreTrainedModel
 
 from sense_v2.cli.errors import CommandError, one_line
-from sense_v2.cli.models import Backbone, corpus_paths, max_positions, named_backbone, new_backbone, separator_id
+from sense_v2.cli.models import Backbone, max_positions, named_backbone, new_backbone, open_corpus, separator_id
 from sense_v2.cli.progress import TrainingProgress
 from sense_v2.cli.staging import reserve, staged_folder
 from sense_v2.core.config import Config, EngramConfig, TrainConfig
 from sense_v2.engram.tokenizer import EngramTokenizerBuilder
 from sense_v2.hf.attach import attach_engram, decoder_layers, memory_of
-from sense_v2.hf.corpus import Batches, Corpus, encode, read_corpus
+from sense_v2.hf.corpus import Batches, Corpus, encode
 from sense_v2.hf.evaluation import Evaluation, evaluate
 from sense_v2.hf.fresh import small_memory
 from sense_v2.hf.pretrained import memory_paths, save_trained
@@ -35,9 +35,6 @@ from sense_v2.hf.training import History, train
 from sense_v2.report import wording
 
 DEFAULT_OUTPUT = "runs/train"
-# Text past what a run trains on only costs time to tokenise; a token is rarely longer than this.
-MIN_CORPUS_BYTES = 16 * 2**20
-BYTES_PER_TOKEN = 8
 
 
 def default_config(model: str | None) -> Config:
@@ -65,9 +62,7 @@ def run_train(
     started = time.perf_counter()
     output = Path(output)
     with staged_folder(output, force=force) as staging:
-        text = read_corpus(
-            corpus_paths(corpus), max_bytes=max(MIN_CORPUS_BYTES, BYTES_PER_TOKEN * _tokens(config.train))
-        )
+        text = open_corpus(corpus, config.train)
         echo(f"corpus   {text.name}, {len(text.train_texts)} files, and {len(text.held_out_texts)} held out")
         backbone = _backbone(model, text, config.train)
         batches, held_out_BT = _batches(text, backbone, config.train)
@@ -88,10 +83,11 @@ def run_train(
             return evaluations[-1]
 
         check(backbone.model)
-        with StopOnInterrupt() as stop, TrainingProgress("train", config.train, echo=echo) as progress:
-            history = train(
-                backbone.model, batches, config.train, evaluate=check, on_step=progress, should_stop=stop.asked
-            )
+        with StopOnInterrupt() as stop:
+            with TrainingProgress("train", config.train, echo=echo) as progress:
+                history = train(
+                    backbone.model, batches, config.train, evaluate=check, on_step=progress, should_stop=stop.asked
+                )
             if history.stopped:
                 check(backbone.model)
             reserved.unlink()
@@ -145,10 +141,6 @@ class StopOnInterrupt:
         self._asked = True
         # Not print: a signal can arrive in the middle of one.
         os.write(2, b"\nstopping after this step, then saving; Ctrl-C again quits at once, without saving\n")
-
-
-def _tokens(settings: TrainConfig) -> int:
-    return settings.steps * settings.batch_size * settings.sequence_length
 
 
 def _backbone(model: str | None, text: Corpus, settings: TrainConfig) -> Backbone:
