@@ -29,10 +29,10 @@ import numpy as np
 import torch
 from tokenizers import Tokenizer
 
+from sense_v2.engram.pretrained_tokenizer import deepseek_tokenizer_path
 from sense_v2.engram.tokenizer import (
     EngramTokenizer,
     EngramTokenizerBuilder,
-    deepseek_tokenizer_path,
     text_normalizer,
 )
 

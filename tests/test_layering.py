@@ -22,6 +22,7 @@ ROOT = Path(__file__).parents[1]
 ORDER = (
     "core.config",
     "engram.variants",
+    "engram.pretrained_tokenizer",
     "engram.tokenizer",
     "engram.hashing",
     "engram.format",

