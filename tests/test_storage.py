@@ -151,6 +151,9 @@ def test_a_bar_shows_how_far_a_large_fill_is(
     make(tmp_path / "b.dat", progress=True)
     assert "100%" in capsys.readouterr().err
     monkeypatch.setattr(fill, "PROGRESS_BYTES", N * D * 4 - 1)
+    make(tmp_path / "log.dat")
+    assert capsys.readouterr().err == "", "a log is no terminal"
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: True)
     make(tmp_path / "c.dat")
     assert "100%" in capsys.readouterr().err
     make(tmp_path / "d.dat", progress=False)

@@ -170,7 +170,8 @@ def fill_normal(
         unit="B",
         unit_scale=True,
         desc="filling the table",
-        disable=not (total_bytes > PROGRESS_BYTES if progress is None else progress),
+        # None: drawn in a terminal only, or it would fill a log.
+        disable=not progress if progress is not None else (None if total_bytes > PROGRESS_BYTES else True),
     )
 
     quantiles = _normal_quantiles(std)
