@@ -1,96 +1,210 @@
 """A model with memory <-> a folder: the backbone as transformers saves it, and the memory beside it.
 
     folder/config.json, model.safetensors, …     the backbone, opens with transformers alone
-    folder/tokenizer.json                        its tokenizer
+    folder/tokenizer.json, tokenizer_config.json its tokenizer
     folder/engram/config.json                    EngramConfig; its paths are relative to folder/engram
     folder/engram/fusion.safetensors             the fusion layers' weights
     folder/engram/engram_table.dat, .json        the table and its manifest
     folder/engram/shadow_map.npy, .json          the shadow map
 
-The table is never rewritten: it is where it was trained, or it is copied.
+The table is never rewritten: it is where it was trained, or it is copied. Every file of the memory is written under
+another name first, so that a process that reads the old one keeps it. engram/config.json comes last and is taken
+away before a table is replaced: a folder without it was not saved to its end.
 """
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import os
+import re
 import shutil
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
-from safetensors.torch import load_file, save_file
-from transformers import AutoModelForCausalLM, PreTrainedModel
+import torch
+import transformers
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from safetensors.torch import save as to_safetensors
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerFast
 
 from sense_v2.core.config import EngramConfig
+from sense_v2.engram.fill import allocate, new_file
+from sense_v2.engram.format import manifest_name
 from sense_v2.engram.tokenizer import description_path
-from sense_v2.hf.attach import attach_engram, attached_memory, memory_of, own_settings
+from sense_v2.hf.attach import EngramMemory, attach_engram, attached_memory, memory_of, own_settings
 
 MEMORY_FOLDER = "engram"
+CONFIG_FILE = "config.json"
 FUSION_FILE = "fusion.safetensors"
+TABLE_FILE = "engram_table.dat"
+MAP_FILE = "shadow_map.npy"
+
+# Optimizer state of a table of that name, as sense_v2.engram.format calls it.
+_STATE_FILE = re.compile(r"engram_table\.[A-Za-z0-9_-]{1,64}\.dat")
+_COPY_BYTES = 1 << 24
 
 
 def memory_paths(folder: str | Path) -> tuple[Path, Path]:
     """`storage_path` and `shadow_map_path` of a memory that is trained in place in `folder`."""
     memory = Path(folder) / MEMORY_FOLDER
-    return memory / "engram_table.dat", memory / "shadow_map.npy"
+    return memory / TABLE_FILE, memory / MAP_FILE
 
 
 def save_trained(model: PreTrainedModel, folder: str | Path, *, tokenizer: Any = None) -> None:
     """Writes the model, its memory (if any is attached) and its tokenizer to `folder`.
 
-    A table that lies elsewhere is copied, without its optimizer state; one that lies in `folder/engram` stays.
-    `tokenizer` is a `tokenizers.Tokenizer` or a transformers tokenizer.
+    A table that lies elsewhere is copied, without its optimizer state, and takes the place of one that is there; one
+    that lies in `folder/engram` stays. `model` goes on with the table it has. `tokenizer` is a `tokenizers.Tokenizer`
+    or a transformers tokenizer.
+
+    Raises `FileExistsError` where a model without memory would be saved beside the memory of another, `OSError` where
+    there is no room.
     """
     folder = Path(folder)
-    folder.mkdir(parents=True, exist_ok=True)
+    target = folder / MEMORY_FOLDER
     memory = attached_memory(model)
+    if memory is None and target.exists():
+        raise FileExistsError(
+            f"{target} is another model's memory, and this one, which has none, would be loaded with it; "
+            "remove it, or choose another folder"
+        )
+    in_place = memory is not None and _is_same_file(memory.storage.path, target / TABLE_FILE)
+    if not in_place:
+        (target / CONFIG_FILE).unlink(missing_ok=True)
+    folder.mkdir(parents=True, exist_ok=True)
     weights = {name: value for name, value in model.state_dict().items() if not name.startswith("engram.")}
     with own_settings(model):
         model.save_pretrained(folder, state_dict=weights)
     if tokenizer is not None:
-        if hasattr(tokenizer, "save_pretrained"):
-            tokenizer.save_pretrained(folder)
-        else:
-            tokenizer.save(str(folder / "tokenizer.json"))
+        _save_tokenizer(tokenizer, model, folder)
     if memory is None:
         return
-    target = folder / MEMORY_FOLDER
     target.mkdir(exist_ok=True)
     if memory.storage.mode == "r+":
         memory.storage.flush()
-    for source, name in (
-        (memory.storage.path, "engram_table.dat"),
-        (memory.storage.path.with_suffix(".json"), "engram_table.json"),
-        (memory.tokenizer.path, "shadow_map.npy"),
-        (description_path(memory.tokenizer.path), "shadow_map.json"),
+    if not in_place:
+        _copy_table(memory, target)
+    map_path = memory.tokenizer.path
+    for source, path in (
+        (description_path(map_path), description_path(target / MAP_FILE)),
+        (map_path, target / MAP_FILE),
     ):
-        if source.exists() and not ((target / name).exists() and os.path.samefile(source, target / name)):
-            shutil.copyfile(source, target / name)
-    save_file(memory.layers.state_dict(), target / FUSION_FILE)
-    relative = dataclasses.replace(memory.config, storage_path="engram_table.dat", shadow_map_path="shadow_map.npy")
-    relative.save(target / "config.json")
+        if not source.exists() and source != map_path:
+            path.unlink(missing_ok=True)  # of another map; one without a description opens, with a warning
+        elif not _is_same_file(source, path):
+            _copy(source, path)
+    weights = {name: value.contiguous() for name, value in memory.layers.state_dict().items()}
+    with _replaced(target / FUSION_FILE) as file:
+        file.write(to_safetensors(weights, metadata={"format": "pt"}))
+    with _replaced(target / CONFIG_FILE) as file:
+        file.write(_portable_config(memory).to_json().encode())
 
 
 def load_trained(folder: str | Path, *, mode: str = "r+") -> PreTrainedModel:
     """The model that `save_trained` wrote, with its memory attached, in eval mode. With mode "r" its rows can't be
     trained, and nothing in the folder changes.
 
-    Raises `FileNotFoundError` where the folder or a part of it is missing.
+    Raises `FileNotFoundError` where the folder or a part of it is missing, `ValueError` where parts don't belong
+    together or the fusion layers' weights are damaged.
     """
     folder = Path(folder)
     if not (folder / "config.json").is_file():
         raise FileNotFoundError(f"{folder}: no model there (it has no config.json); `sense-engram train` writes one")
-    model = AutoModelForCausalLM.from_pretrained(folder, local_files_only=True)
     memory_folder = folder / MEMORY_FOLDER
-    if memory_folder.is_dir():
-        config = EngramConfig.load(memory_folder / "config.json")
-        storage_path, shadow_map_path = memory_paths(folder)
-        if not storage_path.is_file():
-            raise FileNotFoundError(f"{storage_path}: the memory's table is missing; copy it back")
-        config = dataclasses.replace(config, storage_path=str(storage_path), shadow_map_path=str(shadow_map_path))
-        attach_engram(model, config, mode=mode)
-        fusion_path = memory_folder / FUSION_FILE
-        if not fusion_path.is_file():
-            raise FileNotFoundError(f"{fusion_path}: the fusion layers' weights are missing; copy them back")
-        memory_of(model).layers.load_state_dict(load_file(fusion_path))
+    if not memory_folder.is_dir():
+        return _load_backbone(folder)
+    for name, what in (
+        (CONFIG_FILE, "configuration is missing: it was not saved to its end, so save it again"),
+        (TABLE_FILE, "table is missing; copy it back"),
+        (MAP_FILE, "shadow map is missing; copy it back, with its .json"),
+        (FUSION_FILE, "fusion layers' weights are missing; copy them back"),
+    ):
+        if not (memory_folder / name).is_file():
+            raise FileNotFoundError(f"{memory_folder / name}: the memory's {what}")
+    fusion_path = memory_folder / FUSION_FILE
+    try:
+        weights = load_file(fusion_path)
+    except SafetensorError as error:
+        raise ValueError(f"{fusion_path} is not a whole safetensors file ({error}); copy it back") from error
+    storage_path, shadow_map_path = memory_paths(folder)
+    config = dataclasses.replace(
+        EngramConfig.load(memory_folder / CONFIG_FILE),
+        storage_path=str(storage_path),
+        shadow_map_path=str(shadow_map_path),
+    )
+    model = attach_engram(_load_backbone(folder), config, mode=mode)
+    try:
+        memory_of(model).layers.load_state_dict(weights)
+    except RuntimeError as error:
+        raise ValueError(
+            f"{fusion_path} doesn't hold the fusion layers that {memory_folder / CONFIG_FILE} and the backbone ask "
+            f"for; copy the files of one model back: {error}"
+        ) from error
     return model.eval()
+
+
+def _load_backbone(folder: Path) -> PreTrainedModel:
+    """With the class that it was saved from: an encoder, say, is no causal model."""
+    names = AutoConfig.from_pretrained(folder, local_files_only=True).architectures or [""]
+    model_class = getattr(transformers, names[0], AutoModelForCausalLM)
+    return model_class.from_pretrained(folder, local_files_only=True, use_safetensors=True).eval()
+
+
+def _save_tokenizer(tokenizer: Any, model: PreTrainedModel, folder: Path) -> None:
+    if not hasattr(tokenizer, "save_pretrained"):
+        # A lone tokenizer.json wouldn't do: AutoTokenizer takes the model's type to know the rest, and for some types
+        # reads other tokens from it without a word.
+        special = {id_: token.content for id_, token in tokenizer.get_added_tokens_decoder().items() if token.special}
+        eos, pad = (getattr(model.config, name, None) for name in ("eos_token_id", "pad_token_id"))
+        tokenizer = PreTrainedTokenizerFast(
+            tokenizer_object=tokenizer,
+            # A configuration can list several ends; the tokenizer has one.
+            eos_token=special.get(eos[0] if isinstance(eos, list) and eos else eos),
+            pad_token=special.get(pad),
+        )
+    tokenizer.save_pretrained(folder)
+
+
+def _portable_config(memory: EngramMemory) -> EngramConfig:
+    """Paths relative to the folder, and the pad token by name: left open, it would be the one that the model has when
+    it is loaded, and other rows would be looked up."""
+    pad_token_id = memory.config.pad_token_id
+    if pad_token_id is None:
+        compressed_V = memory.tokenizer(torch.arange(memory.tokenizer.vocab_size))
+        pad_token_id = int((compressed_V == next(iter(memory)).hasher.pad_id).nonzero()[0])
+    return dataclasses.replace(
+        memory.config, storage_path=TABLE_FILE, shadow_map_path=MAP_FILE, pad_token_id=pad_token_id
+    )
+
+
+def _copy_table(memory: EngramMemory, target: Path) -> None:
+    """The table and a manifest without states. State that an earlier table left there would be taken for its own."""
+    manifest_path = target / manifest_name(TABLE_FILE)
+    manifest_path.unlink(missing_ok=True)
+    for path in target.glob("engram_table.*.dat"):
+        is_table = path.with_name(manifest_name(path.name)).exists() or _is_same_file(path, memory.storage.path)
+        if _STATE_FILE.fullmatch(path.name) and not is_table:
+            path.unlink()
+    _copy(memory.storage.path, target / TABLE_FILE)
+    with _replaced(manifest_path) as file:
+        file.write(dataclasses.replace(memory.storage.manifest, states={}).to_json().encode())
+
+
+def _copy(source: Path, path: Path) -> None:
+    with open(source, "rb") as original, _replaced(path) as file:
+        allocate(file.fileno(), os.fstat(original.fileno()).st_size, path)
+        shutil.copyfileobj(original, file, _COPY_BYTES)
+
+
+@contextlib.contextmanager
+def _replaced(path: Path) -> Iterator[BinaryIO]:
+    """A file to write to, which takes the place of the one at `path` once it is whole."""
+    with new_file(path, replace=True) as fd, open(fd, "wb", closefd=False) as file:
+        yield file
+
+
+def _is_same_file(path: Path, other: Path) -> bool:
+    return path.exists() and other.exists() and os.path.samefile(path, other)
