@@ -219,7 +219,7 @@ def test_a_lone_tokenizer_is_found_again_by_transformers(tmp_path, name):
     assert found("word1 WORD2 word3")["input_ids"] == tiny_tokenizer().encode("word1 WORD2 word3").ids
 
 
-@pytest.mark.parametrize("eos", [0, [0, 5], 5, None])
+@pytest.mark.parametrize("eos", [0, [0, 5], 5, None, []])
 def test_a_lone_tokenizer_gets_the_models_special_tokens(tmp_path, eos):
     tokenizer = train_bpe(["some text"])
     model = tiny_model("llama", vocabulary=tokenizer.get_vocab_size())
@@ -259,6 +259,27 @@ def test_a_table_in_the_folder_stays_with_its_state(tmp_path):
     assert (tmp_path / "engram" / "engram_table.adam.dat").read_bytes() == state
     train(loaded, batches(), SETTINGS)
     assert memory_of(loaded).storage.manifest.states["adam"].step == 6
+
+
+def test_saving_commits_what_was_written(tmp_path):
+    model = in_place(tmp_path)
+    storage = memory_of(model).storage
+    assert storage.manifest.generation == 0
+    save_trained(model, tmp_path)
+    assert storage.manifest.generation == 1
+
+
+def test_a_save_in_place_that_fails_leaves_a_model(tmp_path, monkeypatch):
+    model = in_place(tmp_path)
+    save_trained(model, tmp_path)
+
+    def fail(*_, **__) -> None:
+        raise OSError("no room")
+
+    monkeypatch.setattr(model, "save_pretrained", fail)
+    with pytest.raises(OSError, match="no room"):
+        save_trained(model, tmp_path)
+    assert torch.equal(logits(load_trained(tmp_path)), logits(model))
 
 
 def test_a_table_reached_through_a_link_is_in_place(tmp_path):

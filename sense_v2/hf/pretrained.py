@@ -88,14 +88,11 @@ def save_trained(model: PreTrainedModel, folder: str | Path, *, tokenizer: Any =
     if not in_place:
         _copy_table(memory, target)
     map_path = memory.tokenizer.path
-    for source, path in (
-        (description_path(map_path), description_path(target / MAP_FILE)),
-        (map_path, target / MAP_FILE),
-    ):
-        if not source.exists() and source != map_path:
-            path.unlink(missing_ok=True)  # of another map; one without a description opens, with a warning
-        elif not _is_same_file(source, path):
-            _copy(source, path)
+    if description_path(map_path).exists():
+        _copy(description_path(map_path), description_path(target / MAP_FILE))
+    else:
+        description_path(target / MAP_FILE).unlink(missing_ok=True)  # of another map
+    _copy(map_path, target / MAP_FILE)
     weights = {name: value.contiguous() for name, value in memory.layers.state_dict().items()}
     with _replaced(target / FUSION_FILE) as file:
         file.write(to_safetensors(weights, metadata={"format": "pt"}))
@@ -157,13 +154,13 @@ def _save_tokenizer(tokenizer: Any, model: PreTrainedModel, folder: Path) -> Non
     if not hasattr(tokenizer, "save_pretrained"):
         # A lone tokenizer.json wouldn't do: AutoTokenizer takes the model's type to know the rest, and for some types
         # reads other tokens from it without a word.
-        special = {id_: token.content for id_, token in tokenizer.get_added_tokens_decoder().items() if token.special}
         eos, pad = (getattr(model.config, name, None) for name in ("eos_token_id", "pad_token_id"))
+        if isinstance(eos, list):  # a configuration can list several ends, a tokenizer has one
+            eos = eos[0] if eos else None
+        # Only a token that was added: an ordinary one, made special, would be cut out of words.
+        added = {token_id: token.content for token_id, token in tokenizer.get_added_tokens_decoder().items()}
         tokenizer = PreTrainedTokenizerFast(
-            tokenizer_object=tokenizer,
-            # A configuration can list several ends; the tokenizer has one.
-            eos_token=special.get(eos[0] if isinstance(eos, list) and eos else eos),
-            pad_token=special.get(pad),
+            tokenizer_object=tokenizer, eos_token=added.get(eos), pad_token=added.get(pad)
         )
     tokenizer.save_pretrained(folder)
 
