@@ -332,6 +332,15 @@ def test_what_is_no_text_uses_up_no_bytes(tmp_path):
     assert len(set.union(*parts(corpus))) == 3
 
 
+def test_files_that_were_not_read_are_not_counted(tmp_path):
+    write(tmp_path, {**many(30), **{f"binary{number}": b"\0" for number in range(30)}})
+    with pytest.warns(UserWarning, match="left out") as warned:
+        corpus = read_corpus([tmp_path], max_bytes=600)
+    num_binary, num_read = (int(word) for word in str(warned[0].message).split()[:3:2])
+    assert num_read < 60
+    assert num_binary == num_read - len(corpus.train_texts) - len(corpus.held_out_texts) == corpus.files_left_out
+
+
 def test_max_bytes_below_one_is_refused(tmp_path):
     with pytest.raises(ValueError, match=r"max_bytes = 0: must be at least 1"):
         read_corpus([write(tmp_path, many(3))], max_bytes=0)

@@ -209,6 +209,22 @@ def test_nothing_is_pickled(tmp_path):
     ]
 
 
+def test_nothing_is_unpickled(saved):
+    torch.save(load_file(saved / "model.safetensors"), saved / "pytorch_model.bin")
+    (saved / "model.safetensors").unlink()
+    with pytest.raises(OSError, match=r"model\.safetensors"):
+        load_trained(saved)
+
+
+def test_weights_in_another_order_of_memory(tmp_path):
+    model = with_memory(tmp_path / "table")
+    weight = memory_of(model).layers["1"].W_v.weight
+    weight.data = weight.data.t().contiguous().t()
+    expected = logits(model)
+    save_trained(model, tmp_path / "saved")
+    assert torch.equal(logits(load_trained(tmp_path / "saved")), expected)
+
+
 # --- tokenizers ---
 
 
@@ -371,6 +387,18 @@ def test_another_table_in_the_folder_is_left_alone(tmp_path):
     assert torch.equal(logits(load_trained(tmp_path)), logits(model))
     left = {path.name for path in (tmp_path / "engram").iterdir()}
     assert {"engram_table.v2.dat", "engram_table.v2.json", "engram_table.v2.adam.dat"} <= left
+
+
+@pytest.mark.filterwarnings("ignore:.*has no manifest")
+def test_a_live_table_without_a_manifest_is_no_state_either(tmp_path):
+    live = tmp_path / "engram" / "engram_table.v2.dat"
+    detach_engram(with_memory(tmp_path, storage_path=str(live)))
+    live.with_suffix(".json").unlink()
+    torch.manual_seed(1)
+    config = tiny_config(tmp_path, storage_path=str(live), seed=1)
+    model = attach_engram(tiny_model("llama"), config, mode="r")
+    save_trained(model, tmp_path)
+    assert live.read_bytes() == memory_paths(tmp_path)[0].read_bytes()
 
 
 def test_without_memory_over_a_model_with_memory_is_refused(tmp_path):

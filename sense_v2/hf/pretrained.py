@@ -179,15 +179,13 @@ def _portable_config(memory: EngramMemory) -> EngramConfig:
 
 def _copy_table(memory: EngramMemory, target: Path) -> None:
     """The table and a manifest without states. State that an earlier table left there would be taken for its own."""
-    manifest_path = target / manifest_name(TABLE_FILE)
-    manifest_path.unlink(missing_ok=True)
+    _copy(memory.storage.path, target / TABLE_FILE)
+    with _replaced(target / manifest_name(TABLE_FILE)) as file:
+        file.write(dataclasses.replace(memory.storage.manifest, states={}).to_json().encode())
     for path in target.glob("engram_table.*.dat"):
         is_table = path.with_name(manifest_name(path.name)).exists() or _is_same_file(path, memory.storage.path)
         if _STATE_FILE.fullmatch(path.name) and not is_table:
             path.unlink()
-    _copy(memory.storage.path, target / TABLE_FILE)
-    with _replaced(manifest_path) as file:
-        file.write(dataclasses.replace(memory.storage.manifest, states={}).to_json().encode())
 
 
 def _copy(source: Path, path: Path) -> None:
