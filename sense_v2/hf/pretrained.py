@@ -116,7 +116,7 @@ def load_trained(folder: str | Path, *, mode: str = "r+") -> PreTrainedModel:
     for name, what in (
         (CONFIG_FILE, "configuration is missing: it was not saved to its end, so save it again"),
         (TABLE_FILE, "table is missing; copy it back"),
-        (MAP_FILE, "shadow map is missing; copy it back, with its .json"),
+        (MAP_FILE, "shadow map is missing; copy it back, or make it from the tokenizer with `sense-engram setup`"),
         (FUSION_FILE, "fusion layers' weights are missing; copy them back"),
     ):
         if not (memory_folder / name).is_file():
@@ -125,7 +125,9 @@ def load_trained(folder: str | Path, *, mode: str = "r+") -> PreTrainedModel:
     try:
         weights = load_file(fusion_path)
     except SafetensorError as error:
-        raise ValueError(f"{fusion_path} is not a whole safetensors file ({error}); copy it back") from error
+        raise ValueError(
+            f"{fusion_path} can't be loaded ({type(error).__name__}: {error}); copy its files again, all of one model"
+        ) from error
     storage_path, shadow_map_path = memory_paths(folder)
     config = dataclasses.replace(
         EngramConfig.load(memory_folder / CONFIG_FILE),
@@ -138,7 +140,7 @@ def load_trained(folder: str | Path, *, mode: str = "r+") -> PreTrainedModel:
     except RuntimeError as error:
         raise ValueError(
             f"{fusion_path} doesn't hold the fusion layers that {memory_folder / CONFIG_FILE} and the backbone ask "
-            f"for; copy the files of one model back: {error}"
+            f"for: {error}; copy its files again, all of one model"
         ) from error
     return model.eval()
 
