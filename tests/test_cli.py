@@ -360,7 +360,7 @@ def test_ctrl_c_finishes_the_step_and_saves(run_json, corpus, tmp_path):
     try:
         # The optimizer's state is the last file to be made before the first step.
         wait_until(
-            lambda: list(output.glob(".training-*/engram/engram_table.adam.dat")) or started.poll() is not None
+            lambda: list(output.glob(".training-*/engram/engram_table.adagrad.dat")) or started.poll() is not None
         )
         time.sleep(0.3)
         assert not (output / "config.json").exists()

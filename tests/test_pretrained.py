@@ -21,7 +21,7 @@ from sense_v2.hf.fresh import train_bpe
 from sense_v2.hf.pretrained import load_trained, memory_paths, save_trained
 from sense_v2.hf.training import train
 
-SETTINGS = TrainConfig(steps=3, batch_size=2, sequence_length=12, warmup_steps=1, row_optimizer="adam")
+SETTINGS = TrainConfig(steps=3, batch_size=2, sequence_length=12, warmup_steps=1, row_optimizer="adagrad")
 
 
 def with_memory(folder, name="llama", *, seed=1, model=None, **changes):

@@ -15,7 +15,7 @@ from sense_v2.hf.attach import attach_engram, detach_engram, memory_of
 from sense_v2.hf.controls import freeze_rows
 from sense_v2.hf.corpus import Batches
 from sense_v2.hf.evaluation import Evaluation
-from sense_v2.hf.training import History, make_optimizers, rate_factor, train
+from sense_v2.hf.training import History, make_optimizers, rate_factor, row_rate_factor, train
 
 
 def settings(**changes) -> TrainConfig:
@@ -117,11 +117,13 @@ def resident_run(folder, config: TrainConfig, batches, initial, *, sparse: bool,
     rows = table.embedding.weight
     dense = {name: p for name, p in model.named_parameters() if p is not rows}
     backbone_matrices = [p for name, p in dense.items() if "engram" not in name and "norm" not in name]
-    others = [p for name, p in dense.items() if "engram" in name or "norm" in name]
+    norms_and_biases = [p for name, p in dense.items() if "engram" not in name and "norm" in name]
+    fusion = [p for name, p in dense.items() if "engram" in name]
     weights = torch.optim.AdamW(
         [
             {"params": backbone_matrices, "weight_decay": config.weight_decay},
-            {"params": others, "weight_decay": 0.0},
+            {"params": norms_and_biases, "weight_decay": 0.0},
+            {"params": fusion, "weight_decay": 0.0},
         ],
         lr=config.learning_rate,
         betas=(0.9, 0.95),
@@ -132,8 +134,9 @@ def resident_run(folder, config: TrainConfig, batches, initial, *, sparse: bool,
     model.train()
     for number, token_ids_BT in zip(range(config.steps), batches, strict=False):
         if number < config.warmup_steps:
-            factor = (number + 1) / (config.warmup_steps + 1)
+            factor = row_factor = (number + 1) / (config.warmup_steps + 1)
         else:
+            row_factor = 1.0
             angle = math.pi * (number - config.warmup_steps) / (config.steps - config.warmup_steps - 1)
             factor = 0.55 + 0.45 * math.cos(angle)
         logits = model(input_ids=token_ids_BT, use_cache=False).logits
@@ -150,16 +153,17 @@ def resident_run(folder, config: TrainConfig, batches, initial, *, sparse: bool,
             p.grad.mul_(scale)
         for group in weights.param_groups:
             group["lr"] = config.learning_rate * factor
+        weights.param_groups[-1]["lr"] = config.fusion_learning_rate * factor
         weights.step()
         if adam is not None:
             rows.grad = row_gradient * scale
-            adam.param_groups[0]["lr"] = config.row_learning_rate * factor
+            adam.param_groups[0]["lr"] = config.row_learning_rate * row_factor
             adam.step()
         else:
             with torch.no_grad():
                 gradient = row_gradient * scale
                 sums += gradient.square().mean(1, keepdim=True)
-                rows -= config.row_learning_rate * factor * gradient / (sums.sqrt() + 1e-10)
+                rows -= config.row_learning_rate * row_factor * gradient / (sums.sqrt() + 1e-10)
         losses.append(loss.item())
         norms.append(norm)
     return losses, norms, model, rows.detach().numpy()
@@ -269,14 +273,23 @@ def test_decay_is_on_the_backbones_matrices_only(tmp_path):
     model = with_memory(tmp_path)
     names = {parameter: name for name, parameter in model.named_parameters()}
     weights, rows = make_optimizers(model, settings(weight_decay=0.3))
-    groups = {group["weight_decay"]: {names[p] for p in group["params"]} for group in weights.param_groups}
+    groups = {0.3: set(), 0.0: set()}
+    for group in weights.param_groups:
+        groups[group["weight_decay"]] |= {names[p] for p in group["params"]}
     matrices = ("proj.weight", "embed_tokens.weight", "lm_head.weight")
-    assert set(groups) == {0.3, 0.0}
     assert groups[0.3] == {name for name in names.values() if name.endswith(matrices)}
     assert groups[0.3] | groups[0.0] == set(names.values())
     assert not any(name.startswith("engram.") for name in groups[0.3])
     assert any(name == "engram.layers.1.W_v.weight" for name in groups[0.0])
-    assert [group["lr"] for group in (weights.param_groups[0], rows.param_groups[0])] == [3e-3, 6e-2]
+    rates = {names[p]: group["lr"] for group in weights.param_groups for p in group["params"]}
+    assert {rate for name, rate in rates.items() if name.startswith("engram.")} == {1e-2}
+    assert {rate for name, rate in rates.items() if not name.startswith("engram.")} == {3e-3}
+    assert rows.param_groups[0]["lr"] == 0.1
+
+
+def test_the_rows_rate_warms_up_and_stays():
+    rates = [row_rate_factor(step, warmup_steps=4, steps=11) for step in range(11)]
+    assert rates == pytest.approx([0.2, 0.4, 0.6, 0.8, *[1.0] * 7])
 
 
 def test_rows_that_are_not_met_stay_whatever_the_decay(tmp_path):
@@ -329,7 +342,7 @@ def test_frozen_rows_stay_byte_identical(tmp_path):
     before, rows = weights_of(model), table_bytes(model)
     train(model, make_batches(settings()), settings())
     assert table_bytes(model) == rows
-    assert not list(tmp_path.glob("*.adam.dat"))
+    assert not list(tmp_path.glob("*.ada*.dat"))
     assert "engram.layers.1.W_v.weight" not in same(before, model)
 
 
@@ -551,7 +564,7 @@ def test_the_end_is_committed(tmp_path):
     again = attach_engram(tiny_model("llama"), tiny_config(tmp_path))
     storage = memory_of(again).storage
     assert storage.committed_step == 6
-    assert storage.manifest.states["adam"].step == 6
+    assert storage.manifest.states["adagrad"].step == 6
     assert storage.manifest.generation == 1
     assert table_bytes(again) == rows
     detach_engram(again)

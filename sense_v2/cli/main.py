@@ -221,7 +221,7 @@ def train(
     tokens: Annotated[int | None, typer.Option(min=1, help="Tokens to train on, in place of --steps.")] = None,
     batch_size: Annotated[int | None, typer.Option(help="Sequences a step.")] = None,
     sequence_length: Annotated[int | None, typer.Option(help="Tokens a sequence.")] = None,
-    learning_rate: Annotated[float | None, typer.Option(help="Of the backbone and the fusion layers.")] = None,
+    learning_rate: Annotated[float | None, typer.Option(help="Of the backbone.")] = None,
     row_learning_rate: Annotated[float | None, typer.Option(help="Of the table's rows.")] = None,
     freeze_backbone: Annotated[bool, typer.Option("--freeze-backbone", help="Only the memory learns.")] = False,
     layers: LayersOption = None,

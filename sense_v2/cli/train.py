@@ -40,7 +40,10 @@ DEFAULT_OUTPUT = "runs/train"
 def default_config(model: str | None) -> Config:
     """What a run without a configuration file uses: the demo's memory; a backbone that has learned something moves
     slower than a fresh one."""
-    return Config(small_memory(DEFAULT_OUTPUT), TrainConfig(learning_rate=3e-3 if model is None else 1e-4))
+    return Config(
+        small_memory(DEFAULT_OUTPUT),
+        TrainConfig() if model is None else TrainConfig(learning_rate=1e-4, fusion_learning_rate=1e-3),
+    )
 
 
 def run_train(

@@ -249,7 +249,8 @@ class EngramConfig(_Serializable):
 
 @dataclass
 class TrainConfig(_Serializable):
-    """One training run. Rates are peaks; the schedule is a linear warm-up and then a cosine to a tenth."""
+    """One training run. Rates are peaks: all rise linearly over the warm-up; those of the weights then fall along a
+    cosine to a tenth, that of the rows stays (a row that is first met late has as much to learn)."""
 
     steps: int = 300
     """Optimizer steps; each reads one batch."""
@@ -258,11 +259,13 @@ class TrainConfig(_Serializable):
     sequence_length: int = 256
     """Tokens a sequence."""
     learning_rate: float = 3e-3
-    """Backbone and fusion weights (AdamW)."""
-    row_learning_rate: float = 6e-2
+    """Backbone (AdamW)."""
+    fusion_learning_rate: float = 1e-2
+    """Fusion layers (AdamW, no decay). Above the backbone's: W_v starts at zero, and rows learn only behind it."""
+    row_learning_rate: float = 0.1
     """Rows of the table. Far above the backbone's in short runs: a row is met only a few times."""
-    row_optimizer: str = "adam"
-    """adam (two floats a value) or adagrad (one float a row)."""
+    row_optimizer: str = "adagrad"
+    """adagrad (one float a row) or adam (two floats a value)."""
     weight_decay: float = 0.1
     """On the backbone's matrices; rows have none."""
     warmup_steps: int = 20
@@ -283,7 +286,7 @@ class TrainConfig(_Serializable):
         for name in ("steps", "batch_size", "eval_sequences"):
             _require(getattr(self, name) >= 1, self, name, "at least 1")
         _require(self.sequence_length >= 2, self, "sequence_length", "at least 2 (a token and the next)")
-        for name in ("learning_rate", "row_learning_rate", "max_grad_norm"):
+        for name in ("learning_rate", "fusion_learning_rate", "row_learning_rate", "max_grad_norm"):
             _require(getattr(self, name) > 0, self, name, "above 0")
         for name in ("weight_decay", "warmup_steps", "eval_every"):
             _require(getattr(self, name) >= 0, self, name, "0 or more")

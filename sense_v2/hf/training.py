@@ -1,8 +1,8 @@
 """Batches of token ids -> a trained model: a plain loop over backbone, fusion layers and rows.
 
-Two optimizers run side by side under one schedule: AdamW for the weights (decay on the backbone's matrices only) and
-a row optimizer for the rows of the batch. Gradients are clipped to one norm over both. The same loop trains a model
-without memory, so that a comparison differs in the memory and nothing else.
+Two optimizers run side by side: AdamW for the weights (decay on the backbone's matrices only) and a row optimizer for
+the rows of the batch. They warm up together; then the weights' rates fall and the rows' stays. Gradients are clipped
+to one norm over both. The same loop trains a model without memory, so that a comparison differs in the memory alone.
 
 A stop (Ctrl-C in the commands) is taken between steps: the step that runs is finished and the rows are flushed.
 """
@@ -16,9 +16,11 @@ import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import torch
+from torch.optim import AdamW
 from torch.optim.lr_scheduler import LambdaLR
 from transformers import PreTrainedModel
 
@@ -66,6 +68,12 @@ def rate_factor(step: int, *, warmup_steps: int, steps: int) -> float:
     return FINAL_RATE_SHARE + (1 - FINAL_RATE_SHARE) * 0.5 * (1 + math.cos(math.pi * min(progress, 1.0)))
 
 
+def row_rate_factor(step: int, *, warmup_steps: int, steps: int) -> float:
+    """The rows' schedule: the same warm-up, then 1. Most rows are met a few times, some late for the first time;
+    Adagrad lowers the rate of the others by itself."""
+    return min(1.0, (step + 1) / (warmup_steps + 1))
+
+
 def make_optimizers(model: PreTrainedModel, config: TrainConfig) -> list[torch.optim.Optimizer]:
     """AdamW over the weights that are trained, and the row optimizer where memory with trainable rows is attached.
 
@@ -76,14 +84,21 @@ def make_optimizers(model: PreTrainedModel, config: TrainConfig) -> list[torch.o
     weights = [parameter for parameter in model.parameters() if parameter.requires_grad]
     if not config.train_backbone:
         weights = [parameter for parameter in weights if parameter in fusion]
-    # Norms and biases have one dimension. The fusion's W_v and convolution start at zero and are small.
-    decayed = [parameter for parameter in weights if parameter.dim() >= 2 and parameter not in fusion]
-    kept = [parameter for parameter in weights if parameter.dim() < 2 or parameter in fusion]
-    groups = [{"params": decayed, "weight_decay": config.weight_decay}, {"params": kept, "weight_decay": 0.0}]
+    backbone = [parameter for parameter in weights if parameter not in fusion]
+    groups: list[dict[str, Any]] = [
+        # Norms and biases have one dimension.
+        {
+            "params": [parameter for parameter in backbone if parameter.dim() >= 2],
+            "weight_decay": config.weight_decay,
+        },
+        {"params": [parameter for parameter in backbone if parameter.dim() < 2]},
+        # Small, and most of it starts at zero.
+        {"params": [parameter for parameter in weights if parameter in fusion], "lr": config.fusion_learning_rate},
+    ]
     optimizers: list[torch.optim.Optimizer] = []
     if weights:
         groups = [group for group in groups if group["params"]]
-        optimizers.append(torch.optim.AdamW(groups, lr=config.learning_rate, betas=(0.9, 0.95)))
+        optimizers.append(AdamW(groups, lr=config.learning_rate, betas=(0.9, 0.95), weight_decay=0.0))
     if memory is not None and memory.storage.rows_require_grad:
         row_optimizer = RowAdam if config.row_optimizer == "adam" else RowWiseAdagrad
         optimizers.append(row_optimizer(memory.storage, lr=config.row_learning_rate))
@@ -113,8 +128,9 @@ def train(
     before it reaches the weights and the rows; it flushes nothing.
     """
     optimizers = make_optimizers(model, config)
+    shape = {"warmup_steps": config.warmup_steps, "steps": config.steps}
     schedules = [
-        LambdaLR(optimizer, lambda step: rate_factor(step, warmup_steps=config.warmup_steps, steps=config.steps))
+        LambdaLR(optimizer, partial(rate_factor if isinstance(optimizer, AdamW) else row_rate_factor, **shape))
         for optimizer in optimizers
     ]
     memory = attached_memory(model)
