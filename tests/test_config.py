@@ -49,15 +49,15 @@ def test_engram_defaults() -> None:
 
 def test_train_defaults() -> None:
     assert dataclasses.asdict(TrainConfig()) == {
-        "steps": 300,
-        "batch_size": 8,
+        "steps": 400,
+        "batch_size": 4,
         "sequence_length": 256,
         "learning_rate": 3e-3,
         "fusion_learning_rate": 1e-2,
         "row_learning_rate": 0.1,
         "row_optimizer": "adagrad",
         "weight_decay": 0.1,
-        "warmup_steps": 20,
+        "warmup_steps": 40,
         "max_grad_norm": 1.0,
         "train_backbone": True,
         "seed": 0,

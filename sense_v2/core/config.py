@@ -252,9 +252,9 @@ class TrainConfig(_Serializable):
     """One training run. Rates are peaks: all rise linearly over the warm-up; those of the weights then fall along a
     cosine to a tenth, that of the rows stays (a row that is first met late has as much to learn)."""
 
-    steps: int = 300
+    steps: int = 400
     """Optimizer steps; each reads one batch."""
-    batch_size: int = 8
+    batch_size: int = 4
     """Sequences a step."""
     sequence_length: int = 256
     """Tokens a sequence."""
@@ -268,7 +268,7 @@ class TrainConfig(_Serializable):
     """adagrad (one float a row) or adam (two floats a value)."""
     weight_decay: float = 0.1
     """On the backbone's matrices; rows have none."""
-    warmup_steps: int = 20
+    warmup_steps: int = 40
     """Steps over which the rates rise from 0 to their peaks."""
     max_grad_norm: float = 1.0
     """Gradients, the rows' included, are scaled down to this norm together."""
