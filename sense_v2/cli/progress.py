@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import sys
 from collections.abc import Callable
 from types import TracebackType
@@ -38,7 +39,7 @@ class TrainingProgress:
         loss = history.train_loss[-1]
         self.bar.set_postfix_str(f"loss {loss:.3f}, {rate:,.0f} tokens/s", refresh=False)
         self.bar.update(1)
-        every = max(1, self.settings.steps // LINES)
+        every = math.ceil(self.settings.steps / LINES)
         if self.bar.disable and (step % every == 0 or step == self.settings.steps):
             left = (self.settings.steps - step) * history.seconds[-1] / step
             found = f", held-out perplexity {history.evals[-1]['perplexity']:.1f}" if history.evals else ""
