@@ -197,8 +197,7 @@ class EngramConfig(_Serializable):
     dtype: str = "float32"
     """Row type on disk: float32, float16 or bfloat16."""
     init_std: float = 0.02
-    """Standard deviation of the rows' initial noise. Noise that is large beside a step of the row optimizer drowns what is
-    learned; 0.1 was no better (benchmarks/LOG.md)."""
+    """Standard deviation of the rows' initial noise. 0.1 was no better in the demo (benchmarks/LOG.md)."""
     causal: bool = True
     """True for decoders: the convolution sees no later position. False for encoders: it is centred."""
     num_streams: int = 1
