@@ -17,10 +17,11 @@ INSTALLED := $(VENV)/.installed
 INSTALLING := $(VENV)/.installing
 TORCH_CONSTRAINTS ?= $(or $(shell sed -n 2p $(INSTALLED) 2>/dev/null),constraints.txt)
 TYPED := sense_v2 $(wildcard scripts/*.py benchmarks/*.py)
-BENCHMARKS := $(wildcard benchmarks/*.py)
+# Two only help the others, and scaling.py has a target of its own: it takes half an hour.
+BENCHMARKS := $(filter-out benchmarks/turns.py benchmarks/resident.py benchmarks/scaling.py, $(wildcard benchmarks/*.py))
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test lint format bench clean distclean broken
+.PHONY: help setup demo test crash lint format bench scaling clean distclean broken
 
 help: ## this list
 	@sed -n 's/^\([a-z]*\):.*## /\1|/p' Makefile | while IFS='|' read -r target text; do printf '  make %-10s %s\n' "$$target" "$$text"; done
@@ -34,6 +35,10 @@ demo: $(INSTALLED) ## train a small model with memory and write the report (CORP
 test: $(INSTALLED) ## all tests (ARGS="-k name" for some)
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(JOBS) $(ARGS)
 
+# tests/test_crash.py says what is done how often.
+crash: $(INSTALLED) ## kill a trainer 500 times, cut the power, fail every call (ten minutes)
+	SENSE_CRASH_KILLS=$${SENSE_CRASH_KILLS:-500} OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(JOBS) $(ARGS) tests/test_crash.py tests/test_power_cut.py tests/test_io_errors.py
+
 lint: $(INSTALLED) ## ruff and mypy
 	$(BIN)/python -m ruff check .
 	$(BIN)/python -m ruff format --check .
@@ -45,6 +50,9 @@ format: $(INSTALLED) ## rewrite the files as `make lint` wants them
 
 bench: $(INSTALLED) ## every benchmark, one by one
 	@for file in $(BENCHMARKS); do echo "== $$file"; $(BIN)/python $$file || exit 1; done
+
+scaling: $(INSTALLED) ## train with tables of 10^4 to 10^8 rows and draw docs/scaling.png (half an hour, 10 GB of disk)
+	$(BIN)/python benchmarks/scaling.py $(if $(filter-out 0,$(QUICK)),--quick)
 
 clean: ## remove what was built and the demo's output; data/ and .venv stay
 	rm -rf build dist *.egg-info runs/demo .pytest_cache .mypy_cache .ruff_cache .hypothesis

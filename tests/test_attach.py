@@ -250,6 +250,7 @@ def test_files_that_are_not_there_yet_are_made(tmp_path):
     assert sorted(path.name for path in folder.iterdir()) == [
         "engram_table.dat",
         "engram_table.json",
+        "engram_table.lock",
         "shadow_map.json",
         "shadow_map.npy",
     ]

@@ -147,10 +147,10 @@ DAMAGES = {
     ),
     "truncated table": (
         lambda folder: cut(folder / "engram/engram_table.dat"),
-        ["engram_table.dat", "expected 256000 bytes (2000 rows × 32 float32), found 255000"],
+        ["engram_table.dat", "expected 512000 bytes (2000 rows × 64 float32), found 511000"],
         "--help",
     ),
-    "table of another width": (widen, ["engram_table.json", "width is 32, asked for 64"], "Open it with"),
+    "table of another width": (widen, ["engram_table.json", "width is 64, asked for 128"], "Open it with"),
     "another number of rows": (
         lambda folder: edit_json(folder / "engram/config.json", table_size=3000),
         ["rows is 2000, asked for 3000"],

@@ -42,6 +42,7 @@ def test_engram_defaults() -> None:
         "seed": 0,
         "dtype": "float32",
         "init_std": 0.02,
+        "sparse": False,
         "causal": True,
         "num_streams": 1,
     }
@@ -49,11 +50,12 @@ def test_engram_defaults() -> None:
 
 def test_train_defaults() -> None:
     assert dataclasses.asdict(TrainConfig()) == {
-        "steps": 400,
+        "steps": 300,
         "batch_size": 4,
         "sequence_length": 256,
         "learning_rate": 3e-3,
         "fusion_learning_rate": 1e-2,
+        "value_learning_rate": 1e-3,
         "row_learning_rate": 0.1,
         "row_optimizer": "adagrad",
         "weight_decay": 0.1,
@@ -63,6 +65,8 @@ def test_train_defaults() -> None:
         "seed": 0,
         "eval_every": 50,
         "eval_sequences": 64,
+        "commit_every": 100,
+        "durability": "process",
     }
 
 
@@ -103,7 +107,6 @@ def test_geometry(engram_dim: int, num_heads: int, orders: list[int], total_head
 # Refusals: (class, keyword arguments, the whole message).
 
 HEADS = "divisible by the 16 heads (2 orders × 8 heads)"
-ABOVE_0 = "above 0 (zero rows behind a zero W_v never learn)"
 VARIANTS = "one of sense, paper, deepseek_v41"
 SEEDS = "from 0 to 2**63 - 1"
 ORDERS = "orders from 2 to 16"
@@ -164,8 +167,11 @@ REFUSED: list[tuple[type, dict[str, Any], str]] = [
     (EngramConfig, {"variant": "Sense"}, f"variant = 'Sense': must be {VARIANTS}"),
     (EngramConfig, {"normalization": "nfc"}, "normalization = 'nfc': must be one of nfkc, deepseek"),
     (EngramConfig, {"dtype": "float64"}, "dtype = 'float64': must be one of float32, float16, bfloat16"),
-    (EngramConfig, {"init_std": 0}, f"init_std = 0: must be {ABOVE_0}"),
-    (EngramConfig, {"init_std": -0.02}, f"init_std = -0.02: must be {ABOVE_0}"),
+    (TrainConfig, {"value_learning_rate": 0.0}, "value_learning_rate = 0.0: must be above 0"),
+    (EngramConfig, {"sparse": 1}, "sparse = 1: must be of type bool"),
+    (EngramConfig, {"init_std": -0.02}, "init_std = -0.02: must be 0 or more"),
+    (TrainConfig, {"durability": "full"}, "durability = 'full': must be one of process, power"),
+    (TrainConfig, {"commit_every": -1}, "commit_every = -1: must be 0 or more"),
     (EngramConfig, {"pad_token_id": -1}, "pad_token_id = -1: must be a token id, or None"),
     (EngramConfig, {"seed": -1}, f"seed = -1: must be {SEEDS}"),
     (EngramConfig, {"seed": 2**63}, f"seed = {2**63}: must be {SEEDS}"),
@@ -328,7 +334,8 @@ def engram_configs(draw: st.DrawFn) -> EngramConfig:
         pad_token_id=draw(st.none() | st.integers(0, 10**7)),
         seed=draw(seeds),
         dtype=draw(st.sampled_from(config_module.ROW_DTYPES)),
-        init_std=draw(positive),
+        init_std=draw(st.just(0.0) | positive),
+        sparse=draw(st.booleans()),
         causal=draw(st.booleans()),
         num_streams=draw(st.integers(1, 8)) if variant == "paper" else 1,
     )
@@ -341,6 +348,7 @@ train_configs = st.builds(
     sequence_length=st.integers(2, 10**6),
     learning_rate=positive,
     fusion_learning_rate=positive,
+    value_learning_rate=positive,
     row_learning_rate=positive,
     row_optimizer=st.sampled_from(config_module.ROW_OPTIMIZERS),
     weight_decay=st.floats(0, 1),

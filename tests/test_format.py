@@ -17,6 +17,8 @@ from sense_v2.engram.format import (
     StateEntry,
     as_json_object,
     file_bytes,
+    journal_name,
+    lock_name,
     manifest_name,
     merge_provenance,
     provenance_differences,
@@ -24,7 +26,7 @@ from sense_v2.engram.format import (
     state_file_name,
 )
 
-MINIMAL = {"format_version": 1, "byte_order": "little", "rows": 5, "width": 4, "dtype": "float32"}
+MINIMAL = {"format_version": 2, "byte_order": "little", "rows": 5, "width": 4, "dtype": "float32"}
 
 json_values = st.recursive(
     st.none()
@@ -36,6 +38,9 @@ json_values = st.recursive(
     max_leaves=8,
 )
 json_objects = st.dictionaries(st.text(max_size=5), json_values, max_size=4)
+
+
+FIELDS = [*MINIMAL, "provenance", "states", "step", "generation", "commit", "extra", "updates", "checksums"]
 
 
 def manifest_text(**changes: Any) -> str:
@@ -93,23 +98,28 @@ def test_file_bytes_never_wraps(rows: int, width: int, dtype: str) -> None:
 
 
 @pytest.mark.parametrize(
-    ("table", "manifest", "state"),
+    ("table", "stem"),
     [
-        ("engram_table.dat", "engram_table.json", "engram_table.adam.dat"),
-        ("a.b.dat", "a.b.json", "a.b.adam.dat"),
-        ("table", "table.json", "table.adam.dat"),
-        (".hidden", ".hidden.json", ".hidden.adam.dat"),
-        ("t.", "t.json", "t.adam.dat"),
+        ("engram_table.dat", "engram_table"),
+        ("a.b.dat", "a.b"),
+        ("table", "table"),
+        (".hidden", ".hidden"),
+        ("t.", "t"),
     ],
 )
-def test_names(table: str, manifest: str, state: str) -> None:
-    assert manifest_name(table) == manifest
-    assert state_file_name(table, "adam") == state
+def test_names(table: str, stem: str) -> None:
+    assert manifest_name(table) == f"{stem}.json"
+    assert state_file_name(table, "adam") == f"{stem}.adam.dat"
+    assert journal_name(table) == f"{stem}.journal"
+    assert lock_name(table) == f"{stem}.lock"
 
 
-def test_a_table_cannot_have_its_manifests_name() -> None:
-    with pytest.raises(ValueError, match=r"\.json is the manifest's suffix; call the table t\.dat"):
-        manifest_name("t.json")
+@pytest.mark.parametrize("suffix", ["json", "journal", "lock"])
+def test_a_table_cannot_have_the_name_of_another_of_its_files(suffix: str) -> None:
+    with pytest.raises(
+        ValueError, match=rf"'t\.{suffix}': \.{suffix} is the suffix of another of its files; call the table t\.dat"
+    ):
+        manifest_name(f"t.{suffix}")
 
 
 @pytest.mark.parametrize("name", ["", "a/b", "..", "a.b", "ä", "a" * 65, "a\n", None, 3])
@@ -131,10 +141,15 @@ def test_the_manifests_golden_text() -> None:
         provenance={"variant": "sense"},
         generation=3,
         step=120,
-        states={"adam": StateEntry("engram_table.adam.dat", 8, step=119)},
+        states={"adam": StateEntry("engram_table.adam.dat", 8, step=119, checksums=["00000000000000ff"])},
+        commit="0123456789abcdef",
+        extra={"loss": 2.5},
+        updates=121,
+        checksums=["fedcba9876543210"],
     )
+    assert manifest.commit_number == 0x0123456789ABCDEF
     assert json.loads(manifest.to_json()) == {
-        "format_version": 1,
+        "format_version": 2,
         "byte_order": "little",
         "rows": 5,
         "width": 4,
@@ -144,7 +159,19 @@ def test_the_manifests_golden_text() -> None:
         "provenance": {"variant": "sense"},
         "generation": 3,
         "step": 120,
-        "states": {"adam": {"file": "engram_table.adam.dat", "width": 8, "dtype": "float32", "step": 119}},
+        "states": {
+            "adam": {
+                "file": "engram_table.adam.dat",
+                "width": 8,
+                "dtype": "float32",
+                "step": 119,
+                "checksums": ["00000000000000ff"],
+            }
+        },
+        "commit": "0123456789abcdef",
+        "extra": {"loss": 2.5},
+        "updates": 121,
+        "checksums": ["fedcba9876543210"],
     }
     assert Manifest.from_json(manifest.to_json()) == manifest
     assert manifest.table_bytes == 40
@@ -154,9 +181,38 @@ def test_what_a_manifest_may_leave_out() -> None:
     manifest = Manifest.from_json(json.dumps(MINIMAL))
     assert manifest == Manifest(5, 4, "float32")
     assert (manifest.generation, manifest.step, manifest.provenance, manifest.states) == (0, None, {}, {})
+    assert (manifest.commit, manifest.extra, manifest.updates, manifest.checksums) == (None, {}, 0, None)
+    assert manifest.commit_number == 0
 
 
-@given(json_objects, st.integers(0, 2**63), st.none() | st.integers(0, 2**40))
+def test_a_manifest_of_version_1_is_read_and_written_as_version_2() -> None:
+    text = """{
+      "format_version": 1, "byte_order": "little", "rows": 5, "width": 4, "dtype": "bfloat16",
+      "init_seed": 7, "init_std": 0.02, "provenance": {"variant": "sense"}, "generation": 3, "step": 120,
+      "states": {"adam": {"file": "engram_table.adam.dat", "width": 8, "dtype": "float32", "step": 119}}
+    }"""
+    manifest = Manifest.from_json(text)
+    assert manifest == Manifest(
+        5,
+        4,
+        "bfloat16",
+        init_seed=7,
+        init_std=0.02,
+        provenance={"variant": "sense"},
+        generation=3,
+        step=120,
+        states={"adam": StateEntry("engram_table.adam.dat", 8, step=119)},
+    )
+    written = json.loads(manifest.to_json())
+    assert (written["format_version"], written["commit"], written["checksums"]) == (2, None, None)
+
+
+def test_bytes_of_a_row_in_each_file() -> None:
+    manifest = Manifest(5, 4, "bfloat16", states={"adam": StateEntry("t.adam.dat", 8), "sum": StateEntry("s", 1)})
+    assert manifest.row_bytes_of("t.dat") == {"t.dat": 8, "t.adam.dat": 32, "s": 4}
+
+
+@given(json_objects, st.integers(0, 2**63 - 1), st.none() | st.integers(0, 2**40))
 def test_a_manifest_comes_back_as_it_was_written(
     provenance: dict[str, Any], generation: int, step: int | None
 ) -> None:
@@ -175,8 +231,8 @@ STATE = {"file": "t.adam.dat", "width": 2}
         ("[" * 100_000, "no JSON"),
         ("[]", r"a manifest is a JSON object, not \[\]"),
         ("null", "a manifest is a JSON object, not None"),
-        ("{}", "format_version = None: this library reads version 1"),
-        (manifest_text(format_version=2, new_field=1), "format_version = 2: .*a newer release"),
+        ("{}", "format_version = None: this library reads versions 1 and 2"),
+        (manifest_text(format_version=3, new_field=1), "format_version = 3: .*a newer release"),
         (manifest_text(format_version=True), "format_version = True"),
         (manifest_text(format_version="1"), "format_version = '1'"),
         (manifest_text(byte_order="big"), "byte_order: must be 'little'"),
@@ -192,7 +248,7 @@ STATE = {"file": "t.adam.dat", "width": 2}
         (manifest_text(dtype=["float32"]), "dtype = "),
         (manifest_text(init_seed=-1), "init_seed = -1"),
         (manifest_text(init_std=-0.5), "init_std = -0.5"),
-        (manifest_text(init_std=float("nan")), "init_std = nan"),
+        (manifest_text(init_std=float("nan")), "no JSON: NaN is no number"),
         (manifest_text(init_std=True), "init_std = True"),
         (manifest_text(provenance=[]), r"provenance = \[\]: must be an object"),
         (manifest_text(generation=-1), "generation = -1"),
@@ -207,6 +263,25 @@ STATE = {"file": "t.adam.dat", "width": 2}
         (manifest_text(states={"adam": {**STATE, "dtype": "float16"}}), "states.adam.dtype = 'float16'"),
         (manifest_text(states={"adam": {**STATE, "step": -1}}), "states.adam.step = -1"),
         (manifest_text(states={"a": STATE, "b": STATE}), "states = .*: must be one file each"),
+        (manifest_text(format_version=0), "format_version = 0"),
+        *(
+            (manifest_text(commit=commit), "commit = .*: must be null or 16 hexadecimal digits")
+            for commit in ("", "0" * 15, "0" * 17, "0123456789ABCDEF", "g" * 16, "0" * 16 + "\n", 5, ["0" * 16])
+        ),
+        (manifest_text(extra=[]), r"extra = \[\]: must be an object"),
+        (manifest_text(extra=None), "extra = None: must be an object"),
+        (manifest_text(updates=-1), "updates = -1"),
+        (manifest_text(updates=True), "updates = True"),
+        *(
+            (manifest_text(checksums=sums), "checksums = .*: must be null or 1 times 16 hexadecimal digits")
+            for sums in ([], ["0" * 16] * 2, ["0" * 15], [7], "0" * 16, {"0" * 16: 1}, 7)
+        ),
+        (manifest_text(rows=4097, checksums=["0" * 16]), "checksums = .*: must be null or 2 times"),
+        (manifest_text(states={"adam": {**STATE, "checksums": []}}), r"states\.adam\.checksums = \[\]"),
+        *(
+            (manifest_text(states={"adam": {**STATE, "file": file}}), "no name of another of the table's files")
+            for file in ("t.json", "t.journal", "t.lock", "t.json.tmp")
+        ),
         *(
             (manifest_text(states={"adam": {**STATE, "file": file}}), "a plain file name")
             for file in ("../t.dat", "/etc/passwd", "a/b", "..", ".", "", "a\\b", "a\0b", 3, None, ["t.adam.dat"])
@@ -218,7 +293,7 @@ def test_a_manifest_that_must_be_refused(text: str, error: str) -> None:
         Manifest.from_json(text)
 
 
-@given(st.dictionaries(st.sampled_from([*MINIMAL, "provenance", "states", "step", "generation"]), json_values))
+@given(st.dictionaries(st.sampled_from(FIELDS), json_values))
 def test_any_manifest_is_read_or_refused_by_value_error(changes: dict[str, Any]) -> None:
     try:
         manifest = Manifest.from_json(manifest_text(**changes))

@@ -140,6 +140,29 @@ def test_a_fresh_layer_is_the_identity(tmp_path, variant):
     assert not torch.equal(layer.storage.weight, torch.zeros_like(layer.storage.weight))
 
 
+@pytest.mark.parametrize("variant", ["sense", "paper"])
+@pytest.mark.parametrize("zeros", [{"init_std": 0.0}, {"sparse": True}])
+def test_rows_of_zeros_have_noise_in_front_of_them_and_learn_at_once(tmp_path, variant, zeros):
+    sizes = {"table_size": 20} if variant == "paper" else {}
+    layer = make_layer(tmp_path, awake=False, variant=variant, **sizes, **zeros).train()
+    hidden, ids = inputs()
+    assert not layer.storage.weight.any()
+    assert torch.equal(layer(hidden, ids), hidden)
+    layer(hidden, ids).square().sum().backward()
+    _, grads_UD = layer.storage.gradients()
+    assert grads_UD.any()
+
+
+def test_rows_that_began_as_zeros_and_have_learned_are_met_by_a_zero_w_v(tmp_path):
+    layer = make_layer(tmp_path, awake=False, init_std=0.0)
+    assert layer.W_v.weight.any()
+    layer.storage.write(torch.tensor([3]), torch.ones(1, layer.storage.embedding_dim))
+    layer.storage.commit()
+    layer.storage.close()
+    again = make_layer(tmp_path, awake=False, init_std=0.0)
+    assert not again.W_v.weight.any()
+
+
 def test_disabled_passes_hidden_states_through_and_opens_nothing(tmp_path):
     layer = EngramFusionLayer(tiny_config(tmp_path, enabled=False), HIDDEN, 1)
     hidden, ids = inputs()
@@ -149,9 +172,9 @@ def test_disabled_passes_hidden_states_through_and_opens_nothing(tmp_path):
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_shape_and_dtype_are_those_of_the_hidden_states(tmp_path, dtype):
-    layer = make_layer(tmp_path).to(dtype)
+    layer = make_layer(tmp_path / "half").to(dtype)
     hidden, ids = inputs()
-    full = make_layer(tmp_path)(hidden, ids)
+    full = make_layer(tmp_path / "full")(hidden, ids)
     out = layer(hidden.to(dtype), ids)
     assert out.dtype == dtype
     assert out.shape == hidden.shape
@@ -349,6 +372,7 @@ def test_a_table_of_another_map_of_equal_size_is_refused(tmp_path):
     with pytest.warns(UserWarning, match=r"other\.json"):
         other = EngramTokenizer(tmp_path / "other.npy")
     assert other.compressed_vocab_size == layer.tokenizer.compressed_vocab_size
+    layer.storage.close()
     with pytest.raises(ValueError, match="shadow_map_sha256"):
         open_table(layer.config, other)
 

@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.optim.lr_scheduler import LambdaLR
 
-from sense_v2.engram.optim import RowAdam, RowWiseAdagrad, clip_grad_norm_
+from sense_v2.engram.optim import RowAdam, RowWiseAdagrad, clip_grad_norm_, rowwise_adagrad
 from sense_v2.engram.storage import MMapEmbeddingStorage
 
 ROWS, WIDTH = 40, 6
@@ -67,6 +67,20 @@ def test_rowwise_adagrad_equals_plain_numpy(tmp_path):
     np.testing.assert_allclose(raw_rows(storage), table, atol=1e-6)
     state = np.fromfile(tmp_path / "engram_table.adagrad.dat", dtype="<f4")
     np.testing.assert_allclose(state, sums, rtol=1e-5)
+
+
+def test_rowwise_adagrad_rounds_as_its_formula_does():
+    """Bit for bit, in NumPy's float32: a table trained by one release goes on with the next."""
+    generator = np.random.default_rng(0)
+    rows, grads, sums = (generator.normal(size=shape).astype("<f4") for shape in ((7, 6), (7, 6), (7, 1)))
+    sums = sums**2
+    tensors = [torch.tensor(values) for values in (rows, grads, sums)]
+    rowwise_adagrad(*tensors, lr=0.3, eps=1e-8)
+    means = torch.tensor(grads).square().mean(dim=1, keepdim=True).numpy()  # a mean's order of adding is torch's
+    sums = sums + means
+    rows = rows - np.float32(0.3) * grads / (np.sqrt(sums) + np.float32(1e-8))
+    np.testing.assert_array_equal(tensors[0].numpy(), rows)
+    np.testing.assert_array_equal(tensors[2].numpy(), sums)
 
 
 def test_at_width_one_rowwise_adagrad_is_torchs_adagrad(tmp_path):
@@ -264,15 +278,52 @@ def test_closures_and_state_dicts(tmp_path):
     assert optimizer.param_groups[0]["lr"] == 0.7
 
 
-@pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
-def test_half_rows_take_the_rounded_float32_update(tmp_path, dtype):
-    storage = make_storage(tmp_path, dtype=dtype).train()
+def test_half_rows_take_the_rounded_float32_update(tmp_path):
+    storage = make_storage(tmp_path, dtype="float16").train()
     before = storage.weight[:4].float().clone()
     optimizer = RowWiseAdagrad(storage, lr=0.25)
     (storage(torch.arange(4)) * 3).sum().backward()
     optimizer.step()
-    expected = (before - 0.25 * 3 / 3).to(getattr(torch, dtype))
-    assert torch.equal(storage.weight[:4], expected)
+    assert torch.equal(storage.weight[:4], (before - 0.25 * 3 / 3).half())
+
+
+def test_bfloat16_rows_take_one_of_the_two_values_beside_the_float32_update(tmp_path):
+    """Which of them is chance: rounded to the nearest, updates below half a step of bfloat16 would be lost."""
+    storage = make_storage(tmp_path, dtype="bfloat16").train()
+    before = storage.weight.float().clone()
+    optimizer = RowWiseAdagrad(storage, lr=0.25)
+    (storage(torch.arange(ROWS)) * 3).sum().backward()
+    optimizer.step()
+    expected = (before - 0.25 * 3 / 3).numpy()
+    # Towards zero, and one step of bfloat16 away from it, by the bits.
+    lower = expected.view(np.uint32) & 0xFFFF0000
+    found = storage.weight.float().numpy().view(np.uint32)
+    steps = (found.astype(np.int64) - lower) >> 16
+    exact = expected.view(np.uint32) == lower
+    assert set(steps[~exact]) == {0, 1}
+    assert not steps[exact].any()
+
+
+def test_bfloat16_rows_follow_updates_smaller_than_their_steps(tmp_path):
+    """64 updates of a sixteenth of a step each: rounded to the nearest, no row would ever move."""
+    storage = make_storage(tmp_path, dtype="bfloat16").train()
+    storage.write(torch.arange(ROWS), torch.ones(ROWS, WIDTH))
+    rows, step = torch.arange(ROWS), 2.0**-7
+    for _ in range(64):
+        storage.write(rows, storage.gather(rows) + step / 16, stochastic=True)
+    moved = (storage.weight.float() - 1).mean().item()
+    # A sum of 64 draws with variance (1/16)(15/16) steps²; five standard errors of the mean of 240 values.
+    assert abs(moved - 64 * step / 16) < 5 * step * (64 * 15 / 256 / (ROWS * WIDTH)) ** 0.5
+
+
+def test_a_run_in_bfloat16_repeats_with_its_seed(tmp_path):
+    runs = []
+    for name, seed in (("a", 1), ("b", 1), ("c", 2)):
+        storage = make_storage(tmp_path / name, dtype="bfloat16", seed=seed)
+        storage.write(torch.arange(ROWS), torch.ones(ROWS, WIDTH))
+        run(storage, RowAdam(storage, lr=0.01))
+        runs.append(storage.path.read_bytes())
+    assert runs[0] == runs[1] != runs[2]
 
 
 # --- bad input ---

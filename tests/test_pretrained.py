@@ -269,8 +269,10 @@ def test_a_table_in_the_folder_stays_with_its_state(tmp_path):
     save_trained(model, tmp_path)
     after = table.stat()
     assert (before.st_ino, before.st_mtime_ns) == (after.st_ino, after.st_mtime_ns)
+    expected = logits(model)
+    detach_engram(model)
     loaded = load_trained(tmp_path)
-    assert torch.equal(logits(loaded), logits(model))
+    assert torch.equal(logits(loaded), expected)
     assert memory_of(loaded).storage.manifest.states["adagrad"].step == 3
     assert (tmp_path / "engram" / "engram_table.adagrad.dat").read_bytes() == state
     train(loaded, batches(), SETTINGS)
@@ -295,17 +297,33 @@ def test_a_save_in_place_that_fails_leaves_a_model(tmp_path, monkeypatch):
     monkeypatch.setattr(model, "save_pretrained", fail)
     with pytest.raises(OSError, match="no room"):
         save_trained(model, tmp_path)
-    assert torch.equal(logits(load_trained(tmp_path)), logits(model))
+    assert torch.equal(logits(load_trained(tmp_path, mode="r")), logits(model))
+
+
+def test_a_model_that_is_trained_in_place_is_its_tables_writer(tmp_path):
+    """It saves there as often as it likes; beside it the folder can be read, and a second trainer is refused."""
+    model = in_place(tmp_path)
+    for _ in range(2):
+        train(model, batches(), SETTINGS)
+        save_trained(model, tmp_path)
+    reader = load_trained(tmp_path, mode="r")
+    assert torch.equal(logits(reader), logits(model))
+    with pytest.raises(BlockingIOError, match=r"engram_table\.dat is open for writing in this process already"):
+        load_trained(tmp_path)
+    expected = logits(detach_engram(model))
+    again = load_trained(tmp_path)
+    assert torch.equal(logits(again), logits(reader))
+    assert torch.equal(logits(detach_engram(again)), expected)
 
 
 def test_a_table_reached_through_a_link_is_in_place(tmp_path):
-    in_place(tmp_path / "real")
+    detach_engram(in_place(tmp_path / "real"))
     (tmp_path / "link").symlink_to("real")
     model = in_place(tmp_path / "link")
     inode = memory_paths(tmp_path / "real")[0].stat().st_ino
     save_trained(model, tmp_path / "real")
     assert memory_paths(tmp_path / "real")[0].stat().st_ino == inode
-    assert torch.equal(logits(load_trained(tmp_path / "link")), logits(model))
+    assert torch.equal(logits(load_trained(tmp_path / "link", mode="r")), logits(model))
 
 
 def test_a_table_from_elsewhere_is_copied_without_its_optimizers_state(tmp_path):
@@ -314,7 +332,9 @@ def test_a_table_from_elsewhere_is_copied_without_its_optimizers_state(tmp_path)
     before = snapshot(tmp_path / "table")
     save_trained(model, tmp_path / "saved")
     after = snapshot(tmp_path / "table")
-    assert {name for name in after if after[name] != before[name]} <= {"engram_table.json"}  # one flush more
+    # One flush more, after which there is nothing to undo.
+    assert {name for name in after if after[name] != before[name]} <= {"engram_table.json", "engram_table.journal"}
+    assert after["engram_table.journal"][0] == b""
     assert not list((tmp_path / "saved").rglob("*.ada*.dat"))
     loaded = load_trained(tmp_path / "saved")
     assert memory_of(loaded).storage.manifest.states == {}
@@ -332,7 +352,8 @@ def test_saving_twice_gives_the_same_files(tmp_path):
     first = {name: content for name, (content, _) in snapshot(tmp_path / "saved").items()}
     save_trained(model, tmp_path / "saved", tokenizer=tiny_tokenizer())
     second = {name: content for name, (content, _) in snapshot(tmp_path / "saved").items()}
-    assert first.keys() == second.keys()
+    # The second save kept writers off the table that it replaced.
+    assert second.keys() - first.keys() == {"engram/engram_table.lock"}
     assert {name for name in first if first[name] != second[name]} <= {"engram/engram_table.json"}
     assert torch.equal(logits(load_trained(tmp_path / "saved")), logits(model))
 
@@ -346,7 +367,7 @@ def test_a_loaded_model_can_be_saved_where_it_came_from_and_elsewhere(tmp_path):
     assert torch.equal(logits(loaded), expected)  # its weights weren't a mapping of the file that was written
     save_trained(loaded, tmp_path / "copy")
     for folder in ("saved", "copy"):
-        assert torch.equal(logits(load_trained(tmp_path / folder)), expected)
+        assert torch.equal(logits(load_trained(tmp_path / folder, mode="r")), expected)
 
 
 # --- over another model ---
@@ -359,6 +380,12 @@ def test_over_another_model_with_memory(tmp_path):
     reader = load_trained(tmp_path / "saved", mode="r")
     read_before = logits(reader)
     model = with_memory(tmp_path / "table")
+    # Its next commit would put the old table's manifest beside the new one's rows.
+    before = snapshot(tmp_path / "saved")
+    with pytest.raises(BlockingIOError, match=r"saved/engram/engram_table\.dat is open for writing"):
+        save_trained(model, tmp_path / "saved")
+    assert snapshot(tmp_path / "saved") == before
+    detach_engram(other)
     save_trained(model, tmp_path / "saved")
     loaded = load_trained(tmp_path / "saved")
     assert torch.equal(logits(loaded), logits(model))
@@ -368,12 +395,28 @@ def test_over_another_model_with_memory(tmp_path):
     assert not (tmp_path / "saved" / "engram" / "engram_table.adagrad.dat").exists()
 
 
+@pytest.mark.filterwarnings("ignore:.*rows were put back")
+def test_a_journal_of_the_table_before_is_not_undone_in_the_new_one(tmp_path):
+    other = in_place(tmp_path / "saved", seed=2)
+    save_trained(other, tmp_path / "saved")
+    storage = memory_of(other).storage
+    rows = torch.arange(storage.num_embeddings)
+    storage.write(rows, torch.ones(len(rows), storage.embedding_dim))
+    with pytest.warns(UserWarning, match="1 updates since its last commit"):
+        storage.close()
+    assert (tmp_path / "saved" / "engram" / "engram_table.journal").stat().st_size > 1_500 * 8 * 4
+    model = with_memory(tmp_path / "table")
+    save_trained(model, tmp_path / "saved")
+    assert torch.equal(logits(load_trained(tmp_path / "saved")), logits(model))
+
+
 def test_state_left_by_a_table_of_the_same_size_is_not_taken_over(tmp_path):
     for name, seed in (("clean", None), ("used", 2)):
         if seed is not None:
             other = in_place(tmp_path / name, seed=seed)
             train(other, batches(), SETTINGS)
             save_trained(other, tmp_path / name)
+            detach_engram(other)
         save_trained(with_memory(tmp_path / f"table of {name}"), tmp_path / name)
     losses = [train(load_trained(tmp_path / name), batches(), SETTINGS).train_loss for name in ("clean", "used")]
     assert losses[0] == losses[1]

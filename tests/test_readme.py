@@ -11,9 +11,10 @@ ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 
 
-def test_the_python_example_runs_and_leaves_the_files_it_names(tmp_path):
-    (example,) = re.findall(r"```python\n(.*?)```", README, flags=re.DOTALL)
-    subprocess.run([sys.executable, "-c", example], cwd=tmp_path, check=True)
+def test_the_python_examples_run_one_after_the_other_and_leave_the_files_they_name(tmp_path):
+    examples = re.findall(r"```python\n(.*?)```", README, flags=re.DOTALL)
+    assert len(examples) == 2
+    subprocess.run([sys.executable, "-c", "\n".join(examples)], cwd=tmp_path, check=True)
     assert np.load(tmp_path / "data/shadow_map.npy").shape == (129_280,)
     rows = np.memmap(tmp_path / "data/engram_table.dat", "<f4", mode="r").reshape(-1, 16)
     assert rows.shape == (100_000, 16)

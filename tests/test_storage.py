@@ -1,4 +1,4 @@
-"""storage.py and fill.py: what is on disk is read with NumPy, gradients come from `nn.Embedding`."""
+"""storage.py: what is on disk is read with NumPy, gradients come from `nn.Embedding`."""
 
 import copy
 import errno
@@ -9,16 +9,13 @@ import pickle
 import re
 import resource
 import shutil
-import signal
 import struct
 import subprocess
-import sys
 import tempfile
 import threading
 import time
 import warnings
 import weakref
-from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -29,135 +26,17 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, rule
+from tables import DTYPES, D, N, gradients_of, make, manifest, names, on_disk, run_python, slow_sums
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-from sense_v2.engram import fill
 from sense_v2.engram.fill import CHUNK_VALUES
 from sense_v2.engram.storage import MMapEmbeddingStorage
-
-N, D = 50, 8
-DTYPES = ("float32", "float16", "bfloat16")
-# Row 0 of a table of seed 0 and standard deviation 0.02: a seed must mean the same table in every release.
-GOLDEN_VALUES = ["0x1.7555320000000p-8", "-0x1.4697e80000000p-6", "-0x1.832afe0000000p-6", "0x1.bcd6100000000p-7"]
 
 
 @pytest.fixture
 def path(tmp_path: Path) -> Path:
     return tmp_path / "engram_table.dat"
-
-
-def make(path: Path, **arguments: Any) -> MMapEmbeddingStorage:
-    return MMapEmbeddingStorage(N, D, path, **arguments)
-
-
-def on_disk(path: Path, dtype: str = "float32", width: int = D) -> np.ndarray[Any, Any]:
-    """The file's rows as float32, by NumPy alone."""
-    if dtype == "bfloat16":
-        bits = np.fromfile(path, dtype="<u2").astype(np.uint32) << 16
-        return bits.view(np.float32).reshape(-1, width)
-    return np.fromfile(path, dtype={"float32": "<f4", "float16": "<f2"}[dtype]).astype(np.float32).reshape(-1, width)
-
-
-def manifest(path: Path) -> dict[str, Any]:
-    return dict(json.loads(path.with_suffix(".json").read_text()))
-
-
-def names(folder: Path) -> list[str]:
-    return sorted(file.name for file in folder.iterdir())
-
-
-def gradients_of(table: MMapEmbeddingStorage) -> tuple[torch.Tensor, torch.Tensor]:
-    gradients = table.gradients()
-    assert gradients is not None
-    return gradients
-
-
-def run_python(code: str, *arguments: object, prefix: tuple[str, ...] = ()) -> subprocess.Popen[str]:
-    command = [*prefix, sys.executable, "-c", code, *map(str, arguments)]
-    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-
-
-# The first rows
-
-
-@pytest.mark.parametrize("dtype", DTYPES)
-def test_a_new_table_is_normal_noise_with_distinct_rows(path: Path, dtype: str) -> None:
-    num_rows = 3 * CHUNK_VALUES // 64 + 1000
-    MMapEmbeddingStorage(num_rows, 64, path, dtype=dtype, init_std=0.02)
-    rows = on_disk(path, dtype, width=64)
-    assert rows.shape == (num_rows, 64)
-    values = rows.astype(np.float64).ravel() / 0.02
-    count = len(values)
-    # Five standard errors each; the narrow types add their rounding.
-    rounding = {"float32": 0.0, "float16": 1e-4, "bfloat16": 1e-3}[dtype]
-    assert abs(values.mean()) < 5 * count**-0.5
-    assert abs(values.std() - 1) < 5 * (2 * count) ** -0.5 + rounding
-    assert abs((values**4).mean() / values.var() ** 2 - 3) < 5 * (24 / count) ** 0.5 + 3 * rounding
-    assert np.abs(values).max() > 4
-    assert abs(np.corrcoef(values[:-1], values[1:])[0, 1]) < 5 * count**-0.5
-    halves = values[:CHUNK_VALUES].reshape(2, -1)  # where the pairs that share their random bits lie
-    assert abs(np.corrcoef(halves)[0, 1]) < 5 * (CHUNK_VALUES / 2) ** -0.5
-    assert abs(np.corrcoef(halves**2)[0, 1]) < 5 * (CHUNK_VALUES / 2) ** -0.5
-    as_bytes = np.fromfile(path, dtype=np.dtype((np.void, os.path.getsize(path) // num_rows)))
-    assert len(np.unique(as_bytes)) == num_rows
-
-
-def test_the_seed_alone_decides_the_bytes(tmp_path: Path) -> None:
-    num_rows = 3 * CHUNK_VALUES // 64 + 1
-    tables = {}
-    for seed, num_threads in ((3, 1), (3, 5), (4, 2), (3 + 2**32, 2)):
-        path = tmp_path / f"{seed}_{num_threads}.dat"
-        MMapEmbeddingStorage(num_rows, 64, path, seed=seed, num_threads=num_threads)
-        tables[seed, num_threads] = path.read_bytes()
-    assert tables[3, 1] == tables[3, 5]
-    # No two chunks alike: not in one table, not in two, not where the seeds agree in 32 bits.
-    chunks = [
-        table[start : start + 4 * CHUNK_VALUES]
-        for table in (tables[3, 1], tables[4, 2], tables[3 + 2**32, 2])
-        for start in range(0, 12 * CHUNK_VALUES, 4 * CHUNK_VALUES)
-    ]
-    assert len(set(chunks)) == 9
-
-
-def test_the_golden_first_values(path: Path) -> None:
-    table = make(path, seed=0)
-    assert [value.hex() for value in table.weight[0, :4].tolist()] == GOLDEN_VALUES
-
-
-def test_the_first_values_do_not_depend_on_torch_defaults(tmp_path: Path) -> None:
-    """As in `from_pretrained`, which builds a model with another default dtype, or on the meta device."""
-    expected = make(tmp_path / "expected.dat").weight
-    torch.set_default_dtype(torch.bfloat16)
-    try:
-        with torch.device("meta"):
-            table = make(tmp_path / "table.dat")
-            table(torch.tensor([1, 2], device="cpu")).sum().backward()
-            table(torch.tensor([2, 3], device="cpu")).sum().backward()
-            ids_U, grads_UD = gradients_of(table)
-    finally:
-        torch.set_default_dtype(torch.float32)
-    assert torch.equal(table.weight, expected)
-    assert ids_U.tolist() == [1, 2, 3]
-    assert grads_UD.dtype == torch.float32
-    assert grads_UD.tolist() == [[1.0] * D, [2.0] * D, [1.0] * D]
-
-
-def test_a_bar_shows_how_far_a_large_fill_is(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    make(tmp_path / "a.dat")
-    assert capsys.readouterr().err == ""
-    make(tmp_path / "b.dat", progress=True)
-    assert "100%" in capsys.readouterr().err
-    monkeypatch.setattr(fill, "PROGRESS_BYTES", N * D * 4 - 1)
-    make(tmp_path / "log.dat")
-    assert capsys.readouterr().err == "", "a log is no terminal"
-    monkeypatch.setattr(sys.stderr, "isatty", lambda: True)
-    make(tmp_path / "c.dat")
-    assert "100%" in capsys.readouterr().err
-    make(tmp_path / "d.dat", progress=False)
-    assert capsys.readouterr().err == ""
 
 
 # Making a table, and failing to
@@ -166,9 +45,12 @@ def test_a_bar_shows_how_far_a_large_fill_is(
 def test_a_new_table_and_its_manifest(tmp_path: Path) -> None:
     path = tmp_path / "not" / "there" / "table.dat"
     make(path, dtype="bfloat16", seed=7, init_std=0.5, provenance={"orders": (2, 3)})
-    assert names(path.parent) == ["table.dat", "table.json"]
-    assert manifest(path) == {
-        "format_version": 1,
+    assert names(path.parent) == ["table.dat", "table.json", "table.lock"]
+    found = manifest(path)
+    assert found.pop("checksums") == slow_sums(path)
+    assert re.fullmatch("[0-9a-f]{16}", found.pop("commit")), "drawn, so that no other new table's journal fits"
+    assert found == {
+        "format_version": 2,
         "byte_order": "little",
         "rows": N,
         "width": D,
@@ -179,6 +61,8 @@ def test_a_new_table_and_its_manifest(tmp_path: Path) -> None:
         "generation": 0,
         "step": None,
         "states": {},
+        "extra": {},
+        "updates": 0,
     }
 
 
@@ -255,7 +139,7 @@ def test_a_full_disk_is_an_error_before_anything_is_filled(tmp_path: Path) -> No
     needs = f"needs {2**20 * 64 * 4} bytes, [0-9]+ are free in {tmp_path}: .*ulimit -f.*Make room"
     assert re.match(f"{errno.EFBIG} .*{path} {needs}", table_line)
     assert re.match(rf"{errno.EFBIG} .*engram_table\.adam\.dat needs {1000 * 2**20 * 4} bytes", state_line)
-    assert names(tmp_path) == ["engram_table.dat", "engram_table.json"]
+    assert names(tmp_path) == ["engram_table.dat", "engram_table.json", "engram_table.lock"]
     # A file system that is really full, in a mount that only the child sees, where mounting is allowed.
     mount = f"mount -t tmpfs -o size=1m tmpfs {tmp_path}"
     prefix = ("unshare", "-rm", "sh", "-c", f'{mount} && exec "$@"', "sh")
@@ -314,39 +198,9 @@ def test_a_path_below_a_file_or_a_folder_that_cannot_be_written_to(
     assert names(tmp_path) == ["file"]
 
 
-def test_a_write_error_or_an_interrupt_during_the_fill_leaves_nothing(
-    path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    def fail() -> None:
-        raise OSError(errno.EIO, "input/output error")
-
-    def interrupt() -> None:
-        os.kill(os.getpid(), signal.SIGINT)
-
-    real_chunk = fill._normal_chunk
-    for what, expected in ((fail, OSError), (interrupt, KeyboardInterrupt)):
-        drawn: list[int] = []
-
-        def chunk(*arguments: Any, what: Callable[[], None] = what, drawn: list[int] = drawn) -> None:
-            drawn.append(arguments[2])
-            if arguments[2] == 2:
-                what()
-            time.sleep(0.01)
-            real_chunk(*arguments)
-
-        with monkeypatch.context() as patch:
-            patch.setattr(fill, "_normal_chunk", chunk)
-            with pytest.raises(expected):
-                MMapEmbeddingStorage(400 * CHUNK_VALUES // 64, 64, path, num_threads=2)
-        assert len(drawn) < 300  # the other thread doesn't go on to the end
-        assert names(path.parent) == []
-        assert not [thread for thread in threading.enumerate() if thread.name.startswith("fill")]
-    make(path)
-
-
 STALLED_FILL = """
 import sys, time
-from sense_v2.engram import fill
+from sense_v2.engram import disk, fill
 from sense_v2.engram.storage import MMapEmbeddingStorage
 
 path, where = sys.argv[1:]
@@ -355,11 +209,11 @@ def stall():
     print("stalled", flush=True)
     time.sleep(600)
 
-real_chunk, real_replace = fill._normal_chunk, fill.os.replace
+real_chunk, real_replace = fill._normal_chunk, disk.os.replace
 if where == "fill":
     fill._normal_chunk = lambda *a: stall() if a[2] == 2 else real_chunk(*a)
 else:
-    fill.os.replace = lambda a, b: (real_replace(a, b), stall())
+    disk.os.replace = lambda a, b: (real_replace(a, b), stall())
 MMapEmbeddingStorage(3 * fill.CHUNK_VALUES // 64, 64, path, provenance={"by": "child"}, num_threads=1)
 """
 
@@ -381,7 +235,7 @@ def test_a_maker_killed_during_the_fill(tmp_path: Path) -> None:
         child.kill()
         child.communicate()
     second.result(timeout=30)
-    assert names(tmp_path) == ["engram_table.dat", "engram_table.json"]
+    assert names(tmp_path) == ["engram_table.dat", "engram_table.json", "engram_table.lock"]
     expected = MMapEmbeddingStorage(*shape, tmp_path / "expected.dat", seed=3)
     assert path.read_bytes() == expected.weight.numpy().tobytes()
     assert manifest(path)["provenance"] == {}
@@ -397,12 +251,25 @@ def test_a_maker_killed_between_the_two_renames(tmp_path: Path) -> None:
     finally:
         child.kill()
         child.communicate()
+    whole = (tmp_path / "engram_table.json.tmp").read_bytes()
+    made = json.loads(whole)
+    # Reading changes nothing. What isn't this table's manifest isn't taken for it.
+    others = whole[:-10], {**made, "generation": 1}, {**made, "checksums": ["0" * 16]}, {**made, "width": 32}
+    for other in others:
+        raw = other if isinstance(other, bytes) else json.dumps(other).encode()
+        (tmp_path / "engram_table.json.tmp").write_bytes(raw)
+        for mode in ("r+", "r"):
+            with pytest.warns(UserWarning, match="has no manifest"):
+                MMapEmbeddingStorage(*shape, path, mode=mode).close()
+    (tmp_path / "engram_table.json.tmp").write_bytes(whole)
     with pytest.warns(UserWarning, match="has no manifest"):
-        table = MMapEmbeddingStorage(*shape, path)
+        MMapEmbeddingStorage(*shape, path, mode="r")
+    table = MMapEmbeddingStorage(*shape, path)
     expected = MMapEmbeddingStorage(*shape, tmp_path / "other" / "expected.dat")
     assert torch.equal(table.weight, expected.weight)
-    table.flush()
-    assert names(tmp_path) == ["engram_table.dat", "engram_table.json", "other"]
+    assert manifest(path) == made
+    assert (made["provenance"], made["init_seed"]) == ({"by": "child"}, 0)
+    assert names(tmp_path) == ["engram_table.dat", "engram_table.json", "engram_table.lock", "other"]
 
 
 def test_a_reader_between_the_two_renames_waits_for_the_manifest(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -428,25 +295,35 @@ def test_a_reader_between_the_two_renames_waits_for_the_manifest(path: Path, mon
     assert waited
 
 
-def test_several_makers_at_once_make_one_table(path: Path) -> None:
+def test_several_makers_at_once_make_one_table_and_one_gets_to_write(path: Path) -> None:
     with ThreadPoolExecutor(6) as pool:
-        tables = list(pool.map(lambda _: MMapEmbeddingStorage(5000, 64, path), range(6)))
-    tables[0].write(torch.tensor([7]), torch.ones(1, 64))
-    assert all(table.weight[7].tolist() == [1.0] * 64 for table in tables)
-    assert names(path.parent) == ["engram_table.dat", "engram_table.json"]
+        futures = [pool.submit(MMapEmbeddingStorage, 5000, 64, path) for _ in range(6)]
+    refused = [future for future in futures if isinstance(future.exception(), BlockingIOError)]
+    (table,) = (future.result() for future in futures if future not in refused)
+    readers = [MMapEmbeddingStorage(5000, 64, path, mode="r") for _ in refused]
+    table.write(torch.tensor([7]), torch.ones(1, 64))
+    assert all(reader.weight[7].tolist() == [1.0] * 64 for reader in readers)
+    table.flush()
+    assert names(path.parent) == [
+        "engram_table.dat",
+        "engram_table.journal",
+        "engram_table.json",
+        "engram_table.lock",
+    ]
 
 
 def test_an_old_tables_optimizer_state_is_not_taken_for_the_new_ones(path: Path) -> None:
     table = make(path)
     table.open_state("adam", 2)
     table.flush()
+    table.close()
     path.unlink()
     path.with_suffix(".json").unlink()
     with pytest.raises(
         ValueError, match=r"optimizer state of an earlier table is: engram_table\.adam\.dat\. Remove it"
     ):
         make(path)
-    assert names(path.parent) == ["engram_table.adam.dat"]
+    assert names(path.parent) == ["engram_table.adam.dat", "engram_table.lock"]
     path.with_name("engram_table.adam.dat").unlink()
     # A table of its own, whose name only looks like a state's.
     make(path.with_name("engram_table.other.dat"))
@@ -519,13 +396,16 @@ def test_a_raw_file_opens_with_a_warning_and_gets_a_manifest(path: Path, dtype: 
     path.write_bytes(raw)
     for mode in ("r", "r+"):
         with pytest.warns(UserWarning, match="has no manifest: its size fits") as caught:
-            table = make(path, dtype=dtype, mode=mode, provenance={"seed": 1})
+            table = MMapEmbeddingStorage(N, D, path, dtype=dtype, mode=mode, provenance={"seed": 1})
         assert caught[0].filename == __file__
-        assert table(torch.arange(N)).flatten().tolist() == values.tolist()
-        assert names(path.parent) == ["engram_table.dat"]
+        assert table.eval()(torch.arange(N)).flatten().tolist() == values.tolist()
+        lock = [] if mode == "r" else ["engram_table.lock"]
+        assert names(path.parent) == ["engram_table.dat", *lock]
     table.flush(step=3)
     found = manifest(path)
     assert (found["init_seed"], found["provenance"], found["generation"]) == (None, {"seed": 1}, 1)
+    assert found["checksums"] is None, "nobody has read all of it"
+    table.close()
     assert path.read_bytes() == raw
     with warnings.catch_warnings():
         warnings.simplefilter("error")
@@ -539,7 +419,7 @@ def test_a_manifest_without_its_table_is_an_error(path: Path) -> None:
         make(path)
     with pytest.raises(FileNotFoundError):
         make(path, mode="r")
-    assert names(path.parent) == ["engram_table.json"]
+    assert names(path.parent) == ["engram_table.json", "engram_table.lock"]
 
 
 def test_a_manifest_that_cannot_be_read_is_named(path: Path) -> None:
@@ -547,7 +427,7 @@ def test_a_manifest_that_cannot_be_read_is_named(path: Path) -> None:
     good = path.with_suffix(".json").read_text()
     for text, error in (
         (good[:-20], "no JSON"),
-        (good.replace('"format_version": 1', '"format_version": 2'), "format_version = 2"),
+        (good.replace('"format_version": 2', '"format_version": 3'), "format_version = 3"),
         (good.replace('"rows"', '"raws"'), "raws|rows"),
         (good + "\0", "no JSON"),
     ):
@@ -559,12 +439,13 @@ def test_a_manifest_that_cannot_be_read_is_named(path: Path) -> None:
         make(path)
 
 
-def test_a_folder_is_no_table_and_json_no_name_for_one(path: Path) -> None:
+def test_a_folder_is_no_table_and_some_names_are_none_for_one(path: Path) -> None:
     path.mkdir()
     with pytest.raises(ValueError, match="isn't a regular file"):
         make(path)
-    with pytest.raises(ValueError, match="is the manifest's suffix"):
-        make(path.with_suffix(".json"))
+    for suffix in (".json", ".journal", ".lock"):
+        with pytest.raises(ValueError, match=rf"\{suffix} is the suffix of another of its files"):
+            make(path.with_suffix(suffix))
 
 
 def test_a_table_that_cannot_be_written_to_says_how_to_read_it(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -903,7 +784,9 @@ def test_read_only_refuses_every_way_to_write(path: Path) -> None:
     before = names(path.parent), path.read_bytes(), path.stat().st_mtime_ns
     for what, call in (
         ("write rows", lambda: table.write(torch.tensor([1]), torch.zeros(1, D))),
-        ("flush", table.flush),
+        ("write rows", lambda: table.protect(torch.tensor([1]))),
+        ("commit", table.commit),
+        ("commit", table.flush),
         ("open an optimizer state", lambda: table.open_state("adam", 2)),
     ):
         with pytest.raises(PermissionError, match=rf"is open with mode='r': can't {what}\. Open it with mode='r\+'"):
@@ -923,14 +806,17 @@ def test_a_state_is_zeros_and_then_what_it_was(path: Path) -> None:
     assert (state.path, state.step, state.values.shape, state.values.dtype) == (state_path, 0, (N, 3), torch.float32)
     assert state_path.read_bytes() == bytes(N * 3 * 4)
     assert state_path.stat().st_blocks * 512 >= N * 3 * 4  # reserved, not sparse
-    state.values[4, 1] = 2.5
+    table.write_state(state, torch.tensor([4]), torch.tensor([[0.0, 2.5, 0.0]]))
     state.step = 17
     assert table.open_state("adam", 3) is state
     other = table.open_state("row_sum-2", 1)
-    other.values[:] = 1
+    table.write_state(other, torch.arange(N), torch.ones(N, 1))
     table.flush(step=20)
     assert struct.unpack_from("<f", state_path.read_bytes(), (4 * 3 + 1) * 4) == (2.5,)
-    assert manifest(path)["states"] == {
+    found = manifest(path)["states"]
+    for entry in found.values():
+        assert entry.pop("checksums") == slow_sums(path.with_name(entry["file"]))
+    assert found == {
         "adam": {"file": "engram_table.adam.dat", "width": 3, "dtype": "float32", "step": 17},
         "row_sum-2": {"file": "engram_table.row_sum-2.dat", "width": 1, "dtype": "float32", "step": 0},
     }
@@ -942,13 +828,14 @@ def test_a_state_is_zeros_and_then_what_it_was(path: Path) -> None:
         "engram_table.adam.dat",
         "engram_table.dat",
         "engram_table.json",
+        "engram_table.lock",
         "engram_table.row_sum-2.dat",
     ]
 
 
 def test_states_that_are_refused(path: Path) -> None:
     table = make(path)
-    table.open_state("adam", 3).values[:] = 1
+    table.write_state(table.open_state("adam", 3), torch.arange(N), torch.ones(N, 3))
     with pytest.raises(ValueError, match=r"engram_table\.adam\.dat has width 3, asked for 4"):
         table.open_state("adam", 4)
     for name in ("../adam", "", "a.b"):
@@ -957,27 +844,30 @@ def test_states_that_are_refused(path: Path) -> None:
     with pytest.raises(ValueError, match="width = 0"):
         table.open_state("empty", 0)
     table.flush()
+    table.close()
+    table = make(path)
     with pytest.raises(ValueError, match=r"engram_table\.adam\.dat has width 3, asked for 4"):
-        make(path).open_state("adam", 4)
+        table.open_state("adam", 4)
     state_path = path.with_name("engram_table.adam.dat")
     for size in (0, N * 3 * 4 - 1, N * 3 * 4 + 4):
         os.truncate(state_path, size)
         with pytest.raises(ValueError, match=rf"expected {N * 3 * 4} bytes \({N} rows × 3 float32\), found {size}"):
-            make(path).open_state("adam", 3)
+            table.open_state("adam", 3)
     state_path.unlink()
     with pytest.raises(FileNotFoundError, match=r"lists optimizer state .*adam\.dat, which isn't there"):
-        make(path).open_state("adam", 3)
+        table.open_state("adam", 3)
 
 
 def test_a_manifest_cannot_point_a_state_anywhere_else(path: Path) -> None:
     make(path)
     outside = path.parent.parent / "outside.dat"
     outside.write_bytes(bytes(N * D * 4))
-    for file in ("../outside.dat", str(outside), "engram_table.dat", "engram_table.json"):
+    others = ("engram_table.json", "engram_table.journal", "engram_table.lock", "engram_table.json.tmp")
+    for file in ("../outside.dat", str(outside), "engram_table.dat", *others):
         values = manifest(path)
         values["states"] = {"adam": {"file": file, "width": D}}
         path.with_suffix(".json").write_text(json.dumps(values))
-        with pytest.raises(ValueError, match=r"plain file name|is a table|manifest's suffix"):
+        with pytest.raises(ValueError, match=r"plain file name|is a table|no name of another of the table's files"):
             make(path).open_state("adam", D)
 
 
@@ -994,17 +884,21 @@ def test_flush_counts_generations_and_keeps_the_step(path: Path) -> None:
     table.flush()
     assert (manifest(path)["generation"], manifest(path)["step"], table.committed_step) == (3, 12, 12)
     table.flush(step=np.int64(13))  # type: ignore[arg-type]
+    table.close()
     table = make(path, mode="r")
     assert (table.committed_step, table.manifest.generation) == (13, 4)
     assert table.weight[3].tolist() == [0.25] * D
-    assert names(path.parent) == ["engram_table.dat", "engram_table.json"]
+    assert names(path.parent) == ["engram_table.dat", "engram_table.json", "engram_table.lock"]
 
 
 def test_everything_is_synced_before_the_manifest_says_so(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     table = make(path)
-    table.open_state("adam", 2)
+    state = table.open_state("adam", 2)
+    table.flush()
+    table.write(torch.tensor([1]), torch.ones(1, D))
+    table.write_state(state, torch.tensor([1]), torch.ones(1, 2))
     events = []
-    real = os.fsync, os.replace, np.memmap.flush
+    real = os.fsync, os.replace, np.memmap.flush, os.ftruncate
 
     def fsync(fd: int) -> None:
         events.append("fsync " + os.path.basename(os.readlink(f"/proc/self/fd/{fd}")))
@@ -1018,36 +912,44 @@ def test_everything_is_synced_before_the_manifest_says_so(path: Path, monkeypatc
         events.append(f"msync {os.path.basename(mapping.filename)}")
         real[2](mapping)
 
+    def truncate(fd: int, size: int) -> None:
+        events.append(f"truncate {os.path.basename(os.readlink(f'/proc/self/fd/{fd}'))} to {size}")
+        real[3](fd, size)
+
     monkeypatch.setattr(os, "fsync", fsync)
     monkeypatch.setattr(os, "replace", replace)
+    monkeypatch.setattr(os, "ftruncate", truncate)
     monkeypatch.setattr(np.memmap, "flush", flush)
     table.flush()
     assert events == [
+        "fsync engram_table.journal",
+        f"fsync {path.parent.name}",
         "msync engram_table.dat",
-        "msync engram_table.adam.dat",
         "fsync engram_table.dat",
+        "msync engram_table.adam.dat",
         "fsync engram_table.adam.dat",
+        "truncate engram_table.json.tmp to 0",
         "fsync engram_table.json.tmp",
         "rename engram_table.json",
         f"fsync {path.parent.name}",
+        "truncate engram_table.journal to 0",
     ]
 
 
 def test_a_manifest_is_whole_at_every_moment_of_several_flushes(path: Path) -> None:
-    tables = [make(path) for _ in range(4)]
+    table = make(path)
 
-    def flush(table: MMapEmbeddingStorage) -> None:
-        for _ in range(10):
+    def flush() -> None:
+        for _ in range(30):
             table.flush()
 
-    with ThreadPoolExecutor(4) as pool:
-        futures = [pool.submit(flush, table) for table in tables]
-        while not all(future.done() for future in futures):
+    with ThreadPoolExecutor(1) as pool:
+        future = pool.submit(flush)
+        while not future.done():
             assert manifest(path)["rows"] == N
-        for future in futures:
-            future.result()
-    assert manifest(path)["generation"] == 10  # each storage counts from what it opened
-    assert names(path.parent) == ["engram_table.dat", "engram_table.json"]
+        future.result()
+    assert manifest(path)["generation"] == 30
+    assert names(path.parent) == ["engram_table.dat", "engram_table.json", "engram_table.lock"]
 
 
 def test_a_manifest_that_cannot_be_written_leaves_the_old_one(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -1062,7 +964,7 @@ def test_a_manifest_that_cannot_be_written_leaves_the_old_one(path: Path, monkey
         with pytest.raises(OSError, match="no space"):
             table.flush(step=5)
     assert path.with_suffix(".json").read_text() == before
-    assert names(path.parent) == ["engram_table.dat", "engram_table.json"]
+    assert names(path.parent) == ["engram_table.dat", "engram_table.json", "engram_table.lock"]
     assert table.committed_step is None
     table.flush(step=6)
     assert (manifest(path)["generation"], manifest(path)["step"]) == (1, 6)
@@ -1078,8 +980,15 @@ def test_a_sync_that_failed_is_not_tried_again(path: Path, monkeypatch: pytest.M
         patch.setattr(np.memmap, "flush", fail)
         with pytest.raises(OSError, match="input/output error"):
             table.flush()
-    with pytest.raises(RuntimeError, match="an earlier flush failed"):
-        table.flush()
+    for call in (
+        table.flush,
+        table.commit,
+        lambda: table.write(torch.tensor([1]), torch.ones(1, D)),
+        lambda: table.protect(torch.tensor([1])),
+        lambda: table.open_state("adam", 2),
+    ):
+        with pytest.raises(RuntimeError, match=r"an earlier sync failed, .* Open it again: that goes back"):
+            call()
     assert manifest(path)["generation"] == 0
 
 
@@ -1094,6 +1003,8 @@ def test_a_closed_table_says_so(path: Path) -> None:
         lambda: table.gather(torch.tensor([1])),
         lambda: table.write(torch.tensor([1]), torch.zeros(1, D)),
         lambda: table.open_state("adam", 2),
+        lambda: table.protect(torch.tensor([1])),
+        lambda: table.commit(),
         lambda: table.flush(),
         lambda: table.weight,
         lambda: table.mmap,
@@ -1133,12 +1044,14 @@ def test_a_copy_opens_the_same_file_read_only(path: Path, monkeypatch: pytest.Mo
         assert (copied.mode, copied.dtype) == ("r", torch.float16)
         assert copied(torch.tensor([5])).tolist() == [[0.5] * D]  # seen through the page cache, unflushed
         assert copied.gradients() is None
-    table.close()
+    with pytest.warns(UserWarning, match="is closed with 1 updates since its last commit"):
+        table.close()
     assert copies[0](torch.tensor([5])).tolist() == [[0.5] * D]
 
 
 class AgainstArrays(RuleBasedStateMachine):
-    """Any order of writes, flushes and reopenings leaves what two NumPy arrays and three numbers say."""
+    """Any order of writes, commits, closings and reopenings leaves what NumPy arrays and a few numbers say: in use
+    what was written, and after a reopening what was committed."""
 
     dtype = "float32"
 
@@ -1150,47 +1063,97 @@ class AgainstArrays(RuleBasedStateMachine):
         self.rows = on_disk(self.path, self.dtype)
         self.moments = np.zeros((N, 2), dtype=np.float32)
         self.step: int | None = None
-        self.state_step = self.flushed_state_step = self.generation = 0
+        self.state_step = self.generation = self.writes = 0
+        self.extra: dict[str, Any] = {}
+        self.has_state = False
+        self.remember()
 
-    @rule(data=st.data(), value=st.integers(-128, 128))
-    def write(self, data: st.DataObject, value: int) -> None:
+    def remember(self) -> None:
+        self.committed = self.rows.copy(), self.moments.copy(), self.state_step, self.has_state
+        self.writes = 0
+
+    @rule(data=st.data(), value=st.integers(-128, 128), stochastic=st.booleans())
+    def write(self, data: st.DataObject, value: int, stochastic: bool) -> None:
         ids = data.draw(st.lists(st.integers(0, N - 1), unique=True, max_size=5))
-        self.table.write(torch.tensor(ids, dtype=torch.int64), torch.full((len(ids), D), float(value)))
-        self.rows[ids] = value
+        rows = torch.full((len(ids), D), float(value))
+        self.table.write(torch.tensor(ids, dtype=torch.int64), rows, stochastic=stochastic)
+        self.rows[ids] = value  # a whole number of eight bits: no rounding
+        self.writes += 1
 
     @rule(row_id=st.integers(0, N - 1), value=st.integers(-128, 128))
     def step_state(self, row_id: int, value: int) -> None:
         state = self.table.open_state("adam", 2)
-        state.values[row_id, 1] = value
+        self.table.write_state(state, torch.tensor([row_id]), torch.tensor([[0.0, value]]))
         state.step += 1
         self.moments[row_id, 1] = value
         self.state_step += 1
+        self.has_state = True
+
+    @rule(data=st.data())
+    def look_up(self, data: st.DataObject) -> None:
+        """A forward keeps the rows' old bytes, whether or not they are ever stored to."""
+        ids = data.draw(st.lists(st.integers(0, N - 1), max_size=5))
+        self.table(torch.tensor(ids, dtype=torch.int64))
 
     @rule(step=st.none() | st.integers(0, 2**40))
     def flush(self, step: int | None) -> None:
         self.table.flush(step)
-        self.step = self.step if step is None else step
-        self.flushed_state_step, self.generation = self.state_step, self.generation + 1
+        self.has_committed(step)
 
-    @rule()
-    def reopen(self) -> None:
-        self.table.close()
-        self.table = make(self.path, dtype=self.dtype)
-        self.state_step = self.flushed_state_step
+    @rule(step=st.none() | st.integers(0, 2**40), extra=st.none() | st.just({}) | st.just({"loss": [2.5, None]}))
+    def commit(self, step: int | None, extra: dict[str, Any] | None) -> None:
+        self.table.commit(step, extra)
+        self.extra = self.extra if extra is None else extra
+        self.has_committed(step)
+
+    def has_committed(self, step: int | None) -> None:
+        self.step = self.step if step is None else step
+        self.generation += 1
+        self.remember()
+        found = manifest(self.path)
+        assert found["checksums"] == slow_sums(self.path)
+        for entry in found["states"].values():
+            assert entry["checksums"] == slow_sums(self.path.with_name(entry["file"]))
+
+    @rule(durability=st.sampled_from(["process", "power"]))
+    def change_durability(self, durability: str) -> None:
+        self.table.durability = durability
+
+    @rule(closed=st.booleans())
+    def reopen(self, closed: bool) -> None:
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            if closed:
+                self.table.close()
+            del self.table
+        expected = [f"is closed with {self.writes} updates since its last commit"] if closed and self.writes else []
+        assert [text in str(warning.message) for text, warning in zip(expected, caught, strict=True)] == [True] * len(
+            expected
+        )
+        self.rows, self.moments, self.state_step, self.has_state = (
+            value.copy() if isinstance(value, np.ndarray) else value for value in self.committed
+        )
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", ".*rows were put back as they were at the last commit", UserWarning)
+            self.table = make(self.path, dtype=self.dtype)
+        self.writes = 0
 
     @invariant()
     def agrees(self) -> None:
         every_id = torch.arange(N)
-        assert np.array_equal(self.table(every_id).detach().float().numpy(), self.rows)
+        assert np.array_equal(self.table.gather(every_id).numpy(), self.rows)
         assert np.array_equal(on_disk(self.path, self.dtype), self.rows)
-        state_path = self.path.with_name("engram_table.adam.dat")
-        if state_path.exists():
+        if self.has_state:
+            state_path = self.path.with_name("engram_table.adam.dat")
             assert np.array_equal(np.fromfile(state_path, dtype="<f4").reshape(N, 2), self.moments)
             assert self.table.open_state("adam", 2).step == self.state_step
         assert (self.table.committed_step, self.table.manifest.generation) == (self.step, self.generation)
+        assert self.table.committed_extra == self.extra
 
     def teardown(self) -> None:
-        self.table.close()
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            self.table.close()
         self.folder.cleanup()
 
 

@@ -10,6 +10,7 @@ from tiny import VOCABULARY, tiny_config, tiny_model, tiny_tokenizer
 from torch import nn
 
 from sense_v2.core.config import TrainConfig
+from sense_v2.engram.storage import MMapEmbeddingStorage
 from sense_v2.hf import training
 from sense_v2.hf.attach import attach_engram, detach_engram, memory_of
 from sense_v2.hf.controls import freeze_rows
@@ -126,7 +127,7 @@ def resident_run(folder, config: TrainConfig, batches, initial, *, sparse: bool,
             {"params": fusion, "weight_decay": 0.0},
         ],
         lr=config.learning_rate,
-        betas=(0.9, 0.95),
+        betas=(0.9, 0.99),
     )
     adam = torch.optim.SparseAdam([rows], lr=config.row_learning_rate) if sparse else None
     sums = torch.zeros(len(rows), 1)
@@ -285,6 +286,21 @@ def test_decay_is_on_the_backbones_matrices_only(tmp_path):
     assert {rate for name, rate in rates.items() if name.startswith("engram.")} == {1e-2}
     assert {rate for name, rate in rates.items() if not name.startswith("engram.")} == {3e-3}
     assert rows.param_groups[0]["lr"] == 0.1
+
+
+def test_w_v_in_front_of_rows_of_zeros_has_a_rate_of_its_own(tmp_path):
+    model = with_memory(tmp_path, init_std=0.0)
+    names = {parameter: name for name, parameter in model.named_parameters()}
+    weights, _ = make_optimizers(model, settings())
+    rates = {names[p]: group["lr"] for group in weights.param_groups for p in group["params"]}
+    assert rates.pop("engram.layers.1.W_v.weight") == 1e-3
+    assert {rate for name, rate in rates.items() if name.startswith("engram.")} == {1e-2}
+    # Decided by how the table began, not by what it holds now: a run that goes on has the rates that it had.
+    storage = memory_of(model).storage
+    storage.write(torch.tensor([0]), torch.ones(1, storage.embedding_dim))
+    storage.commit()
+    weights, _ = make_optimizers(model, settings())
+    assert 1e-3 in {group["lr"] for group in weights.param_groups}
 
 
 def test_the_rows_rate_warms_up_and_stays():
@@ -599,3 +615,40 @@ def test_a_table_open_to_read_is_refused(tmp_path):
     model = attach_engram(tiny_model("llama"), tiny_config(tmp_path), mode="r")
     with pytest.raises(ValueError, match="open read-only"):
         train(model, make_batches(settings()), settings())
+
+
+@pytest.mark.parametrize(("commit_every", "steps"), [(2, [2, 4, 5]), (0, [5]), (9, [5])])
+def test_commits_come_every_so_often_and_at_the_end(tmp_path, monkeypatch, commit_every, steps):
+    model = with_memory(tmp_path)
+    storage = memory_of(model).storage
+    commit, flush = storage.commit, storage.flush
+    committed = []
+    monkeypatch.setattr(storage, "commit", lambda step: (commit(step=step), committed.append(step)))
+    monkeypatch.setattr(storage, "flush", lambda step: (flush(step=step), committed.append(step)))
+    config = settings(steps=5, commit_every=commit_every, durability="power")
+    train(model, make_batches(config), config)
+    assert committed == steps
+    assert storage.durability == "power"
+
+
+def test_a_run_that_fails_leaves_the_table_of_its_last_commit(tmp_path):
+    config = settings(steps=6, commit_every=2)
+    model = with_memory(tmp_path / "a")
+    rows = {}
+
+    def fail_after_five(history: History) -> None:
+        rows[len(history.steps)] = table_bytes(model)
+        if len(history.steps) == 5:
+            raise RuntimeError("the cable was pulled")
+
+    with pytest.raises(RuntimeError, match="cable"):
+        train(model, make_batches(config), config, on_step=fail_after_five)
+    assert rows[5] != rows[4]
+    storage = memory_of(model).storage
+    path = storage.path
+    with pytest.warns(UserWarning, match="1 updates since its last commit"):
+        storage.close()
+    with pytest.warns(UserWarning, match="put back"):
+        again = MMapEmbeddingStorage(storage.num_embeddings, storage.embedding_dim, path)
+    assert again.committed_step == 4
+    assert path.read_bytes() == rows[4]

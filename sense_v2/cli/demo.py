@@ -48,6 +48,7 @@ LABELS = {
     "random_rows": ("random rows", "the table stays the noise it started as; the fusion layers learn"),
     "shuffled": ("shuffled rows", "every batch hands its rows to its positions at random"),
 }
+FROZEN_STD = 0.1
 GENERATIONS, PROMPT_TOKENS, NEW_TOKENS = 3, 24, 48
 GATE_SAMPLE_TOKENS = 160
 
@@ -226,7 +227,9 @@ def _config_of(name: str, config: EngramConfig, output: Path) -> EngramConfig:
     """The memory itself trains where the model will be saved; a control gets a table of its own, for the while."""
     if name == "engram":
         return config
-    return dataclasses.replace(config, storage_path=str(output / name / "engram_table.dat"))
+    config = dataclasses.replace(config, storage_path=str(output / name / "engram_table.dat"))
+    # Rows that stay zero would be no memory at all: noise as large as a row that was trained once.
+    return dataclasses.replace(config, init_std=FROZEN_STD) if name == "random_rows" else config
 
 
 def _run(name: str, history: History, final: Evaluation) -> dict[str, Any]:

@@ -209,6 +209,39 @@ def create(
         _print_json(result)
 
 
+def _table(path: Path) -> Path:
+    from sense_v2.cli.verify import find_table
+
+    try:
+        return find_table(path)
+    except ValueError as error:
+        raise typer.BadParameter(str(error)) from None
+
+
+@app.command()
+def verify(
+    table: Annotated[
+        Path, typer.Argument(callback=_table, help="The table's file, its manifest, or the folder it is in.")
+    ],
+    repair: Annotated[
+        bool,
+        typer.Option("--repair", help="Undo what a writer left uncommitted; add checksums where there are none."),
+    ] = False,
+    as_json: JsonOption = False,
+) -> None:
+    """Check that a table is what its last commit left. Ends with status 1 where something is wrong.
+
+    Example: sense-engram verify data/engram_table.dat
+    """
+    from sense_v2.cli.verify import run_verify
+
+    result = run_verify(table, repair=repair, echo=_echo(as_json))
+    if as_json:
+        _print_json(result)
+    if result["wrong"]:
+        raise typer.Exit(1)
+
+
 @app.command()
 def train(
     model: Annotated[

@@ -29,6 +29,7 @@ VARIANT_NAMES = ("sense", "paper", "deepseek_v41")
 NORMALIZATIONS = ("nfkc", "deepseek")
 ROW_DTYPES = ("float32", "float16", "bfloat16")
 ROW_OPTIMIZERS = ("adagrad", "adam")
+DURABILITIES = ("process", "power")
 
 T = TypeVar("T", bound="_Serializable")
 
@@ -108,7 +109,7 @@ class _Serializable:
     def from_json(cls: type[T], text: str) -> T:
         try:
             values = json.loads(text)
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             raise ValueError(f"not valid JSON: {error}") from error
         return cls.from_dict(values)
 
@@ -197,7 +198,10 @@ class EngramConfig(_Serializable):
     dtype: str = "float32"
     """Row type on disk: float32, float16 or bfloat16."""
     init_std: float = 0.02
-    """Standard deviation of the rows' initial noise. 0.1 was no better in the demo (benchmarks/LOG.md)."""
+    """Standard deviation of the rows' initial noise, with a W_v that starts at zero. 0: the rows start at zero, and
+    W_v at noise."""
+    sparse: bool = False
+    """True: a new table takes disk space only where it is written to; its rows start at zero, whatever init_std."""
     causal: bool = True
     """True for decoders: the convolution sees no later position. False for encoders: it is centred."""
     num_streams: int = 1
@@ -235,7 +239,7 @@ class EngramConfig(_Serializable):
         _require(self.variant in VARIANT_NAMES, self, "variant", f"one of {', '.join(VARIANT_NAMES)}")
         _require(self.normalization in NORMALIZATIONS, self, "normalization", f"one of {', '.join(NORMALIZATIONS)}")
         _require(self.dtype in ROW_DTYPES, self, "dtype", f"one of {', '.join(ROW_DTYPES)}")
-        _require(self.init_std > 0, self, "init_std", "above 0 (zero rows behind a zero W_v never learn)")
+        _require(self.init_std >= 0, self, "init_std", "0 or more")
         _require(self.pad_token_id is None or self.pad_token_id >= 0, self, "pad_token_id", "a token id, or None")
         # The multipliers' generator takes no negative seed (hashing.py adds 10007 × layer to it).
         _require(0 <= self.seed < 2**63, self, "seed", "from 0 to 2**63 - 1")
@@ -252,7 +256,7 @@ class TrainConfig(_Serializable):
     """One training run. Rates are peaks: all rise linearly over the warm-up; those of the weights then fall along a
     cosine to a tenth, that of the rows stays (a row that is first met late has as much to learn)."""
 
-    steps: int = 400
+    steps: int = 300
     """Optimizer steps; each reads one batch."""
     batch_size: int = 4
     """Sequences a step."""
@@ -261,7 +265,10 @@ class TrainConfig(_Serializable):
     learning_rate: float = 3e-3
     """Backbone (AdamW)."""
     fusion_learning_rate: float = 1e-2
-    """Fusion layers (AdamW, no decay). Above the backbone's: W_v starts at zero, and rows learn only behind it."""
+    """Fusion layers (AdamW, no decay), W_v in front of a table of zeros apart."""
+    value_learning_rate: float = 1e-3
+    """W_v in front of a table whose rows began as zeros: it began as noise that points everywhere, and rows that were
+    written have to go on fitting it."""
     row_learning_rate: float = 0.1
     """Rows of the table. Far above the backbone's in short runs: a row is met only a few times."""
     row_optimizer: str = "adagrad"
@@ -280,17 +287,29 @@ class TrainConfig(_Serializable):
     """Steps between evaluations on held-out text; 0: only at the end."""
     eval_sequences: int = 64
     """Held-out sequences an evaluation reads."""
+    commit_every: int = 100
+    """Steps between commits of the table; 0: only at the end. A run that dies loses what came after the last one."""
+    durability: str = "process"
+    """What a commit survives: process (the death of the process) or power (a power cut as well, for more syncs). The
+    one at the end survives both."""
 
     def validate(self) -> None:
         super().validate()
         for name in ("steps", "batch_size", "eval_sequences"):
             _require(getattr(self, name) >= 1, self, name, "at least 1")
         _require(self.sequence_length >= 2, self, "sequence_length", "at least 2 (a token and the next)")
-        for name in ("learning_rate", "fusion_learning_rate", "row_learning_rate", "max_grad_norm"):
+        for name in (
+            "learning_rate",
+            "fusion_learning_rate",
+            "value_learning_rate",
+            "row_learning_rate",
+            "max_grad_norm",
+        ):
             _require(getattr(self, name) > 0, self, name, "above 0")
-        for name in ("weight_decay", "warmup_steps", "eval_every"):
+        for name in ("weight_decay", "warmup_steps", "eval_every", "commit_every"):
             _require(getattr(self, name) >= 0, self, name, "0 or more")
         _require(0 <= self.seed < 2**63, self, "seed", "from 0 to 2**63 - 1")
+        _require(self.durability in DURABILITIES, self, "durability", f"one of {', '.join(DURABILITIES)}")
         _require(self.row_optimizer in ROW_OPTIMIZERS, self, "row_optimizer", f"one of {', '.join(ROW_OPTIMIZERS)}")
 
 

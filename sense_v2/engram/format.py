@@ -1,10 +1,12 @@
 """Bytes on disk: what the files are called, how long they are, and what the manifest says. Opens no file.
 
-A table is three kinds of files in one folder; docs/format.md is their specification:
+A table is a few kinds of files in one folder; docs/format.md is their specification:
 
     engram_table.dat          N rows of D values, C order, little-endian, no header: np.memmap alone opens it
     engram_table.json         the manifest: `Manifest`, below
     engram_table.adam.dat     optimizer state, one file a name: N rows of float32, as the manifest lists them
+    engram_table.journal      what undoes uncommitted changes (`sense_v2.engram.journal`)
+    engram_table.lock         who writes
 
 Functions here take and give plain values, so that the specification can be tested without a disk. Whoever calls
 them adds the path to an error, once.
@@ -25,13 +27,23 @@ from typing import Any
 import numpy as np
 import torch
 
-FORMAT_VERSION = 1
+from sense_v2.engram.checksums import num_blocks
+
+FORMAT_VERSION = 2
+READABLE_VERSIONS = (1, 2)
 BYTE_ORDER = "little"
 STATE_DTYPE = "float32"
 # What a file's length may be: off_t is a signed 64-bit integer.
 MAX_FILE_BYTES = 2**63 - 1
+# What a reader has to hold in memory at once is bounded, whatever a file says.
+MAX_ROW_BYTES = 2**24
+MAX_MANIFEST_BYTES = 2**26
+# Nested deeper, some Python could read a manifest and not write it again.
+MAX_DEPTH = 64
 
 _STATE_NAME = re.compile(r"[A-Za-z0-9_-]{1,64}")
+_HEX = re.compile(r"[0-9a-f]{16}")
+JOURNAL_SUFFIX, LOCK_SUFFIX = ".journal", ".lock"
 
 
 @dataclass(frozen=True)
@@ -86,9 +98,17 @@ def manifest_name(table_name: str) -> str:
     'engram_table.json'
     """
     stem, suffix = _split(table_name)
-    if suffix == ".json":
-        raise ValueError(f"{table_name!r}: .json is the manifest's suffix; call the table {stem}.dat")
+    if suffix in (".json", JOURNAL_SUFFIX, LOCK_SUFFIX):
+        raise ValueError(f"{table_name!r}: {suffix} is the suffix of another of its files; call the table {stem}.dat")
     return f"{stem}.json"
+
+
+def journal_name(table_name: str) -> str:
+    return _split(table_name)[0] + JOURNAL_SUFFIX
+
+
+def lock_name(table_name: str) -> str:
+    return _split(table_name)[0] + LOCK_SUFFIX
 
 
 def state_file_name(table_name: str, state_name: str) -> str:
@@ -116,6 +136,8 @@ class StateEntry:
     width: int
     dtype: str = STATE_DTYPE
     step: int = 0
+    checksums: list[str] | None = None
+    """As the manifest's own."""
 
 
 @dataclass
@@ -140,6 +162,29 @@ class Manifest:
     step: int | None = None
     """Training step of the last commit that named one."""
     states: dict[str, StateEntry] = field(default_factory=dict)
+    commit: str | None = None
+    """16 hexadecimal digits, drawn for each commit: what a journal goes back to."""
+    extra: dict[str, Any] = field(default_factory=dict)
+    """What the caller of the last commit wanted kept with it."""
+    updates: int = 0
+    """Calls that stored rows, up to the last commit."""
+    checksums: list[str] | None = None
+    """The table's block checksums; None where they aren't known."""
+
+    @property
+    def commit_number(self) -> int:
+        return int(self.commit, 16) if self.commit else 0
+
+    def row_bytes_of(self, table_name: str) -> dict[str, int]:
+        """Bytes of a row in each file that takes part in commits, by the file's name."""
+        row_bytes = {entry.file: file_bytes(1, entry.width, entry.dtype) for entry in self.states.values()}
+        return {**row_bytes, table_name: file_bytes(1, self.width, self.dtype)}
+
+    def checksums_of(self, table_name: str) -> dict[str, list[str]]:
+        """Block checksums of each of those files of which they are known."""
+        sums = {table_name: self.checksums}
+        sums.update({entry.file: entry.checksums for entry in self.states.values() if entry.file != table_name})
+        return {file: texts for file, texts in sums.items() if texts is not None}
 
     @property
     def table_bytes(self) -> int:
@@ -147,29 +192,34 @@ class Manifest:
 
     def to_json(self) -> str:
         values = {"format_version": FORMAT_VERSION, "byte_order": BYTE_ORDER, **dataclasses.asdict(self)}
-        return json.dumps(values, indent=2, allow_nan=False) + "\n"
+        text = json.dumps(values, indent=2, allow_nan=False) + "\n"
+        if len(text) > MAX_MANIFEST_BYTES:
+            raise ValueError(
+                f"the manifest would have {len(text)} bytes, and {MAX_MANIFEST_BYTES} are allowed; keep less in "
+                "extra or provenance"
+            )
+        return text
 
     @classmethod
     def from_json(cls, text: str) -> Manifest:
         """Reads what `to_json` wrote; anything else is a `ValueError` that names the field."""
-        try:
-            values = json.loads(text)
-        except (ValueError, RecursionError) as error:
-            raise ValueError(f"no JSON: {error}") from None
+        values = _load_json(text)
         if not isinstance(values, dict):
             raise ValueError(f"a manifest is a JSON object, not {_shorten(values)}")
         # The version first: a newer one may have other fields, and that is what to tell.
         version = values.pop("format_version", None)
-        if not _is_int(version) or version != FORMAT_VERSION:
+        if not _is_int(version) or version not in READABLE_VERSIONS:
             raise ValueError(
-                f"format_version = {_shorten(version)}: this library reads version {FORMAT_VERSION}; "
-                "a newer release of sense-v2 may read it"
+                f"format_version = {_shorten(version)}: this library reads versions "
+                f"{' and '.join(map(str, READABLE_VERSIONS))}; a newer release of sense-v2 may read it"
             )
         if values.pop("byte_order", None) != BYTE_ORDER:
             raise ValueError(f"byte_order: must be {BYTE_ORDER!r}")
         _check_keys("manifest", values, {f.name for f in dataclasses.fields(cls)}, {"rows", "width", "dtype"})
         states = values.pop("states", {})
         _check(isinstance(states, dict), "states", states, "an object")
+        for name in states:
+            _check(_STATE_NAME.fullmatch(name) is not None, "states", name, "named by letters, digits, _ and -")
         manifest = cls(**values, states={name: _state_entry(name, entry) for name, entry in states.items()})
         manifest.validate()
         return manifest
@@ -178,23 +228,46 @@ class Manifest:
         """Raises `ValueError` naming the first field that can't be."""
         _check(isinstance(self.dtype, str) and self.dtype in ROW_DTYPES, "dtype", self.dtype, ", ".join(ROW_DTYPES))
         file_bytes(self.rows, self.width, self.dtype)
-        _check(self.init_seed is None or _is_count(self.init_seed), "init_seed", self.init_seed, "null or 0 or more")
+        is_seed = self.init_seed is None or (_is_int(self.init_seed) and self.init_seed >= 0)
+        _check(is_seed, "init_seed", self.init_seed, "null or 0 or more")
         std = self.init_std
         is_std = isinstance(std, (int, float)) and not isinstance(std, bool) and math.isfinite(std) and std >= 0
         _check(std is None or is_std, "init_std", std, "null or 0 or more")
+        self._check_row_bytes("width", self.width, self.dtype)
         _check(isinstance(self.provenance, dict), "provenance", self.provenance, "an object")
         _check(_is_count(self.generation), "generation", self.generation, "0 or more")
         _check(self.step is None or _is_count(self.step), "step", self.step, "null or 0 or more")
+        is_commit = self.commit is None or (isinstance(self.commit, str) and _HEX.fullmatch(self.commit) is not None)
+        _check(is_commit, "commit", self.commit, "null or 16 hexadecimal digits")
+        _check(isinstance(self.extra, dict), "extra", self.extra, "an object")
+        _check(_is_count(self.updates), "updates", self.updates, "0 or more")
+        self._check_checksums("checksums", self.checksums)
         for name, entry in self.states.items():
             where = f"states.{name}"
             _check(_STATE_NAME.fullmatch(name) is not None, "states", name, "named by letters, digits, _ and -")
             # The name comes from a file that anybody may have written: it must not lead out of the table's folder.
             _check(_is_plain_name(entry.file), f"{where}.file", entry.file, "a plain file name")
+            taken = entry.file.lower().endswith((".json", ".tmp", JOURNAL_SUFFIX, LOCK_SUFFIX))
+            _check(not taken, f"{where}.file", entry.file, "no name of another of the table's files")
             _check(entry.dtype == STATE_DTYPE, f"{where}.dtype", entry.dtype, STATE_DTYPE)
             _check(_is_count(entry.step), f"{where}.step", entry.step, "0 or more")
             file_bytes(self.rows, entry.width, entry.dtype)
+            self._check_row_bytes(f"{where}.width", entry.width, entry.dtype)
+            self._check_checksums(f"{where}.checksums", entry.checksums)
         files = [entry.file for entry in self.states.values()]
         _check(len(files) == len(set(files)), "states", files, "one file each")
+
+    @staticmethod
+    def _check_row_bytes(name: str, width: int, dtype: str) -> None:
+        widest = MAX_ROW_BYTES // row_dtype(dtype).item_bytes
+        _check(width <= widest, name, width, f"at most {widest} of {dtype}")
+
+    def _check_checksums(self, name: str, sums: Any) -> None:
+        if sums is None:
+            return
+        count = num_blocks(self.rows)
+        is_list = isinstance(sums, list) and all(isinstance(text, str) and _HEX.fullmatch(text) for text in sums)
+        _check(is_list and len(sums) == count, name, sums, f"null or {count} times 16 hexadecimal digits")
 
 
 def _state_entry(name: str, values: Any) -> StateEntry:
@@ -210,8 +283,8 @@ def as_json_object(provenance: Mapping[str, Any] | None) -> dict[str, Any]:
     {'orders': [2, 3]}
     """
     try:
-        values = json.loads(json.dumps(dict(provenance or {}), allow_nan=False))
-    except (TypeError, ValueError) as error:
+        values = _load_json(json.dumps(dict(provenance or {}), allow_nan=False))
+    except (TypeError, ValueError, RecursionError) as error:
         raise ValueError(f"provenance must be a JSON object: {error}") from None
     return dict(values)
 
@@ -255,16 +328,62 @@ def merge_provenance(recorded: Mapping[str, Any], given: Mapping[str, Any]) -> d
     return merged
 
 
+def _load_json(text: str) -> Any:
+    """JSON as the RFC has it, without what Python's reader lets through: NaN, infinities, a name twice (of which
+    another reader may see the other value). Raises `ValueError`."""
+    try:
+        values = json.loads(
+            text, parse_constant=_no_number, parse_float=_finite_float, object_pairs_hook=_distinct_names
+        )
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"no JSON: {error}") from None
+    level, depth = [values], 0
+    while level:
+        level = [
+            inner
+            for value in level
+            if isinstance(value, (dict, list))
+            for inner in (value.values() if isinstance(value, dict) else value)
+        ]
+        depth += 1
+        _check(depth <= MAX_DEPTH + 1, "depth", depth, f"nested at most {MAX_DEPTH} deep")
+    return values
+
+
+def _no_number(text: str) -> Any:
+    raise ValueError(f"{text} is no number there")
+
+
+def _finite_float(text: str) -> float:
+    value = float(text)
+    return value if math.isfinite(value) else _no_number(_shorten(text))
+
+
+def _distinct_names(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    values: dict[str, Any] = {}
+    for name, value in pairs:
+        if name in values:
+            raise ValueError(f"the name {_shorten(name)} is there twice")
+        values[name] = value
+    return values
+
+
 def _is_int(value: Any) -> bool:
     return isinstance(value, int) and not isinstance(value, bool)
 
 
 def _is_count(value: Any) -> bool:
-    return _is_int(value) and value >= 0
+    """A signed 64-bit integer, as the journal has them."""
+    return _is_int(value) and 0 <= value < 2**63
 
 
 def _is_plain_name(name: Any) -> bool:
-    return isinstance(name, str) and name not in ("", ".", "..") and not set(name) & set("/\\\0")
+    if not isinstance(name, str) or name in ("", ".", "..") or set(name) & set("/\\\0"):
+        return False
+    try:
+        return len(name.encode()) <= 255
+    except UnicodeEncodeError:  # half of a surrogate pair
+        return False
 
 
 def _check(ok: bool, name: str, value: Any, allowed: str) -> None:

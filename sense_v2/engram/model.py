@@ -4,8 +4,9 @@
     α = σ(norm(h)·norm(W_k memory)/√C)                              one gate per position (and residual stream)
     out = h + α·V + conv(α·V),  V = W_v memory
 
-V and the convolution start at zero, so a fresh layer is the identity whatever the rows hold, and attaching memory
-changes no logit until something is learned. The rows start as noise: zero rows behind a zero W_v would never move.
+V and the convolution start at zero, so a fresh layer is the identity, and attaching memory changes no logit until
+something is learned. It is W_v that is zero where rows are noise, or have learned; in front of a new table of zeros
+(init_std = 0, sparse) W_v starts as noise instead. Zero rows behind a zero W_v would never move.
 
 The convolution is `nn.Conv1d(kernel_size=3, padding=1)`. As it stands it would let a position see the next one, in
 a causal model a leak of the label, so there it runs on an input padded by one more position on the left and is cut
@@ -52,6 +53,7 @@ def open_table(config: EngramConfig, tokenizer: EngramTokenizer, *, mode: str = 
         mode=mode,
         seed=config.seed,
         init_std=config.init_std,
+        sparse=config.sparse,
         provenance={
             "variant": config.variant,
             "seed": config.seed,
@@ -202,9 +204,13 @@ class EngramFusionLayer(nn.Module):
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
-        """The identity: W_v and the convolution at zero. W_k keeps nn.Linear's noise."""
+        """The identity: the convolution at zero, and W_v, or the rows behind it. W_k keeps nn.Linear's noise."""
         self.W_k.reset_parameters()
-        nn.init.zeros_(self.W_v.weight)
+        if self.storage.is_new and self.storage.manifest.init_std == 0:
+            # So that a row of length 1 gives a value of length 1, in whatever direction it points.
+            nn.init.normal_(self.W_v.weight, std=self.hidden_size**-0.5)
+        else:
+            nn.init.zeros_(self.W_v.weight)
         if self.W_v.bias is not None:
             nn.init.zeros_(self.W_v.bias)
         nn.init.zeros_(self.conv.weight)

@@ -32,8 +32,11 @@ def rowwise_adagrad(
 
     At D = 1 this is `torch.optim.Adagrad`. Source: row-wise AdaGrad as in DLRM and FBGEMM's exact rowwise Adagrad.
     """
-    sums_U1 += grads_UD.square().mean(dim=1, keepdim=True)
-    rows_UD -= lr * grads_UD / (sums_U1.sqrt() + eps)
+    # One buffer for all of it: of a large batch, new memory's page faults cost more than the arithmetic.
+    buffer_UD = grads_UD.square()
+    sums_U1 += buffer_UD.mean(dim=1, keepdim=True)
+    torch.mul(grads_UD, lr, out=buffer_UD).div_(sums_U1.sqrt().add_(eps))
+    rows_UD -= buffer_UD
 
 
 def row_adam(
@@ -81,9 +84,11 @@ class _RowOptimizer(torch.optim.Optimizer):
         gradients = self.storage.gradients()
         if gradients is not None:
             row_ids_U, grads_UD = gradients
+            # State is stored before rows; what can go wrong has to go wrong before both.
+            self.storage.protect(row_ids_U)
             rows_UD = self.storage.gather(row_ids_U).float()
             self._update(row_ids_U, rows_UD, grads_UD, self.param_groups[0])
-            self.storage.write(row_ids_U, rows_UD)
+            self.storage.write(row_ids_U, rows_UD, stochastic=True)
         return loss
 
     def zero_grad(self, set_to_none: bool = True) -> None:
@@ -111,7 +116,7 @@ class RowWiseAdagrad(_RowOptimizer):
     ) -> None:
         sums_U1 = self.state_file.values.index_select(0, row_ids_U)
         rowwise_adagrad(rows_UD, grads_UD, sums_U1, lr=group["lr"], eps=group["eps"])
-        self.state_file.values.index_copy_(0, row_ids_U, sums_U1)
+        self.storage.write_state(self.state_file, row_ids_U, sums_U1)
         self.state_file.step += 1
 
 
@@ -149,7 +154,7 @@ class RowAdam(_RowOptimizer):
             betas=group["betas"],
             eps=group["eps"],
         )
-        self.state_file.values.index_copy_(0, row_ids_U, moments_U2D)
+        self.storage.write_state(self.state_file, row_ids_U, moments_U2D)
 
 
 @torch.no_grad()

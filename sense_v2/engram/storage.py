@@ -8,7 +8,9 @@ indexes that, so autograd never sees the table; when the leaf has its gradient, 
 where a row optimizer takes it (`gradients`), updates those rows (`gather`, `write`) and clears it. The storage holds
 no leaf: a forward without a backward leaves nothing behind.
 
-What is written is visible at once to every process that maps the file, and durable after `flush`.
+What is written is visible at once to every process that maps the file, and kept by `commit`: rows, optimizer states
+and step together. Until then its old bytes are in a journal, and whatever ends the process, the next opening goes
+back to the last commit (`sense_v2.engram.journal`).
 
 B batch, T sequence, H rows a position, D row width, N rows of the table, U unique rows of a batch.
 """
@@ -17,11 +19,17 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import errno
 import glob
+import mmap
 import operator
 import os
+import secrets
+import shutil
+import stat
 import threading
 import warnings
+import weakref
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -32,19 +40,40 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from sense_v2.engram.fill import MadeMeanwhileError, allocate, fill_normal, new_file, sync, wait_for_new_file
+from sense_v2.core.config import DURABILITIES
+from sense_v2.engram import disk
+from sense_v2.engram.checksums import block_sums, from_hex, num_blocks, to_hex
+from sense_v2.engram.disk import (
+    MadeMeanwhileError,
+    SyncError,
+    WriterLock,
+    allocate,
+    finish_new_file,
+    new_file,
+    wait_for_new_file,
+)
+from sense_v2.engram.fill import fill_normal
 from sense_v2.engram.format import (
+    MAX_MANIFEST_BYTES,
     STATE_DTYPE,
     Manifest,
     StateEntry,
     as_json_object,
     file_bytes,
+    journal_name,
+    lock_name,
     manifest_name,
     merge_provenance,
     provenance_differences,
     row_dtype,
     state_file_name,
 )
+from sense_v2.engram.journal import Journal, check_journal, open_journal, roll_back
+from sense_v2.engram.reader import map_rows
+from sense_v2.engram.undo import THREAD_NAME, TrackedFile, UndoLog
+
+# Between two commits the journal holds each changed row once.
+JOURNAL_LIMIT_BYTES = 4 * 2**30
 
 
 @dataclass
@@ -56,7 +85,7 @@ class RowState:
     values: torch.Tensor
     """[N, width], sharing the mapping."""
     step: int
-    """Steps taken; goes to the manifest with the next flush."""
+    """Steps taken; goes to the manifest with the next commit."""
 
 
 class MMapEmbeddingStorage(nn.Module):
@@ -67,6 +96,18 @@ class MMapEmbeddingStorage(nn.Module):
     agree with `provenance` in every field that both have. Mode "r" only reads.
 
     `provenance` is any JSON object that says what the rows mean; `progress` None shows a bar past 1 GB.
+
+    `durability` says what a commit survives: "process" the death of the process at any moment, "power" a power cut as
+    well, which takes a sync of the journal a step and one of the rows a commit. Between commits the journal may take
+    `journal_limit_bytes`.
+
+    `sparse=True` makes a table of zeros that takes disk space only where it is written to. The disk can then be full
+    in the middle of training: `write` looks for room first and raises `OSError`, but where another process takes that
+    room in the same moment, the kernel kills this one (SIGBUS). The last commit survives that, too. (On a tmpfs rows
+    that are only read take room as well.)
+
+    Mode "r+" makes this process the table's only writer until `close`, or until the storage is collected
+    (`BlockingIOError` names the process that writes already). A forked child may read; its writes are refused.
 
     A copy (deepcopy, pickle) opens the same file again, read-only.
 
@@ -80,6 +121,7 @@ class MMapEmbeddingStorage(nn.Module):
     >>> ids_U, grads_UD = table.gradients()
     >>> ids_U
     tensor([ 3, 99])
+    >>> table.close()
     """
 
     def __init__(
@@ -95,6 +137,9 @@ class MMapEmbeddingStorage(nn.Module):
         provenance: Mapping[str, Any] | None = None,
         num_threads: int | None = None,
         progress: bool | None = None,
+        durability: str = "process",
+        journal_limit_bytes: int = JOURNAL_LIMIT_BYTES,
+        sparse: bool = False,
     ) -> None:
         super().__init__()
         if mode not in ("r", "r+"):
@@ -107,56 +152,116 @@ class MMapEmbeddingStorage(nn.Module):
         self.rows_require_grad = True
         self._states: dict[str, RowState] = {}
         self._state_maps: dict[str, np.memmap[Any, Any]] = {}
-        self._sync_failed = False
+        self._failed = False
+        self._process = os.getpid()
         wanted = Manifest(
             self.num_embeddings,
             self.embedding_dim,
             self._row_dtype.name,
             init_seed=operator.index(seed),
-            init_std=float(init_std),
+            init_std=0.0 if sparse else float(init_std),
             provenance=as_json_object(provenance),
         )
         wanted.validate()
         self._manifest_path = self.path.with_name(manifest_name(self.path.name))
+        self._journal_path = self.path.with_name(journal_name(self.path.name))
+        self._lock_path = self.path.with_name(lock_name(self.path.name))
         if not self.path.exists():
-            self._create(wanted, num_threads, progress)
-        self._manifest = self._checked_manifest(wanted)
-        self._mmap: np.memmap[Any, Any] | None = self._map(self.path, self.embedding_dim, self._row_dtype.numpy)
+            self._create(wanted, num_threads, progress, sparse)
+        lock = self._lock()
+        self._undo = UndoLog(Journal(self._journal_path, self.num_embeddings, journal_limit_bytes))
+        # Runs when the storage is collected, too; it must not refer to it.
+        self._let_go = weakref.finalize(self, _let_go, self._undo, lock)
+        self.durability = durability
+        try:
+            self._manifest = self._checked_manifest(wanted)
+            if mode == "r":
+                self._refuse_live_journal()
+            else:
+                self._recover()
+            self._mmap: np.memmap[Any, Any] | None = self._map(self.path, self.embedding_dim, self._row_dtype.numpy)
+        except BaseException:
+            self._let_go()
+            raise
         self._weight: torch.Tensor | None = _shared_tensor(self._mmap).view(self._row_dtype.torch)
+        self._updates = self._manifest.updates
+        self._sparse = _has_holes(self.path)
+        sums = None if self._manifest.checksums is None else from_hex(self._manifest.checksums)
+        self._undo.track(TrackedFile(self.path.name, self._weight, sums, committed=True))
+
+    @property
+    def durability(self) -> str:
+        """What commits survive from here on: "process" or "power"."""
+        return "power" if self._undo.durable else "process"
+
+    @durability.setter
+    def durability(self, durability: str) -> None:
+        if durability not in DURABILITIES:
+            raise ValueError(f"durability = {durability!r}: must be one of {', '.join(map(repr, DURABILITIES))}")
+        self._undo.durable = durability == "power"
 
     # Opening
 
-    def _create(self, manifest: Manifest, num_threads: int | None, progress: bool | None) -> None:
+    def _create(self, manifest: Manifest, num_threads: int | None, progress: bool | None, sparse: bool) -> None:
         """Makes the table, then its manifest; a process that finds another one at it waits and makes neither.
 
         Both are synced under temporary names before the table is renamed, and the manifest last: a kill leaves
-        nothing, or a whole table, in the worst case without the manifest.
+        nothing, or a whole table, in the worst case with the manifest still under its temporary name, where the next
+        opening finds it.
         """
         if self.mode == "r":
             raise FileNotFoundError(f"{self.path}: no table there. mode='r+' makes one; mode='r' only reads")
         if self.path.is_symlink():
             # Most likely a disk that isn't mounted: a new table would take the link's place, on this disk.
             raise FileNotFoundError(f"{self.path} links to {os.readlink(self.path)}, which isn't there")
-        with contextlib.suppress(MadeMeanwhileError), new_file(self._manifest_path) as manifest_fd:
+        keep = self._lacks_manifest
+        with contextlib.suppress(MadeMeanwhileError), new_file(self._manifest_path, keep=keep) as manifest_fd:
             self._refuse_left_states()
-            os.pwrite(manifest_fd, manifest.to_json().encode(), 0)
-            os.fsync(manifest_fd)
             with new_file(self.path) as fd:
-                allocate(fd, manifest.table_bytes, self.path)
-                fill_normal(
-                    fd,
-                    manifest.rows * manifest.width,
-                    manifest.dtype,
-                    seed=manifest.init_seed or 0,
-                    std=manifest.init_std or 0.0,
-                    num_threads=num_threads,
-                    progress=progress,
-                )
+                if sparse:
+                    disk.os.ftruncate(fd, manifest.table_bytes)
+                    sums = np.zeros(num_blocks(manifest.rows), dtype=np.uint64)
+                else:
+                    allocate(fd, manifest.table_bytes, self.path)
+                    fill_normal(
+                        fd,
+                        manifest.rows * manifest.width,
+                        manifest.dtype,
+                        seed=manifest.init_seed or 0,
+                        std=manifest.init_std or 0.0,
+                        num_threads=num_threads,
+                        progress=progress,
+                    )
+                    with mmap.mmap(fd, manifest.table_bytes, access=mmap.ACCESS_READ) as data:
+                        raw = np.frombuffer(data, dtype=np.uint8).reshape(manifest.rows, -1)
+                        sums = block_sums(raw)
+                        del raw  # or the mapping couldn't be closed
+                manifest.checksums = to_hex(sums)
+                # So that another new table's journal isn't taken for this one's.
+                manifest.commit = _new_commit()
+                disk.write_at(manifest_fd, manifest.to_json().encode(), 0)
+                disk.sync_fd(manifest_fd, self._manifest_path)
+                # Its temporary name, too: from the table's rename on it must be found.
+                disk.sync(self.path.parent)
         if not self.path.exists():
             raise FileNotFoundError(
                 f"{self._manifest_path} describes a table, but {self.path} isn't there. Put it back, or remove "
                 "the manifest to make a new one"
             )
+
+    def _lacks_manifest(self) -> bool:
+        return self.path.exists() and not self._manifest_path.exists()
+
+    def _is_this_tables(self, manifest_path: Path) -> bool:
+        """Whether a manifest that wasn't renamed is that of the new table here, all of which is read to know."""
+        try:
+            manifest = read_manifest(manifest_path)
+        except ValueError:
+            return False
+        if manifest.generation or manifest.checksums is None or manifest.table_bytes != self.path.stat().st_size:
+            return False
+        rows = np.memmap(self.path, dtype=np.uint8, mode="r").reshape(manifest.rows, -1)
+        return to_hex(block_sums(rows)) == manifest.checksums
 
     def _refuse_left_states(self) -> None:
         """A new table must not be trained on with an old table's optimizer state."""
@@ -168,14 +273,96 @@ class MMapEmbeddingStorage(nn.Module):
                 f"{self.path} isn't there, but optimizer state of an earlier table is: {names}. Remove it"
             )
 
+    def _lock(self) -> WriterLock | None:
+        if self.mode == "r":
+            holder = WriterLock.holder(self._lock_path)
+            if holder is not None:
+                warnings.warn(
+                    f"process {holder} is writing to {self.path}: rows are read as they are stored, which may be "
+                    "ahead of its last commit",
+                    UserWarning,
+                    stacklevel=3,
+                )
+            return None
+        try:
+            return WriterLock(self._lock_path, str(self.path))
+        except BlockingIOError:
+            raise
+        except OSError as error:
+            raise self._cant_write(error) from error
+
+    def _cant_write(self, error: OSError) -> OSError:
+        way_out = "mode='r' opens a table that can't be written to"
+        where = f" ({error.filename})" if error.filename else ""
+        return OSError(error.errno, f"can't open {self.path} to write: {error.strerror}{where}. {way_out}")
+
+    def _recover(self) -> None:
+        """Undoes what was stored after the last commit by a writer that isn't there any more."""
+        manifest = self._manifest
+        self._refuse_foreign_states()
+        num_restored = roll_back(
+            self._journal_path,
+            manifest.generation,
+            manifest.commit_number,
+            manifest.rows,
+            manifest.row_bytes_of(self.path.name),
+            manifest.checksums_of(self.path.name),
+        )
+        if num_restored:
+            warnings.warn(
+                f"{self.path}: a writer ended between two commits; {num_restored} rows were put back as they were at "
+                f"the last commit (generation {manifest.generation}, step {manifest.step})",
+                UserWarning,
+                stacklevel=3,
+            )
+        self._undo.journal.begin(manifest.generation, manifest.commit_number)
+
+    def _refuse_foreign_states(self) -> None:
+        """What the manifest calls a state is written to, by undoing and by training: it must be a file of its own."""
+        seen = {_identity(self.path): self.path}
+        for name, entry in self._manifest.states.items():
+            path = self.path.with_name(entry.file)
+            if _is_table(path) or path == self.path:
+                raise ValueError(f"{path} is a table: optimizer state {name!r} can't be there")
+            if path.is_symlink():
+                raise ValueError(f"optimizer state {path} is a link; put the file itself there")
+            if path.exists():
+                first = seen.setdefault(_identity(path), path)
+                if first is not path:
+                    raise ValueError(f"optimizer state {path} and {first} are one file; put a copy in its place")
+
+    def _refuse_live_journal(self) -> None:
+        manifest = self._manifest
+        if WriterLock.is_held(self._lock_path):
+            return
+        opened = open_journal(self._journal_path, write=False)
+        if opened is None:
+            return
+        fd, data = opened
+        sizes = manifest.row_bytes_of(self.path.name)
+        try:
+            found = check_journal(
+                self._journal_path, data, manifest.generation, manifest.commit_number, manifest.rows, sizes
+            )
+        finally:
+            os.close(fd)
+        if found is not None and (found.num_rows_of or found.torn_bytes):
+            raise ValueError(
+                f"{self.path}: a writer ended between two commits, and {self._journal_path} says how to undo what it "
+                "had not committed, which mode='r' may not. Open it once with mode='r+', or run: sense-engram verify "
+                f"--repair {self.path}"
+            )
+
     def _checked_manifest(self, wanted: Manifest) -> Manifest:
         """The manifest on disk, once it and the file agree with what the caller wants."""
         if not self.path.is_file():
             raise ValueError(f"{self.path} isn't a regular file")
         found_bytes = self.path.stat().st_size
         if not self._manifest_path.exists():
-            # Its maker may be between the two renames.
+            # Its maker may be between the two renames, or have died there.
             wait_for_new_file(self._manifest_path)
+            if self.mode == "r+" and self._lacks_manifest():
+                finish_new_file(self._manifest_path, self._is_this_tables)
         if not self._manifest_path.exists():
             if found_bytes != wanted.table_bytes:
                 raise ValueError(
@@ -184,15 +371,12 @@ class MMapEmbeddingStorage(nn.Module):
                 )
             warnings.warn(
                 f"{self.path} has no manifest: its size fits, what its rows mean isn't known. "
-                "It gets a manifest with its first flush",
+                "It gets a manifest with its first commit",
                 UserWarning,
                 stacklevel=3,
             )
             return Manifest(wanted.rows, wanted.width, wanted.dtype, provenance=wanted.provenance)
-        try:
-            manifest = Manifest.from_json(self._manifest_path.read_text(encoding="utf-8"))
-        except ValueError as error:
-            raise ValueError(f"{self._manifest_path}: {error}") from error
+        manifest = read_manifest(self._manifest_path)
         recorded = {name: getattr(manifest, name) for name in ("rows", "width", "dtype")}
         given = {name: getattr(wanted, name) for name in recorded}
         differences = provenance_differences(recorded, given)
@@ -214,12 +398,11 @@ class MMapEmbeddingStorage(nn.Module):
     def _map(self, path: Path, width: int, dtype: np.dtype[Any]) -> np.memmap[Any, Any]:
         mode: Any = self.mode
         try:
-            return np.memmap(path, dtype=dtype, mode=mode, shape=(self.num_embeddings, width))
+            return map_rows(path, dtype, mode, (self.num_embeddings, width), has_holes=_has_holes(path))
         except OSError as error:
             if self.mode == "r":
                 raise
-            way_out = "mode='r' opens a table that can't be written to"
-            raise OSError(error.errno, f"can't open {path} to write: {error.strerror}. {way_out}") from error
+            raise self._cant_write(error) from error
 
     # Reading
 
@@ -252,7 +435,11 @@ class MMapEmbeddingStorage(nn.Module):
         trained = self.training and self.rows_require_grad and self.mode == "r+"
         if not (trained and torch.is_grad_enabled()):
             return self._select(ids).to(row_ids.device).reshape(shape)
+        self._refuse_closed()
         ids_U, inverse = torch.unique(ids, return_inverse=True)
+        self._refuse_ids(ids_U)
+        if self._process == os.getpid() and not self._failed:
+            self._undo.protect_soon(ids_U.to(torch.int64))
         leaf_UD = self._select(ids_U).to(row_ids.device, torch.float32).requires_grad_()
         leaf_UD.register_post_accumulate_grad_hook(self._gradient_hook(ids_U))
         return F.embedding(inverse.to(row_ids.device), leaf_UD).to(self.dtype).reshape(shape)
@@ -275,6 +462,12 @@ class MMapEmbeddingStorage(nn.Module):
             # index_select checks every id anyway; which one it was is only looked for when there is one.
             self._refuse_out_of_range(ids)
             raise
+
+    def _refuse_ids(self, ids_U: torch.Tensor) -> None:
+        if len(ids_U):
+            low, high = torch.aminmax(ids_U)
+            if low < 0 or high >= self.num_embeddings:
+                self._refuse_out_of_range(ids_U)
 
     def _refuse_out_of_range(self, ids: torch.Tensor) -> None:
         outside = ids[(ids < 0) | (ids >= self.num_embeddings)]
@@ -319,19 +512,67 @@ class MMapEmbeddingStorage(nn.Module):
         with self._pending_lock:
             self._pending = []
 
-    def write(self, row_ids_U: torch.Tensor, rows_UD: torch.Tensor) -> None:
-        """Stores rows, rounded to the table's dtype. Ids must be unique: of two rows for one id, either may stay."""
-        self._refuse_read_only("write rows")
-        ids_U = self._checked_ids(row_ids_U)
+    def protect(self, row_ids_U: torch.Tensor) -> None:
+        """Makes these rows ready to be stored to, in the table and in all open states, or raises `OSError` before
+        any of them is. `write` and `write_state` do it too, each for its own file."""
+        self._refuse_no_writer("write rows")
+        ids_U = self._checked_ids(row_ids_U).to(torch.int64)
+        self._refuse_ids(ids_U)
+        self._undo.protect(list(self._undo.files), ids_U)
+        self._refuse_full_disk(ids_U, [self.weight, *(state.values for state in self._states.values())])
+
+    def write(self, row_ids_U: torch.Tensor, rows_UD: torch.Tensor, *, stochastic: bool = False) -> None:
+        """Stores rows, rounded to the table's dtype. Ids must be unique: of two rows for one id, either may stay.
+
+        `stochastic` rounds to bfloat16 up or down at random, on average to the value itself, so that updates smaller
+        than half a step of bfloat16 aren't lost. The draws depend on the table's seed and on how many calls of
+        `write` it has seen, and so repeat with a run.
+
+        Raises `OSError` where the old rows couldn't be kept or there is no room; nothing is stored then.
+        """
+        self._refuse_no_writer("write rows")
+        ids_U = self._checked_ids(row_ids_U).to(torch.int64)
         if rows_UD.shape != (len(ids_U), self.embedding_dim):
             raise ValueError(f"rows have shape {list(rows_UD.shape)}, not [{len(ids_U)}, {self.embedding_dim}]")
-        self._refuse_out_of_range(ids_U)
-        self.weight.index_copy_(0, ids_U.to(torch.int64), rows_UD.detach().to("cpu", self.dtype))
+        if stochastic and self.dtype == torch.bfloat16:
+            rows_UD = stochastic_bfloat16(rows_UD.detach().cpu(), self._manifest.init_seed or 0, self._updates)
+        self._store(self.path.name, self.weight, ids_U, rows_UD.detach().to("cpu", self.dtype))
+        self._updates += 1
+
+    def write_state(self, state: RowState, row_ids_U: torch.Tensor, values_UW: torch.Tensor) -> None:
+        """Stores rows of an optimizer state, [U, width]; as `write`."""
+        self._refuse_no_writer("write to an optimizer state")
+        ids_U = self._checked_ids(row_ids_U).to(torch.int64)
+        self._store(state.path.name, state.values, ids_U, values_UW)
+
+    def _store(self, name: str, table_ND: torch.Tensor, ids_U: torch.Tensor, rows_UD: torch.Tensor) -> None:
+        if not len(ids_U):
+            return
+        self._refuse_ids(ids_U)
+        self._undo.protect([name], ids_U)
+        self._refuse_full_disk(ids_U, [table_ND])
+        self._undo.stored = True
+        disk.store(table_ND, ids_U, rows_UD)
+
+    def _refuse_full_disk(self, ids_U: torch.Tensor, tables: list[torch.Tensor]) -> None:
+        """In sparse files every row may lie in a hole, on as many pages as it can touch. Asked when the journal has
+        what it needs of the same disk."""
+        if not self._sparse:
+            return
+        page = mmap.PAGESIZE
+        row_bytes = [table_ND.shape[1] * table_ND.element_size() for table_ND in tables]
+        needed_bytes = len(ids_U) * sum(-(-length // page) + 1 for length in row_bytes) * page
+        free_bytes = shutil.disk_usage(self.path.parent).free
+        if free_bytes < needed_bytes:
+            raise OSError(
+                errno.ENOSPC,
+                f"{self.path} is sparse: {len(ids_U)} rows may need {needed_bytes} bytes of disk, {free_bytes} are "
+                "free. Nothing was stored. Make room, then go on, or commit() what there is",
+            )
 
     def open_state(self, name: str, width: int) -> RowState:
         """The optimizer state of that name, [N, width] float32: zeros at first, later what it was."""
-        self._refuse_read_only("open an optimizer state")
-        self._refuse_closed()
+        self._refuse_no_writer("open an optimizer state")
         entry = self._manifest.states.get(name)
         path = self.path.with_name(entry.file if entry else state_file_name(self.path.name, name))
         expected_bytes = file_bytes(self.num_embeddings, width, STATE_DTYPE)
@@ -343,14 +584,30 @@ class MMapEmbeddingStorage(nn.Module):
             return state
         if _is_table(path) or path == self.path:
             raise ValueError(f"{path} is a table: optimizer state {name!r} can't be there")
-        if not path.exists():
+        if path.is_symlink():
+            raise ValueError(f"optimizer state {path} is a link; put the file itself there")
+        for other, listed in self._manifest.states.items():
+            if entry is None and listed.file == path.name:
+                raise ValueError(
+                    f"{self._manifest_path} says that {path} is optimizer state {other!r}, and lists no {name!r}; "
+                    f"open {other!r}"
+                )
+        if entry is None and path.exists() and not self._manifest_path.exists():
+            raise ValueError(
+                f"{path} is there, but without a manifest nothing says what it holds. Remove it to begin with zeros"
+            )
+        if not entry or not path.exists():
             if entry:
                 raise FileNotFoundError(
                     f"{self._manifest_path} lists optimizer state {path}, which isn't there. Put it back, or remove "
                     f"the entry states.{name} to begin with zeros"
                 )
-            with contextlib.suppress(MadeMeanwhileError), new_file(path) as fd:
-                allocate(fd, expected_bytes, path)
+            # One that the manifest doesn't list was never committed: it is made anew.
+            with new_file(path, replace=True) as fd:
+                if self._sparse:
+                    disk.os.ftruncate(fd, expected_bytes)
+                else:
+                    allocate(fd, expected_bytes, path)
         found_bytes = path.stat().st_size
         if found_bytes != expected_bytes:
             raise ValueError(
@@ -358,59 +615,137 @@ class MMapEmbeddingStorage(nn.Module):
                 f"{STATE_DTYPE}), found {found_bytes}"
             )
         mapping = self._map(path, width, np.dtype("<f4"))
+        self._sparse = self._sparse or _has_holes(path)
         state = RowState(name, path, _shared_tensor(mapping), entry.step if entry else 0)
         self._states[name], self._state_maps[name] = state, mapping
+        if entry is None:
+            sums: np.ndarray[Any, Any] | None = np.zeros(num_blocks(self.num_embeddings), dtype=np.uint64)
+        else:
+            sums = None if entry.checksums is None else from_hex(entry.checksums)
+        self._undo.track(TrackedFile(path.name, state.values, sums, committed=entry is not None))
         return state
 
     # Keeping
 
     @property
     def manifest(self) -> Manifest:
-        """As of the last flush, or of opening; for reading."""
+        """As of the last commit, or of opening; for reading."""
         return self._manifest
 
     @property
     def committed_step(self) -> int | None:
-        """The step that the last flush to name one was given; None before that."""
+        """The step that the last commit to name one was given; None before that."""
         return self._manifest.step
 
-    def flush(self, step: int | None = None) -> None:
-        """Makes rows and states durable, then the manifest that says so, one generation on.
+    @property
+    def committed_extra(self) -> dict[str, Any]:
+        """What the last commit was given as `extra`."""
+        return self._manifest.extra
 
-        After a sync that failed no flush can succeed: the kernel may have dropped what it couldn't write, and says so
-        only once.
+    @property
+    def is_new(self) -> bool:
+        """Whether no row has been stored since the table was made, as far as its manifest knows."""
+        return self._updates == 0 and self._manifest.init_std is not None
+
+    def commit(self, step: int | None = None, extra: Mapping[str, Any] | None = None) -> None:
+        """Keeps rows, all open optimizer states, `step` and `extra` (any JSON object) together, as `durability` says.
+
+        Without a step or an extra, those of the commit before stay. After a sync that failed no commit can succeed:
+        the kernel may have dropped what it couldn't write, and says so only once.
         """
-        self._refuse_read_only("flush")
-        self._refuse_closed()
-        if self._sync_failed:
-            raise RuntimeError(f"{self.path}: an earlier flush failed, so what is on disk isn't known. Open it again")
-        states = dict(self._manifest.states)
+        self._commit(step, extra, durable=self._undo.durable)
+
+    def flush(self, step: int | None = None) -> None:
+        """A commit that is on the disk when this returns, whatever `durability` says."""
+        self._commit(step, None, durable=True)
+
+    def _commit(self, step: int | None, extra: Mapping[str, Any] | None, *, durable: bool) -> None:
+        self._refuse_no_writer("commit")
+        old = self._manifest
+        with self._undo.settled():
+            # The thread may just have failed to sync.
+            self._refuse_no_writer("commit")
+            try:
+                if durable:
+                    self._undo.journal.sync()
+                    disk.sync_mapping(self.mmap, self.path)
+                    for name, mapping in self._state_maps.items():
+                        disk.sync_mapping(mapping, self._states[name].path)
+                sums = {name: file.new_sums() for name, file in self._undo.files.items()}
+                manifest = self._next_manifest(step, extra, sums)
+                with new_file(self._manifest_path, replace=True) as fd:
+                    disk.write_at(fd, manifest.to_json().encode(), 0)
+                self._manifest = manifest
+                self._undo.committed(sums, manifest.generation, manifest.commit_number)
+            except BaseException as error:
+                # Before the rename nothing has happened, if it wasn't a sync. After it the commit may or may not be
+                # on the disk, and the journal still belongs to the one before: stores that it protects would stay.
+                self._failed = isinstance(error, SyncError) or not self._is_on_disk(old)
+                raise
+
+    def _next_manifest(
+        self, step: int | None, extra: Mapping[str, Any] | None, sums: Mapping[str, np.ndarray[Any, Any] | None]
+    ) -> Manifest:
+        old = self._manifest
+        texts = {name: None if values is None else to_hex(values) for name, values in sums.items()}
+        states = dict(old.states)
         for name, state in self._states.items():
-            states[name] = StateEntry(state.path.name, state.values.shape[1], step=operator.index(state.step))
+            file = state.path.name
+            states[name] = StateEntry(
+                file, state.values.shape[1], step=operator.index(state.step), checksums=texts[file]
+            )
         manifest = dataclasses.replace(
-            self._manifest,
-            generation=self._manifest.generation + 1,
-            step=self._manifest.step if step is None else operator.index(step),
+            old,
+            generation=old.generation + 1,
+            commit=_new_commit(),
+            step=old.step if step is None else operator.index(step),
+            extra=old.extra if extra is None else as_json_object(extra),
+            updates=self._updates,
+            checksums=texts[self.path.name],
             states=states,
         )
         manifest.validate()
+        return manifest
+
+    def _is_on_disk(self, manifest: Manifest) -> bool:
         try:
-            for mapping in (self.mmap, *self._state_maps.values()):
-                mapping.flush()
-            for path in (self.path, *(state.path for state in self._states.values())):
-                sync(path)
-        except OSError:
-            self._sync_failed = True
-            raise
-        with new_file(self._manifest_path, replace=True) as fd:
-            os.pwrite(fd, manifest.to_json().encode(), 0)
-        self._manifest = manifest
+            found = read_manifest(self._manifest_path)
+        except FileNotFoundError:
+            return manifest.generation == 0
+        except (OSError, ValueError):
+            return False
+        return found.commit == manifest.commit
 
     def close(self) -> None:
-        """Lets go of the mappings, without a flush. The storage can't be used after that."""
+        """Lets go of the mappings and of the right to write. What wasn't committed is undone by the next opening,
+        and a warning says so. The storage can't be used after that."""
+        if self._mmap is not None and self.mode == "r+" and self._process == os.getpid():
+            uncommitted = self._updates - self._manifest.updates
+            if uncommitted:
+                warnings.warn(
+                    f"{self.path} is closed with {uncommitted} updates since its last commit (step "
+                    f"{self.committed_step}); the next opening undoes them. commit() keeps them",
+                    UserWarning,
+                    stacklevel=2,
+                )
+        self._let_go()
         self._mmap = self._weight = None
         self._states, self._state_maps = {}, {}
         self.clear_gradients()
+
+    def _refuse_no_writer(self, what: str) -> None:
+        self._refuse_read_only(what)
+        self._refuse_closed()
+        if self._process != os.getpid():
+            raise RuntimeError(
+                f"{self.path} was opened by process {self._process}, of which this is a forked child: can't {what}. "
+                "Only the process that opened a table writes to it"
+            )
+        if self._failed or self._undo.failed:
+            raise RuntimeError(
+                f"{self.path}: an earlier sync failed, or a commit was interrupted, so what is on disk isn't known. "
+                "Open it again: that goes back to the last commit"
+            )
 
     def _refuse_read_only(self, what: str) -> None:
         if self.mode == "r":
@@ -432,6 +767,62 @@ class MMapEmbeddingStorage(nn.Module):
 
 def _reopen(num_embeddings: int, embedding_dim: int, path: str, dtype: str, training: bool) -> MMapEmbeddingStorage:
     return MMapEmbeddingStorage(num_embeddings, embedding_dim, path, dtype=dtype, mode="r").train(training)
+
+
+def _let_go(undo: UndoLog, lock: WriterLock | None) -> None:
+    if threading.current_thread().name.startswith(THREAD_NAME):
+        # Collected by the journal's own thread, in the middle of a record: another one has to wait for its end.
+        threading.Thread(target=_let_go, args=(undo, lock), name="sense-v2-close").start()
+        return
+    undo.close()
+    if lock is not None:
+        lock.release()
+
+
+def read_manifest(path: Path) -> Manifest:
+    """The manifest at `path`. Raises `ValueError` naming the path for what isn't one, `OSError` where it can't be
+    read."""
+    # Without O_NONBLOCK a pipe in its place would be waited for forever.
+    with open(path, "rb", opener=lambda name, flags: os.open(name, flags | os.O_NONBLOCK)) as file:
+        found = os.fstat(file.fileno())
+        if not stat.S_ISREG(found.st_mode):
+            raise ValueError(f"{path} isn't a regular file")
+        if found.st_size > MAX_MANIFEST_BYTES:
+            raise ValueError(
+                f"{path}: a manifest has {MAX_MANIFEST_BYTES} bytes at most, this has {found.st_size}. Put the "
+                "table's own there"
+            )
+        text = file.read(found.st_size)
+    try:
+        return Manifest.from_json(text.decode())
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from error
+
+
+def _new_commit() -> str:
+    return f"{secrets.randbits(64):016x}"
+
+
+def _identity(path: Path) -> tuple[int, int]:
+    found = path.stat()
+    return found.st_dev, found.st_ino
+
+
+def _has_holes(path: Path) -> bool:
+    found = path.stat()
+    return getattr(found, "st_blocks", 0) * 512 < found.st_size and hasattr(found, "st_blocks")
+
+
+def stochastic_bfloat16(values: torch.Tensor, seed: int, draw: int) -> torch.Tensor:
+    """float32 -> bfloat16 of the same shape: up or down at random, so that the mean is the value. The same result
+    from the same `seed` and `draw`. What isn't finite stays what it is."""
+    bits = values.contiguous().view(torch.int32)
+    generator = np.random.Generator(np.random.SFC64(np.random.SeedSequence(seed, spawn_key=(draw,))))
+    noise = generator.integers(0, 1 << 16, values.numel(), dtype=np.uint16)
+    # The lower half of the bits is what gets lost; noise carries into the upper half as often as that is large.
+    carried = bits + torch.from_numpy(noise.astype(np.int32)).view(values.shape)
+    rounded = (carried & -65536).view(torch.float32).to(torch.bfloat16)
+    return torch.where(values.isfinite(), rounded, values.to(torch.bfloat16))
 
 
 def _is_table(path: Path) -> bool:

@@ -27,7 +27,6 @@ import json
 import os
 import secrets
 import warnings
-import zipfile
 from collections.abc import Callable, Hashable, Iterator
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
@@ -278,7 +277,7 @@ class ShadowMapDescription:
         rebuild = "delete it and build the map again (sense-engram setup)"
         try:
             values = json.loads(path.read_text(encoding="utf-8"))
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             raise ValueError(f"{path} is not JSON ({error}): {rebuild}") from error
         if not isinstance(values, dict) or values.get("format") != _FORMAT:
             raise ValueError(f"{path} does not describe a shadow map: it has no format {_FORMAT!r}")
@@ -314,7 +313,7 @@ def check_output_path(path: Path) -> None:
         try:
             values = json.loads(json_path.read_text(encoding="utf-8"))
             ours = isinstance(values, dict) and values.get("format") == _FORMAT
-        except ValueError:
+        except (ValueError, RecursionError):
             ours = False
         if not ours:
             raise FileExistsError(
@@ -479,13 +478,17 @@ def _reopen(path: str, sha256: str) -> EngramTokenizer:
 
 def _open_map(path: Path) -> np.ndarray:
     rebuild = "build the map again (sense-engram setup --force)"
+    if path.exists() and not path.is_file() and not path.is_dir():
+        raise ValueError(f"{path} is a device or a pipe, which might be waited for forever: {rebuild}")
     try:
         map_V = np.load(path, mmap_mode="r", allow_pickle=False)
     except FileNotFoundError as error:
         raise FileNotFoundError(
             f"there is no shadow map at {path}: make it with sense-engram setup --tokenizer NAME --output {path}"
         ) from error
-    except (ValueError, EOFError, zipfile.BadZipFile) as error:
+    except OSError:
+        raise
+    except Exception as error:  # NumPy's reader lets through whatever a forged header makes Python say
         raise ValueError(f"{path} is not a whole .npy file ({error}): {rebuild}") from error
     if not isinstance(map_V, np.ndarray):
         raise ValueError(f"{path} is an archive of arrays, not one .npy file: {rebuild}")

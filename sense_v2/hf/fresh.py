@@ -31,7 +31,8 @@ def train_bpe(texts: list[str]) -> Tokenizer:
 
 
 def fresh_backbone(vocab_size: int, seed: int, *, max_positions: int = 512) -> LlamaForCausalLM:
-    """A Llama of two layers of width 128, the same weights from the same arguments."""
+    """A Llama of two layers of width 128, the same weights from the same arguments. Its embedding is its output layer
+    too, as small models have it; weights are drawn at 0.05, since the usual 0.02 suits larger widths."""
     torch.manual_seed(seed)
     return LlamaForCausalLM(
         LlamaConfig(
@@ -42,6 +43,8 @@ def fresh_backbone(vocab_size: int, seed: int, *, max_positions: int = 512) -> L
             num_attention_heads=4,
             num_key_value_heads=4,
             max_position_embeddings=max_positions,
+            tie_word_embeddings=True,
+            initializer_range=0.05,
             bos_token_id=None,
             eos_token_id=END_OF_TEXT_ID,
             pad_token_id=END_OF_TEXT_ID,
@@ -50,12 +53,14 @@ def fresh_backbone(vocab_size: int, seed: int, *, max_positions: int = 512) -> L
 
 
 def small_memory(folder: str | Path) -> EngramConfig:
-    """8 heads of about 65,536 rows of width 32 before layer 1, in a folder that `save_trained` will save to."""
+    """4 heads of about 262,144 rows of width 64 before layer 1, zeros at first, in a folder that `save_trained` will
+    save to."""
     storage_path, shadow_map_path = memory_paths(folder)
     return EngramConfig(
-        table_size=8 * 65_536,
+        table_size=4 * 262_144,
         engram_dim=256,
-        num_heads=4,
+        num_heads=2,
+        init_std=0.0,
         ngram_orders=[2, 3],
         layer_indices=[1],
         storage_path=str(storage_path),

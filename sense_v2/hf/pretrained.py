@@ -31,8 +31,8 @@ from safetensors.torch import save as to_safetensors
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerFast
 
 from sense_v2.core.config import EngramConfig
-from sense_v2.engram.fill import allocate, new_file
-from sense_v2.engram.format import manifest_name
+from sense_v2.engram.disk import WriterLock, allocate, new_file
+from sense_v2.engram.format import journal_name, lock_name, manifest_name
 from sense_v2.engram.tokenizer import description_path
 from sense_v2.hf.attach import EngramMemory, attach_engram, attached_memory, memory_of, own_settings
 
@@ -60,8 +60,8 @@ def save_trained(model: PreTrainedModel, folder: str | Path, *, tokenizer: Any =
     that lies in `folder/engram` stays. `model` goes on with the table it has. `tokenizer` is a `tokenizers.Tokenizer`
     or a transformers tokenizer.
 
-    Raises `FileExistsError` where a model without memory would be saved beside the memory of another, `OSError` where
-    there is no room.
+    Raises `FileExistsError` where a model without memory would be saved beside the memory of another,
+    `BlockingIOError` where somebody writes to the table whose place would be taken, `OSError` where there is no room.
     """
     folder = Path(folder)
     target = folder / MEMORY_FOLDER
@@ -72,32 +72,33 @@ def save_trained(model: PreTrainedModel, folder: str | Path, *, tokenizer: Any =
             "remove it, or choose another folder"
         )
     in_place = memory is not None and _is_same_file(memory.storage.path, target / TABLE_FILE)
-    if not in_place:
-        (target / CONFIG_FILE).unlink(missing_ok=True)
-    folder.mkdir(parents=True, exist_ok=True)
-    weights = {name: value for name, value in model.state_dict().items() if not name.startswith("engram.")}
-    with own_settings(model):
-        model.save_pretrained(folder, state_dict=weights)
-    if tokenizer is not None:
-        _save_tokenizer(tokenizer, model, folder)
-    if memory is None:
-        return
-    target.mkdir(exist_ok=True)
-    if memory.storage.mode == "r+":
-        memory.storage.flush()
-    if not in_place:
-        _copy_table(memory, target)
-    map_path = memory.tokenizer.path
-    if description_path(map_path).exists():
-        _copy(description_path(map_path), description_path(target / MAP_FILE))
-    else:
-        description_path(target / MAP_FILE).unlink(missing_ok=True)  # of another map
-    _copy(map_path, target / MAP_FILE)
-    weights = {name: value.contiguous() for name, value in memory.layers.state_dict().items()}
-    with _replaced(target / FUSION_FILE) as file:
-        file.write(to_safetensors(weights, metadata={"format": "pt"}))
-    with _replaced(target / CONFIG_FILE) as file:
-        file.write(_portable_config(memory).to_json().encode())
+    with contextlib.nullcontext() if in_place else _sole_writer(target / TABLE_FILE):
+        if not in_place:
+            (target / CONFIG_FILE).unlink(missing_ok=True)
+        folder.mkdir(parents=True, exist_ok=True)
+        weights = {name: value for name, value in model.state_dict().items() if not name.startswith("engram.")}
+        with own_settings(model):
+            model.save_pretrained(folder, state_dict=weights)
+        if tokenizer is not None:
+            _save_tokenizer(tokenizer, model, folder)
+        if memory is None:
+            return
+        target.mkdir(exist_ok=True)
+        if memory.storage.mode == "r+":
+            memory.storage.flush()
+        if not in_place:
+            _copy_table(memory, target)
+        map_path = memory.tokenizer.path
+        if description_path(map_path).exists():
+            _copy(description_path(map_path), description_path(target / MAP_FILE))
+        else:
+            description_path(target / MAP_FILE).unlink(missing_ok=True)  # of another map
+        _copy(map_path, target / MAP_FILE)
+        weights = {name: value.contiguous() for name, value in memory.layers.state_dict().items()}
+        with _replaced(target / FUSION_FILE) as file:
+            file.write(to_safetensors(weights, metadata={"format": "pt"}))
+        with _replaced(target / CONFIG_FILE) as file:
+            file.write(_portable_config(memory).to_json().encode())
 
 
 def load_trained(folder: str | Path, *, mode: str = "r+") -> PreTrainedModel:
@@ -180,7 +181,9 @@ def _portable_config(memory: EngramMemory) -> EngramConfig:
 
 
 def _copy_table(memory: EngramMemory, target: Path) -> None:
-    """The table and a manifest without states. State that an earlier table left there would be taken for its own."""
+    """The table and a manifest without states. State that an earlier table left there would be taken for its own, and
+    a journal would be undone in it."""
+    (target / journal_name(TABLE_FILE)).unlink(missing_ok=True)
     _copy(memory.storage.path, target / TABLE_FILE)
     with _replaced(target / manifest_name(TABLE_FILE)) as file:
         file.write(dataclasses.replace(memory.storage.manifest, states={}).to_json().encode())
@@ -188,6 +191,18 @@ def _copy_table(memory: EngramMemory, target: Path) -> None:
         is_table = path.with_name(manifest_name(path.name)).exists() or _is_same_file(path, memory.storage.path)
         if _STATE_FILE.fullmatch(path.name) and not is_table:
             path.unlink()
+
+
+@contextlib.contextmanager
+def _sole_writer(table: Path) -> Iterator[None]:
+    """While a table that is there is replaced, nobody else writes to it: the next commit would put its own manifest
+    beside the new rows."""
+    lock = WriterLock(table.with_name(lock_name(table.name)), str(table)) if table.exists() else None
+    try:
+        yield
+    finally:
+        if lock is not None:
+            lock.release()
 
 
 def _copy(source: Path, path: Path) -> None:

@@ -4,7 +4,8 @@ Two optimizers run side by side: AdamW for the weights (decay on the backbone's 
 the rows of the batch. They warm up together; then the weights' rates fall and the rows' stays. Gradients are clipped
 to one norm over both. The same loop trains a model without memory, so that a comparison differs in the memory alone.
 
-A stop (Ctrl-C in the commands) is taken between steps: the step that runs is finished and the rows are flushed.
+A stop (Ctrl-C in the commands) is taken between steps: the step that runs is finished and the rows are committed. A
+run that dies leaves the table as it was at the last commit, `config.commit_every` steps apart.
 """
 
 from __future__ import annotations
@@ -81,6 +82,8 @@ def make_optimizers(model: PreTrainedModel, config: TrainConfig) -> list[torch.o
     """
     memory = attached_memory(model)
     fusion = set() if memory is None else set(memory.parameters())
+    began_as_noise = memory is not None and memory.storage.manifest.init_std == 0
+    values = {layer.W_v.weight for layer in memory} if memory is not None and began_as_noise else set()
     weights = [parameter for parameter in model.parameters() if parameter.requires_grad]
     if not config.train_backbone:
         weights = [parameter for parameter in weights if parameter in fusion]
@@ -93,12 +96,13 @@ def make_optimizers(model: PreTrainedModel, config: TrainConfig) -> list[torch.o
         },
         {"params": [parameter for parameter in backbone if parameter.dim() < 2]},
         # Small, and most of it starts at zero.
-        {"params": [parameter for parameter in weights if parameter in fusion], "lr": config.fusion_learning_rate},
+        {"params": [p for p in weights if p in fusion - values], "lr": config.fusion_learning_rate},
+        {"params": [p for p in weights if p in values], "lr": config.value_learning_rate},
     ]
     optimizers: list[torch.optim.Optimizer] = []
     if weights:
         groups = [group for group in groups if group["params"]]
-        optimizers.append(AdamW(groups, lr=config.learning_rate, betas=(0.9, 0.95), weight_decay=0.0))
+        optimizers.append(AdamW(groups, lr=config.learning_rate, betas=(0.9, 0.99), weight_decay=0.0))
     if memory is not None and memory.storage.rows_require_grad:
         row_optimizer = RowAdam if config.row_optimizer == "adam" else RowWiseAdagrad
         optimizers.append(row_optimizer(memory.storage, lr=config.row_learning_rate))
@@ -118,14 +122,14 @@ def train(
     on_step: Callable[[History], Any] | None = None,
     should_stop: Callable[[], bool] = lambda: False,
 ) -> History:
-    """Trains `model` in place for `config.steps` batches of token ids [B, T] and flushes the table, with the number
-    of steps taken as its step.
+    """Trains `model` in place for `config.steps` batches of token ids [B, T] and commits the table every
+    `config.commit_every` of them and at the end, with the number of steps taken as its step.
 
     `evaluate` runs every `config.eval_every` steps and after the last; `on_step` after each step and its evaluation;
-    `should_stop` is asked before each. A run that is stopped, or whose batches end (which warns), is flushed too.
+    `should_stop` is asked before each. A run that is stopped, or whose batches end (which warns), is committed too.
 
     Raises `ValueError` where nothing is trained, and `FloatingPointError` at a loss or gradient that isn't finite,
-    before it reaches the weights and the rows; it flushes nothing.
+    before it reaches the weights and the rows; it commits nothing.
     """
     optimizers = make_optimizers(model, config)
     shape = {"warmup_steps": config.warmup_steps, "steps": config.steps}
@@ -134,6 +138,9 @@ def train(
         for optimizer in optimizers
     ]
     memory = attached_memory(model)
+    writes = memory is not None and memory.storage.mode == "r+"
+    if memory is not None:
+        memory.storage.durability = config.durability
     history = History()
     seconds = 0.0
     model.train()
@@ -147,6 +154,8 @@ def train(
             loss = _step(model, token_ids_BT, optimizers, config.max_grad_norm, step)
             for schedule in schedules:
                 schedule.step()
+            if memory is not None and writes and config.commit_every and step % config.commit_every == 0:
+                memory.storage.commit(step=step)
             seconds += time.perf_counter() - started
             history.steps.append(step)
             history.train_loss.append(loss)
@@ -170,7 +179,7 @@ def train(
                 UserWarning,
                 stacklevel=2,
             )
-    if memory is not None and memory.storage.mode == "r+":
+    if memory is not None and writes:
         memory.storage.flush(step=history.steps[-1] if history.steps else None)
     return history
 

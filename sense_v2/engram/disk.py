@@ -1,0 +1,373 @@
+"""Every call that changes what is on disk, in one place: files made whole, space reserved, writes, syncs, locks.
+
+A file appears under its final name complete or not at all: `new_file` gives a temporary in the same folder and
+renames it when the block ends well. There is one temporary name per file, and its maker holds a lock on it: a second
+process that wants the same file waits for the first one, and the leftover of a process that died, which nobody holds
+a lock on, is taken over.
+
+`allocate` reserves the space first, so that a full disk is an error now and no SIGBUS when the mapping is written.
+`WriterLock` keeps a table to one writer.
+
+Tests replace this module's `os` by one that fails, or records, or cuts writes short: what has to survive that goes
+through here.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import fcntl
+import os
+import shutil
+import stat
+import threading
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any, ClassVar
+
+import numpy as np
+import torch
+
+TEMPORARY_SUFFIX = ".tmp"
+
+_NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP)
+_HELD = (errno.EACCES, errno.EAGAIN)
+_NO_ROOM = {
+    errno.ENOSPC: "no space left on the device",
+    errno.EDQUOT: "the disk quota is used up",
+    errno.EFBIG: "the process (ulimit -f) or the file system allows no file of that size",
+}
+
+
+class MadeMeanwhileError(Exception):
+    """Another process has made the file since the caller looked."""
+
+
+class SyncError(OSError):
+    """A sync failed. What of the file is on the disk isn't known, and the kernel reports it only once."""
+
+
+@contextlib.contextmanager
+def naming(path: Path) -> Iterator[None]:
+    """Adds the path to an error that doesn't name it: what the system says of a descriptor has none."""
+    try:
+        yield
+    except OSError as error:
+        if error.filename is None and str(path) not in str(error):
+            error.filename = str(path)
+        raise
+
+
+@contextlib.contextmanager
+def new_file(path: Path, *, replace: bool = False, keep: Callable[[], bool] = lambda: False) -> Iterator[int]:
+    """Gives the descriptor of an empty temporary; when the block ends well it is synced and renamed to `path`.
+
+    After an error it is removed, unless `keep()` says that `finish_new_file` will want it.
+    Without `replace`, a `path` that exists once the lock is held is a `MadeMeanwhileError`. A folder that can't be
+    made or written to is an `OSError` (`PermissionError`, …) naming the path and the way out.
+    """
+    temporary = path.with_name(path.name + TEMPORARY_SUFFIX)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        fd = _open_locked(temporary)
+    except OSError as error:
+        if error.filename is None:  # this module's own, which says it all
+            raise
+        raise OSError(
+            error.errno,
+            f"can't write {path}: {error.strerror} ({error.filename}). "
+            "Make its folder writable, or choose another path",
+        ) from error
+    try:
+        if path.exists() and not replace:
+            raise MadeMeanwhileError(path)
+        with naming(path):
+            os.ftruncate(fd, 0)
+            yield fd
+            sync_fd(fd, path)
+            os.replace(temporary, path)
+        sync(path.parent)
+    except BaseException:
+        # After the rename there is none; until then nobody else can have made it anew, because of the lock. One that
+        # can't be removed is taken over by who comes next: not worth hiding what happened.
+        if not keep():
+            with contextlib.suppress(OSError):
+                os.unlink(temporary)
+        raise
+    finally:
+        os.close(fd)
+
+
+def wait_for_new_file(path: Path) -> None:
+    """Waits while another process is at making `path`."""
+    with contextlib.suppress(FileNotFoundError):
+        fd = open_own(path.with_name(path.name + TEMPORARY_SUFFIX), create=False, write=False)
+        try:
+            _lock(fd, fcntl.LOCK_SH)
+        finally:
+            os.close(fd)
+
+
+def finish_new_file(path: Path, is_whole: Callable[[Path], bool]) -> None:
+    """Renames the temporary that a dead maker of `path` left, where `is_whole` says so of what it holds."""
+    temporary = path.with_name(path.name + TEMPORARY_SUFFIX)
+    with contextlib.suppress(FileNotFoundError):
+        fd = open_own(temporary, create=False)
+        try:
+            _lock(fd, fcntl.LOCK_EX)
+            if not path.exists() and is_whole(temporary):
+                sync_fd(fd, temporary)
+                os.replace(temporary, path)
+                sync(path.parent)
+        finally:
+            os.close(fd)
+
+
+def _open_locked(temporary: Path) -> int:
+    """Creates the file, or takes over what a dead process left; waits while a living one holds it."""
+    while True:
+        fd = open_own(temporary)
+        try:
+            _lock(fd, fcntl.LOCK_EX)
+            # Its holder may have renamed or removed it while this call waited: then the lock is on another file.
+            with contextlib.suppress(FileNotFoundError):
+                if os.path.samestat(os.stat(temporary), os.fstat(fd)):
+                    return fd
+        except BaseException:
+            os.close(fd)
+            raise
+        os.close(fd)
+
+
+def _lock(fd: int, operation: int) -> None:
+    """Waits for the file's lock. Some network file systems have none: there, two makers at once aren't kept apart."""
+    try:
+        fcntl.flock(fd, operation)
+    except OSError as error:
+        if error.errno not in _NO_LOCKS:
+            raise
+
+
+def sync(path: Path) -> None:
+    """Makes a file durable, or, of a folder, the renames in it."""
+    fd = os.open(path, os.O_RDONLY)
+    try:
+        sync_fd(fd, path)
+    finally:
+        os.close(fd)
+
+
+def sync_fd(fd: int, path: Path) -> None:
+    """Makes what was written to an open file durable, in the disk's own cache too where macOS would stop before.
+    Raises `SyncError`; `path` is what it names."""
+    with _failing_as_sync(path):
+        if hasattr(fcntl, "F_FULLFSYNC"):
+            fcntl.fcntl(fd, fcntl.F_FULLFSYNC)
+        else:
+            os.fsync(fd)
+
+
+@contextlib.contextmanager
+def _failing_as_sync(path: Path) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        raise SyncError(
+            error.errno, f"can't sync {path}: {error.strerror}. What of it is on the disk isn't known"
+        ) from error
+
+
+def open_own(path: Path, *, create: bool = True, write: bool = True) -> int:
+    """Opens a file that belongs to the table alone. A link in its place is refused: it would lead the writes into a
+    file of somebody else's. So is what isn't a file; a pipe would be waited for forever."""
+    flags = (os.O_RDWR if write else os.O_RDONLY) | os.O_CLOEXEC | os.O_NONBLOCK | getattr(os, "O_NOFOLLOW", 0)
+    flags |= os.O_CREAT if create else 0
+    try:
+        fd = os.open(path, flags, 0o666)
+    except OSError as error:
+        if error.errno == errno.ELOOP:
+            raise OSError(
+                errno.ELOOP, f"{path} is a link; a file of this name belongs to the table alone. Remove it"
+            ) from None
+        raise
+    try:
+        found = os.fstat(fd)
+        if not stat.S_ISREG(found.st_mode):
+            raise OSError(
+                errno.EINVAL,
+                f"{path} isn't a regular file; a file of this name belongs to the table alone. Remove it",
+            )
+        if write and found.st_nlink > 1:
+            raise OSError(
+                errno.EMLINK,
+                f"{path} is a file that has another name as well (a hard link), and writing would change that too. "
+                "Put a copy in its place",
+            )
+    except BaseException:
+        os.close(fd)
+        raise
+    return fd
+
+
+def allocate(fd: int, size_bytes: int, path: Path) -> None:
+    """Reserves the file's space, zeroed; `OSError` naming the bytes needed and free where there is too little."""
+    try:
+        if hasattr(os, "posix_fallocate"):
+            os.posix_fallocate(fd, 0, size_bytes)
+        elif shutil.disk_usage(path.parent).free < size_bytes:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        else:
+            os.ftruncate(fd, size_bytes)
+    except OSError as error:
+        if error.errno not in _NO_ROOM:
+            raise
+        # Given back before counting, since a failed allocation may have taken what there was.
+        os.ftruncate(fd, 0)
+        free_bytes = shutil.disk_usage(path.parent).free
+        raise OSError(
+            error.errno,
+            f"{path} needs {size_bytes} bytes, {free_bytes} are free in {path.parent}: {_NO_ROOM[error.errno]}. "
+            "Make room, choose another path, or a smaller table (fewer rows, float16)",
+        ) from None
+
+
+def write_at(fd: int, data: Any, offset: int) -> None:
+    """Writes all of `data` (bytes, or a contiguous buffer) at `offset`, in as many calls as that takes."""
+    raw = memoryview(data).cast("B")
+    while raw:
+        written = os.pwrite(fd, raw, offset)
+        if written == 0:
+            raise OSError(errno.EIO, f"a write of {len(raw)} bytes at {offset} wrote nothing")
+        raw, offset = raw[written:], offset + written
+
+
+def sync_mapping(mapping: np.memmap[Any, Any], path: Path) -> None:
+    """Makes what was stored into a mapping of the file durable."""
+    with _failing_as_sync(path):
+        mapping.flush()
+    sync(path)
+
+
+def store(table_ND: torch.Tensor, row_ids_U: torch.Tensor, rows_UD: torch.Tensor) -> None:
+    """Stores rows into a mapping. From here on the kernel may write them to the disk whenever it likes."""
+    table_ND.index_copy_(0, row_ids_U, rows_UD)
+
+
+class WriterLock:
+    """The right to write to a table: held by one process at a time, and gone when that process is.
+
+    It is a `flock` on a file of its own, whose content is the holder's process id. The kernel drops it when the last
+    descriptor that stands for it is closed: when the process ends, however it ends, since a forked child closes its
+    own at once. (A POSIX record lock isn't inherited, but any close of the file drops it, and to copy the folder is
+    to open and close the file.) What this process holds is known by device and inode, since a table's folder may be
+    renamed under it.
+
+    Raises `BlockingIOError` naming the holder where another has it.
+    """
+
+    _held: ClassVar[dict[tuple[int, int, int], int]] = {}
+    """(process, device, inode) of a lock file -> its descriptor."""
+    # Reentrant: a collection in the middle of a call may release the lock of a storage that nobody refers to.
+    _guard = threading.RLock()
+
+    def __init__(self, path: Path, what: str) -> None:
+        with self._guard:
+            if self._is_own(path):
+                raise BlockingIOError(
+                    errno.EAGAIN,
+                    f"{what} is open for writing in this process already: close() it first, or open this one with "
+                    "mode='r'",
+                )
+            self._fd: int | None = open_own(path)
+            found = os.fstat(self._fd)
+            self._key = (os.getpid(), found.st_dev, found.st_ino)
+            try:
+                self._take(self._fd, what)
+                os.ftruncate(self._fd, 0)
+                write_at(self._fd, f"{os.getpid()}\n".encode(), 0)
+            except BaseException:
+                os.close(self._fd)
+                raise
+            self._held[self._key] = self._fd
+
+    @staticmethod
+    def _take(fd: int, what: str) -> None:
+        for attempt in range(3):
+            try:
+                return fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except OSError as error:
+                if error.errno in _NO_LOCKS:
+                    return None
+                if error.errno not in _HELD:
+                    raise
+                # `holder` takes the lock for a moment to see whether it is free.
+                if attempt < 2:
+                    time.sleep(0.02)
+        raise BlockingIOError(
+            errno.EAGAIN,
+            f"{what} is being written to by process {_holder(fd)}: wait for its end, or open with mode='r' to read "
+            "beside it",
+        )
+
+    def release(self) -> None:
+        """Gives it back; a forked child, which doesn't have it, changes nothing."""
+        with self._guard:
+            if self._fd is not None and self._key[0] == os.getpid():
+                del self._held[self._key]
+                os.close(self._fd)
+            self._fd = None
+
+    @classmethod
+    def _after_fork_in_child(cls) -> None:
+        """The child has no lock, and what it inherited must not outlast its parent's."""
+        for fd in cls._held.values():
+            os.close(fd)
+        cls._held.clear()
+        cls._guard.release()
+
+    @classmethod
+    def is_held(cls, path: Path) -> bool:
+        """Whether a process, this one included, writes."""
+        return cls._is_own(path) or cls.holder(path) is not None
+
+    @classmethod
+    def _is_own(cls, path: Path) -> bool:
+        """Whether this process holds it."""
+        try:
+            found = os.stat(path)
+        except FileNotFoundError:
+            return False
+        return (os.getpid(), found.st_dev, found.st_ino) in cls._held
+
+    @classmethod
+    def holder(cls, path: Path) -> str | None:
+        """The id of the other process that holds the lock at `path`; None where nobody, or this process, does."""
+        with cls._guard:
+            if cls._is_own(path):
+                return None
+            try:
+                fd = open_own(path, create=False, write=False)
+            except FileNotFoundError:
+                return None
+            try:
+                fcntl.flock(fd, fcntl.LOCK_SH | fcntl.LOCK_NB)
+            except OSError as error:
+                return _holder(fd) if error.errno in _HELD else None
+            finally:
+                os.close(fd)
+            return None
+
+
+# No fork between the opening of a lock file and its place in `_held`.
+os.register_at_fork(
+    before=WriterLock._guard.acquire,
+    after_in_parent=WriterLock._guard.release,
+    after_in_child=WriterLock._after_fork_in_child,
+)
+
+
+def _holder(fd: int) -> str:
+    # Anybody may have written the file: nothing but a number goes to a terminal.
+    text = os.pread(fd, 32, 0).strip()
+    return text.decode() if text.isdigit() else "unknown"
