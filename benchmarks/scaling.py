@@ -308,8 +308,8 @@ def mark_crowding(axes: Axes, runs: dict[int, list[dict[str, Any]]], sizes: list
         return
     axes.axvline(needed, color=PALETTE["muted"], linewidth=1, linestyle=(0, (2, 3)), zorder=1)
     axes.annotate(
-        "a row for each\nn-gram and head", (needed, 0.98), (-4, 0), xycoords=("data", "axes fraction"),
-        textcoords="offset points", size=8.5, va="top", ha="right", color=PALETTE["muted"],
+        "a row for each\nn-gram and head", (needed, 0.6), (5, 0), xycoords=("data", "axes fraction"),
+        textcoords="offset points", size=8.5, va="top", ha="left", color=PALETTE["muted"],
     )  # fmt: skip
 
 
