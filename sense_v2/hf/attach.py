@@ -22,7 +22,7 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers import PreTrainedModel
+from transformers import Cache, PreTrainedModel
 
 from sense_v2.core.config import EngramConfig
 from sense_v2.engram.model import EngramFusionLayer, open_table
@@ -287,7 +287,7 @@ def _carry_ids(base: nn.Module, embedding: nn.Module, num_embeddings: int, shado
             )
         # An id that no token has is named here; the embedding, which comes next, only says "index out of range".
         shadow_map(input_ids_BT)
-        past = arguments.get("past_key_values")
+        past = _cache_in({**arguments, **kwargs})
         if past is not None and past.get_seq_length() > 0:
             raise ValueError(
                 "a KV cache that holds earlier tokens was passed, and this version of the memory doesn't see their "
@@ -304,6 +304,12 @@ def _carry_ids(base: nn.Module, embedding: nn.Module, num_embeddings: int, shado
         return args, kwargs
 
     return hook
+
+
+def _cache_in(arguments: dict[str, Any]) -> Cache | None:
+    """The KV cache among a call's arguments, by its type: its name is `past_key_values` or, since transformers 5.24,
+    `cache`, and one that isn't looked for would be wrong tokens instead of an error."""
+    return next((value for value in arguments.values() if isinstance(value, Cache)), None)
 
 
 def _add_memory(fusion: EngramFusionLayer | None, layer_id: int) -> Any:
