@@ -1,12 +1,12 @@
 """The rows' initial noise: the same bytes from the same seed, whatever draws them.
 
-The file is cut into chunks of a fixed number of values, each with its
-own generator, so the bytes depend on the seed alone: not on the number of threads, nor on the processor or on torch's
-release, as `torch.normal_` does. Normal quantiles are looked up by 16 random bits each, and every pair (a, b) is
-turned into ((a + b) / √2, (a - b) / √2): two independent normals again, out of 2³² values instead of 2¹⁶, up to 6.1
-standard deviations. That takes less than half the time of `torch.normal_`, whose generator is the bottleneck (and
-keeps 32 bits of a seed: with one a chunk, large tables would repeat themselves). Everything here releases the GIL.
-Writing a small buffer again and again beats drawing into a mapping, which takes a page fault for every 4 KiB.
+The file is cut into chunks of a fixed number of values, each with its own generator, so the bytes depend on the seed
+alone: not on the number of threads, nor on the processor or on torch's release, as `torch.normal_` does. Normal
+quantiles are looked up by 16 random bits each, and every pair (a, b) is turned into ((a + b) / √2, (a - b) / √2): two
+independent normals again, out of 2³² values instead of 2¹⁶, up to 6.1 standard deviations. That takes less than half
+the time of `torch.normal_`, whose generator is the bottleneck (and keeps 32 bits of a seed: with one a chunk, large
+tables would repeat themselves). Everything here releases the GIL. Writing a small buffer again and again beats
+drawing into a mapping, which takes a page fault for every 4 KiB.
 """
 
 from __future__ import annotations

@@ -86,7 +86,7 @@ class _RowOptimizer(torch.optim.Optimizer):
             row_ids_U, grads_UD = gradients
             # State is stored before rows; what can go wrong has to go wrong before both.
             self.storage.protect(row_ids_U)
-            rows_UD = self.storage.gather(row_ids_U).float()
+            rows_UD = self.storage.gather(row_ids_U)
             self._update(row_ids_U, rows_UD, grads_UD, self.param_groups[0])
             self.storage.write(row_ids_U, rows_UD, stochastic=True)
         return loss

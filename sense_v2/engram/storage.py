@@ -322,14 +322,17 @@ class MMapEmbeddingStorage(nn.Module):
         seen = {_identity(self.path): self.path}
         for name, entry in self._manifest.states.items():
             path = self.path.with_name(entry.file)
-            if _is_table(path) or path == self.path:
-                raise ValueError(f"{path} is a table: optimizer state {name!r} can't be there")
-            if path.is_symlink():
-                raise ValueError(f"optimizer state {path} is a link; put the file itself there")
+            self._refuse_as_state(name, path)
             if path.exists():
                 first = seen.setdefault(_identity(path), path)
                 if first is not path:
                     raise ValueError(f"optimizer state {path} and {first} are one file; put a copy in its place")
+
+    def _refuse_as_state(self, name: str, path: Path) -> None:
+        if _is_table(path) or path == self.path:
+            raise ValueError(f"{path} is a table: optimizer state {name!r} can't be there")
+        if path.is_symlink():
+            raise ValueError(f"optimizer state {path} is a link; put the file itself there")
 
     def _refuse_live_journal(self) -> None:
         manifest = self._manifest
@@ -582,10 +585,7 @@ class MMapEmbeddingStorage(nn.Module):
             raise ValueError(f"optimizer state {path} has width {known_width}, asked for {width}")
         if state:
             return state
-        if _is_table(path) or path == self.path:
-            raise ValueError(f"{path} is a table: optimizer state {name!r} can't be there")
-        if path.is_symlink():
-            raise ValueError(f"optimizer state {path} is a link; put the file itself there")
+        self._refuse_as_state(name, path)
         for other, listed in self._manifest.states.items():
             if entry is None and listed.file == path.name:
                 raise ValueError(
@@ -810,7 +810,7 @@ def _identity(path: Path) -> tuple[int, int]:
 
 def _has_holes(path: Path) -> bool:
     found = path.stat()
-    return getattr(found, "st_blocks", 0) * 512 < found.st_size and hasattr(found, "st_blocks")
+    return hasattr(found, "st_blocks") and found.st_blocks * 512 < found.st_size
 
 
 def stochastic_bfloat16(values: torch.Tensor, seed: int, draw: int) -> torch.Tensor:
