@@ -37,7 +37,7 @@ from sense_v2.engram.disk import (
     new_file,
     wait_for_new_file,
 )
-from sense_v2.engram.fill import fill_normal
+from sense_v2.engram.fill import PROGRESS_BYTES, fill_normal
 from sense_v2.engram.format import (
     MAX_MANIFEST_BYTES,
     STATE_DTYPE,
@@ -51,7 +51,7 @@ from sense_v2.engram.format import (
     provenance_differences,
     state_file_name,
 )
-from sense_v2.engram.journal import check_journal, open_journal, roll_back
+from sense_v2.engram.journal import check_journal, open_journal, refuse_rows_of_another_commit, roll_back
 
 # Warnings point at who made the storage: this module, the storage's constructor, its caller.
 _CONSTRUCTORS_CALLER = 3
@@ -307,7 +307,17 @@ def refuse_live_journal(files: TableFiles, manifest: Manifest) -> None:
         found = check_journal(files.journal, data, manifest.generation, manifest.commit_number, manifest.rows, sizes)
     finally:
         os.close(fd)
-    if found is not None and (found.num_rows_of or found.torn_bytes):
+    if found is None:
+        if sum(sizes.values()) * manifest.rows > PROGRESS_BYTES:
+            warnings.warn(
+                f"{files.journal} is of an earlier commit: all rows of {files.table} are read to know that they are "
+                "the last one's. Opening once with mode='r+' removes it",
+                UserWarning,
+                stacklevel=_CONSTRUCTORS_CALLER,
+            )
+        sums = manifest.checksums_of(files.table.name)
+        refuse_rows_of_another_commit(files.journal, manifest.rows, sizes, sums)
+    elif found.num_rows_of or found.torn_bytes:
         raise ValueError(
             f"{files.table}: a writer ended between two commits, and {files.journal} says how to undo what it had "
             "not committed, which mode='r' may not. Open it once with mode='r+', or run: sense-engram verify "
