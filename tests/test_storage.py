@@ -312,6 +312,24 @@ def test_several_makers_at_once_make_one_table_and_one_gets_to_write(path: Path)
     ]
 
 
+@pytest.mark.parametrize("kind", ["file", "link", "folder"])
+def test_an_old_tables_journal_stops_a_new_one_before_it_is_made(path: Path, kind: str) -> None:
+    """Made first, it would be refused after that, with advice for another table."""
+    path.parent.mkdir(exist_ok=True)
+    journal = path.with_suffix(".journal")
+    journal.mkdir() if kind == "folder" else None
+    journal.symlink_to("elsewhere") if kind == "link" else None
+    journal.write_bytes(b"SENSEjr1") if kind == "file" else None
+    with pytest.raises(
+        ValueError, match=r"isn't there, but the journal of an earlier table is: engram_table\.journal"
+    ):
+        make(path)
+    assert names(path.parent) == ["engram_table.journal"]
+    journal.rmdir() if kind == "folder" else journal.unlink()
+    journal.touch()
+    make(path).close()
+
+
 def test_an_old_tables_optimizer_state_is_not_taken_for_the_new_ones(path: Path) -> None:
     table = make(path)
     table.open_state("adam", 2)

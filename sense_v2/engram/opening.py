@@ -102,7 +102,7 @@ def create_table(
         raise FileNotFoundError(f"{path} links to {os.readlink(path)}, which isn't there")
     keep = files.lack_manifest
     with contextlib.suppress(MadeMeanwhileError), new_file(files.manifest, keep=keep) as manifest_fd:
-        _refuse_left_states(path)
+        _refuse_leftovers(files)
         with new_file(path) as fd:
             if sparse:
                 disk.os.ftruncate(fd, manifest.table_bytes)
@@ -136,13 +136,19 @@ def create_table(
         )
 
 
-def _refuse_left_states(path: Path) -> None:
-    """A new table must not be trained on with an old table's optimizer state."""
+def _refuse_leftovers(files: TableFiles) -> None:
+    """A new table must not be trained on with an old table's optimizer state; nor be made, to be refused at once,
+    beside a journal that can't be its own."""
+    path = files.table
     pattern = glob.escape(state_file_name(path.name, "_")).replace("._.", ".*.")
     left = [found for found in path.parent.glob(pattern) if found != path and not _is_table(found)]
     if left:
         names = ", ".join(sorted(found.name for found in left))
         raise ValueError(f"{path} isn't there, but optimizer state of an earlier table is: {names}. Remove it")
+    if os.path.lexists(files.journal) and (not files.journal.is_file() or files.journal.stat().st_size):
+        raise ValueError(
+            f"{path} isn't there, but the journal of an earlier table is: {files.journal.name}. Remove it"
+        )
 
 
 def new_commit() -> str:
