@@ -389,6 +389,8 @@ def _refuse_as_state(files: TableFiles, name: str, path: Path) -> None:
         raise ValueError(f"{path} is a table: optimizer state {name!r} can't be there")
     if path.is_symlink():
         raise ValueError(f"optimizer state {path} is a link; put the file itself there")
+    if path.exists() and not path.is_file():
+        raise ValueError(f"optimizer state {path} isn't a regular file; put the file itself there")
 
 
 def _is_table(path: Path) -> bool:

@@ -252,7 +252,8 @@ def _assert_left_alone(case: Case, before: Files) -> None:
     with contextlib.suppress(AssertionError, KeyError, ValueError, TypeError, AttributeError):
         manifest = _manifest(before, write=True)
         found = Expected(manifest, {TABLE: before[TABLE]})
-        found.files.update({entry["file"]: before[entry["file"]] for entry in found.states.values()})
+        listed = [entry["file"] for entry in found.states.values()]
+        found.files.update({name: before[name] for name in listed if name in before})
         try:
             restored = _undone(before, found)
         except Refused as refused:
