@@ -235,7 +235,9 @@ def _assert_promise(case: Case, expected: Expected) -> None:
     if commit is None:
         return
     journal = case.moment.get(JOURNAL, b"")
-    if changed <= {MANIFEST} and (journal or not changed):
+    # A forged manifest may have lost its checksums.
+    is_of_the_run = set(case.changes.get(MANIFEST, "").split()) <= {"moment"}
+    if changed <= {MANIFEST} and is_of_the_run and (journal or not changed):
         assert expected.files == commit, f"rows of another commit: {case.changes}"
     path = case.folder / JOURNAL
     if changed == {JOURNAL} and set(case.changes[JOURNAL].split()) <= {"bytes", "empty", "absent"}:
