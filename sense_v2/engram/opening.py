@@ -145,7 +145,9 @@ def _refuse_leftovers(files: TableFiles) -> None:
     if left:
         names = ", ".join(sorted(found.name for found in left))
         raise ValueError(f"{path} isn't there, but optimizer state of an earlier table is: {names}. Remove it")
-    if os.path.lexists(files.journal) and (not files.journal.is_file() or files.journal.stat().st_size):
+    journal = open_journal(files.journal)
+    if journal is not None:
+        os.close(journal[0])
         raise ValueError(
             f"{path} isn't there, but the journal of an earlier table is: {files.journal.name}. Remove it"
         )
