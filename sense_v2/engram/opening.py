@@ -194,8 +194,7 @@ def cant_write(path: Path, error: OSError) -> OSError:
 def read_manifest(path: Path) -> Manifest:
     """The manifest at `path`. Raises `ValueError` naming the path for what isn't one, `OSError` where it can't be
     read."""
-    # Without O_NONBLOCK a pipe in its place would be waited for forever.
-    with open(path, "rb", opener=lambda name, flags: os.open(name, flags | os.O_NONBLOCK)) as file:
+    with disk.naming(path), open(path, "rb", opener=_open_without_waiting) as file:
         found = os.fstat(file.fileno())
         if not stat.S_ISREG(found.st_mode):
             raise ValueError(f"{path} isn't a regular file")
@@ -209,6 +208,11 @@ def read_manifest(path: Path) -> Manifest:
         return Manifest.from_json(text.decode())
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from error
+
+
+def _open_without_waiting(path: str, flags: int) -> int:
+    # Without O_NONBLOCK a pipe would be waited for forever.
+    return os.open(path, flags | os.O_NONBLOCK)
 
 
 def is_committed(files: TableFiles, manifest: Manifest) -> bool:
