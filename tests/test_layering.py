@@ -36,6 +36,7 @@ ORDER = (
     "engram.storage",
     "engram.check",
     "engram.optim",
+    "engram.operators",
     "engram.model",
     "engram.sharding",
     "engram.released",
