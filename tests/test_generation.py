@@ -467,13 +467,17 @@ def test_any_splits_of_any_streams(name, schedule):
 def test_a_window_that_was_left_behind_is_not_rolled_back_into():
     model = remembering("mistral")
     cache = new_cache(model)
-    forward(model, cache, some_ids(1, 12))
+    forward(model, cache, some_ids(1, 30))
     with pytest.raises(RuntimeError, match="activate_past_recording"):
         cache.crop(-1)
     state = cache.layers[-1]
-    assert state.tokens.values.shape[1] == 6 + model.engram.reach  # no more than the window and what it reaches
     with pytest.raises(RuntimeError, match="the memory kept the last 8 only"):
         state.crop(-9)
+    for _ in range(20):
+        forward(model, cache, some_ids(1, 1))
+        for track in (state.tokens, *state.conv_inputs.values()):
+            # The window and what it reaches, at most twice: memory doesn't grow with the sequence.
+            assert 6 + model.engram.reach <= track.values.shape[1] < 2 * (6 + model.engram.reach)
 
 
 # --- caches that change the numbers ---
@@ -642,11 +646,30 @@ def test_a_mask_that_covers_half_of_the_past_is_refused():
 
 
 def test_continuous_batching_is_refused():
+    model = remembering("llama")
+    with pytest.raises(ValueError, match=r"paged cache.*use model\.generate, a batch at a time"):
+        model.generate_batch(inputs=[[5, 6, 7], [8, 9]], max_new_tokens=2)
+
+
+@pytest.mark.parametrize("name", [CACHE, "past_key_values", "state"])
+def test_a_state_of_earlier_tokens_that_is_no_cache_is_refused(name):
     class PagedAttentionCache:
         """What continuous batching passes: not one of transformers' Cache classes."""
 
-    with pytest.raises(ValueError, match=r"PagedAttentionCache, no transformers Cache.*continuous batching"):
-        remembering("llama")(some_ids(), **{CACHE: PagedAttentionCache()})
+    with pytest.raises(ValueError, match=f"{name} is a PagedAttentionCache, no transformers Cache"):
+        remembering("llama").base_model(some_ids(), **{name: PagedAttentionCache()})
+
+
+@pytest.mark.filterwarnings("ignore:`past_key_values` is deprecated:FutureWarning")
+def test_a_cache_by_the_name_it_had_before():
+    model, ids = remembering("llama"), some_ids()
+    cache, stale = new_cache(model), new_cache(model)
+    forward(bare_model("llama"), stale, ids)
+    with torch.no_grad():
+        parts = [model(ids[:, a:b], past_key_values=cache).logits for a, b in ((0, 6), (6, 13))]
+        assert_same(torch.cat(parts, 1), full_logits(model, ids))
+        with pytest.raises(ValueError, match="was filled without this memory"):
+            model.base_model(ids[:, :1], past_key_values=stale)
 
 
 def test_a_memory_that_looks_ahead_takes_no_cache(tmp_path):

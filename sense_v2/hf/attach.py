@@ -102,8 +102,12 @@ def attach_engram(
     for layer_id, layer in enumerate(layers):
         hook = _add_memory(memory, layer_id, depth, *fusions.get(layer_id, (None, None)))
         memory._undo.append(layer.register_forward_pre_hook(hook, with_kwargs=True))
-    if hasattr(model, "prepare_inputs_for_generation"):
-        memory._undo.append(_OwnMethod(model, "prepare_inputs_for_generation", prepare_inputs_with_memory))
+    for name, function in (
+        ("prepare_inputs_for_generation", prepare_inputs_with_memory),
+        ("init_continuous_batching", _refuse_continuous_batching),
+    ):
+        if hasattr(model, name):
+            memory._undo.append(_OwnMethod(model, name, function))
     return model
 
 
@@ -205,6 +209,14 @@ class _OwnMethod:
         self.owner.__dict__.pop(self.name, None)
 
 
+def _refuse_continuous_batching(model: Any, *args: Any, **kwargs: Any) -> Any:
+    """Before it starts: an error in its thread would only be logged, and every answer empty."""
+    raise ValueError(
+        "continuous batching keeps tokens in a paged cache, which has no place for what the memory must know of "
+        "earlier ones: use model.generate, a batch at a time, or detach_engram(model)"
+    )
+
+
 def _carry_ids(memory: EngramMemory, base: nn.Module, embedding: nn.Module, num_embeddings: int, depth: int) -> Any:
     """The hook on the base model: finds ids, mask, positions and cache among its arguments and sends along what the
     layers need."""
@@ -227,6 +239,7 @@ def _carry_ids(memory: EngramMemory, base: nn.Module, embedding: nn.Module, num_
                 f"the vocabulary was resized from {num_embeddings} to {current} after memory was attached; "
                 "detach_engram, make a shadow map of the new tokenizer, attach again"
             )
+        cache = cache_in(arguments)
         mask = arguments.get("attention_mask") if given_mask is None else given_mask
         if mask is not None and not is_plain_mask(mask):
             shape = tuple(mask.shape) if isinstance(mask, torch.Tensor) else type(mask).__name__
@@ -234,7 +247,6 @@ def _carry_ids(memory: EngramMemory, base: nn.Module, embedding: nn.Module, num_
                 f"attention_mask is {shape}: with memory attached it must be [batch, sequence] with 0 at padding, so "
                 f"that n-grams can stop there; such a mask can come along as {MASK_ARGUMENT}=…"
             )
-        cache = cache_in(arguments)
         state = None if cache is None else _state_in(cache, memory, depth)
         kwargs[CARRIER] = engram_inputs(memory, token_ids_BT, mask, arguments.get("position_ids"), state)
         return args, kwargs

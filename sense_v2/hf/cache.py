@@ -36,7 +36,7 @@ _EntryBase: Any = getattr(cache_utils, "LinearAttentionCacheLayerMixin", cache_u
 
 
 class _Growing:
-    """Values of the positions so far, [B, P, …]; only the last `keep` of them where that is a number."""
+    """Values of the positions so far, [B, P, …]; where `keep` is a number, of the last `keep` to 2·`keep`."""
 
     def __init__(self, keep: int | None) -> None:
         self.keep = keep
@@ -50,7 +50,8 @@ class _Growing:
     def append(self, values_BT: torch.Tensor, *, trim: bool) -> None:
         self.values = values_BT if self.values is None else torch.cat([self.values, values_BT], dim=1)
         self.length += values_BT.shape[1]
-        if trim:
+        # Not at each step: a compiled one would have a graph for each length around the limit.
+        if trim and self.keep is not None and self.values.shape[1] >= 2 * self.keep:
             self.trim()
 
     def trim(self) -> None:

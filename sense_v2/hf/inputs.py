@@ -142,8 +142,7 @@ def cache_in(arguments: dict[str, Any]) -> Cache | None:
         if arguments.get(name) is not None:
             raise ValueError(
                 f"{name} is a {type(arguments[name]).__name__}, no transformers Cache: the memory has no place in it "
-                "for what it must know of earlier tokens; call with use_cache=False (continuous batching and its "
-                "paged cache aren't supported: model.generate does a batch at a time)"
+                "for what it must know of earlier tokens; call with use_cache=False"
             )
     return None
 
