@@ -247,7 +247,16 @@ class EngramState(_EntryBase):
     def get_max_length(self) -> int:
         return -1
 
+    # transformers 5.0 asks every layer of a static cache for these.
     get_max_cache_shape = get_max_length
+
+    @property
+    def max_batch_size(self) -> int:
+        return -1 if self.tokens.values is None else self.tokens.values.shape[0]
+
+    @property
+    def max_cache_len(self) -> int:
+        return -1 if self.capacity is None else self.capacity
 
     def get_seq_length(self) -> int | torch.Tensor:
         return self.length
@@ -316,6 +325,8 @@ def _holds_tokens(own: list[Any]) -> bool:
 def _refuse_other_length(state: EngramState, own: list[Any], way_out: str) -> None:
     if torch.compiler.is_compiling():
         return  # a graph can't look at the numbers
+    if any(isinstance(layer, cache_utils.StaticLayer) and not hasattr(layer, "cumulative_length") for layer in own):
+        return  # transformers 5.0 guesses a static cache's length, from which keys aren't zero
     length = _attention_length(own)
     if length is None:
         length = state.length if _holds_tokens(own) == bool(int(state.length)) else -1
