@@ -38,6 +38,7 @@ ORDER = (
     "engram.storage",
     "engram.check",
     "engram.optim",
+    "engram.operators",
     "engram.model",
     "engram.sharding",
     "engram.released",

@@ -34,7 +34,7 @@ from sense_v2.core.config import EngramConfig
 from sense_v2.engram.disk import WriterLock, allocate, new_file
 from sense_v2.engram.format import journal_name, lock_name, manifest_name
 from sense_v2.engram.tokenizer import description_path
-from sense_v2.hf.attach import EngramMemory, attach_engram, attached_memory, memory_of, own_settings
+from sense_v2.hf.attach import EngramMemory, attach_engram, attached_memory, memory_of
 
 MEMORY_FOLDER = "engram"
 CONFIG_FILE = "config.json"
@@ -77,8 +77,7 @@ def save_trained(model: PreTrainedModel, folder: str | Path, *, tokenizer: Any =
             (target / CONFIG_FILE).unlink(missing_ok=True)
         folder.mkdir(parents=True, exist_ok=True)
         weights = {name: value for name, value in model.state_dict().items() if not name.startswith("engram.")}
-        with own_settings(model):
-            model.save_pretrained(folder, state_dict=weights)
+        model.save_pretrained(folder, state_dict=weights)
         if tokenizer is not None:
             _save_tokenizer(tokenizer, model, folder)
         if memory is None:
