@@ -3,6 +3,10 @@
    gather(table, num_rows, row_bytes, ids, num_ids, id_bytes, out, num_threads) -> -1, or the position of the first
    id outside 0 ... num_rows - 1, in which case nothing is copied. `out` is a writable buffer of that many rows.
 
+   read(table, num_rows, row_bytes, ids, num_ids, id_bytes, out, num_threads, fd, file_bytes, slow_ns) -> the same, but
+   -2 where the file `fd` is shorter than file_bytes by now, in which case nothing is copied, and -3 where all is copied
+   and took longer than slow_ns.
+
    will_need(table, runs) -> 0, or the first error number. `runs` is a buffer of pairs of int64, (offset, length) in
    bytes from the table's beginning, whole pages: the kernel begins to read them.
 
@@ -19,6 +23,8 @@
 #include <stdint.h>
 #include <string.h>
 #include <sys/mman.h>
+#include <sys/stat.h>
+#include <time.h>
 #if defined(__x86_64__)
 #include <emmintrin.h>
 #endif
@@ -107,9 +113,15 @@ static void copy_all(Part whole, long num_threads) {
     }
 }
 
-static PyObject *gather(PyObject *module, PyObject *const *arguments, Py_ssize_t num_arguments) {
-    (void)module;
-    if (num_arguments != 8) return PyErr_Format(PyExc_TypeError, "gather takes 8 arguments, not %zd", num_arguments);
+enum { CUT = -2, SLOW = -3 };
+
+static int64_t now_ns(void) {
+    struct timespec t;
+    clock_gettime(CLOCK_MONOTONIC, &t);
+    return t.tv_sec * INT64_C(1000000000) + t.tv_nsec;
+}
+
+static PyObject *gather_from(PyObject *const *arguments, int fd, int64_t file_bytes, int64_t slow_ns) {
     const char *table = PyLong_AsVoidPtr(arguments[0]);
     int64_t num_rows = PyLong_AsLongLong(arguments[1]);
     Py_ssize_t row_bytes = PyLong_AsSsize_t(arguments[2]);
@@ -126,18 +138,39 @@ static PyObject *gather(PyObject *module, PyObject *const *arguments, Py_ssize_t
     }
     Py_ssize_t bad = -1;
     Py_BEGIN_ALLOW_THREADS
+    int64_t started = slow_ns ? now_ns() : 0;
+    struct stat found;
     uint64_t above = 0;  /* without a branch, so that the compiler may take several at once */
     for (Py_ssize_t k = 0; k < num_ids; k++) above |= (uint64_t)id_at(ids, k, id_bytes) >= (uint64_t)num_rows;
-    if (above) {
+    /* A touch of a page behind the file's end is a SIGBUS. */
+    if (fd >= 0 && (fstat(fd, &found) != 0 || found.st_size < file_bytes)) {
+        bad = CUT;
+    } else if (above) {
         for (bad = 0; (uint64_t)id_at(ids, bad, id_bytes) < (uint64_t)num_rows; bad++) {}
     } else {
         Py_ssize_t bytes = num_ids * row_bytes;
         int stream = bytes >= STREAM_BYTES && row_bytes % LINE_BYTES == 0 && (uintptr_t)out.buf % LINE_BYTES == 0;
         copy_all((Part){table, ids, out.buf, row_bytes, num_ids, id_bytes, stream}, num_threads);
+        if (slow_ns && now_ns() - started > slow_ns) bad = SLOW;
     }
     Py_END_ALLOW_THREADS
     PyBuffer_Release(&out);
     return PyLong_FromSsize_t(bad);
+}
+
+static PyObject *gather(PyObject *module, PyObject *const *arguments, Py_ssize_t num_arguments) {
+    (void)module;
+    if (num_arguments != 8) return PyErr_Format(PyExc_TypeError, "gather takes 8 arguments, not %zd", num_arguments);
+    return gather_from(arguments, -1, 0, 0);
+}
+
+static PyObject *read_rows(PyObject *module, PyObject *const *arguments, Py_ssize_t num_arguments) {
+    (void)module;
+    if (num_arguments != 11) return PyErr_Format(PyExc_TypeError, "read takes 11 arguments, not %zd", num_arguments);
+    long fd = PyLong_AsLong(arguments[8]);
+    int64_t file_bytes = PyLong_AsLongLong(arguments[9]), slow_ns = PyLong_AsLongLong(arguments[10]);
+    if (PyErr_Occurred()) return NULL;
+    return gather_from(arguments, fd, file_bytes, slow_ns);
 }
 
 static PyObject *will_need(PyObject *module, PyObject *const *arguments, Py_ssize_t num_arguments) {
@@ -159,6 +192,7 @@ static PyObject *will_need(PyObject *module, PyObject *const *arguments, Py_ssiz
 
 static PyMethodDef methods[] = {
     {"gather", (PyCFunction)(void (*)(void))gather, METH_FASTCALL, "Copies rows; see the top of _gather.c."},
+    {"read", (PyCFunction)(void (*)(void))read_rows, METH_FASTCALL, "Copies rows of a file; see the top of _gather.c."},
     {"will_need", (PyCFunction)(void (*)(void))will_need, METH_FASTCALL, "Reads ahead; see the top of _gather.c."},
     {NULL, NULL, 0, NULL},
 };

@@ -32,6 +32,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.nn.modules.module import _has_any_global_hook
 
 from sense_v2.core.config import DURABILITIES
 from sense_v2.engram import disk, opening
@@ -208,6 +209,19 @@ class MMapEmbeddingStorage(nn.Module):
         self._refuse_closed()
         assert self._mmap is not None
         return self._mmap
+
+    def __call__(self, row_ids: torch.Tensor) -> torch.Tensor:
+        """As `forward`. `nn.Module`'s own call looks for hooks, and takes as long as the rows of a small batch; it is
+        used where there are any."""
+        if (
+            self._forward_pre_hooks
+            or self._forward_hooks
+            or self._backward_hooks
+            or self._backward_pre_hooks
+            or _has_any_global_hook()
+        ):
+            return super().__call__(row_ids)
+        return self.forward(row_ids)
 
     def forward(self, row_ids: torch.Tensor) -> torch.Tensor:
         """row_ids [...] of int64 or int32 -> rows [..., D] in the table's dtype, on the ids' device.
