@@ -150,6 +150,9 @@ class MMapEmbeddingStorage(nn.Module):
         self._pending: list[tuple[torch.Tensor, torch.Tensor]] = []
         self._pending_lock = threading.Lock()
         self.rows_require_grad = True
+        self.collects_gradients = mode == "r+"
+        """Whether training collects the rows' gradients. True with mode "r" is for a process that hands them to the
+        one that writes."""
         self._states: dict[str, RowState] = {}
         self._state_maps: dict[str, np.memmap[Any, Any]] = {}
         self._failed = False
@@ -430,18 +433,18 @@ class MMapEmbeddingStorage(nn.Module):
     def forward(self, row_ids: torch.Tensor) -> torch.Tensor:
         """row_ids [...] of int64 or int32 -> rows [..., D] in the table's dtype, on the ids' device.
 
-        In training, with gradients enabled and mode "r+", the rows' gradients reach `gradients()`.
+        In training, with gradients enabled and `collects_gradients`, the rows' gradients reach `gradients()`.
         Raises `IndexError` for an id outside 0 … N - 1, `TypeError` for other dtypes.
         """
         ids = self._checked_ids(row_ids)
         shape = (*row_ids.shape, self.embedding_dim)
-        trained = self.training and self.rows_require_grad and self.mode == "r+"
+        trained = self.training and self.rows_require_grad and self.collects_gradients
         if not (trained and torch.is_grad_enabled()):
             return self._select(ids).to(row_ids.device).reshape(shape)
         self._refuse_closed()
         ids_U, inverse = torch.unique(ids, return_inverse=True)
         self._refuse_ids(ids_U)
-        if self._process == os.getpid() and not self._failed:
+        if self.mode == "r+" and self._process == os.getpid() and not self._failed:
             self._undo.protect_soon(ids_U.to(torch.int64))
         leaf_UD = self._select(ids_U).to(row_ids.device, torch.float32).requires_grad_()
         leaf_UD.register_post_accumulate_grad_hook(self._gradient_hook(ids_U))
