@@ -34,6 +34,7 @@ ORDER = (
     "engram.undo",
     "engram.reader",
     "engram.storage",
+    "engram.snapshot",
     "engram.check",
     "engram.optim",
     "engram.model",

@@ -650,6 +650,25 @@ class MMapEmbeddingStorage(nn.Module):
         """Whether no row has been stored since the table was made, as far as its manifest knows."""
         return self._updates == 0 and self._manifest.init_std is not None
 
+    @property
+    def updates(self) -> int:
+        """Calls that stored rows since the table was made; the draws of stochastic rounding depend on it. Setting it
+        is for who puts the rows of an earlier moment back."""
+        return self._updates
+
+    @updates.setter
+    def updates(self, updates: int) -> None:
+        self._updates = operator.index(updates)
+
+    @property
+    def journal_limit_bytes(self) -> int:
+        """What the journal may grow to between two commits."""
+        return self._undo.journal.limit_bytes
+
+    @journal_limit_bytes.setter
+    def journal_limit_bytes(self, limit_bytes: int) -> None:
+        self._undo.journal.limit_bytes = limit_bytes
+
     def commit(self, step: int | None = None, extra: Mapping[str, Any] | None = None) -> None:
         """Keeps rows, all open optimizer states, `step` and `extra` (any JSON object) together, as `durability` says.
 
