@@ -73,12 +73,12 @@ class RowGradients(torch.nn.Parameter):
     _storage: MMapEmbeddingStorage
 
     def __new__(cls, storage: MMapEmbeddingStorage) -> RowGradients:
-        stand_in = super().__new__(cls, torch.empty(0), requires_grad=True)  # type: ignore[call-arg]
+        stand_in = super().__new__(cls, torch.empty(0), requires_grad=True)
         stand_in._storage = storage
         return stand_in
 
     @property
-    def grad(self) -> torch.Tensor | None:  # type: ignore[override]
+    def grad(self) -> torch.Tensor | None:
         gradients = self._storage.gradients()
         return None if gradients is None else gradients[1]
 

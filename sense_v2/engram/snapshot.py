@@ -128,9 +128,7 @@ def _mapped(path: Path, num_rows: int, width: int, dtype: str) -> torch.Tensor:
     return torch.from_numpy(np.memmap(path, dtype=kind.numpy, mode="c", shape=(num_rows, width))).view(kind.torch)
 
 
-def _differences(
-    now_NW: torch.Tensor, wanted_NW: torch.Tensor | None
-) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+def _differences(now_NW: torch.Tensor, wanted_NW: torch.Tensor | None) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
     """(row ids, the rows wanted there) of rows whose bytes differ, in parts; wanted None is zeros."""
     num_rows, width = now_NW.shape
     part_rows = max(1, PART_BYTES // file_bytes(1, width, now_NW.dtype))

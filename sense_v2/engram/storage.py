@@ -30,7 +30,7 @@ import stat
 import threading
 import warnings
 import weakref
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -513,6 +513,12 @@ class MMapEmbeddingStorage(nn.Module):
                 ids_U, grads_UD = self._pending[0]
             self._pending = [(ids_U.to(torch.int64), grads_UD.cpu())]
             return self._pending[0]
+
+    def replace_gradients(self, parts: Sequence[tuple[torch.Tensor, torch.Tensor]]) -> None:
+        """Puts gradients that were gathered from several processes in place of this one's own: parts of (ids_U
+        ascending, grads_UD), which are added up. None at all is no gradient."""
+        with self._pending_lock:
+            self._pending = [part for part in parts if len(part[0])]
 
     def clear_gradients(self) -> None:
         with self._pending_lock:
