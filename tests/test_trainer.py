@@ -463,6 +463,14 @@ def test_a_table_open_to_read_is_refused(tmp_path):
         EngramTrainer(model, arguments(tmp_path), train_dataset=blocks())
 
 
+def test_a_plain_trainer_in_several_processes_is_refused(tmp_path):
+    callback = EngramCallback()
+    trainer = Trainer(with_memory(tmp_path), arguments(tmp_path), train_dataset=blocks(), callbacks=[callback])
+    callback._num_ranks = 2
+    with pytest.raises(ValueError, match="use EngramTrainer, or put EngramTraining before your Trainer's class"):
+        trainer.train()
+
+
 def test_the_best_model_by_reference_is_refused(tmp_path):
     changes = {"load_best_model_at_end": True, "eval_strategy": "steps", "save_strategy": "steps"}
     with pytest.raises(ValueError, match="goes back to earlier rows"):
