@@ -37,8 +37,8 @@ from sense_v2.engram.format import (
     state_file_name,
 )
 from sense_v2.engram.journal import LiveJournal, check_journal, open_journal, roll_back
+from sense_v2.engram.opening import read_manifest
 from sense_v2.engram.scan import Scan, scan_rows
-from sense_v2.engram.storage import read_manifest
 
 # Row ranges that are written out before "and … more".
 RANGES_SHOWN = 8

@@ -17,6 +17,7 @@ from __future__ import annotations
 import contextlib
 import errno
 import fcntl
+import mmap
 import os
 import shutil
 import stat
@@ -246,7 +247,7 @@ def copy_file(source: Path, path: Path) -> None:
         if _clone(original.fileno(), fd):
             return
         found = os.fstat(original.fileno())
-        if found.st_blocks * 512 < found.st_size:
+        if has_holes(source):
             os.ftruncate(fd, found.st_size)
         elif found.st_size:
             allocate(fd, found.st_size, path)
@@ -278,6 +279,26 @@ def _data_ranges(fd: int, size_bytes: int) -> Iterator[tuple[int, int]]:
         else:
             at = os.lseek(fd, start, os.SEEK_HOLE)
         yield start, at
+
+
+def has_holes(path: Path) -> bool:
+    """Whether a file takes less room than it is long."""
+    found = path.stat()
+    return hasattr(found, "st_blocks") and found.st_blocks * 512 < found.st_size
+
+
+def refuse_full_disk(path: Path, num_rows: int, row_bytes: list[int]) -> None:
+    """`OSError` where the disk may have no room for that many rows of each of these lengths, when they are stored
+    to sparse files. Every row may lie in a hole, on as many pages as it can touch."""
+    page = mmap.PAGESIZE
+    needed_bytes = num_rows * sum(-(-length // page) + 1 for length in row_bytes) * page
+    free_bytes = shutil.disk_usage(path.parent).free
+    if free_bytes < needed_bytes:
+        raise OSError(
+            errno.ENOSPC,
+            f"{path} is sparse: {num_rows} rows may need {needed_bytes} bytes of disk, {free_bytes} are free. "
+            "Nothing was stored. Make room, then go on, or commit() what there is",
+        )
 
 
 def write_at(fd: int, data: Any, offset: int) -> None:

@@ -264,10 +264,11 @@ def roll_back(
 
     `row_bytes_of` says how long a row is in each file, by name, that a journal may speak of: the table and the states
     of the manifest. `checksums_of` has the block checksums of those of which they are known: they tell whether a
-    journal that doesn't end with a whole record was cut by the end of its writer, or is damaged.
+    journal that doesn't end with a whole record was cut by the end of its writer, or is damaged, and whether one of
+    an earlier commit was left by the commit that came after it.
 
     Raises `ValueError` for a journal that doesn't fit the files, before anything is changed; and for a damaged one,
-    which then stays.
+    or one whose manifest isn't that of the rows, which then stays.
     """
     journal = open_journal(path)
     if journal is None:
@@ -285,7 +286,10 @@ def roll_back(
             for table in tables.values():
                 table.sync()
             if found.torn_bytes:
-                _refuse_other_rows(path, num_rows, row_bytes_of, checksums_of or {})
+                what = "is damaged: what is whole of it was put back"
+                _refuse_other_rows(path, what, num_rows, row_bytes_of, checksums_of or {})
+        else:
+            refuse_rows_of_another_commit(path, num_rows, row_bytes_of, checksums_of or {})
         with disk.naming(path):
             disk.os.ftruncate(fd, 0)
         disk.sync_fd(fd, path)
@@ -294,10 +298,23 @@ def roll_back(
         os.close(fd)
 
 
-def _refuse_other_rows(
+def refuse_rows_of_another_commit(
     path: Path, num_rows: int, row_bytes_of: Mapping[str, int], checksums_of: Mapping[str, Sequence[str]]
 ) -> None:
-    """Raises `ValueError` where rows aren't those of the last commit although the journal's were put back."""
+    """For a journal of an earlier commit than the manifest's. A commit that was cut off behind its rename leaves one,
+    and then all rows are the manifest's; so it looks, too, where the manifest is of another moment than the rows.
+    Reads all rows; raises `ValueError` where they aren't the manifest's, as far as its checksums are known."""
+    what = "is of an earlier commit than the manifest, which a commit that was cut off leaves"
+    _refuse_other_rows(path, what, num_rows, row_bytes_of, checksums_of)
+
+
+def _refuse_other_rows(
+    path: Path,
+    what: str,
+    num_rows: int,
+    row_bytes_of: Mapping[str, int],
+    checksums_of: Mapping[str, Sequence[str]],
+) -> None:
     for file, expected in checksums_of.items():
         if path.with_name(file).exists():
             table = _Rows(path.with_name(file), num_rows, row_bytes_of[file], mode="r")
@@ -307,10 +324,9 @@ def _refuse_other_rows(
                 first = bad[0] * block_rows(num_rows)
                 last = min(first + block_rows(num_rows), num_rows) - 1
                 raise ValueError(
-                    f"{path} is damaged: what is whole of it was put back, but {len(bad)} of {len(found)} blocks of "
-                    f"{path.with_name(file)} (the first: rows {first} to {last}) don't have the checksum of the last "
-                    "commit. Put table, states and manifest back from a copy, or, to keep the rows as they are now, "
-                    "remove the journal"
+                    f"{path} {what}, but {len(bad)} of {len(found)} blocks of {path.with_name(file)} (the first: "
+                    f"rows {first} to {last}) don't have the checksum of the manifest's commit. Put table, states "
+                    "and manifest back from a copy, or, to keep the rows as they are now, remove the journal"
                 )
 
 

@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 
 # A table that fits leaves room for the model, and for other tables.
 SHARE_THAT_FITS = 0.5
@@ -57,3 +58,17 @@ def _limits(tree: Path, group: str, name: str) -> list[int]:
         if place == tree:
             break
     return found
+
+
+class _Memory:
+    """Lends an array's memory, declared writable: torch has no read-only tensors and warns, once a process, about
+    arrays that are. Keeps the array, and with it the mapping, alive."""
+
+    def __init__(self, array: np.ndarray[Any, Any]) -> None:
+        self.array = array
+        self.__array_interface__ = {**array.__array_interface__, "data": (array.ctypes.data, False)}
+
+
+def shared_tensor(array: np.ndarray[Any, Any]) -> torch.Tensor:
+    """The same memory as a tensor, that of a read-only mapping too."""
+    return torch.from_numpy(np.asarray(_Memory(array)))

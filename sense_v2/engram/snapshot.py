@@ -32,7 +32,8 @@ from sense_v2.engram.format import (
     row_dtype,
     state_file_name,
 )
-from sense_v2.engram.storage import MMapEmbeddingStorage, read_manifest
+from sense_v2.engram.opening import read_manifest
+from sense_v2.engram.storage import MMapEmbeddingStorage
 
 
 def copy_table(storage: MMapEmbeddingStorage, path: str | Path, *, states: bool = True) -> None:

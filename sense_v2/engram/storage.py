@@ -17,16 +17,9 @@ B batch, T sequence, H rows a position, D row width, N rows of the table, U uniq
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
-import errno
-import glob
-import mmap
 import operator
 import os
-import secrets
-import shutil
-import stat
 import threading
 import warnings
 import weakref
@@ -41,35 +34,13 @@ import torch.nn.functional as F
 from torch import nn
 
 from sense_v2.core.config import DURABILITIES
-from sense_v2.engram import disk
-from sense_v2.engram.checksums import block_sums, from_hex, num_blocks, to_hex
-from sense_v2.engram.disk import (
-    MadeMeanwhileError,
-    SyncError,
-    WriterLock,
-    allocate,
-    finish_new_file,
-    new_file,
-    wait_for_new_file,
-)
-from sense_v2.engram.fill import fill_normal
-from sense_v2.engram.format import (
-    MAX_MANIFEST_BYTES,
-    STATE_DTYPE,
-    Manifest,
-    StateEntry,
-    as_json_object,
-    file_bytes,
-    journal_name,
-    lock_name,
-    manifest_name,
-    merge_provenance,
-    provenance_differences,
-    row_dtype,
-    state_file_name,
-)
-from sense_v2.engram.journal import Journal, check_journal, open_journal, roll_back
-from sense_v2.engram.reader import map_rows
+from sense_v2.engram import disk, opening
+from sense_v2.engram.checksums import from_hex, to_hex
+from sense_v2.engram.disk import SyncError, WriterLock, has_holes, new_file
+from sense_v2.engram.format import Manifest, StateEntry, as_json_object, row_dtype
+from sense_v2.engram.journal import Journal
+from sense_v2.engram.reader import map_rows, shared_tensor
+from sense_v2.engram.rounding import stochastic_bfloat16
 from sense_v2.engram.undo import THREAD_NAME, TrackedFile, UndoLog
 
 # Between two commits the journal holds each changed row once.
@@ -166,29 +137,30 @@ class MMapEmbeddingStorage(nn.Module):
             provenance=as_json_object(provenance),
         )
         wanted.validate()
-        self._manifest_path = self.path.with_name(manifest_name(self.path.name))
-        self._journal_path = self.path.with_name(journal_name(self.path.name))
-        self._lock_path = self.path.with_name(lock_name(self.path.name))
+        self._files = files = opening.TableFiles(self.path)
         if not self.path.exists():
-            self._create(wanted, num_threads, progress, sparse)
-        lock = self._lock()
-        self._undo = UndoLog(Journal(self._journal_path, self.num_embeddings, journal_limit_bytes))
+            if mode == "r":
+                raise FileNotFoundError(f"{self.path}: no table there. mode='r+' makes one; mode='r' only reads")
+            opening.create_table(files, wanted, num_threads, progress, sparse=sparse)
+        lock = opening.lock_table(files, write=mode == "r+")
+        self._undo = UndoLog(Journal(files.journal, self.num_embeddings, journal_limit_bytes))
         # Runs when the storage is collected, too; it must not refer to it.
         self._let_go = weakref.finalize(self, _let_go, self._undo, lock)
         self.durability = durability
         try:
-            self._manifest = self._checked_manifest(wanted)
+            self._manifest = opening.checked_manifest(files, wanted, write=mode == "r+")
             if mode == "r":
-                self._refuse_live_journal()
+                opening.refuse_live_journal(files, self._manifest)
             else:
-                self._recover()
+                opening.recover(files, self._manifest)
+                self._undo.journal.begin(self._manifest.generation, self._manifest.commit_number)
             self._mmap: np.memmap[Any, Any] | None = self._map(self.path, self.embedding_dim, self._row_dtype.numpy)
         except BaseException:
             self._let_go()
             raise
-        self._weight: torch.Tensor | None = _shared_tensor(self._mmap).view(self._row_dtype.torch)
+        self._weight: torch.Tensor | None = shared_tensor(self._mmap).view(self._row_dtype.torch)
         self._updates = self._manifest.updates
-        self._sparse = _has_holes(self.path)
+        self._sparse = has_holes(self.path)
         sums = None if self._manifest.checksums is None else from_hex(self._manifest.checksums)
         self._undo.track(TrackedFile(self.path.name, self._weight, sums, committed=True))
 
@@ -203,212 +175,13 @@ class MMapEmbeddingStorage(nn.Module):
             raise ValueError(f"durability = {durability!r}: must be one of {', '.join(map(repr, DURABILITIES))}")
         self._undo.durable = durability == "power"
 
-    # Opening
-
-    def _create(self, manifest: Manifest, num_threads: int | None, progress: bool | None, sparse: bool) -> None:
-        """Makes the table, then its manifest; a process that finds another one at it waits and makes neither.
-
-        Both are synced under temporary names before the table is renamed, and the manifest last: a kill leaves
-        nothing, or a whole table, in the worst case with the manifest still under its temporary name, where the next
-        opening finds it.
-        """
-        if self.mode == "r":
-            raise FileNotFoundError(f"{self.path}: no table there. mode='r+' makes one; mode='r' only reads")
-        if self.path.is_symlink():
-            # Most likely a disk that isn't mounted: a new table would take the link's place, on this disk.
-            raise FileNotFoundError(f"{self.path} links to {os.readlink(self.path)}, which isn't there")
-        keep = self._lacks_manifest
-        with contextlib.suppress(MadeMeanwhileError), new_file(self._manifest_path, keep=keep) as manifest_fd:
-            self._refuse_left_states()
-            with new_file(self.path) as fd:
-                if sparse:
-                    disk.os.ftruncate(fd, manifest.table_bytes)
-                    sums = np.zeros(num_blocks(manifest.rows), dtype=np.uint64)
-                else:
-                    allocate(fd, manifest.table_bytes, self.path)
-                    fill_normal(
-                        fd,
-                        manifest.rows * manifest.width,
-                        manifest.dtype,
-                        seed=manifest.init_seed or 0,
-                        std=manifest.init_std or 0.0,
-                        num_threads=num_threads,
-                        progress=progress,
-                    )
-                    with mmap.mmap(fd, manifest.table_bytes, access=mmap.ACCESS_READ) as data:
-                        raw = np.frombuffer(data, dtype=np.uint8).reshape(manifest.rows, -1)
-                        sums = block_sums(raw)
-                        del raw  # or the mapping couldn't be closed
-                manifest.checksums = to_hex(sums)
-                # So that another new table's journal isn't taken for this one's.
-                manifest.commit = _new_commit()
-                disk.write_at(manifest_fd, manifest.to_json().encode(), 0)
-                disk.sync_fd(manifest_fd, self._manifest_path)
-                # Its temporary name, too: from the table's rename on it must be found.
-                disk.sync(self.path.parent)
-        if not self.path.exists():
-            raise FileNotFoundError(
-                f"{self._manifest_path} describes a table, but {self.path} isn't there. Put it back, or remove "
-                "the manifest to make a new one"
-            )
-
-    def _lacks_manifest(self) -> bool:
-        return self.path.exists() and not self._manifest_path.exists()
-
-    def _is_this_tables(self, manifest_path: Path) -> bool:
-        """Whether a manifest that wasn't renamed is that of the new table here, all of which is read to know."""
-        try:
-            manifest = read_manifest(manifest_path)
-        except ValueError:
-            return False
-        if manifest.generation or manifest.checksums is None or manifest.table_bytes != self.path.stat().st_size:
-            return False
-        rows = np.memmap(self.path, dtype=np.uint8, mode="r").reshape(manifest.rows, -1)
-        return to_hex(block_sums(rows)) == manifest.checksums
-
-    def _refuse_left_states(self) -> None:
-        """A new table must not be trained on with an old table's optimizer state."""
-        pattern = glob.escape(state_file_name(self.path.name, "_")).replace("._.", ".*.")
-        left = [path for path in self.path.parent.glob(pattern) if path != self.path and not _is_table(path)]
-        if left:
-            names = ", ".join(sorted(path.name for path in left))
-            raise ValueError(
-                f"{self.path} isn't there, but optimizer state of an earlier table is: {names}. Remove it"
-            )
-
-    def _lock(self) -> WriterLock | None:
-        if self.mode == "r":
-            holder = WriterLock.holder(self._lock_path)
-            if holder is not None:
-                warnings.warn(
-                    f"process {holder} is writing to {self.path}: rows are read as they are stored, which may be "
-                    "ahead of its last commit",
-                    UserWarning,
-                    stacklevel=3,
-                )
-            return None
-        try:
-            return WriterLock(self._lock_path, str(self.path))
-        except BlockingIOError:
-            raise
-        except OSError as error:
-            raise self._cant_write(error) from error
-
-    def _cant_write(self, error: OSError) -> OSError:
-        way_out = "mode='r' opens a table that can't be written to"
-        where = f" ({error.filename})" if error.filename else ""
-        return OSError(error.errno, f"can't open {self.path} to write: {error.strerror}{where}. {way_out}")
-
-    def _recover(self) -> None:
-        """Undoes what was stored after the last commit by a writer that isn't there any more."""
-        manifest = self._manifest
-        self._refuse_foreign_states()
-        num_restored = roll_back(
-            self._journal_path,
-            manifest.generation,
-            manifest.commit_number,
-            manifest.rows,
-            manifest.row_bytes_of(self.path.name),
-            manifest.checksums_of(self.path.name),
-        )
-        if num_restored:
-            warnings.warn(
-                f"{self.path}: a writer ended between two commits; {num_restored} rows were put back as they were at "
-                f"the last commit (generation {manifest.generation}, step {manifest.step})",
-                UserWarning,
-                stacklevel=3,
-            )
-        self._undo.journal.begin(manifest.generation, manifest.commit_number)
-
-    def _refuse_foreign_states(self) -> None:
-        """What the manifest calls a state is written to, by undoing and by training: it must be a file of its own."""
-        seen = {_identity(self.path): self.path}
-        for name, entry in self._manifest.states.items():
-            path = self.path.with_name(entry.file)
-            self._refuse_as_state(name, path)
-            if path.exists():
-                first = seen.setdefault(_identity(path), path)
-                if first is not path:
-                    raise ValueError(f"optimizer state {path} and {first} are one file; put a copy in its place")
-
-    def _refuse_as_state(self, name: str, path: Path) -> None:
-        if _is_table(path) or path == self.path:
-            raise ValueError(f"{path} is a table: optimizer state {name!r} can't be there")
-        if path.is_symlink():
-            raise ValueError(f"optimizer state {path} is a link; put the file itself there")
-
-    def _refuse_live_journal(self) -> None:
-        manifest = self._manifest
-        if WriterLock.is_held(self._lock_path):
-            return
-        opened = open_journal(self._journal_path, write=False)
-        if opened is None:
-            return
-        fd, data = opened
-        sizes = manifest.row_bytes_of(self.path.name)
-        try:
-            found = check_journal(
-                self._journal_path, data, manifest.generation, manifest.commit_number, manifest.rows, sizes
-            )
-        finally:
-            os.close(fd)
-        if found is not None and (found.num_rows_of or found.torn_bytes):
-            raise ValueError(
-                f"{self.path}: a writer ended between two commits, and {self._journal_path} says how to undo what it "
-                "had not committed, which mode='r' may not. Open it once with mode='r+', or run: sense-engram verify "
-                f"--repair {self.path}"
-            )
-
-    def _checked_manifest(self, wanted: Manifest) -> Manifest:
-        """The manifest on disk, once it and the file agree with what the caller wants."""
-        if not self.path.is_file():
-            raise ValueError(f"{self.path} isn't a regular file")
-        found_bytes = self.path.stat().st_size
-        if not self._manifest_path.exists():
-            # Its maker may be between the two renames, or have died there.
-            wait_for_new_file(self._manifest_path)
-            if self.mode == "r+" and self._lacks_manifest():
-                finish_new_file(self._manifest_path, self._is_this_tables)
-        if not self._manifest_path.exists():
-            if found_bytes != wanted.table_bytes:
-                raise ValueError(
-                    f"{self.path}: expected {wanted.table_bytes} bytes ({wanted.rows} rows × {wanted.width} "
-                    f"{wanted.dtype}), found {found_bytes}, and there is no manifest {self._manifest_path}"
-                )
-            warnings.warn(
-                f"{self.path} has no manifest: its size fits, what its rows mean isn't known. "
-                "It gets a manifest with its first commit",
-                UserWarning,
-                stacklevel=3,
-            )
-            return Manifest(wanted.rows, wanted.width, wanted.dtype, provenance=wanted.provenance)
-        manifest = read_manifest(self._manifest_path)
-        recorded = {name: getattr(manifest, name) for name in ("rows", "width", "dtype")}
-        given = {name: getattr(wanted, name) for name in recorded}
-        differences = provenance_differences(recorded, given)
-        differences += provenance_differences(manifest.provenance, wanted.provenance)
-        if differences:
-            found = "; ".join(f"{name} is {old!r}, asked for {new!r}" for name, old, new in differences)
-            raise ValueError(
-                f"{self._manifest_path} describes another table: {found}. Open it with the configuration it was made "
-                "with, or choose another path"
-            )
-        if found_bytes != manifest.table_bytes:
-            raise ValueError(
-                f"{self.path}: expected {manifest.table_bytes} bytes ({manifest.rows} rows × {manifest.width} "
-                f"{manifest.dtype}), found {found_bytes}: the file was cut, or isn't the manifest's"
-            )
-        manifest.provenance = merge_provenance(manifest.provenance, wanted.provenance)
-        return manifest
-
     def _map(self, path: Path, width: int, dtype: np.dtype[Any]) -> np.memmap[Any, Any]:
-        mode: Any = self.mode
         try:
-            return map_rows(path, dtype, mode, (self.num_embeddings, width), has_holes=_has_holes(path))
+            return map_rows(path, dtype, self.mode, (self.num_embeddings, width), has_holes=has_holes(path))
         except OSError as error:
             if self.mode == "r":
                 raise
-            raise self._cant_write(error) from error
+            raise opening.cant_write(path, error) from error
 
     # Reading
 
@@ -567,71 +340,29 @@ class MMapEmbeddingStorage(nn.Module):
         disk.store(table_ND, ids_U, rows_UD)
 
     def _refuse_full_disk(self, ids_U: torch.Tensor, tables: list[torch.Tensor]) -> None:
-        """In sparse files every row may lie in a hole, on as many pages as it can touch. Asked when the journal has
-        what it needs of the same disk."""
-        if not self._sparse:
-            return
-        page = mmap.PAGESIZE
-        row_bytes = [table_ND.shape[1] * table_ND.element_size() for table_ND in tables]
-        needed_bytes = len(ids_U) * sum(-(-length // page) + 1 for length in row_bytes) * page
-        free_bytes = shutil.disk_usage(self.path.parent).free
-        if free_bytes < needed_bytes:
-            raise OSError(
-                errno.ENOSPC,
-                f"{self.path} is sparse: {len(ids_U)} rows may need {needed_bytes} bytes of disk, {free_bytes} are "
-                "free. Nothing was stored. Make room, then go on, or commit() what there is",
-            )
+        """Asked when the journal has what it needs of the same disk."""
+        if self._sparse:
+            row_bytes = [table_ND.shape[1] * table_ND.element_size() for table_ND in tables]
+            disk.refuse_full_disk(self.path, len(ids_U), row_bytes)
 
     def open_state(self, name: str, width: int) -> RowState:
         """The optimizer state of that name, [N, width] float32: zeros at first, later what it was."""
         self._refuse_no_writer("open an optimizer state")
-        entry = self._manifest.states.get(name)
-        path = self.path.with_name(entry.file if entry else state_file_name(self.path.name, name))
-        expected_bytes = file_bytes(self.num_embeddings, width, STATE_DTYPE)
+        listed = self._manifest.states.get(name)
+        path = self._files.state(name, self._manifest)
         state = self._states.get(name)
-        known_width = state.values.shape[1] if state else entry.width if entry else width
+        known_width = state.values.shape[1] if state else listed.width if listed else width
         if known_width != width:
             raise ValueError(f"optimizer state {path} has width {known_width}, asked for {width}")
         if state:
             return state
-        self._refuse_as_state(name, path)
-        for other, listed in self._manifest.states.items():
-            if entry is None and listed.file == path.name:
-                raise ValueError(
-                    f"{self._manifest_path} says that {path} is optimizer state {other!r}, and lists no {name!r}; "
-                    f"open {other!r}"
-                )
-        if entry is None and path.exists() and not self._manifest_path.exists():
-            raise ValueError(
-                f"{path} is there, but without a manifest nothing says what it holds. Remove it to begin with zeros"
-            )
-        if not entry or not path.exists():
-            if entry:
-                raise FileNotFoundError(
-                    f"{self._manifest_path} lists optimizer state {path}, which isn't there. Put it back, or remove "
-                    f"the entry states.{name} to begin with zeros"
-                )
-            # One that the manifest doesn't list was never committed: it is made anew.
-            with new_file(path, replace=True) as fd:
-                if self._sparse:
-                    disk.os.ftruncate(fd, expected_bytes)
-                else:
-                    allocate(fd, expected_bytes, path)
-        found_bytes = path.stat().st_size
-        if found_bytes != expected_bytes:
-            raise ValueError(
-                f"optimizer state {path}: expected {expected_bytes} bytes ({self.num_embeddings} rows × {width} "
-                f"{STATE_DTYPE}), found {found_bytes}"
-            )
+        entry = opening.make_state_ready(self._files, self._manifest, name, width, sparse=self._sparse)
         mapping = self._map(path, width, np.dtype("<f4"))
-        self._sparse = self._sparse or _has_holes(path)
-        state = RowState(name, path, _shared_tensor(mapping), entry.step if entry else 0)
+        self._sparse = self._sparse or has_holes(path)
+        state = RowState(name, path, shared_tensor(mapping), entry.step)
         self._states[name], self._state_maps[name] = state, mapping
-        if entry is None:
-            sums: np.ndarray[Any, Any] | None = np.zeros(num_blocks(self.num_embeddings), dtype=np.uint64)
-        else:
-            sums = None if entry.checksums is None else from_hex(entry.checksums)
-        self._undo.track(TrackedFile(path.name, state.values, sums, committed=entry is not None))
+        sums = None if entry.checksums is None else from_hex(entry.checksums)
+        self._undo.track(TrackedFile(path.name, state.values, sums, committed=listed is not None))
         return state
 
     # Keeping
@@ -701,48 +432,38 @@ class MMapEmbeddingStorage(nn.Module):
                         disk.sync_mapping(mapping, self._states[name].path)
                 sums = {name: file.new_sums() for name, file in self._undo.files.items()}
                 manifest = self._next_manifest(step, extra, sums)
-                with new_file(self._manifest_path, replace=True) as fd:
+                with new_file(self._files.manifest, replace=True) as fd:
                     disk.write_at(fd, manifest.to_json().encode(), 0)
                 self._manifest = manifest
                 self._undo.committed(sums, manifest.generation, manifest.commit_number)
             except BaseException as error:
                 # Before the rename nothing has happened, if it wasn't a sync. After it the commit may or may not be
                 # on the disk, and the journal still belongs to the one before: stores that it protects would stay.
-                self._failed = isinstance(error, SyncError) or not self._is_on_disk(old)
+                self._failed = isinstance(error, SyncError) or not opening.is_committed(self._files, old)
                 raise
 
     def _next_manifest(
         self, step: int | None, extra: Mapping[str, Any] | None, sums: Mapping[str, np.ndarray[Any, Any] | None]
     ) -> Manifest:
         old = self._manifest
-        texts = {name: None if values is None else to_hex(values) for name, values in sums.items()}
-        states = dict(old.states)
-        for name, state in self._states.items():
-            file = state.path.name
-            states[name] = StateEntry(
-                file, state.values.shape[1], step=operator.index(state.step), checksums=texts[file]
-            )
+        texts = {file: None if values is None else to_hex(values) for file, values in sums.items()}
+        open_states = {
+            name: StateEntry(file, state.values.shape[1], step=operator.index(state.step), checksums=texts[file])
+            for name, state in self._states.items()
+            for file in [state.path.name]
+        }
         manifest = dataclasses.replace(
             old,
             generation=old.generation + 1,
-            commit=_new_commit(),
+            commit=opening.new_commit(),
             step=old.step if step is None else operator.index(step),
             extra=old.extra if extra is None else as_json_object(extra),
             updates=self._updates,
             checksums=texts[self.path.name],
-            states=states,
+            states={**old.states, **open_states},
         )
         manifest.validate()
         return manifest
-
-    def _is_on_disk(self, manifest: Manifest) -> bool:
-        try:
-            found = read_manifest(self._manifest_path)
-        except FileNotFoundError:
-            return manifest.generation == 0
-        except (OSError, ValueError):
-            return False
-        return found.commit == manifest.commit
 
     def close(self) -> None:
         """Lets go of the mappings and of the right to write. What wasn't committed is undone by the next opening,
@@ -805,67 +526,3 @@ def _let_go(undo: UndoLog, lock: WriterLock | None) -> None:
     undo.close()
     if lock is not None:
         lock.release()
-
-
-def read_manifest(path: Path) -> Manifest:
-    """The manifest at `path`. Raises `ValueError` naming the path for what isn't one, `OSError` where it can't be
-    read."""
-    # Without O_NONBLOCK a pipe in its place would be waited for forever.
-    with open(path, "rb", opener=lambda name, flags: os.open(name, flags | os.O_NONBLOCK)) as file:
-        found = os.fstat(file.fileno())
-        if not stat.S_ISREG(found.st_mode):
-            raise ValueError(f"{path} isn't a regular file")
-        if found.st_size > MAX_MANIFEST_BYTES:
-            raise ValueError(
-                f"{path}: a manifest has {MAX_MANIFEST_BYTES} bytes at most, this has {found.st_size}. Put the "
-                "table's own there"
-            )
-        text = file.read(found.st_size)
-    try:
-        return Manifest.from_json(text.decode())
-    except ValueError as error:
-        raise ValueError(f"{path}: {error}") from error
-
-
-def _new_commit() -> str:
-    return f"{secrets.randbits(64):016x}"
-
-
-def _identity(path: Path) -> tuple[int, int]:
-    found = path.stat()
-    return found.st_dev, found.st_ino
-
-
-def _has_holes(path: Path) -> bool:
-    found = path.stat()
-    return hasattr(found, "st_blocks") and found.st_blocks * 512 < found.st_size
-
-
-def stochastic_bfloat16(values: torch.Tensor, seed: int, draw: int) -> torch.Tensor:
-    """float32 -> bfloat16 of the same shape: up or down at random, so that the mean is the value. The same result
-    from the same `seed` and `draw`. What isn't finite stays what it is."""
-    bits = values.contiguous().view(torch.int32)
-    generator = np.random.Generator(np.random.SFC64(np.random.SeedSequence(seed, spawn_key=(draw,))))
-    noise = generator.integers(0, 1 << 16, values.numel(), dtype=np.uint16)
-    # The lower half of the bits is what gets lost; noise carries into the upper half as often as that is large.
-    carried = bits + torch.from_numpy(noise.astype(np.int32)).view(values.shape)
-    rounded = (carried & -65536).view(torch.float32).to(torch.bfloat16)
-    return torch.where(values.isfinite(), rounded, values.to(torch.bfloat16))
-
-
-def _is_table(path: Path) -> bool:
-    """Whether a file that could be a state, by its name, is a table with a manifest of its own."""
-    return path.with_name(manifest_name(path.name)).exists()
-
-
-class _Memory:
-    """Lends an array's memory, declared writable: torch has no read-only tensors and warns, once a process, about
-    arrays that are. Keeps the array, and with it the mapping, alive."""
-
-    def __init__(self, array: np.ndarray[Any, Any]) -> None:
-        self.array = array
-        self.__array_interface__ = {**array.__array_interface__, "data": (array.ctypes.data, False)}
-
-
-def _shared_tensor(array: np.ndarray[Any, Any]) -> torch.Tensor:
-    return torch.from_numpy(np.asarray(_Memory(array)))

@@ -325,7 +325,13 @@ def _choose_weights(model: Any, memory: EngramMemory, train_backbone: bool) -> N
         for parameter in model.parameters():
             if parameter not in own:
                 parameter.requires_grad_(False)
-    if hasattr(model, "peft_config") and not any(parameter.requires_grad for parameter in own):
+    if hasattr(model, "peft_config"):
+        adapted = [name for name, _ in memory.named_parameters() if "lora_" in name or ".base_layer." in name]
+        if adapted:
+            raise ValueError(
+                f"the PEFT adapter reaches into the memory ({adapted[0]}), whose weights are trained themselves: keep "
+                "it to the backbone, LoraConfig(..., exclude_modules=r'(.*\\.)?engram\\..*')"
+            )
         memory.requires_grad_(True)
 
 

@@ -32,8 +32,8 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel, PreT
 from sense_v2.core.config import EngramConfig
 from sense_v2.engram.disk import WriterLock, copy_file, new_file
 from sense_v2.engram.format import lock_name, manifest_name
+from sense_v2.engram.opening import read_manifest
 from sense_v2.engram.snapshot import copy_table
-from sense_v2.engram.storage import read_manifest
 from sense_v2.engram.tokenizer import description_path
 from sense_v2.hf.attach import EngramMemory, attach_engram, attached_memory, memory_of, own_settings
 

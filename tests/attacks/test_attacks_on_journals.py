@@ -13,6 +13,7 @@ import torch
 from forge import Old, forged_header, forged_journal
 from targets import (
     JOURNAL,
+    MANIFEST,
     STATE,
     TABLE,
     D,
@@ -26,6 +27,7 @@ from targets import (
     write_manifest,
 )
 
+from sense_v2.engram import opening
 from sense_v2.engram.check import check_table
 from sense_v2.engram.storage import MMapEmbeddingStorage
 
@@ -100,6 +102,49 @@ def test_a_manifest_whose_number_was_raised_does_not_hide_its_journal(path: Path
     path.with_name(JOURNAL).write_bytes(forged_journal(*of_this_table(path), Old(TABLE, [3], [ROW])))
     write_manifest(path, {**manifest_of(path), "generation": 7})
     assert_refused(path, "goes back to generation 2, .* but the manifest is of generation 7")
+
+
+@pytest.mark.parametrize("mode", ["r", "r+"])
+def test_the_manifest_of_a_later_commit(path: Path, tmp_path: Path, mode: str) -> None:
+    """As if the journal were left over from a commit that was cut off behind its rename. Then the rows would be that
+    manifest's."""
+    table = open_table(path)
+    table.write(torch.arange(5), torch.full((5, D), 7.0))
+    shutil.copytree(path.parent, tmp_path / "uncommitted")
+    table.write(torch.arange(2), torch.full((2, D), 8.0))
+    table.commit()
+    table.close()
+    other = tmp_path / "uncommitted" / TABLE
+    shutil.copy(path.with_name(MANIFEST), other.with_name(MANIFEST))
+    before = content(other.parent)
+    error = (
+        rf"{JOURNAL} is of an earlier commit than the manifest, which a commit that was cut off leaves, but 1 of 1 "
+        rf"blocks of .*{TABLE} \(the first: rows 0 to {N - 1}\) don't have the checksum of the manifest's commit"
+    )
+    with pytest.raises(ValueError, match=error):
+        open_table(other, mode)
+    assert content(other.parent) == before
+    assert {finding.kind for finding in check_table(other).findings if finding.is_wrong} == {"checksum"}
+
+
+def test_a_journal_that_a_cut_off_commit_left(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The rows are the manifest's: writing removes it. Who reads a large table is told why that takes time."""
+    table = open_table(path)
+    table.write(torch.arange(5), torch.full((5, D), 7.0))
+    journal = path.with_name(JOURNAL).read_bytes()
+    table.commit()
+    table.close()
+    path.with_name(JOURNAL).write_bytes(journal)
+    before = path.read_bytes()
+    open_table(path, "r").close()
+    monkeypatch.setattr(opening, "PROGRESS_BYTES", 2 * N * D * 4 - 1)
+    with pytest.warns(UserWarning, match=f"{JOURNAL} is of an earlier commit: all rows of .*{TABLE} are read"):
+        open_table(path, "r").close()
+    assert path.with_name(JOURNAL).read_bytes() == journal
+    open_table(path).close()
+    assert path.read_bytes() == before
+    assert not path.with_name(JOURNAL).exists() or path.with_name(JOURNAL).read_bytes() == b""
+    assert check_table(path).findings == []
 
 
 def test_a_journal_without_a_manifest(path: Path) -> None:
