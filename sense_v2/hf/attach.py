@@ -101,7 +101,9 @@ def attach_engram(
     """
     config.validate()
     if hasattr(model, "peft_config") and hasattr(model, "get_base_model"):
-        attach_engram(model.get_base_model(), config, tokenizer, mode=mode)  # it wraps the model, and hands `engram` on
+        attach_engram(
+            model.get_base_model(), config, tokenizer, mode=mode
+        )  # it wraps the model, and hands `engram` on
         return model
     if attached_memory(model) is not None:
         raise ValueError("this model has memory attached already; call detach_engram(model) first")
