@@ -1,7 +1,8 @@
-"""The Trainer's ways to train, each against the plain one: mixed precision, checkpointed activations, adapters, packed
-documents, TRL; and what reporters get."""
+"""The Trainer's ways to train, each against the plain one: mixed precision, checkpointed activations, adapters,
+packed documents, TRL; and what reporters get."""
 
 import gc
+import itertools
 
 import numpy as np
 import pytest
@@ -211,7 +212,7 @@ class Looking(EngramTraining):
         loss = super().training_step(model, inputs, *args, **kwargs)
         ids, positions = inputs["input_ids"][0], inputs["position_ids"][0]
         starts = [*torch.nonzero(positions == 0)[:, 0].tolist(), len(ids)]
-        apart = [ids[a:b] for a, b in zip(starts, starts[1:], strict=False)]
+        apart = [ids[a:b] for a, b in itertools.pairwise(starts)]
         self.seen = [*getattr(self, "seen", []), (apart, self.engram.memory.storage.gradients()[0].tolist())]
         return loss
 

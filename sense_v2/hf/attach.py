@@ -101,9 +101,8 @@ def attach_engram(
     """
     config.validate()
     if hasattr(model, "peft_config") and hasattr(model, "get_base_model"):
-        attach_engram(
-            model.get_base_model(), config, tokenizer, mode=mode
-        )  # it wraps the model, and hands `engram` on
+        # It wraps the model, and hands `engram` on.
+        attach_engram(model.get_base_model(), config, tokenizer, mode=mode)
         return model
     if attached_memory(model) is not None:
         raise ValueError("this model has memory attached already; call detach_engram(model) first")

@@ -329,8 +329,8 @@ def _choose_weights(model: Any, memory: EngramMemory, train_backbone: bool) -> N
         adapted = [name for name, _ in memory.named_parameters() if "lora_" in name or ".base_layer." in name]
         if adapted:
             raise ValueError(
-                f"the PEFT adapter reaches into the memory ({adapted[0]}), whose weights are trained themselves: keep "
-                "it to the backbone, LoraConfig(..., exclude_modules=r'(.*\\.)?engram\\..*')"
+                f"the PEFT adapter reaches into the memory ({adapted[0]}), whose weights are trained themselves: "
+                "keep it to the backbone, LoraConfig(..., exclude_modules=r'(.*\\.)?engram\\..*')"
             )
         memory.requires_grad_(True)
 

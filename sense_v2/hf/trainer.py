@@ -9,14 +9,16 @@ All of it is in `EngramTraining`, to be put before another Trainer's class: `cla
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import torch
 from transformers import Trainer
-from transformers.trainer_utils import get_last_checkpoint
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, get_last_checkpoint
 
 from sense_v2.hf.callback import EngramCallback
 from sense_v2.hf.ranks import average_gradients
+from sense_v2.hf.streaming import STREAM_FILE, PackedStream, load_stream, save_stream
 
 
 class EngramTraining:
@@ -69,7 +71,19 @@ class EngramTraining:
         if checkpoint is True:
             checkpoint = get_last_checkpoint(self.args.output_dir)  # type: ignore[attr-defined]
         self.engram.resume_from_checkpoint = checkpoint or None
+        stream = self.train_dataset  # type: ignore[attr-defined]
+        if checkpoint and isinstance(stream, PackedStream) and (Path(checkpoint) / STREAM_FILE).exists():
+            skips = not self.args.ignore_data_skip  # type: ignore[attr-defined]
+            stream.load_state_dict(load_stream(Path(checkpoint)), skipped_again=skips)
         return super().train(resume_from_checkpoint, *args, **kwargs)  # type: ignore[misc]
+
+    def _save_checkpoint(self, *args: Any, **kwargs: Any) -> None:
+        super()._save_checkpoint(*args, **kwargs)  # type: ignore[misc]
+        if isinstance(self.train_dataset, PackedStream) and self.args.should_save:  # type: ignore[attr-defined]
+            settings, step = self.args, self.state.global_step  # type: ignore[attr-defined]
+            num_blocks = step * self.get_total_train_batch_size(settings)  # type: ignore[attr-defined]
+            folder = Path(settings.output_dir) / f"{PREFIX_CHECKPOINT_DIR}-{step}"
+            save_stream(self.train_dataset.state_dict(num_blocks), folder)  # type: ignore[attr-defined]
 
     def training_step(self, *args: Any, **kwargs: Any) -> torch.Tensor:
         loss = super().training_step(*args, **kwargs)  # type: ignore[misc]
