@@ -40,6 +40,7 @@ ORDER = (
     "engram.reader",
     "engram.rounding",
     "engram.storage",
+    "engram.snapshot",
     "engram.check",
     "engram.optim",
     "engram.operators",

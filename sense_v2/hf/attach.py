@@ -65,6 +65,10 @@ def attach_engram(
     >>> model = attach_engram(LlamaForCausalLM(...), EngramConfig(layer_indices=[1]), tokenizer)  # doctest: +SKIP
     """
     config.validate()
+    if hasattr(model, "peft_config") and hasattr(model, "get_base_model"):
+        # It wraps the model, and hands `engram` on.
+        attach_engram(model.get_base_model(), config, tokenizer, mode=mode)
+        return model
     if attached_memory(model) is not None:
         raise ValueError("this model has memory attached already; call detach_engram(model) first")
     if not config.enabled:
@@ -118,6 +122,9 @@ def detach_engram(model: PreTrainedModel) -> PreTrainedModel:
     attached.
     """
     memory = memory_of(model)
+    if hasattr(model, "peft_config") and hasattr(model, "get_base_model"):
+        detach_engram(model.get_base_model())
+        return model
     if memory.storage.mode == "r+":
         memory.storage.flush()
     for change in memory._undo:
