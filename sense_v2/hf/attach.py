@@ -65,9 +65,9 @@ def attach_engram(
     >>> model = attach_engram(LlamaForCausalLM(...), EngramConfig(layer_indices=[1]), tokenizer)  # doctest: +SKIP
     """
     config.validate()
-    if hasattr(model, "peft_config") and hasattr(model, "get_base_model"):
-        # It wraps the model, and hands `engram` on.
-        attach_engram(model.get_base_model(), config, tokenizer, mode=mode)
+    wrapped = _wrapped_by_peft(model)
+    if wrapped is not None:
+        attach_engram(wrapped, config, tokenizer, mode=mode)
         return model
     if attached_memory(model) is not None:
         raise ValueError("this model has memory attached already; call detach_engram(model) first")
@@ -122,8 +122,9 @@ def detach_engram(model: PreTrainedModel) -> PreTrainedModel:
     attached.
     """
     memory = memory_of(model)
-    if hasattr(model, "peft_config") and hasattr(model, "get_base_model"):
-        detach_engram(model.get_base_model())
+    wrapped = _wrapped_by_peft(model)
+    if wrapped is not None:
+        detach_engram(wrapped)
         return model
     if memory.storage.mode == "r+":
         memory.storage.flush()
@@ -132,6 +133,11 @@ def detach_engram(model: PreTrainedModel) -> PreTrainedModel:
     del model.engram
     memory.storage.close()
     return model
+
+
+def _wrapped_by_peft(model: Any) -> PreTrainedModel | None:
+    """The model inside a PEFT one, which hands `engram` on; None for any other."""
+    return model.get_base_model() if hasattr(model, "peft_config") and hasattr(model, "get_base_model") else None
 
 
 def decoder_layers(model: PreTrainedModel) -> nn.ModuleList:
