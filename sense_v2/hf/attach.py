@@ -76,6 +76,13 @@ class EngramMemory(nn.Module):
         )
         self._undo: list[Any] = []
 
+    def prefetch(self, input_ids_BT: torch.Tensor) -> None:
+        """Begins to read the rows of these token ids [B, T], the first layer's first, and returns at once. Does
+        nothing where rows were in memory lately."""
+        if self.storage.reads_the_disk:
+            for fusion in self:
+                self.storage.prefetch(fusion.row_ids(input_ids_BT))
+
     def __iter__(self) -> Iterator[EngramFusionLayer]:
         return iter(self.layers.values())  # type: ignore[arg-type]  # a ModuleDict doesn't know its modules' type
 
