@@ -158,6 +158,11 @@ class RowReader:
         shape = (*row_ids.shape, self._gather.width)
         return devices.move(self.read(row_ids, out=devices.staging(shape, self._dtype.torch, device)), device)
 
+    @property
+    def reads_the_disk(self) -> bool:
+        """Whether batches came from the disk lately, so that asking ahead pays. At first that isn't known: True."""
+        return self._batches_to_ask > 0
+
     def prefetch(self, row_ids: torch.Tensor) -> None:
         """Begins to read these rows' pages and returns at once; does nothing where reads find them in memory.
 

@@ -253,6 +253,11 @@ class MMapEmbeddingStorage(nn.Module):
         memory already costs next to nothing, and no row that is read differs. Raises as `forward`."""
         self._opened_reader().prefetch(self._checked_ids(row_ids))
 
+    @property
+    def reads_the_disk(self) -> bool:
+        """Whether batches came from the disk lately: who would have to compute row ids for `prefetch` asks first."""
+        return self._opened_reader().reads_the_disk
+
     def gather(self, row_ids_U: torch.Tensor) -> torch.Tensor:
         """Rows as float32 [U, D] in memory of their own, without gradient: what a row update computes with."""
         reader, ids_U = self._opened_reader(), self._checked_ids(row_ids_U)

@@ -90,6 +90,18 @@ class EngramMemory(nn.Module):
         masks = {"attention_mask": valid_BT, "sequence_ids": documents_BT, "history": history_BP}
         return compressed_BT, torch.stack([fusion.hasher(compressed_BT, **masks) for fusion in self])
 
+    def prefetch(self, token_ids_BT: torch.Tensor) -> None:
+        """Begins to read the rows of these token ids [B, T], the first layer's first, and returns at once. Does
+        nothing where rows were in memory lately."""
+        if self.storage.reads_the_disk:
+            self.prefetch_rows(self.hash_tokens(token_ids_BT, None, None, None)[1])
+
+    def prefetch_rows(self, row_ids_LBTH: torch.Tensor) -> None:
+        """As `prefetch`, of rows that are known already."""
+        if not torch.compiler.is_compiling() and self.storage.reads_the_disk:
+            for row_ids_BTH in row_ids_LBTH:
+                self.storage.prefetch(row_ids_BTH)
+
     def __iter__(self) -> Iterator[EngramFusionLayer]:
         return iter(self.layers.values())  # type: ignore[arg-type]  # a ModuleDict doesn't know its modules' type
 
