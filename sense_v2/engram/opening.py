@@ -102,7 +102,7 @@ def create_table(
         raise FileNotFoundError(f"{path} links to {os.readlink(path)}, which isn't there")
     keep = files.lack_manifest
     with contextlib.suppress(MadeMeanwhileError), new_file(files.manifest, keep=keep) as manifest_fd:
-        _refuse_left_states(path)
+        refuse_left_states(path)
         with new_file(path) as fd:
             if sparse:
                 disk.os.ftruncate(fd, manifest.table_bytes)
@@ -136,7 +136,7 @@ def create_table(
         )
 
 
-def _refuse_left_states(path: Path) -> None:
+def refuse_left_states(path: Path) -> None:
     """A new table must not be trained on with an old table's optimizer state."""
     pattern = glob.escape(state_file_name(path.name, "_")).replace("._.", ".*.")
     left = [found for found in path.parent.glob(pattern) if found != path and not _is_table(found)]
