@@ -39,6 +39,7 @@ ORDER = (
     "engram.storage",
     "engram.check",
     "engram.convert",
+    "engram.hot",
     "engram.optim",
     "engram.model",
     "engram.sharding",
