@@ -11,7 +11,7 @@ from typing import Any
 from sense_v2.cli.errors import CommandError
 from sense_v2.cli.progress import ByteProgress
 from sense_v2.engram.format import row_dtype
-from sense_v2.engram.hot import load, page_runs, warm_rows, warm_table
+from sense_v2.engram.hot import load, runs_of, warm_rows, warm_table
 from sense_v2.engram.opening import TableFiles, read_manifest
 from sense_v2.engram.reader import usable_memory_bytes
 from sense_v2.report import wording
@@ -48,7 +48,7 @@ def run_warm(
         hot = load(Path(hot_rows), manifest)
         row_ids = hot.row_ids[: math.ceil((share or 1) * manifest.rows)]
         num_rows = len(row_ids)
-        needed_bytes = int(page_runs(row_ids, row_bytes, manifest.table_bytes)[:, 1].sum()) if num_rows else 0
+        needed_bytes = int(runs_of(row_ids, row_bytes, manifest.table_bytes)[:, 1].sum())
     memory_bytes = usable_memory_bytes()
     if needed_bytes > memory_bytes:
         raise CommandError(

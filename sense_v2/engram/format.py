@@ -86,6 +86,8 @@ COMPACT_DTYPES = {
     FLOAT8: RowDtype(FLOAT8, 1, np.dtype("u1"), torch.bfloat16, scale_bytes=1),
     INT8: RowDtype(INT8, 1, np.dtype("u1"), torch.float32, scale_bytes=4),
 }
+# A row's bytes as they lie on disk, whatever they stand for.
+RAW_BYTES = RowDtype("uint8", 1, np.dtype("u1"), torch.uint8)
 DTYPES = {**ROW_DTYPES, **COMPACT_DTYPES}
 
 

@@ -17,7 +17,6 @@ from __future__ import annotations
 import hashlib
 import io
 import json
-import mmap
 import os
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
@@ -30,6 +29,7 @@ from sense_v2.engram import disk
 from sense_v2.engram.convert import CONVERTED_FROM
 from sense_v2.engram.disk import new_file
 from sense_v2.engram.format import Manifest, provenance_differences
+from sense_v2.engram.pages import page_runs
 from sense_v2.engram.scan import next_data
 
 FORMAT, FORMAT_VERSION = "sense-engram hot rows", 1
@@ -172,23 +172,11 @@ def load(path: Path, manifest: Manifest) -> HotRows:
 # Pages
 
 
-def page_runs(
-    row_ids: np.ndarray[Any, Any], row_bytes: int, file_bytes: int, page_bytes: int = mmap.PAGESIZE
-) -> np.ndarray[Any, Any]:
-    """int64 [runs, 2], (first byte, length) of the runs of whole pages that hold these rows: in the file's order, no
-    page twice, cut at the file's end.
-
-    >>> page_runs(np.array([9, 0, 10]), 1000, 12_000, page_bytes=4096).tolist()
-    [[0, 4096], [8192, 3808]]
-    """
-    firsts = np.unique(row_ids) * row_bytes
-    lasts = (firsts + row_bytes - 1) // page_bytes
-    firsts //= page_bytes
-    begins = np.ones(len(firsts), dtype=np.bool_)
-    begins[1:] = firsts[1:] > lasts[:-1] + 1
-    ends = np.append(np.flatnonzero(begins)[1:], len(firsts)) - 1
-    at = firsts[begins] * page_bytes
-    return np.stack([at, np.minimum((lasts[ends] + 1) * page_bytes, file_bytes) - at], axis=1)
+def runs_of(row_ids: np.ndarray[Any, Any], row_bytes: int, file_bytes: int) -> np.ndarray[Any, Any]:
+    """int64 [runs, 2], (first byte, length) of the pages of these rows, as `page_runs`, cut at the file's end."""
+    runs = page_runs(row_ids, row_bytes)
+    runs[:, 1] = np.minimum(runs[:, 1], file_bytes - runs[:, 0])
+    return runs
 
 
 def warm_rows(
@@ -199,14 +187,8 @@ def warm_rows(
     advance: Callable[[int], Any] = lambda num_bytes: None,
 ) -> int:
     """Reads the pages of these rows into the page cache; returns how many bytes they are. Raises `OSError`."""
-    runs = page_runs(row_ids, row_bytes, path.stat().st_size) if len(row_ids) else np.empty((0, 2), dtype=np.int64)
-    # In pieces, so that what is ahead is bounded.
-    pieces = [
-        (at + done, min(READ_BYTES, length - done))
-        for at, length in runs.tolist()
-        for done in range(0, length, READ_BYTES)
-    ]
-    _read(path, pieces, advance)
+    runs = runs_of(row_ids, row_bytes, path.stat().st_size)
+    _read(path, [(at, length) for at, length in runs.tolist()], advance)
     return int(runs[:, 1].sum())
 
 
