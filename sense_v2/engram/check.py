@@ -69,7 +69,7 @@ class TableFile:
 
     @property
     def row_bytes(self) -> int:
-        return self.width * self.dtype.item_bytes
+        return self.dtype.row_bytes(self.width)
 
 
 @dataclass

@@ -102,7 +102,7 @@ def create_table(
         raise FileNotFoundError(f"{path} links to {os.readlink(path)}, which isn't there")
     keep = files.lack_manifest
     with contextlib.suppress(MadeMeanwhileError), new_file(files.manifest, keep=keep) as manifest_fd:
-        _refuse_leftovers(files)
+        refuse_leftovers(files)
         with new_file(path) as fd:
             if sparse:
                 disk.os.ftruncate(fd, manifest.table_bytes)
@@ -136,7 +136,7 @@ def create_table(
         )
 
 
-def _refuse_leftovers(files: TableFiles) -> None:
+def refuse_leftovers(files: TableFiles) -> None:
     """A new table must not be trained on with an old table's optimizer state; nor be made, to be refused at once,
     beside a journal that can't be its own."""
     path = files.table

@@ -34,7 +34,7 @@ import torch
 
 from sense_v2.engram import devices
 from sense_v2.engram.format import RowDtype
-from sense_v2.engram.gather import REUSED_BYTES, OutOfRangeError, RowGather, compiled
+from sense_v2.engram.gather import REUSED_BYTES, CompactGather, OutOfRangeError, RowGather, compiled
 from sense_v2.engram.pages import Pages, page_runs
 
 try:
@@ -60,8 +60,9 @@ COMPILED_CUT = -2
 
 
 class RowReader:
-    """Reads the rows of a mapped file, `rows_ND`. `max_resident_bytes` bounds what of it stays mapped into this
-    process's memory. Mappings are read by any number of threads and of processes, which share one copy."""
+    """Reads the rows of a mapped file, `rows_ND` (of compact rows [N, bytes of a row]), of `width` values each.
+    `max_resident_bytes` bounds what of it stays mapped into this process's memory. Mappings are read by any number of
+    threads and of processes, which share one copy."""
 
     def __init__(
         self,
@@ -69,6 +70,7 @@ class RowReader:
         dtype: RowDtype,
         path: Path,
         *,
+        width: int,
         max_resident_bytes: int | None = None,
     ) -> None:
         if max_resident_bytes is not None and max_resident_bytes < MIN_RESIDENT_BYTES:
@@ -77,7 +79,7 @@ class RowReader:
             )
         self.path = path
         self._dtype = dtype
-        self._gather = RowGather(rows_ND, dtype)
+        self._gather = CompactGather(rows_ND, dtype, width) if dtype.is_compact else RowGather(rows_ND, dtype)
         self._mapping: mmap.mmap = rows_ND._mmap  # type: ignore[attr-defined]  # NumPy's own name for the mapping
         self._num_bytes = rows_ND.nbytes
         self._pages = Pages(self._mapping, self._gather.address, rows_ND.nbytes, tells=_may_be_told(path))
@@ -85,8 +87,8 @@ class RowReader:
         self._disk_reads = _disk_reads() or 0
         self._fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
         self._close_fd = weakref.finalize(self, os.close, self._fd)
-        has_budget = max_resident_bytes is not None
-        self._read_compiled = None if compiled is None or has_budget else compiled.read
+        takes_more = max_resident_bytes is not None or dtype.is_compact
+        self._read_compiled = None if compiled is None or takes_more else compiled.read
         self._pool: ThreadPoolExecutor | None = None
         self._process = os.getpid()
         self._budget = None if max_resident_bytes is None else _Budget(max_resident_bytes, self._pages)

@@ -144,6 +144,12 @@ class MMapEmbeddingStorage(nn.Module):
             provenance=as_json_object(provenance),
         )
         wanted.validate()
+        if self._row_dtype.is_compact and mode == "r+":
+            raise ValueError(
+                f"{self.path}: rows of {self._row_dtype.name} are only read: an update would be lost in their "
+                "rounding. Open them with mode='r', or, to train, make a table of others from them: sense-engram "
+                "convert TABLE --dtype float32 --output OTHER"
+            )
         self._files = files = opening.TableFiles(self.path)
         if not self.path.exists():
             if mode == "r":
@@ -161,14 +167,20 @@ class MMapEmbeddingStorage(nn.Module):
             else:
                 opening.recover(files, self._manifest)
                 self._undo.journal.begin(self._manifest.generation, self._manifest.commit_number)
-            self._mmap: np.memmap[Any, Any] | None = self._map(self.path, self.embedding_dim, self._row_dtype.numpy)
+            row_items = self._row_dtype.row_items(self.embedding_dim)
+            self._mmap: np.memmap[Any, Any] | None = self._map(self.path, row_items, self._row_dtype.numpy)
             self._reader: RowReader | None = RowReader(
-                self._mmap, self._row_dtype, self.path, max_resident_bytes=max_resident_bytes
+                self._mmap,
+                self._row_dtype,
+                self.path,
+                width=self.embedding_dim,
+                max_resident_bytes=max_resident_bytes,
             )
         except BaseException:
             self._let_go()
             raise
-        self._weight: torch.Tensor | None = shared_tensor(self._mmap).view(self._row_dtype.torch)
+        rows = shared_tensor(self._mmap)
+        self._weight: torch.Tensor | None = rows if self._row_dtype.is_compact else rows.view(self._row_dtype.torch)
         self._updates = self._manifest.updates
         self._sparse = has_holes(self.path)
         sums = None if self._manifest.checksums is None else from_hex(self._manifest.checksums)
@@ -197,18 +209,24 @@ class MMapEmbeddingStorage(nn.Module):
 
     @property
     def dtype(self) -> torch.dtype:
+        """Of the rows that are looked up; a compact table's lie on disk as bytes."""
         return self._row_dtype.torch
 
     @property
     def weight(self) -> torch.Tensor:
         """[N, D], sharing the mapping. In mode "r" a write to it is a segmentation fault."""
         self._refuse_closed()
+        if self._row_dtype.is_compact:
+            raise ValueError(
+                f"{self.path}: rows of {self._row_dtype.name} are codes and scales. storage(row_ids) gives their "
+                "values, storage.mmap their bytes"
+            )
         assert self._weight is not None
         return self._weight
 
     @property
     def mmap(self) -> np.memmap[Any, Any]:
-        """[N, D]; a bfloat16 table's bits as uint16."""
+        """[N, D]; a bfloat16 table's bits as uint16. Of a compact table, [N, bytes of a row]."""
         self._refuse_closed()
         assert self._mmap is not None
         return self._mmap
