@@ -173,13 +173,16 @@ def _warm_case(
         "index_select": lambda call: torch.index_select(resident, 0, flat[call], out=out),
         "storage": lambda call: storage(batches[call]),
     }
+
+    def add_probe(*way: int) -> None:
+        name = " ".join(map(str, ("probe", *way)))
+        ways[name] = lambda call: probe.gather(memmap, numbers[call].reshape(-1), out, *way)
+
     if large:
         for threads in (1, 2):
             for stream in (0, 1):
                 for ahead in (0, 4):
-                    ways[f"probe {threads} {stream} {ahead}"] = lambda call, way=(threads, stream, ahead): (
-                        probe.gather(memmap, numbers[call].reshape(-1), out, *way)
-                    )
+                    add_probe(threads, stream, ahead)
     assert torch.equal(storage(batches[1]), F.embedding(batches[1], resident))
     with torch.no_grad():
         result = in_turns(ways, len(batches), (3 if quick else 9) if large else (5 if quick else 15))

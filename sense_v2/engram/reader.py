@@ -79,7 +79,8 @@ class RowReader:
             )
         self.path = path
         self._dtype = dtype
-        self._gather = CompactGather(rows_ND, dtype, width) if dtype.is_compact else RowGather(rows_ND, dtype)
+        plain = None if dtype.is_compact else RowGather(rows_ND, dtype)
+        self._gather = plain or CompactGather(rows_ND, dtype, width)
         self._mapping: mmap.mmap = rows_ND._mmap  # type: ignore[attr-defined]  # NumPy's own name for the mapping
         self._num_bytes = rows_ND.nbytes
         self._pages = Pages(self._mapping, self._gather.address, rows_ND.nbytes, tells=_may_be_told(path))
@@ -87,8 +88,7 @@ class RowReader:
         self._disk_reads = _disk_reads() or 0
         self._fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
         self._close_fd = weakref.finalize(self, os.close, self._fd)
-        takes_more = max_resident_bytes is not None or dtype.is_compact
-        self._read_compiled = None if compiled is None or takes_more else compiled.read
+        self._small = plain if compiled is not None and max_resident_bytes is None else None
         self._pool: ThreadPoolExecutor | None = None
         self._process = os.getpid()
         self._budget = None if max_resident_bytes is None else _Budget(max_resident_bytes, self._pages)
@@ -100,12 +100,12 @@ class RowReader:
         """
         num_ids = row_ids.numel()
         # What a small warm batch needs and nothing else: here Python costs more than the rows.
-        if self._read_compiled is not None and num_ids < SAMPLED_IDS and out is None and not self._batches_to_ask:
-            gather = self._gather
+        gather = self._small
+        if gather is not None and num_ids < SAMPLED_IDS and out is None and not self._batches_to_ask:
             num_bytes = num_ids * gather.row_bytes
             if num_bytes <= REUSED_BYTES and row_ids.is_contiguous():
                 array = np.empty((*row_ids.shape, gather.width), gather.numpy_dtype)
-                result = self._read_compiled(
+                result = compiled.read(
                     gather.address,
                     gather.num_rows,
                     gather.row_bytes,
