@@ -1,8 +1,8 @@
 """Released tables, read where they are: a checkpoint's folder and a layer -> rows, with the storage's interface.
 
     deepseek_v41   layers.{i}.engram.embed.weight  F8_E4M3 [N, D], .scale  F8_E8M0 [N, D/32]: looked up as bfloat16
-    qwen_ple       layers.{i}.ple.ple_embedding.ngram_embedding.weight  BF16 [N, D]; or F8_E4M3 with .weight_scale [1]
-                   for the whole table: looked up in that scale's type
+    qwen_ple       layers.{i}.ple.ple_embedding.ngram_embedding.weight  BF16 [N, D], looked up as such; or F8_E4M3,
+                   with one .weight_scale [1] for the whole table, looked up in that scale's type
 
 A table may be cut into parts along its rows: `.shard_{k}` in a name, as transformers saves Qwen's, or one file a rank
 (`model{r}-mp{n}.safetensors`). Nothing is copied, converted or written to; a lookup takes a row's bytes from the
