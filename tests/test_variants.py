@@ -134,6 +134,7 @@ def test_deepseek_v41_against_the_released_numbers() -> None:
 def test_qwen_ple_against_transformers_own_numbers() -> None:
     published, config = _golden("qwen_ple_hash.json")["config"], variant_config("qwen_ple")
     assert published["ngram_vocab_size_base"] == config.table_size
+    assert published["vocab_size"] == VARIANTS["qwen_ple"].vocab_size
     assert published["heads_per_ngram"] == config.num_heads
     assert list(range(2, published["ngram_size"] + 1)) == config.ngram_orders
     assert published["make_ngram_vocab_size_divisible_by"] == VARIANTS["qwen_ple"].row_multiple

@@ -431,13 +431,14 @@ def _fitting_layout(
 def _check_map(facts: TableFacts, where: str, text: Mapping[str, Any], tokenizer: EngramTokenizer | None) -> None:
     if not VARIANTS[facts.variant].compresses:
         return
+    name = tokenizer and (tokenizer.tokenizer_name or tokenizer.path)
     size, ids = text.get("engram_compressed_vocab_size"), text.get("engram_tokenizer_map")
     if tokenizer is None:
         facts.unchecked.append("the tokenizer's map")
         return
     if size is not None and tokenizer.compressed_vocab_size != size:
         raise ValueError(
-            f"{where}: {tokenizer.path} has {tokenizer.compressed_vocab_size} compressed ids, config.json says "
+            f"{where}: {name} has {tokenizer.compressed_vocab_size} compressed ids, config.json says "
             f"{size}. Make the map from the checkpoint's own tokenizer"
         )
     known = _RELEASED_MAPS.get((facts.variant, size or tokenizer.compressed_vocab_size))
@@ -447,7 +448,7 @@ def _check_map(facts: TableFacts, where: str, text: Mapping[str, Any], tokenizer
         facts.unchecked.append("the tokenizer's map")
     elif known != tokenizer.sha256:
         raise ValueError(
-            f"{where}: {tokenizer.path} is the map of another tokenizer, or of another revision (SHA-256 "
+            f"{where}: the map of {name} is that of another tokenizer, or of another revision (SHA-256 "
             f"{tokenizer.sha256[:12]}…, expected {known[:12]}…). Make it from the checkpoint's own tokenizer"
         )
     else:

@@ -46,6 +46,9 @@ class Variant:
     multipliers: str = "numpy"
     """Where the hash multipliers come from. numpy: its generator, seeded with the layer's number in the model.
     splitmix64: that sequence, seeded with the layer's place among those with memory."""
+    vocab_size: int | None = None
+    """Where tokens aren't compressed: the published model's vocab_size, which the multipliers depend on. It counts
+    more ids than its tokenizer has tokens."""
     row_multiple: int = 1
     """A table's rows are filled up to a multiple of this; the last ones belong to no head."""
     defaults: Mapping[str, Any] = field(default_factory=dict)
@@ -118,6 +121,7 @@ VARIANTS: dict[str, Variant] = {
         conv_norm_eps=1e-6,
         projection_bias=False,
         compresses=False,
+        vocab_size=248_320,
         lookback_ends="end_of_sequence",
         multipliers="splitmix64",
         row_multiple=128,
