@@ -185,7 +185,7 @@ def _warm_case(
                     add_probe(threads, stream, ahead)
     assert torch.equal(storage(batches[1]), F.embedding(batches[1], resident))
     with torch.no_grad():
-        result = in_turns(ways, len(batches), (3 if quick else 9) if large else (5 if quick else 15))
+        result = in_turns(ways, len(batches), (3 if quick else 7) if large else (5 if quick else 15))
     figures: dict[str, Any] = {
         "M rows/s": round(num_ids / result["storage"]["median"] / 1e6, 2),
         "x numpy": ratio(result, "numpy"),

@@ -23,6 +23,7 @@ from __future__ import annotations
 import contextlib
 import mmap
 import os
+import struct
 import time
 import weakref
 from concurrent.futures import ThreadPoolExecutor
@@ -60,8 +61,8 @@ COMPILED_CUT = -2
 
 
 class RowReader:
-    """Reads the rows of a mapped file, `rows_ND` [N, D]; of compact rows [N, bytes of a row], which hold `width` values each.
-    `max_resident_bytes` bounds what of it stays mapped into this process's memory. Mappings are read by any number of
+    """Reads the rows of a mapped file, `rows_ND` [N, D]; of compact rows [N, bytes of a row], which hold `width`
+    values each. `max_resident_bytes` bounds what of it stays mapped into this process's memory. Mappings are read by any number of
     threads and of processes, which share one copy."""
 
     def __init__(
@@ -90,6 +91,9 @@ class RowReader:
         self._fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
         self._close_fd = weakref.finalize(self, os.close, self._fd)
         self._small = plain if compiled is not None and max_resident_bytes is None else None
+        whole = self._gather
+        limits = (self._fd, self._num_bytes, SLOW_NS, SLOW_NS_PER_ROW)
+        self._plan = struct.pack("7q", whole.address, whole.num_rows, whole.row_bytes, *limits)
         self._pool: ThreadPoolExecutor | None = None
         self._process = os.getpid()
         self._budget = None if max_resident_bytes is None else _Budget(max_resident_bytes, self._pages)
@@ -106,19 +110,8 @@ class RowReader:
             num_bytes = num_ids * gather.row_bytes
             if num_bytes <= REUSED_BYTES and row_ids.is_contiguous():
                 array = np.empty((*row_ids.shape, gather.width), gather.numpy_dtype)
-                result = compiled.read(
-                    gather.address,
-                    gather.num_rows,
-                    gather.row_bytes,
-                    row_ids.data_ptr(),
-                    num_ids,
-                    8 if row_ids.dtype is torch.int64 else 4,
-                    array,
-                    1,
-                    self._fd,
-                    self._num_bytes,
-                    SLOW_NS + num_ids * SLOW_NS_PER_ROW,
-                )
+                id_bytes = 8 if row_ids.dtype is torch.int64 else 4
+                result = compiled.read(self._plan, row_ids.data_ptr(), num_ids, id_bytes, array)
                 if result != -1:
                     self._explain(result, row_ids)
                 rows = torch.from_numpy(array)

@@ -242,7 +242,11 @@ class MMapEmbeddingStorage(nn.Module):
             or _has_any_global_hook()
         ):
             return super().__call__(row_ids)
-        return self.forward(row_ids)
+        reader = self._reader
+        # What `forward` comes to for most small batches.
+        if self.training or reader is None or type(row_ids) is not torch.Tensor:
+            return self.forward(row_ids)
+        return reader.read(row_ids) if row_ids.dtype is torch.int64 and row_ids.is_cpu else self.forward(row_ids)
 
     def forward(self, row_ids: torch.Tensor) -> torch.Tensor:
         """row_ids [...] of int64 or int32 -> rows [..., D] in the table's dtype, on the ids' device.
