@@ -232,16 +232,6 @@ def test_generate_with_left_padding(tmp_path):
     assert torch.equal(out[:, 3:], alone)
 
 
-def test_a_cache_with_tokens_in_it_is_refused(tmp_path):
-    model, ids = attached("llama", tmp_path), some_ids()
-    past = model(ids, use_cache=True).past_key_values
-    for called in (model, model.base_model):
-        with pytest.raises(ValueError, match="use_cache=False"):
-            called(ids[:, :1], past_key_values=past)
-    with pytest.raises(ValueError, match="use_cache=False"):
-        model.generate(ids, max_new_tokens=2, use_cache=True)
-
-
 # --- files ---
 
 

@@ -1025,6 +1025,19 @@ def test_a_sync_that_failed_is_not_tried_again(path: Path, monkeypatch: pytest.M
     assert manifest(path)["generation"] == 0
 
 
+def test_hooks_run(path: Path) -> None:
+    table = make(path)
+    seen: list[str] = []
+    with table.register_forward_hook(lambda *_: seen.append("after")):
+        table(torch.tensor([1]))
+        with table.register_forward_pre_hook(lambda *_: seen.append("before")):
+            table(torch.tensor([1]))
+    table(torch.tensor([1]))
+    with torch.nn.modules.module.register_module_forward_hook(lambda *_: seen.append("global")):
+        table(torch.tensor([1]))
+    assert seen == ["after", "before", "after", "global"]
+
+
 def test_a_closed_table_says_so(path: Path) -> None:
     table = make(path)
     table(torch.tensor([1])).sum().backward()
