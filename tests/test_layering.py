@@ -26,6 +26,7 @@ ORDER = (
     "engram.tokenizer",
     "engram.hashing",
     "engram.checksums",
+    "engram.compact",
     "engram.format",
     "engram.scan",
     "engram.disk",
@@ -33,12 +34,19 @@ ORDER = (
     "engram.journal",
     "engram.undo",
     "engram.opening",
+    "engram._gather",
+    "engram.gather",
+    "engram.pages",
+    "engram.devices",
     "engram.reader",
     "engram.rounding",
     "engram.storage",
     "engram.snapshot",
     "engram.check",
+    "engram.convert",
+    "engram.hot",
     "engram.optim",
+    "engram.operators",
     "engram.model",
     "engram.sharding",
     "engram.released",
@@ -200,9 +208,11 @@ def test_only_scripts_and_tests_use_the_command_line(folder: str) -> None:
 def test_the_picture_shows_the_flow_as_it_is() -> None:
     lines = (ROOT / "docs" / "architecture.md").read_text(encoding="utf-8").splitlines()
     for module in ORDER:
-        line = next((line for line in lines if line.strip().startswith(f"{module.split('.')[1]}.py ")), "")
+        names = tuple(f"{module.split('.')[1]}{suffix} " for suffix in (".py", ".c"))
+        line = next((line for line in lines if line.strip().startswith(names)), "")
         assert line, f"{module} is missing in docs/architecture.md"
-        exists = (ROOT / "sense_v2" / module.replace(".", "/")).with_suffix(".py").exists()
+        path = ROOT / "sense_v2" / module.replace(".", "/")
+        exists = path.with_suffix(".py").exists() or path.with_suffix(".c").exists()
         assert exists != line.endswith("(planned)"), f"docs/architecture.md: is {module} planned, or is it there?"
 
 

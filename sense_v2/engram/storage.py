@@ -3,7 +3,7 @@
 The file is mapped, never loaded: memory follows the rows a batch touches. Nothing of it is a parameter or a buffer,
 so `.to()`, `.half()` and `state_dict()` leave it alone.
 
-Reading is `index_select` on the mapping. Training gathers the batch's unique rows into a small float32 leaf and
+Reading is `sense_v2.engram.reader`'s. Training gathers the batch's unique rows into a small float32 leaf and
 indexes that, so autograd never sees the table; when the leaf has its gradient, a hook moves it to the storage, from
 where a row optimizer takes it (`gradients`), updates those rows (`gather`, `write`) and clears it. The storage holds
 no leaf: a forward without a backward leaves nothing behind.
@@ -32,19 +32,22 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.nn.modules.module import _has_any_global_hook
 
 from sense_v2.core.config import DURABILITIES
 from sense_v2.engram import disk, opening
 from sense_v2.engram.checksums import from_hex, to_hex
 from sense_v2.engram.disk import SyncError, WriterLock, has_holes, new_file
 from sense_v2.engram.format import Manifest, StateEntry, as_json_object, row_dtype
+from sense_v2.engram.gather import shared_tensor
 from sense_v2.engram.journal import Journal
-from sense_v2.engram.reader import map_rows, shared_tensor
+from sense_v2.engram.reader import RowReader, map_rows
 from sense_v2.engram.rounding import stochastic_bfloat16
 from sense_v2.engram.undo import THREAD_NAME, TrackedFile, UndoLog
 
 # Between two commits the journal holds each changed row once.
 JOURNAL_LIMIT_BYTES = 4 * 2**30
+ID_DTYPES = (torch.int64, torch.int32)
 
 
 @dataclass
@@ -76,6 +79,9 @@ class MMapEmbeddingStorage(nn.Module):
     in the middle of training: `write` looks for room first and raises `OSError`, but where another process takes that
     room in the same moment, the kernel kills this one (SIGBUS). The last commit survives that, too. (On a tmpfs rows
     that are only read take room as well.)
+
+    `max_resident_bytes` bounds what of the table stays mapped into this process's memory, for machines where memory
+    is short or shared with a GPU: pages that were read are let go of, and mapped again when they are read again.
 
     Mode "r+" makes this process the table's only writer until `close`, or until the storage is collected
     (`BlockingIOError` names the process that writes already). A forked child may read; its writes are refused.
@@ -111,6 +117,7 @@ class MMapEmbeddingStorage(nn.Module):
         durability: str = "process",
         journal_limit_bytes: int = JOURNAL_LIMIT_BYTES,
         sparse: bool = False,
+        max_resident_bytes: int | None = None,
     ) -> None:
         super().__init__()
         if mode not in ("r", "r+"):
@@ -137,6 +144,12 @@ class MMapEmbeddingStorage(nn.Module):
             provenance=as_json_object(provenance),
         )
         wanted.validate()
+        if self._row_dtype.is_compact and mode == "r+":
+            raise ValueError(
+                f"{self.path}: rows of {self._row_dtype.name} are only read: an update would be lost in their "
+                "rounding. Open them with mode='r', or, to train, make a table of others from them: sense-engram "
+                "convert TABLE --dtype float32 --output OTHER"
+            )
         self._files = files = opening.TableFiles(self.path)
         if not self.path.exists():
             if mode == "r":
@@ -154,11 +167,20 @@ class MMapEmbeddingStorage(nn.Module):
             else:
                 opening.recover(files, self._manifest)
                 self._undo.journal.begin(self._manifest.generation, self._manifest.commit_number)
-            self._mmap: np.memmap[Any, Any] | None = self._map(self.path, self.embedding_dim, self._row_dtype.numpy)
+            row_items = self._row_dtype.row_items(self.embedding_dim)
+            self._mmap: np.memmap[Any, Any] | None = self._map(self.path, row_items, self._row_dtype.numpy)
+            self._reader: RowReader | None = RowReader(
+                self._mmap,
+                self._row_dtype,
+                self.path,
+                width=self.embedding_dim,
+                max_resident_bytes=max_resident_bytes,
+            )
         except BaseException:
             self._let_go()
             raise
-        self._weight: torch.Tensor | None = shared_tensor(self._mmap).view(self._row_dtype.torch)
+        rows = shared_tensor(self._mmap)
+        self._weight: torch.Tensor | None = rows if self._row_dtype.is_compact else rows.view(self._row_dtype.torch)
         self._updates = self._manifest.updates
         self._sparse = has_holes(self.path)
         sums = None if self._manifest.checksums is None else from_hex(self._manifest.checksums)
@@ -187,21 +209,40 @@ class MMapEmbeddingStorage(nn.Module):
 
     @property
     def dtype(self) -> torch.dtype:
+        """Of the rows that are looked up; a compact table's lie on disk as bytes."""
         return self._row_dtype.torch
 
     @property
     def weight(self) -> torch.Tensor:
         """[N, D], sharing the mapping. In mode "r" a write to it is a segmentation fault."""
         self._refuse_closed()
+        if self._row_dtype.is_compact:
+            raise ValueError(
+                f"{self.path}: rows of {self._row_dtype.name} are codes and scales. storage(row_ids) gives their "
+                "values, storage.mmap their bytes"
+            )
         assert self._weight is not None
         return self._weight
 
     @property
     def mmap(self) -> np.memmap[Any, Any]:
-        """[N, D]; a bfloat16 table's bits as uint16."""
+        """[N, D]; a bfloat16 table's bits as uint16. Of a compact table, [N, bytes of a row]."""
         self._refuse_closed()
         assert self._mmap is not None
         return self._mmap
+
+    def __call__(self, row_ids: torch.Tensor) -> torch.Tensor:
+        """As `forward`. `nn.Module`'s own call looks for hooks, and takes as long as the rows of a small batch; it is
+        used where there are any."""
+        if (
+            self._forward_pre_hooks
+            or self._forward_hooks
+            or self._backward_hooks
+            or self._backward_pre_hooks
+            or _has_any_global_hook()
+        ):
+            return super().__call__(row_ids)
+        return self.forward(row_ids)
 
     def forward(self, row_ids: torch.Tensor) -> torch.Tensor:
         """row_ids [...] of int64 or int32 -> rows [..., D] in the table's dtype, on the ids' device.
@@ -209,38 +250,51 @@ class MMapEmbeddingStorage(nn.Module):
         In training, with gradients enabled and `collects_gradients`, the rows' gradients reach `gradients()`.
         Raises `IndexError` for an id outside 0 … N - 1, `TypeError` for other dtypes.
         """
-        ids = self._checked_ids(row_ids)
-        shape = (*row_ids.shape, self.embedding_dim)
-        trained = self.training and self.rows_require_grad and self.collects_gradients
-        if not (trained and torch.is_grad_enabled()):
-            return self._select(ids).to(row_ids.device).reshape(shape)
-        self._refuse_closed()
-        ids_U, inverse = torch.unique(ids, return_inverse=True)
+        reader = self._reader or self._opened_reader()
+        if not (isinstance(row_ids, torch.Tensor) and row_ids.dtype in ID_DTYPES):
+            self._refuse_id_type(row_ids)
+        if not (self.training and self.rows_require_grad and self.collects_gradients and torch.is_grad_enabled()):
+            if row_ids.is_cpu:
+                return reader.read(row_ids)
+            return reader.read_to(row_ids.cpu(), row_ids.device)
+        ids_U, inverse = torch.unique(row_ids.detach().cpu().reshape(-1), return_inverse=True)
         self._refuse_ids(ids_U)
         if self.mode == "r+" and self._process == os.getpid() and not self._failed:
             self._undo.protect_soon(ids_U.to(torch.int64))
-        leaf_UD = self._select(ids_U).to(row_ids.device, torch.float32).requires_grad_()
+        leaf_UD = reader.read_to(ids_U, row_ids.device).to(torch.float32).requires_grad_()
         leaf_UD.register_post_accumulate_grad_hook(self._gradient_hook(ids_U))
-        return F.embedding(inverse.to(row_ids.device), leaf_UD).to(self.dtype).reshape(shape)
+        rows = F.embedding(inverse.to(row_ids.device), leaf_UD).to(self.dtype)
+        return rows.reshape(*row_ids.shape, self.embedding_dim)
+
+    def prefetch(self, row_ids: torch.Tensor) -> None:
+        """Begins to read the rows of `row_ids` [...], int64 or int32, from the disk, and returns at once. What is in
+        memory already costs next to nothing, and no row that is read differs. Raises as `forward`."""
+        self._opened_reader().prefetch(self._checked_ids(row_ids))
+
+    @property
+    def reads_the_disk(self) -> bool:
+        """Whether batches came from the disk lately: who would have to compute row ids for `prefetch` asks first."""
+        return self._opened_reader().reads_the_disk
 
     def gather(self, row_ids_U: torch.Tensor) -> torch.Tensor:
         """Rows as float32 [U, D] in memory of their own, without gradient: what a row update computes with."""
-        return self._select(self._checked_ids(row_ids_U)).float()
+        reader, ids_U = self._opened_reader(), self._checked_ids(row_ids_U)
+        rows_UD = torch.empty(len(ids_U), self.embedding_dim, dtype=self.dtype)
+        return reader.read(ids_U, out=rows_UD).float()
+
+    def _opened_reader(self) -> RowReader:
+        self._refuse_closed()
+        assert self._reader is not None
+        return self._reader
 
     def _checked_ids(self, row_ids: torch.Tensor) -> torch.Tensor:
-        if not isinstance(row_ids, torch.Tensor) or row_ids.dtype not in (torch.int64, torch.int32):
-            found = row_ids.dtype if isinstance(row_ids, torch.Tensor) else type(row_ids).__name__
-            raise TypeError(f"row ids are a tensor of int64 or int32, not {found}")
+        if not isinstance(row_ids, torch.Tensor) or row_ids.dtype not in ID_DTYPES:
+            self._refuse_id_type(row_ids)
         return row_ids.detach().cpu().reshape(-1)
 
-    def _select(self, ids: torch.Tensor) -> torch.Tensor:
-        weight = self.weight
-        try:
-            return torch.index_select(weight, 0, ids)
-        except IndexError:
-            # index_select checks every id anyway; which one it was is only looked for when there is one.
-            self._refuse_out_of_range(ids)
-            raise
+    def _refuse_id_type(self, row_ids: object) -> None:
+        found = row_ids.dtype if isinstance(row_ids, torch.Tensor) else type(row_ids).__name__
+        raise TypeError(f"row ids are a tensor of int64 or int32, not {found}")
 
     def _refuse_ids(self, ids_U: torch.Tensor) -> None:
         if len(ids_U):
@@ -338,6 +392,7 @@ class MMapEmbeddingStorage(nn.Module):
         self._refuse_full_disk(ids_U, [table_ND])
         self._undo.stored = True
         disk.store(table_ND, ids_U, rows_UD)
+        self._opened_reader().trim()
 
     def _refuse_full_disk(self, ids_U: torch.Tensor, tables: list[torch.Tensor]) -> None:
         """Asked when the journal has what it needs of the same disk."""
@@ -478,7 +533,9 @@ class MMapEmbeddingStorage(nn.Module):
                     stacklevel=2,
                 )
         self._let_go()
-        self._mmap = self._weight = None
+        if self._reader is not None:
+            self._reader.close()
+        self._mmap = self._weight = self._reader = None
         self._states, self._state_maps = {}, {}
         self.clear_gradients()
 

@@ -18,7 +18,7 @@ import contextlib
 import dataclasses
 import os
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -30,12 +30,13 @@ from safetensors.torch import save as to_safetensors
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerFast
 
 from sense_v2.core.config import EngramConfig
+from sense_v2.engram.convert import Conversion, convert_table
 from sense_v2.engram.disk import WriterLock, copy_file, new_file
-from sense_v2.engram.format import lock_name, manifest_name
+from sense_v2.engram.format import journal_name, lock_name, manifest_name
 from sense_v2.engram.opening import read_manifest
 from sense_v2.engram.snapshot import copy_table
 from sense_v2.engram.tokenizer import description_path
-from sense_v2.hf.attach import EngramMemory, attach_engram, attached_memory, memory_of, own_settings
+from sense_v2.hf.attach import EngramMemory, attach_engram, attached_memory, memory_of
 
 MEMORY_FOLDER = "engram"
 CONFIG_FILE = "config.json"
@@ -77,8 +78,7 @@ def save_trained(model: PreTrainedModel, folder: str | Path, *, tokenizer: Any =
             (target / CONFIG_FILE).unlink(missing_ok=True)
         folder.mkdir(parents=True, exist_ok=True)
         weights = {name: value for name, value in model.state_dict().items() if not name.startswith("engram.")}
-        with own_settings(model):
-            model.save_pretrained(folder, state_dict=weights)
+        model.save_pretrained(folder, state_dict=weights)
         if tokenizer is not None:
             _save_tokenizer(tokenizer, model, folder)
         if memory is None:
@@ -159,6 +159,38 @@ def load_trained(folder: str | Path, *, mode: str = "r+") -> PreTrainedModel:
     model = attach_engram(_load_backbone(folder), config, mode=mode)
     load_fusion(memory_of(model), memory_folder)
     return model.eval()
+
+
+def convert_trained(
+    folder: str | Path,
+    output: str | Path,
+    dtype: str,
+    *,
+    advance: Callable[[int], Any] = lambda num_bytes: None,
+) -> Conversion:
+    """Copies the model in `folder` to `output` with its table's rows in another dtype; `folder` is only read. Ended
+    early, the same call goes on; config.json comes last, so that until then there is no model to load.
+
+    Raises what `sense_v2.engram.convert.convert_table` raises, and `FileExistsError` where another model is there.
+    """
+    folder, output = Path(folder), Path(output)
+    memory, target = folder / MEMORY_FOLDER, output / MEMORY_FOLDER
+    config = EngramConfig.load(memory / CONFIG_FILE)
+    if (output / CONFIG_FILE).exists() and not (target / TABLE_FILE).exists():
+        raise FileExistsError(f"{output} holds another model already; choose another --output")
+    conversion = convert_table(memory / TABLE_FILE, target / TABLE_FILE, dtype, advance=advance)
+    of_table = {TABLE_FILE, manifest_name(TABLE_FILE), journal_name(TABLE_FILE), lock_name(TABLE_FILE), CONFIG_FILE}
+    for file in sorted(memory.iterdir()):
+        if file.is_file() and not (
+            file.name in of_table or file.suffix == ".tmp" or _STATE_FILE.fullmatch(file.name)
+        ):
+            _copy(file, target / file.name)
+    with _replaced(target / CONFIG_FILE) as to:
+        to.write(dataclasses.replace(config, dtype=dtype).to_json().encode())
+    for file in sorted(folder.iterdir(), key=lambda file: (file.name == CONFIG_FILE, file.name)):
+        if file.is_file():
+            _copy(file, output / file.name)
+    return conversion
 
 
 def _load_backbone(folder: Path) -> PreTrainedModel:
