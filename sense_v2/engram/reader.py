@@ -62,8 +62,8 @@ COMPILED_CUT = -2
 
 class RowReader:
     """Reads the rows of a mapped file, `rows_ND` [N, D]; of compact rows [N, bytes of a row], which hold `width`
-    values each. `max_resident_bytes` bounds what of it stays mapped into this process's memory. Mappings are read by any number of
-    threads and of processes, which share one copy."""
+    values each. `max_resident_bytes` bounds what of it stays mapped into this process's memory. Mappings are read by
+    any number of threads and of processes, which share one copy."""
 
     def __init__(
         self,
