@@ -51,7 +51,7 @@ def test_engram_defaults() -> None:
 def test_train_defaults() -> None:
     assert dataclasses.asdict(TrainConfig()) == {
         "steps": 300,
-        "batch_size": 4,
+        "batch_size": 8,
         "sequence_length": 256,
         "learning_rate": 3e-3,
         "fusion_learning_rate": 1e-2,
@@ -166,7 +166,11 @@ REFUSED: list[tuple[type, dict[str, Any], str]] = [
     (EngramConfig, {"variant": "paperr"}, f"variant = 'paperr': must be {VARIANTS}"),
     (EngramConfig, {"variant": "Sense"}, f"variant = 'Sense': must be {VARIANTS}"),
     (EngramConfig, {"normalization": "nfc"}, "normalization = 'nfc': must be one of nfkc, deepseek"),
-    (EngramConfig, {"dtype": "float64"}, "dtype = 'float64': must be one of float32, float16, bfloat16"),
+    (
+        EngramConfig,
+        {"dtype": "float64"},
+        "dtype = 'float64': must be one of float32, float16, bfloat16, float8_e4m3fn, int8",
+    ),
     (TrainConfig, {"value_learning_rate": 0.0}, "value_learning_rate = 0.0: must be above 0"),
     (EngramConfig, {"sparse": 1}, "sparse = 1: must be of type bool"),
     (EngramConfig, {"init_std": -0.02}, "init_std = -0.02: must be 0 or more"),

@@ -16,6 +16,7 @@ import threading
 import time
 import warnings
 import weakref
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -310,6 +311,38 @@ def test_several_makers_at_once_make_one_table_and_one_gets_to_write(path: Path)
         "engram_table.json",
         "engram_table.lock",
     ]
+
+
+@pytest.mark.parametrize(
+    ("make_journal", "error"),
+    [
+        (lambda path: path.write_bytes(b"SENSEjr1"), r"the journal of an earlier table is: engram_table\.journal"),
+        (lambda path: path.symlink_to("elsewhere"), r"engram_table\.journal is a link"),
+        (lambda path: os.link(file_beside(path), path), r"engram_table\.journal is a file that has another name"),
+        (os.mkfifo, r"engram_table\.journal isn't a regular file"),
+    ],
+    ids=["file", "link", "hard link", "pipe"],
+)
+def test_an_old_tables_journal_stops_a_new_one_before_it_is_made(
+    tmp_path: Path, make_journal: Callable[[Path], Any], error: str
+) -> None:
+    """Made first, it would be refused after that, with advice for another table."""
+    (tmp_path / "folder").mkdir()
+    path = tmp_path / "folder" / "engram_table.dat"
+    journal = path.with_suffix(".journal")
+    make_journal(journal)
+    with pytest.raises((ValueError, OSError), match=error):
+        make(path)
+    assert names(path.parent) == ["engram_table.journal"]
+    journal.unlink()
+    journal.touch()
+    make(path).close()
+
+
+def file_beside(journal: Path) -> Path:
+    path = journal.parents[1] / "other"
+    path.touch()
+    return path
 
 
 def test_an_old_tables_optimizer_state_is_not_taken_for_the_new_ones(path: Path) -> None:

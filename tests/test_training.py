@@ -2,6 +2,7 @@
 
 import json
 import math
+from itertools import pairwise
 
 import numpy as np
 import pytest
@@ -673,6 +674,7 @@ def test_the_next_batchs_rows_are_asked_for_and_change_nothing(tmp_path, monkeyp
     assert history.train_loss == expected.train_loss
     assert table_bytes(model) == table_bytes(plain)
     assert len(trained) == config.steps
-    assert len(asked) == (config.steps - 1 if cold else 0)
-    for row_ids, following in zip(asked, trained[1:]):  # noqa: B905  none where it is warm
-        assert torch.equal(row_ids, following)
+    # Before each batch the next one's, and its own when its token ids are known.
+    expected_ids = [ids for own, following in pairwise(trained) for ids in (following, own)] + trained[-1:]
+    assert len(asked) == (len(expected_ids) if cold else 0)
+    assert all(torch.equal(*ids) for ids in zip(asked, expected_ids, strict=cold))

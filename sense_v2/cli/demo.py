@@ -290,7 +290,6 @@ def _generations(
                 do_sample=True,
                 temperature=0.7,
                 top_k=20,
-                use_cache=False,
             )
             texts[name] = tokenizer.decode(out[0, PROMPT_TOKENS:].tolist())
         found.append({"prompt": tokenizer.decode(prompt_1T[0].tolist()), **texts})

@@ -24,7 +24,7 @@ import typer
 from sense_v2 import __version__
 from sense_v2.cli.errors import CommandError, explain, one_line
 from sense_v2.cli.setup import DEFAULT_OUTPUT, DEFAULT_TOKENIZER
-from sense_v2.core.config import NORMALIZATIONS, ROW_DTYPES, VARIANT_NAMES, Config
+from sense_v2.core.config import COMPACT_DTYPES, NORMALIZATIONS, ROW_DTYPES, VARIANT_NAMES, Config
 
 PROGRAM = "sense-engram"
 INTERRUPTED = 130
@@ -240,6 +240,82 @@ def verify(
         _print_json(result)
     if result["wrong"]:
         raise typer.Exit(1)
+
+
+def _table_or_model(path: Path) -> Path:
+    """A model's folder as it is, and else the table."""
+    return path if (path / "engram").is_dir() else _table(path)
+
+
+def _table_of(path: Path) -> Path:
+    """The table itself, of a model's folder too."""
+    return _table(path / "engram" if (path / "engram").is_dir() else path)
+
+
+@app.command()
+def convert(
+    source: Annotated[
+        Path, typer.Argument(callback=_table_or_model, help="A table, or the folder of a model with memory.")
+    ],
+    output: Annotated[Path, typer.Option(metavar="PATH", help="The new table, or the new model's folder.")],
+    dtype: Annotated[str, typer.Option(metavar="|".join((*COMPACT_DTYPES, *ROW_DTYPES)), help="Row type on disk.")],
+    corpus: Annotated[
+        list[Path] | None,
+        typer.Option(metavar="PATH", help="Of a model: measure the loss on this, before and after; repeatable."),
+    ] = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Make a table with rows of another type from one that is there, and say what that costs. Ended early, the same
+    command goes on.
+
+    Example: sense-engram convert runs/train --dtype int8 --output runs/train-int8 --corpus my_texts/
+    """
+    from sense_v2.cli.convert import run_convert
+
+    result = run_convert(source, output, dtype, corpus=corpus, echo=_echo(as_json))
+    if as_json:
+        _print_json(result)
+
+
+@app.command()
+def profile(
+    folder: Annotated[Path, typer.Argument(help="What train, or demo (runs/demo/model), has saved.")],
+    corpus: CorpusOption = None,
+    output: Annotated[Path, typer.Option(metavar="FILE.npy", help="Where the hottest rows go.")] = Path(
+        "hot_rows.npy"
+    ),
+    share: Annotated[float, typer.Option(help="How many of the table's rows to write, at most.")] = 0.2,
+    as_json: JsonOption = False,
+) -> None:
+    """Count which rows a corpus looks up, write the hottest, and say how much of held-out text they serve.
+
+    Example: sense-engram profile runs/train --corpus my_texts/ --output runs/train/hot_rows.npy
+    """
+    from sense_v2.cli.profile import run_profile
+
+    result = run_profile(folder, output, corpus=corpus, share=share, echo=_echo(as_json))
+    if as_json:
+        _print_json(result)
+
+
+@app.command()
+def warm(
+    table: Annotated[Path, typer.Argument(callback=_table_of, help="A table, or the folder of a model with memory.")],
+    rows: Annotated[
+        Path | None, typer.Option(metavar="FILE.npy", help="What profile wrote; without it, the whole table.")
+    ] = None,
+    share: Annotated[float | None, typer.Option(help="How many of the table's rows to load, at most.")] = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Load a table, or its hottest rows, into memory, where every process that opens it finds them.
+
+    Example: sense-engram warm runs/train --rows runs/train/hot_rows.npy --share 0.05
+    """
+    from sense_v2.cli.warm import run_warm
+
+    result = run_warm(table, hot_rows=rows, share=share, echo=_echo(as_json))
+    if as_json:
+        _print_json(result)
 
 
 @app.command()

@@ -1,9 +1,10 @@
-"""What a training command shows while it runs: a bar in a terminal, a line now and then elsewhere."""
+"""What a command shows while it runs: a bar in a terminal, a line now and then elsewhere."""
 
 from __future__ import annotations
 
 import math
 import sys
+import time
 from collections.abc import Callable
 from types import TracebackType
 from typing import Any
@@ -12,9 +13,11 @@ from tqdm import tqdm
 
 from sense_v2.core.config import TrainConfig
 from sense_v2.hf.training import History
+from sense_v2.report import wording
 
 LINES = 3
 """Lines a run prints where there is no terminal."""
+TELL_SECONDS = 2.0
 
 
 class TrainingProgress:
@@ -47,3 +50,38 @@ class TrainingProgress:
                 f"  {self.label}: step {step}/{self.settings.steps}, loss {loss:.3f}{found}, "
                 f"{rate:,.0f} tokens/s, {left:.0f} s left"
             )
+
+
+class ByteProgress:
+    """The `advance` of what reads and writes files: how far it is, how fast, the time left. As a context manager.
+
+    `unit` is "B" for bytes, else what is counted.
+    """
+
+    def __init__(self, label: str, total: int, *, unit: str = "B", echo: Callable[[str], Any] = print) -> None:
+        self.label, self.total, self.unit, self.echo = label, total, unit, echo
+        self.done = 0
+        self.started = self.told = time.perf_counter()
+        self.bar = tqdm(
+            total=total, desc=label, unit=unit, unit_scale=True, disable=not sys.stderr.isatty(), leave=False, delay=2
+        )
+
+    def __enter__(self) -> ByteProgress:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.bar.close()
+
+    def __call__(self, count: int) -> None:
+        self.done += count
+        self.bar.update(count)
+        now = time.perf_counter()
+        # The first line after two seconds, the next ones ever further apart: a few, however long it takes.
+        if self.bar.disable and now - self.told > max(TELL_SECONDS, 0.5 * (now - self.started)):
+            self.told = now
+            rate = self.done / (now - self.started)
+            per_second = wording.size(rate) if self.unit == "B" else f"{wording.short(rate)} {self.unit}"
+            left = wording.duration((self.total - self.done) / rate if rate else None)
+            self.echo(f"  {self.label}: {self.done / self.total:.0%}, {per_second}/s, {left} left")

@@ -28,6 +28,7 @@ import yaml
 VARIANT_NAMES = ("sense", "paper", "deepseek_v41")
 NORMALIZATIONS = ("nfkc", "deepseek")
 ROW_DTYPES = ("float32", "float16", "bfloat16")
+COMPACT_DTYPES = ("float8_e4m3fn", "int8")
 ROW_OPTIMIZERS = ("adagrad", "adam")
 DURABILITIES = ("process", "power")
 
@@ -196,7 +197,8 @@ class EngramConfig(_Serializable):
     seed: int = 0
     """Decides the hash multipliers and the rows' initial noise."""
     dtype: str = "float32"
-    """Row type on disk: float32, float16 or bfloat16."""
+    """Row type on disk: float32, float16 or bfloat16; of a table that is only read (made by `sense-engram convert`)
+    also float8_e4m3fn or int8."""
     init_std: float = 0.02
     """Standard deviation of the rows' initial noise, with a W_v that starts at zero. 0: the rows start at zero, and
     W_v at noise."""
@@ -238,7 +240,8 @@ class EngramConfig(_Serializable):
         )
         _require(self.variant in VARIANT_NAMES, self, "variant", f"one of {', '.join(VARIANT_NAMES)}")
         _require(self.normalization in NORMALIZATIONS, self, "normalization", f"one of {', '.join(NORMALIZATIONS)}")
-        _require(self.dtype in ROW_DTYPES, self, "dtype", f"one of {', '.join(ROW_DTYPES)}")
+        dtypes = (*ROW_DTYPES, *COMPACT_DTYPES)
+        _require(self.dtype in dtypes, self, "dtype", f"one of {', '.join(dtypes)}")
         _require(self.init_std >= 0, self, "init_std", "0 or more")
         _require(self.pad_token_id is None or self.pad_token_id >= 0, self, "pad_token_id", "a token id, or None")
         # The multipliers' generator takes no negative seed (hashing.py adds 10007 × layer to it).
@@ -258,7 +261,7 @@ class TrainConfig(_Serializable):
 
     steps: int = 300
     """Optimizer steps; each reads one batch."""
-    batch_size: int = 4
+    batch_size: int = 8
     """Sequences a step."""
     sequence_length: int = 256
     """Tokens a sequence."""

@@ -28,6 +28,7 @@ import numpy as np
 import torch
 
 from sense_v2.engram.checksums import num_blocks
+from sense_v2.engram.compact import FLOAT8, INT8, num_scales
 
 FORMAT_VERSION = 2
 READABLE_VERSIONS = (1, 2)
@@ -55,6 +56,24 @@ class RowDtype:
     numpy: np.dtype[Any]
     """For bfloat16, which NumPy lacks, the bits as uint16."""
     torch: torch.dtype
+    """What rows are looked up as."""
+    scale_bytes: int = 0
+    """Of each of a compact row's scales, which lie behind its values; `numpy` is then a byte of either."""
+
+    @property
+    def is_compact(self) -> bool:
+        return self.scale_bytes > 0
+
+    def row_bytes(self, width: int) -> int:
+        """
+        >>> row_dtype("float32").row_bytes(256), row_dtype("float8_e4m3fn").row_bytes(256)
+        (1024, 264)
+        """
+        return width * self.item_bytes + self.scale_bytes * num_scales(width, self.name)
+
+    def row_items(self, width: int) -> int:
+        """A row's length in items of `numpy`, to map it."""
+        return self.row_bytes(width) // self.numpy.itemsize
 
 
 ROW_DTYPES = {
@@ -62,6 +81,14 @@ ROW_DTYPES = {
     "float16": RowDtype("float16", 2, np.dtype("<f2"), torch.float16),
     "bfloat16": RowDtype("bfloat16", 2, np.dtype("<u2"), torch.bfloat16),
 }
+# Rows that are only read (`sense_v2.engram.compact`). Looked up as the narrowest type that holds their values.
+COMPACT_DTYPES = {
+    FLOAT8: RowDtype(FLOAT8, 1, np.dtype("u1"), torch.bfloat16, scale_bytes=1),
+    INT8: RowDtype(INT8, 1, np.dtype("u1"), torch.float32, scale_bytes=4),
+}
+# A row's bytes as they lie on disk, whatever they stand for.
+RAW_BYTES = RowDtype("uint8", 1, np.dtype("u1"), torch.uint8)
+DTYPES = {**ROW_DTYPES, **COMPACT_DTYPES}
 
 
 def row_dtype(dtype: str | torch.dtype) -> RowDtype:
@@ -71,9 +98,9 @@ def row_dtype(dtype: str | torch.dtype) -> RowDtype:
     (dtype('uint16'), 'float16')
     """
     name = str(dtype).removeprefix("torch.") if isinstance(dtype, torch.dtype) else dtype
-    if name not in ROW_DTYPES:
-        raise ValueError(f"dtype = {dtype!r}: a row's values are {', '.join(ROW_DTYPES)}")
-    return ROW_DTYPES[name]
+    if name not in DTYPES:
+        raise ValueError(f"dtype = {dtype!r}: a row's values are {', '.join(DTYPES)}")
+    return DTYPES[name]
 
 
 def file_bytes(num_rows: int, width: int, dtype: str | torch.dtype) -> int:
@@ -85,7 +112,7 @@ def file_bytes(num_rows: int, width: int, dtype: str | torch.dtype) -> int:
     for name, value in (("rows", num_rows), ("width", width)):
         if not _is_int(value) or value < 1:
             raise ValueError(f"{name} = {value!r}: must be an integer, at least 1")
-    size_bytes = num_rows * width * row_dtype(dtype).item_bytes
+    size_bytes = num_rows * row_dtype(dtype).row_bytes(width)
     if size_bytes > MAX_FILE_BYTES:
         raise ValueError(f"{num_rows} rows × {width} {dtype} are {size_bytes} bytes, more than a file can have")
     return size_bytes
@@ -226,7 +253,7 @@ class Manifest:
 
     def validate(self) -> None:
         """Raises `ValueError` naming the first field that can't be."""
-        _check(isinstance(self.dtype, str) and self.dtype in ROW_DTYPES, "dtype", self.dtype, ", ".join(ROW_DTYPES))
+        _check(isinstance(self.dtype, str) and self.dtype in DTYPES, "dtype", self.dtype, ", ".join(DTYPES))
         file_bytes(self.rows, self.width, self.dtype)
         is_seed = self.init_seed is None or (_is_int(self.init_seed) and self.init_seed >= 0)
         _check(is_seed, "init_seed", self.init_seed, "null or 0 or more")
@@ -242,6 +269,8 @@ class Manifest:
         _check(isinstance(self.extra, dict), "extra", self.extra, "an object")
         _check(_is_count(self.updates), "updates", self.updates, "0 or more")
         self._check_checksums("checksums", self.checksums)
+        is_trainable = not row_dtype(self.dtype).is_compact
+        _check(is_trainable or not self.states, "states", list(self.states), f"none beside rows of {self.dtype}")
         for name, entry in self.states.items():
             where = f"states.{name}"
             _check(_STATE_NAME.fullmatch(name) is not None, "states", name, "named by letters, digits, _ and -")
@@ -260,7 +289,8 @@ class Manifest:
     @staticmethod
     def _check_row_bytes(name: str, width: int, dtype: str) -> None:
         widest = MAX_ROW_BYTES // row_dtype(dtype).item_bytes
-        _check(width <= widest, name, width, f"at most {widest} of {dtype}")
+        is_short = width <= widest and row_dtype(dtype).row_bytes(width) <= MAX_ROW_BYTES
+        _check(is_short, name, width, f"at most {widest} of {dtype}, scales included")
 
     def _check_checksums(self, name: str, sums: Any) -> None:
         if sums is None:

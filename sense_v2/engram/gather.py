@@ -25,7 +25,8 @@ from typing import Any
 import numpy as np
 import torch
 
-from sense_v2.engram.format import RowDtype
+from sense_v2.engram.compact import decode, split
+from sense_v2.engram.format import RAW_BYTES, RowDtype
 
 try:
     compiled: Any = importlib.import_module("sense_v2.engram._gather")
@@ -139,6 +140,30 @@ class RowGather:
             self._rows_ND.take(numbers, 0, flat, "clip")
         else:
             torch.index_select(self._tensor_ND, 0, ids, out=torch.from_numpy(flat))
+
+
+class CompactGather:
+    """As `RowGather`, of compact rows: `rows_NB`, uint8, whose rows hold `width` values; decoded after the gather."""
+
+    def __init__(self, rows_NB: np.ndarray[Any, Any], dtype: RowDtype, width: int) -> None:
+        self._raw = RowGather(rows_NB, RAW_BYTES)
+        self.num_rows, self.width = len(rows_NB), width
+        self.row_bytes, self.address = self._raw.row_bytes, self._raw.address
+        self._dtype = dtype
+        self._buffer = ReusedBuffer()
+
+    def __call__(self, row_ids: torch.Tensor, *, out: torch.Tensor | None = None) -> torch.Tensor:
+        raw_UB = self._raw(row_ids).view(-1, self.row_bytes)
+        if out is None:
+            shape, to = (*row_ids.shape, self.width), self._dtype.torch
+            if row_ids.numel() * self.width * to.itemsize <= REUSED_BYTES:
+                out = torch.empty(shape, dtype=to)
+            else:
+                # NumPy has no bfloat16: its bits.
+                bits = np.dtype(f"u{to.itemsize}")
+                out = torch.from_numpy(self._buffer.take(shape, bits)).view(to)
+        decode(*split(raw_UB, self.width, self._dtype.name), out.detach().view(-1, self.width))
+        return out
 
 
 class _Memory:

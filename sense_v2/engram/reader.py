@@ -35,7 +35,7 @@ import torch
 
 from sense_v2.engram import devices
 from sense_v2.engram.format import RowDtype
-from sense_v2.engram.gather import REUSED_BYTES, OutOfRangeError, RowGather, compiled
+from sense_v2.engram.gather import REUSED_BYTES, CompactGather, OutOfRangeError, RowGather, compiled
 from sense_v2.engram.pages import Pages, page_runs
 
 try:
@@ -58,11 +58,14 @@ FAULT_BYTES = 2 << 20
 MIN_RESIDENT_BYTES = 4 * FAULT_BYTES
 # What `_gather.read` says of a file that is shorter than it was.
 COMPILED_CUT = -2
+# `struct Plan` there.
+PLAN = "7q"
 
 
 class RowReader:
-    """Reads the rows of a mapped file, `rows_ND`. `max_resident_bytes` bounds what of it stays mapped into this
-    process's memory. Mappings are read by any number of threads and of processes, which share one copy."""
+    """Reads the rows of a mapped file, `rows_ND` (of compact rows [N, bytes of a row]), of `width` values each.
+    `max_resident_bytes` bounds what of it stays mapped into this process's memory. Mappings are read by any number of
+    threads and of processes, which share one copy."""
 
     def __init__(
         self,
@@ -70,6 +73,7 @@ class RowReader:
         dtype: RowDtype,
         path: Path,
         *,
+        width: int,
         max_resident_bytes: int | None = None,
     ) -> None:
         if max_resident_bytes is not None and max_resident_bytes < MIN_RESIDENT_BYTES:
@@ -78,7 +82,8 @@ class RowReader:
             )
         self.path = path
         self._dtype = dtype
-        self._gather = RowGather(rows_ND, dtype)
+        plain = None if dtype.is_compact else RowGather(rows_ND, dtype)
+        self._gather = plain or CompactGather(rows_ND, dtype, width)
         self._mapping: mmap.mmap = rows_ND._mmap  # type: ignore[attr-defined]  # NumPy's own name for the mapping
         self._num_bytes = rows_ND.nbytes
         self._pages = Pages(self._mapping, self._gather.address, rows_ND.nbytes, tells=_may_be_told(path))
@@ -86,11 +91,9 @@ class RowReader:
         self._disk_reads = _disk_reads() or 0
         self._fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
         self._close_fd = weakref.finalize(self, os.close, self._fd)
-        has_budget = max_resident_bytes is not None
-        whole = self._gather
+        self._small = plain if compiled is not None and max_resident_bytes is None else None
         limits = (self._fd, self._num_bytes, SLOW_NS, SLOW_NS_PER_ROW)
-        self._plan = struct.pack("7q", whole.address, whole.num_rows, whole.row_bytes, *limits)
-        self._read_compiled = None if compiled is None or has_budget else compiled.read
+        self._plan = struct.pack(PLAN, self._gather.address, self._gather.num_rows, self._gather.row_bytes, *limits)
         self._pool: ThreadPoolExecutor | None = None
         self._process = os.getpid()
         self._budget = None if max_resident_bytes is None else _Budget(max_resident_bytes, self._pages)
@@ -102,13 +105,13 @@ class RowReader:
         """
         num_ids = row_ids.numel()
         # What a small warm batch needs and nothing else: here Python costs more than the rows.
-        if self._read_compiled is not None and num_ids < SAMPLED_IDS and out is None and not self._batches_to_ask:
-            gather = self._gather
+        gather = self._small
+        if gather is not None and num_ids < SAMPLED_IDS and out is None and not self._batches_to_ask:
             num_bytes = num_ids * gather.row_bytes
             if num_bytes <= REUSED_BYTES and row_ids.is_contiguous():
                 array = np.empty((*row_ids.shape, gather.width), gather.numpy_dtype)
                 id_bytes = 8 if row_ids.dtype is torch.int64 else 4
-                result = self._read_compiled(self._plan, row_ids.data_ptr(), num_ids, id_bytes, array)
+                result = compiled.read(self._plan, row_ids.data_ptr(), num_ids, id_bytes, array)
                 if result != -1:
                     self._explain(result, row_ids)
                 rows = torch.from_numpy(array)

@@ -23,7 +23,7 @@ import os
 import threading
 import warnings
 import weakref
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -128,6 +128,9 @@ class MMapEmbeddingStorage(nn.Module):
         self._pending: list[tuple[torch.Tensor, torch.Tensor]] = []
         self._pending_lock = threading.Lock()
         self.rows_require_grad = True
+        self.collects_gradients = mode == "r+"
+        """Whether training collects the rows' gradients. True with mode "r" is for a process that hands them to the
+        one that writes."""
         self._states: dict[str, RowState] = {}
         self._state_maps: dict[str, np.memmap[Any, Any]] = {}
         self._failed = False
@@ -141,6 +144,12 @@ class MMapEmbeddingStorage(nn.Module):
             provenance=as_json_object(provenance),
         )
         wanted.validate()
+        if self._row_dtype.is_compact and mode == "r+":
+            raise ValueError(
+                f"{self.path}: rows of {self._row_dtype.name} are only read: an update would be lost in their "
+                "rounding. Open them with mode='r', or, to train, make a table of others from them: sense-engram "
+                "convert TABLE --dtype float32 --output OTHER"
+            )
         self._files = files = opening.TableFiles(self.path)
         if not self.path.exists():
             if mode == "r":
@@ -158,14 +167,20 @@ class MMapEmbeddingStorage(nn.Module):
             else:
                 opening.recover(files, self._manifest)
                 self._undo.journal.begin(self._manifest.generation, self._manifest.commit_number)
-            self._mmap: np.memmap[Any, Any] | None = self._map(self.path, self.embedding_dim, self._row_dtype.numpy)
+            row_items = self._row_dtype.row_items(self.embedding_dim)
+            self._mmap: np.memmap[Any, Any] | None = self._map(self.path, row_items, self._row_dtype.numpy)
             self._reader: RowReader | None = RowReader(
-                self._mmap, self._row_dtype, self.path, max_resident_bytes=max_resident_bytes
+                self._mmap,
+                self._row_dtype,
+                self.path,
+                width=self.embedding_dim,
+                max_resident_bytes=max_resident_bytes,
             )
         except BaseException:
             self._let_go()
             raise
-        self._weight: torch.Tensor | None = shared_tensor(self._mmap).view(self._row_dtype.torch)
+        rows = shared_tensor(self._mmap)
+        self._weight: torch.Tensor | None = rows if self._row_dtype.is_compact else rows.view(self._row_dtype.torch)
         self._updates = self._manifest.updates
         self._sparse = has_holes(self.path)
         sums = None if self._manifest.checksums is None else from_hex(self._manifest.checksums)
@@ -194,18 +209,24 @@ class MMapEmbeddingStorage(nn.Module):
 
     @property
     def dtype(self) -> torch.dtype:
+        """Of the rows that are looked up; a compact table's lie on disk as bytes."""
         return self._row_dtype.torch
 
     @property
     def weight(self) -> torch.Tensor:
         """[N, D], sharing the mapping. In mode "r" a write to it is a segmentation fault."""
         self._refuse_closed()
+        if self._row_dtype.is_compact:
+            raise ValueError(
+                f"{self.path}: rows of {self._row_dtype.name} are codes and scales. storage(row_ids) gives their "
+                "values, storage.mmap their bytes"
+            )
         assert self._weight is not None
         return self._weight
 
     @property
     def mmap(self) -> np.memmap[Any, Any]:
-        """[N, D]; a bfloat16 table's bits as uint16."""
+        """[N, D]; a bfloat16 table's bits as uint16. Of a compact table, [N, bytes of a row]."""
         self._refuse_closed()
         assert self._mmap is not None
         return self._mmap
@@ -230,19 +251,19 @@ class MMapEmbeddingStorage(nn.Module):
     def forward(self, row_ids: torch.Tensor) -> torch.Tensor:
         """row_ids [...] of int64 or int32 -> rows [..., D] in the table's dtype, on the ids' device.
 
-        In training, with gradients enabled and mode "r+", the rows' gradients reach `gradients()`.
+        In training, with gradients enabled and `collects_gradients`, the rows' gradients reach `gradients()`.
         Raises `IndexError` for an id outside 0 … N - 1, `TypeError` for other dtypes.
         """
         reader = self._reader or self._opened_reader()
         if not (isinstance(row_ids, torch.Tensor) and row_ids.dtype in ID_DTYPES):
             self._refuse_id_type(row_ids)
-        if not (self.training and self.rows_require_grad and self.mode == "r+" and torch.is_grad_enabled()):
+        if not (self.training and self.rows_require_grad and self.collects_gradients and torch.is_grad_enabled()):
             if row_ids.is_cpu:
                 return reader.read(row_ids)
             return reader.read_to(row_ids.cpu(), row_ids.device)
         ids_U, inverse = torch.unique(row_ids.detach().cpu().reshape(-1), return_inverse=True)
         self._refuse_ids(ids_U)
-        if self._process == os.getpid() and not self._failed:
+        if self.mode == "r+" and self._process == os.getpid() and not self._failed:
             self._undo.protect_soon(ids_U.to(torch.int64))
         leaf_UD = reader.read_to(ids_U, row_ids.device).to(torch.float32).requires_grad_()
         leaf_UD.register_post_accumulate_grad_hook(self._gradient_hook(ids_U))
@@ -323,6 +344,12 @@ class MMapEmbeddingStorage(nn.Module):
                 ids_U, grads_UD = self._pending[0]
             self._pending = [(ids_U.to(torch.int64), grads_UD.cpu())]
             return self._pending[0]
+
+    def replace_gradients(self, parts: Sequence[tuple[torch.Tensor, torch.Tensor]]) -> None:
+        """Puts gradients that were gathered from several processes in place of this one's own: parts of (ids_U
+        ascending, grads_UD), which are added up. None at all is no gradient."""
+        with self._pending_lock:
+            self._pending = [part for part in parts if len(part[0])]
 
     def clear_gradients(self) -> None:
         with self._pending_lock:
@@ -418,6 +445,25 @@ class MMapEmbeddingStorage(nn.Module):
     def is_new(self) -> bool:
         """Whether no row has been stored since the table was made, as far as its manifest knows."""
         return self._updates == 0 and self._manifest.init_std is not None
+
+    @property
+    def updates(self) -> int:
+        """Calls that stored rows since the table was made; the draws of stochastic rounding depend on it. Setting it
+        is for who puts the rows of an earlier moment back."""
+        return self._updates
+
+    @updates.setter
+    def updates(self, updates: int) -> None:
+        self._updates = operator.index(updates)
+
+    @property
+    def journal_limit_bytes(self) -> int:
+        """What the journal may grow to between two commits."""
+        return self._undo.journal.limit_bytes
+
+    @journal_limit_bytes.setter
+    def journal_limit_bytes(self, limit_bytes: int) -> None:
+        self._undo.journal.limit_bytes = limit_bytes
 
     def commit(self, step: int | None = None, extra: Mapping[str, Any] | None = None) -> None:
         """Keeps rows, all open optimizer states, `step` and `extra` (any JSON object) together, as `durability` says.

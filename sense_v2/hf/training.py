@@ -28,8 +28,8 @@ from transformers import PreTrainedModel
 
 from sense_v2.core.config import TrainConfig
 from sense_v2.engram.optim import RowAdam, RowWiseAdagrad, clip_grad_norm_
-from sense_v2.hf.attach import EngramMemory, attached_memory
 from sense_v2.hf.evaluation import Evaluation
+from sense_v2.hf.memory import EngramMemory, attached_memory
 
 FINAL_RATE_SHARE = 0.1
 
