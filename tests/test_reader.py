@@ -134,7 +134,7 @@ def open_reader(path: Path, **arguments) -> tuple[RowReader, np.ndarray]:
     values = np.random.default_rng(0).standard_normal((N_ROWS, WIDTH), dtype=np.float32)
     values.tofile(path)
     mapped = map_rows(path, np.dtype("<f4"), "r", values.shape, has_holes=False)
-    return RowReader(mapped, row_dtype("float32"), path, **arguments), values
+    return RowReader(mapped, row_dtype("float32"), path, width=WIDTH, **arguments), values
 
 
 def asked_runs(opened: RowReader, monkeypatch, *, in_memory: bool | None) -> list[np.ndarray]:

@@ -58,6 +58,8 @@ FAULT_BYTES = 2 << 20
 MIN_RESIDENT_BYTES = 4 * FAULT_BYTES
 # What `_gather.read` says of a file that is shorter than it was.
 COMPILED_CUT = -2
+# `struct Plan` there.
+PLAN = "7q"
 
 
 class RowReader:
@@ -91,9 +93,8 @@ class RowReader:
         self._fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
         self._close_fd = weakref.finalize(self, os.close, self._fd)
         self._small = plain if compiled is not None and max_resident_bytes is None else None
-        whole = self._gather
         limits = (self._fd, self._num_bytes, SLOW_NS, SLOW_NS_PER_ROW)
-        self._plan = struct.pack("7q", whole.address, whole.num_rows, whole.row_bytes, *limits)
+        self._plan = struct.pack(PLAN, self._gather.address, self._gather.num_rows, self._gather.row_bytes, *limits)
         self._pool: ThreadPoolExecutor | None = None
         self._process = os.getpid()
         self._budget = None if max_resident_bytes is None else _Budget(max_resident_bytes, self._pages)
