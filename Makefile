@@ -7,9 +7,11 @@
 #                      Where packages come from is pip's own business (its configuration, PIP_INDEX_URL).
 #   CORPUS, QUICK      for `make demo`: a folder of text of your own; QUICK=1 for a look in place of a measurement
 #   JOBS               processes that `make test` runs in
+#   FUZZ_SECONDS       how long `make fuzz` looks for a folder that breaks the promise
 
 PYTHON ?= python3
 JOBS ?= 2
+FUZZ_SECONDS ?= 600
 
 VENV := .venv
 BIN := $(VENV)/bin
@@ -21,7 +23,7 @@ TYPED := sense_v2 $(wildcard scripts/*.py benchmarks/*.py)
 BENCHMARKS := $(filter-out benchmarks/turns.py benchmarks/resident.py benchmarks/scaling.py, $(wildcard benchmarks/*.py))
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test crash lint format bench scaling clean distclean broken
+.PHONY: help setup demo test crash fuzz lint format bench scaling clean distclean broken
 
 help: ## this list
 	@sed -n 's/^\([a-z]*\):.*## /\1|/p' Makefile | while IFS='|' read -r target text; do printf '  make %-10s %s\n' "$$target" "$$text"; done
@@ -39,6 +41,11 @@ test: $(INSTALLED) ## all tests (ARGS="-k name" for some)
 crash: $(INSTALLED) ## kill a trainer 500 times, cut the power, fail every call (ten minutes)
 	SENSE_CRASH_KILLS=$${SENSE_CRASH_KILLS:-500} OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(JOBS) $(ARGS) tests/test_crash.py tests/test_power_cut.py tests/test_io_errors.py
 
+# What is found is left as crash-*, which the script repeats when it is given that file.
+fuzz: $(INSTALLED) ## damaged and mixed folders of a table, for FUZZ_SECONDS (ten minutes)
+	$(BIN)/python -m pip install --quiet -c $(TORCH_CONSTRAINTS) -e ".[fuzz]"
+	OMP_NUM_THREADS=1 $(BIN)/python tests/fuzz/fuzz_folders.py -max_total_time=$(FUZZ_SECONDS) $(ARGS)
+
 lint: $(INSTALLED) ## ruff and mypy
 	$(BIN)/python -m ruff check .
 	$(BIN)/python -m ruff format --check .
@@ -55,7 +62,7 @@ scaling: $(INSTALLED) ## train with tables of 10^4 to 10^8 rows and draw docs/sc
 	$(BIN)/python benchmarks/scaling.py $(if $(filter-out 0,$(QUICK)),--quick)
 
 clean: ## remove what was built and the demo's output; data/ and .venv stay
-	rm -rf build dist *.egg-info runs/demo .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf build dist *.egg-info runs/demo .pytest_cache .mypy_cache .ruff_cache .hypothesis .fuzz
 	find $(wildcard sense_v2 tests scripts benchmarks examples) -name __pycache__ -type d -prune -exec rm -rf {} +
 
 distclean: clean ## clean, and remove .venv
@@ -80,7 +87,7 @@ endif
 # whole: from nothing as well, unless the make whose number it holds is still at it. An environment that somebody else
 # made and that works is only added to.
 # torch comes first, and the constraints are in every call, or pip would be free to take another build of it.
-$(INSTALLED): pyproject.toml constraints.txt
+$(INSTALLED): pyproject.toml constraints.txt sense_v2/engram/_gather.c
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' || { echo "$(PYTHON): Python 3.10 or newer is needed; make PYTHON=... names another" >&2; exit 1; }
 	@pid=$$(cat $(INSTALLING) 2>/dev/null); if [ -n "$$pid" ] && kill -0 "$$pid" 2>/dev/null; then echo "another make (process $$pid) is installing into $(VENV); wait for it, or remove $(INSTALLING)" >&2; exit 1; fi
 	@if [ -n "$(STALE)" ] || [ -e $(INSTALLING) ] || ! { $(BIN)/python -m pip --version || $(BIN)/python -m ensurepip; } >/dev/null 2>&1; then echo "making $(VENV)"; rm -rf $(VENV); $(PYTHON) -m venv $(VENV) || { echo "no venv: the system may want python3-venv installed" >&2; exit 1; }; fi

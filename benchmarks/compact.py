@@ -43,20 +43,24 @@ def main() -> None:
         blocks.mul_(scales8.view(torch.float8_e8m0fnu).to(buffer.dtype)[..., None])
 
     ways: dict[str, Callable[[], object]] = {}
-    for dtype, buffer in out.items():
+
+    def add_ways(dtype: torch.dtype, buffer: torch.Tensor) -> None:
         name = str(dtype).removeprefix("torch.")
-        ways[f"copy of {name} (ceiling)"] = lambda b=buffer, d=dtype: b.copy_(source[d])
-        ways[f"float8 to {name}, copy_ without scales (peer)"] = lambda b=buffer: b.copy_(codes8)
+        ways[f"copy of {name} (ceiling)"] = lambda: buffer.copy_(source[dtype])
+        ways[f"float8 to {name}, copy_ without scales (peer)"] = lambda: buffer.copy_(codes8)
         if width % 32 == 0:
-            ways[f"float8 to {name}, copy_ and mul_ (peer)"] = lambda b=buffer: peer_scaled(b)
-        ways[f"float8 to {name}, ours"] = lambda b=buffer: decode(codes8, scales8, b)
-        ways[f"float8 to {name}, ours, from rows as on disk"] = lambda b=buffer: decode(
-            *split(on_disk[FLOAT8], width, FLOAT8), b
+            ways[f"float8 to {name}, copy_ and mul_ (peer)"] = lambda: peer_scaled(buffer)
+        ways[f"float8 to {name}, ours"] = lambda: decode(codes8, scales8, buffer)
+        ways[f"float8 to {name}, ours, from rows as on disk"] = lambda: decode(
+            *split(on_disk[FLOAT8], width, FLOAT8), buffer
         )
-        ways[f"int8 to {name}, ours"] = lambda b=buffer: decode(codes_i8, scales_i8, b)
-        ways[f"int8 to {name}, ours, from rows as on disk"] = lambda b=buffer: decode(
-            *split(on_disk[INT8], width, INT8), b
+        ways[f"int8 to {name}, ours"] = lambda: decode(codes_i8, scales_i8, buffer)
+        ways[f"int8 to {name}, ours, from rows as on disk"] = lambda: decode(
+            *split(on_disk[INT8], width, INT8), buffer
         )
+
+    for dtype, buffer in out.items():
+        add_ways(dtype, buffer)
     ways["int8 to float32, torch.mul (peer)"] = lambda: torch.mul(codes_i8, scales_i8, out=out[torch.float32])
     ways["int8 to bfloat16, torch.mul (peer)"] = lambda: out[torch.bfloat16].copy_(
         torch.mul(codes_i8, scales_i8, out=product)

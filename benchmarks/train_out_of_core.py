@@ -15,7 +15,8 @@ sizes   the demo's model on sparse tables of 1 M, 10 M and 100 M rows, a process
         that a small table would be compared by how many of its rows share a page. Then the same, cold: the pages are
         dropped before each step.
 limit   the same training inside a memory cgroup smaller than a quarter of the table, and without; losses and the
-        table's checksums have to be equal, bit for bit.
+        table's checksums have to be equal, bit for bit. That the limit bites is seen from the pages that were
+        taken away and read again, which the group counts.
 peers   step time against the resident table and against no memory at all, in one process, in blocks of ten steps that
         take turns.
 writes  `write`, and a whole step of the row optimizer, against `index_copy_`; what journaling costs.
@@ -298,8 +299,10 @@ def limit_run(arguments: dict[str, Any]) -> dict[str, Any]:
     batches = text.batches(settings)
     row_ids = torch.cat([layer.row_ids(ids) for ids in islice(batches, settings.steps) for layer in memory_of(model)])
     touched_pages = len(torch.unique(row_ids.flatten() // (PAGE_FLOATS // WIDTH)))
+    faults = resource.getrusage(resource.RUSAGE_SELF).ru_majflt
     history = train(model, batches, settings)
     return {
+        "major_faults": resource.getrusage(resource.RUSAGE_SELF).ru_majflt - faults,
         "losses": history.train_loss,
         "checksums": hashlib.sha256(repr(storage.manifest.checksums).encode()).hexdigest(),
         "seconds": history.step_seconds(),
@@ -330,13 +333,20 @@ def measure_limit(text: Text, folder: Path, size: Size, quick: bool) -> dict[str
         "touched_bytes": free["touched_bytes"],
         "bit_for_bit": equal,
         "group": found["group"],
+        "major_faults": {name: found[name]["major_faults"] for name in ("limited", "free")},
         "last_loss": free["losses"][-1],
         "step_seconds": {name: spread(found[name]["seconds"]) for name in ("limited", "free")},
     }
+    group = result["group"]
+    peak_share = group["peak_bytes"] / size.limit_bytes
+    read_again_bytes = group["pages_read_again"] * mmap.PAGESIZE
     print(
-        f"  table {result['table_bytes'] / result['limit_bytes']:.1f}× the limit, pages touched "
-        f"{result['touched_bytes'] / MB:.0f} MB, the limit was reached {result['group']['failures']:,} times"
+        f"  table {result['table_bytes'] / result['limit_bytes']:.1f}× the limit, its pages touched "
+        f"{result['touched_bytes'] / MB:.0f} MB; inside, the peak was {peak_share:.1%} of the limit, and "
+        f"{read_again_bytes / MB:,.0f} MB of pages that had been taken away were read again"
+        f"{'' if read_again_bytes else ': THE LIMIT DID NOT BITE'}"
     )
+    print(f"  major faults while training: {limited['major_faults']:,} inside, {free['major_faults']:,} outside")
     print(f"  {size.limit_steps} losses and all checksums: {'equal, bit for bit' if equal else 'DIFFERENT'}")
     for name in ("limited", "free"):
         print(f"  {name:8} {line(result['step_seconds'][name])} a step, the table cold at the start")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import struct
 import zlib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from tables import slow_row_hash
@@ -90,17 +90,22 @@ def whole_records(journal: bytes) -> tuple[list[Old], int]:
 
 
 def undone(
-    journal: bytes, generation: int, commit: int, num_rows: int, files: dict[str, bytes], committed: dict[str, bytes]
+    journal: bytes,
+    generation: int,
+    commit: int,
+    num_rows: int,
+    files: dict[str, bytes],
+    is_committed: Callable[[dict[str, bytes]], bool],
 ) -> dict[str, bytes]:
-    """What becomes of the files; `committed` is what they were at the last commit. Raises `Refused`."""
+    """What becomes of the files; `is_committed` says whether they have the manifest's checksums. Raises `Refused`."""
     if not journal:
         return files
-    if len(journal) < HEADER_BYTES or not _is_header(journal[:HEADER_BYTES]):
-        if files != committed:
+    is_whole = len(journal) >= HEADER_BYTES and _is_header(journal[:HEADER_BYTES])
+    header = struct.unpack("<8x4Q8x", journal[:HEADER_BYTES]) if is_whole else (0, 0, 0, 0)
+    header_generation, header_commit, _, header_rows = header
+    if not is_whole or (header_generation < generation and header_commit != commit):
+        if not is_committed(files):
             raise Refused(files)
-        return files
-    header_generation, header_commit, _, header_rows = struct.unpack("<8x4Q8x", journal[:HEADER_BYTES])
-    if header_generation < generation and header_commit != commit:
         return files
     if (header_generation, header_commit) != (generation, commit):
         raise Refused(files)
@@ -117,7 +122,7 @@ def undone(
             seen.add((name, row_id))
             restored[name][row_id * row_bytes : (row_id + 1) * row_bytes] = row
     after = {name: bytes(raw) for name, raw in restored.items()}
-    if end != len(journal) and after != committed:
+    if end != len(journal) and not is_committed(after):
         raise Refused(after)
     return after
 

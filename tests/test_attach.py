@@ -232,16 +232,6 @@ def test_generate_with_left_padding(tmp_path):
     assert torch.equal(out[:, 3:], alone)
 
 
-def test_a_cache_with_tokens_in_it_is_refused(tmp_path):
-    model, ids = attached("llama", tmp_path), some_ids()
-    past = model(ids, use_cache=True).past_key_values
-    for called in (model, model.base_model):
-        with pytest.raises(ValueError, match="use_cache=False"):
-            called(ids[:, :1], past_key_values=past)
-    with pytest.raises(ValueError, match="use_cache=False"):
-        model.generate(ids, max_new_tokens=2, use_cache=True)
-
-
 # --- files ---
 
 
@@ -346,12 +336,23 @@ def test_a_map_without_its_json_warns(tmp_path):
         attach_engram(tiny_model("llama"), config)
 
 
-@pytest.mark.parametrize("change", [{"seed": 3}, {"engram_dim": 64}, {"table_size": 1_600}])
-def test_a_table_that_does_not_match_is_refused_and_kept(tmp_path, change):
+@pytest.mark.parametrize(
+    ("change", "error"),
+    [
+        ({"seed": 3}, r"seed is 0, asked for 3"),
+        ({"engram_dim": 64}, r"width is 8, asked for 16"),
+        ({"table_size": 1_600}, r"rows is 1\d\d\d, asked for 1\d\d\d"),
+        ({"dtype": "bfloat16"}, r"dtype is 'float32', asked for 'bfloat16'"),
+        ({"variant": "paper"}, r"variant is 'sense', asked for 'paper'"),
+        ({"ngram_orders": [2, 4]}, r"layout\.ngram_orders is \[2, 3\], asked for \[2, 4\]"),
+        ({"layer_indices": [2]}, r"layout\.layer_ids is \[1\], asked for \[2\]"),
+    ],
+)
+def test_a_table_that_does_not_match_is_refused_by_field_and_kept(tmp_path, change, error):
     detach_engram(attached("llama", tmp_path))
     before = (tmp_path / "engram_table.dat").read_bytes()
     model = tiny_model("llama")
-    with pytest.raises(ValueError, match=r"seed|width|rows"):
+    with pytest.raises(ValueError, match=rf"engram_table\.json describes another table: .*{error}"):
         attach_engram(model, tiny_config(tmp_path, **change))
     assert (tmp_path / "engram_table.dat").read_bytes() == before
     assert attached_memory(model) is None

@@ -51,7 +51,7 @@ def test_engram_defaults() -> None:
 def test_train_defaults() -> None:
     assert dataclasses.asdict(TrainConfig()) == {
         "steps": 300,
-        "batch_size": 4,
+        "batch_size": 8,
         "sequence_length": 256,
         "learning_rate": 3e-3,
         "fusion_learning_rate": 1e-2,

@@ -12,6 +12,7 @@ import contextlib
 import errno
 import itertools
 import os
+import re
 import resource
 import shutil
 import subprocess
@@ -260,6 +261,32 @@ def test_a_recovered_table(quick_path: Path, run: Run, kind: str, lasting: bool)
         action()
     left.close()
     fail_every_call(run, quick_path, kind, lasting, quick_path / "start")
+
+
+@pytest.mark.parametrize("mode", ["r", "r+"])
+@pytest.mark.parametrize(("call", "file"), [("pread", "engram_table.journal"), ("fstat", "engram_table.json")])
+def test_what_cannot_be_read_is_named(
+    quick_path: Path, monkeypatch: pytest.MonkeyPatch, mode: str, call: str, file: str
+) -> None:
+    """The system's own error, of a file that was open, names none."""
+    left = open_trainer(MOST_CALLS, quick_path)
+    left.gradients()
+    left.update()
+    left.close()
+    before = {path.name: path.read_bytes() for path in quick_path.iterdir() if path.suffix != ".lock"}
+    real = getattr(os, call)
+
+    def fail(fd: int, *more: Any) -> Any:
+        if Path(os.readlink(f"/proc/self/fd/{fd}")).name == file:
+            raise OSError(errno.EIO, os.strerror(errno.EIO))
+        return real(fd, *more)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, call, fail)
+        with pytest.raises(OSError, match=re.escape(str(quick_path / file))) as caught:
+            MMapEmbeddingStorage(ROWS, WIDTH, quick_path / TABLE, mode=mode)
+    assert caught.value.errno == errno.EIO
+    assert {path.name: path.read_bytes() for path in quick_path.iterdir() if path.suffix != ".lock"} == before
 
 
 def lookup(storage: MMapEmbeddingStorage, *ids: int) -> torch.Tensor:

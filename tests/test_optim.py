@@ -346,3 +346,64 @@ def test_a_read_only_table_is_refused(tmp_path):
 def test_settings_that_make_no_sense_are_named(tmp_path, kind, arguments, message):
     with pytest.raises(ValueError, match=message):
         kind(make_storage(tmp_path), **arguments)
+
+
+# --- the stand-in: rows where only parameters are known ---
+
+
+def test_torchs_own_clipping_counts_and_scales_the_rows(tmp_path):
+    storage = make_storage(tmp_path)
+    optimizer = RowWiseAdagrad(storage)
+    dense = torch.nn.Parameter(torch.tensor([3.0]))
+    row_ids, targets = batches()[0]
+    (loss_of(storage.train()(torch.tensor(row_ids)), targets) + dense.sum() * 5).backward()
+    gradient = numpy_gradient(raw_rows(storage), row_ids, targets)
+    norm = torch.nn.utils.clip_grad_norm_([dense, *optimizer.param_groups[0]["params"]], 1.0)
+    expected = np.sqrt(25 + (gradient.astype(np.float64) ** 2).sum())
+    assert norm.item() == pytest.approx(expected, rel=1e-5)
+    ids_U, grads_UD = storage.gradients()
+    np.testing.assert_allclose(grads_UD, gradient[ids_U] / (expected + 1e-6), rtol=1e-4, atol=1e-7)
+    assert dense.grad.item() == pytest.approx(5 / expected, rel=1e-5)
+
+
+@pytest.mark.parametrize("kind", [RowWiseAdagrad, RowAdam])
+def test_a_gradient_scaler_unscales_the_rows_and_skips_what_overflowed(tmp_path, kind):
+    (tmp_path / "plain").mkdir()
+    plain = make_storage(tmp_path / "plain")
+    run(plain, kind(plain, lr=0.1), steps=3)
+    storage = make_storage(tmp_path).train()
+    optimizer, scaler = kind(storage, lr=0.1), torch.amp.GradScaler("cpu", init_scale=2.0**10, growth_interval=100)
+    for row_ids, targets in batches(steps=3):
+        scaler.scale(loss_of(storage(torch.tensor(row_ids)), targets)).backward()
+        scaler.step(optimizer)
+        scaler.update()
+        optimizer.zero_grad()
+    assert storage.path.read_bytes() == plain.path.read_bytes()  # a power of two scales without rounding
+    scaler.scale(loss_of(storage(torch.tensor([1])), [1.0]) * torch.inf).backward()
+    scaler.step(optimizer)
+    scaler.update()
+    assert scaler.get_scale() == 2.0**9
+    assert storage.path.read_bytes() == plain.path.read_bytes()
+
+
+def test_the_stand_in_takes_no_gradient_and_none_forgets_them(tmp_path):
+    storage = make_storage(tmp_path).train()
+    stand_in = RowWiseAdagrad(storage).param_groups[0]["params"][0]
+    assert stand_in.grad is None
+    storage(torch.tensor([1])).sum().backward()
+    assert stand_in.grad.shape == (1, WIDTH)
+    with pytest.raises(ValueError, match="come from backward"):
+        stand_in.grad = torch.ones(1, WIDTH)
+    stand_in.grad = None
+    assert storage.gradients() is None
+
+
+def test_a_reader_collects_gradients_where_it_is_told_to(tmp_path):
+    make_storage(tmp_path).close()
+    reader = make_storage(tmp_path, mode="r").train()
+    assert not reader(torch.tensor([1])).requires_grad
+    reader.collects_gradients = True
+    reader(torch.tensor([1, 1])).sum().backward()
+    ids_U, grads_UD = reader.gradients()
+    assert ids_U.tolist() == [1]
+    assert grads_UD.tolist() == [[2.0] * WIDTH]

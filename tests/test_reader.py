@@ -1,17 +1,29 @@
-"""How files are mapped, asked of the kernel (/proc/self/smaps); memory limits, in a made-up tree of cgroups."""
+"""How files are mapped, asked of the kernel (/proc/self/smaps); memory limits, in a made-up tree of cgroups; rows
+read warm, cold and ahead, with everything that is asked of the kernel granted, refused and missing."""
 
+import contextlib
+import gc
+import mmap
 import os
 import re
+import shutil
+import struct
+import threading
+import time
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from tables import in_a_fork, run_python
 
-from sense_v2.engram import reader
-from sense_v2.engram.reader import map_rows, usable_memory_bytes
+from sense_v2.engram import gather, pages, reader
+from sense_v2.engram.format import row_dtype
+from sense_v2.engram.pages import page_runs
+from sense_v2.engram.reader import ASKED_BATCHES, RowReader, map_rows, usable_memory_bytes
 from sense_v2.engram.storage import MMapEmbeddingStorage
 
+needs_compiled = pytest.mark.skipif(gather.compiled is None, reason="the extension wasn't compiled")
 needs_smaps = pytest.mark.skipif(not Path("/proc/self/smaps").exists(), reason="asks /proc/self/smaps")
 MACHINE_BYTES = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
 
@@ -101,3 +113,243 @@ def test_without_a_limit_it_is_the_machines_memory(tmp_path, line, limits):
 
 def test_where_nothing_tells_of_cgroups(tmp_path):
     assert usable_memory_bytes(tmp_path) == MACHINE_BYTES
+
+
+# Reading
+
+
+N_ROWS, WIDTH = 4096, 256
+
+
+@pytest.fixture(params=["plain", pytest.param("compiled", marks=needs_compiled)])
+def way(request, monkeypatch) -> str:
+    if request.param == "plain":
+        monkeypatch.setattr(gather, "compiled", None)
+        monkeypatch.setattr(reader, "compiled", None)
+    pages._warn_once.cache_clear()
+    return request.param
+
+
+def open_reader(path: Path, **arguments) -> tuple[RowReader, np.ndarray]:
+    values = np.random.default_rng(0).standard_normal((N_ROWS, WIDTH), dtype=np.float32)
+    values.tofile(path)
+    mapped = map_rows(path, np.dtype("<f4"), "r", values.shape, has_holes=False)
+    return RowReader(mapped, row_dtype("float32"), path, width=WIDTH, **arguments), values
+
+
+def asked_runs(opened: RowReader, monkeypatch, *, in_memory: bool | None) -> list[np.ndarray]:
+    """What is asked for from here on; `in_memory` is what the kernel says of every page."""
+    runs: list[np.ndarray] = []
+    monkeypatch.setattr(opened._pages, "will_need", runs.append)
+    monkeypatch.setattr(opened._pages, "in_memory", lambda offsets: in_memory)
+    return runs
+
+
+def take_forever(opened: RowReader, monkeypatch, forever: bool) -> None:
+    """Whether every gather counts as slow, or none does."""
+    slow_ns = -(10**12) if forever else 10**12
+    monkeypatch.setattr(reader, "SLOW_NS", slow_ns)
+    plan = [*struct.unpack("7q", opened._plan)]
+    plan[5] = slow_ns
+    opened._plan = struct.pack("7q", *plan)
+
+
+@pytest.mark.parametrize("num_ids", [0, 1, 16, 2000])
+@pytest.mark.parametrize("in_memory", [True, False, None])
+@pytest.mark.parametrize("batches_to_ask", [0, 9])
+def test_rows_are_the_same_asked_for_or_not(tmp_path, way, monkeypatch, num_ids, in_memory, batches_to_ask):
+    opened, values = open_reader(tmp_path / "rows")
+    monkeypatch.setattr(opened._pages, "in_memory", lambda offsets: in_memory)
+    opened._batches_to_ask = batches_to_ask
+    ids = torch.from_numpy(np.random.default_rng(1).integers(0, N_ROWS, num_ids))
+    opened.prefetch(ids)
+    for dtype in (torch.int64, torch.int32):
+        np.testing.assert_array_equal(opened.read(ids.to(dtype)).numpy(), values[ids.numpy()])
+    opened.close()
+
+
+def test_a_warm_table_is_never_asked_for(tmp_path, way, monkeypatch):
+    monkeypatch.setattr(reader, "SLOW_NS", 10**12)
+    opened, _ = open_reader(tmp_path / "rows")
+    runs = asked_runs(opened, monkeypatch, in_memory=True)
+    for num_ids in (16, 16, 5000, 16):
+        ids = torch.arange(num_ids) % N_ROWS
+        opened.prefetch(ids)
+        opened.read(ids)
+    opened.close()
+    assert runs == []
+
+
+def test_a_slow_batch_that_read_the_disk_is_followed_by_asking(tmp_path, way, monkeypatch):
+    opened, _ = open_reader(tmp_path / "rows")
+    ids = torch.tensor([1, 5])
+    take_forever(opened, monkeypatch, False)
+    runs = asked_runs(opened, monkeypatch, in_memory=False)
+    opened._batches_to_ask = 0
+    opened.read(ids)
+    assert runs == []
+    reads = opened._disk_reads
+    take_forever(opened, monkeypatch, True)
+    monkeypatch.setattr(reader, "_disk_reads", lambda: reads)
+    opened.read(ids)  # slow, but not because of the disk
+    assert opened._batches_to_ask == 0
+    monkeypatch.setattr(reader, "_disk_reads", lambda: reads + 1)
+    opened.read(ids)
+    assert opened._batches_to_ask == ASKED_BATCHES
+    opened.read(ids)
+    assert [run.tolist() for run in runs] == [page_runs(ids.numpy(), WIDTH * 4).tolist()]
+
+
+def test_asking_ends_when_nothing_is_slow_any_more(tmp_path, way, monkeypatch):
+    monkeypatch.setattr(reader, "SLOW_NS", 10**12)
+    opened, _ = open_reader(tmp_path / "rows")
+    runs = asked_runs(opened, monkeypatch, in_memory=None)
+    opened._batches_to_ask = ASKED_BATCHES
+    for _ in range(ASKED_BATCHES + 20):
+        opened.read(torch.tensor([1]))
+    assert len(runs) == ASKED_BATCHES
+
+
+def test_prefetch_asks_for_the_pages_and_a_large_one_in_a_thread(tmp_path, way, monkeypatch):
+    opened, _ = open_reader(tmp_path / "rows")
+    threads = []
+    monkeypatch.setattr(opened._pages, "will_need", lambda runs: threads.append((threading.get_ident(), len(runs))))
+    monkeypatch.setattr(opened._pages, "in_memory", lambda offsets: False)
+    opened.prefetch(torch.tensor([0, 0, 100]))
+    opened.prefetch(torch.arange(0, 4000, 4))
+    opened.close()  # waits for the thread
+    assert threads[0] == (threading.get_ident(), 2)
+    assert threads[1][0] != threading.get_ident()
+
+
+@pytest.mark.parametrize("bad", [-1, N_ROWS])
+def test_ids_outside(tmp_path, way, bad):
+    opened, _ = open_reader(tmp_path / "rows")
+    for call in (opened.read, opened.prefetch):
+        for asks in (0, 5):
+            opened._batches_to_ask = asks
+            with pytest.raises(IndexError, match=rf"row id {bad}: .*rows has rows 0 to {N_ROWS - 1}"):
+                call(torch.tensor([3, bad]))
+
+
+@pytest.mark.parametrize("num_ids", [2, 3000])
+def test_a_file_that_was_cut_is_an_error(tmp_path, way, num_ids):
+    path = tmp_path / "rows"
+    opened, values = open_reader(path)
+    opened.read(torch.tensor([1]))
+    os.truncate(path, values.nbytes // 2)
+    time.sleep(0.002)  # small batches look once a millisecond
+    ids = torch.arange(num_ids)
+    for call in (opened.read, opened.prefetch):
+        with pytest.raises(OSError, match=rf"{values.nbytes} bytes, found {values.nbytes // 2}: the file was cut"):
+            call(ids)
+
+
+def test_a_file_that_was_removed_or_replaced_is_read_as_it_was(tmp_path, way):
+    path = tmp_path / "rows"
+    opened, values = open_reader(path)
+    path.unlink()
+    path.write_bytes(b"another file")
+    np.testing.assert_array_equal(opened.read(torch.arange(N_ROWS)).numpy(), values)
+
+
+def test_a_file_in_memory(quick_path, way):
+    opened, values = open_reader(quick_path / "rows")
+    opened._batches_to_ask = 5
+    opened.prefetch(torch.arange(N_ROWS))
+    np.testing.assert_array_equal(opened.read(torch.arange(N_ROWS)).numpy(), values)
+    opened.close()
+
+
+@pytest.mark.parametrize("advice", ["MADV_HUGEPAGE", "MADV_NOHUGEPAGE"])
+def test_with_huge_pages_and_without(tmp_path, way, advice):
+    opened, values = open_reader(tmp_path / "rows")
+    with contextlib.suppress(OSError):  # the kernel may have none
+        opened._mapping.madvise(getattr(mmap, advice))
+    np.testing.assert_array_equal(opened.read(torch.arange(N_ROWS)).numpy(), values)
+
+
+def test_rows_outlive_the_reader(tmp_path, way):
+    opened, values = open_reader(tmp_path / "rows")
+    rows = [opened.read(torch.arange(num_ids)) for num_ids in (3, 4000)]
+    opened.close()
+    del opened
+    gc.collect()
+    for found in rows:
+        np.testing.assert_array_equal(found.numpy(), values[: len(found)])
+
+
+def test_in_a_forked_child(tmp_path, way):
+    opened, values = open_reader(tmp_path / "rows")
+    opened._batches_to_ask = 50
+    opened.prefetch(torch.arange(1000))
+
+    def child() -> str:
+        opened._batches_to_ask = 50
+        opened.prefetch(torch.arange(1000))
+        return str(float(opened.read(torch.arange(1000)).sum()))
+
+    assert in_a_fork(child) == str(float(torch.from_numpy(values[:1000]).sum()))
+    opened.close()
+
+
+def resident_bytes(path: Path) -> int:
+    for entry in re.split(r"(?m)^(?=[0-9a-f]+-[0-9a-f]+ )", Path("/proc/self/smaps").read_text()):
+        if entry.splitlines() and entry.splitlines()[0].endswith(f" {path}"):
+            return int(re.search(r"(?m)^Rss: +(\d+) kB$", entry).group(1)) * 1024
+    raise AssertionError("not mapped")
+
+
+@needs_smaps
+@pytest.mark.filterwarnings("ignore:.*no manifest")
+def test_the_budget_is_kept(tmp_path, monkeypatch):
+    path = tmp_path / "rows"
+    values = np.random.default_rng(0).standard_normal((65_536, 256), dtype=np.float32)  # 64 MiB
+    values.tofile(path)
+    free = MMapEmbeddingStorage(65_536, 256, shutil.copy(path, tmp_path / "free"), mode="r")
+    bound = MMapEmbeddingStorage(65_536, 256, path, mode="r", max_resident_bytes=8 << 20)
+    generator = torch.Generator().manual_seed(0)
+    highest, keep = [], bound._reader._budget.keep
+    monkeypatch.setattr(bound._reader._budget, "keep", lambda: (highest.append(resident_bytes(path)), keep()))
+    for num_ids in [16] * 20 + [300]:
+        ids = torch.randint(0, 65_536, (num_ids,), generator=generator)
+        assert torch.equal(bound(ids), free(ids))
+    assert resident_bytes(tmp_path / "free") > 16 << 20
+    assert 0 < max(highest) <= 8 << 20
+    assert resident_bytes(path) <= 8 << 20
+
+
+def test_a_budget_that_is_too_small(tmp_path):
+    with pytest.raises(ValueError, match="max_resident_bytes = 5: must be None, or at least 8388608"):
+        open_reader(tmp_path / "rows", max_resident_bytes=5)
+
+
+def test_without_statm_the_budget_counts_what_it_may_have_mapped(tmp_path, monkeypatch):
+    monkeypatch.setattr(reader, "_shared_bytes", lambda: None)
+    opened, values = open_reader(tmp_path / "rows", max_resident_bytes=8 << 20)
+    drops = []
+    monkeypatch.setattr(opened._pages, "drop", lambda: drops.append(1))
+    np.testing.assert_array_equal(opened.read(torch.arange(100)).numpy(), values[:100])
+    assert len(drops) == 50
+
+
+@needs_smaps
+def test_processes_share_one_copy(tmp_path):
+    path = tmp_path / "rows"
+    opened, _ = open_reader(path)
+    opened.read(torch.arange(N_ROWS))
+    code = (
+        "import sys, re, torch, pathlib\n"
+        "from sense_v2.engram.storage import MMapEmbeddingStorage\n"
+        "import warnings; warnings.simplefilter('ignore')\n"
+        f"table = MMapEmbeddingStorage({N_ROWS}, {WIDTH}, sys.argv[1], mode='r')\n"
+        f"table(torch.arange({N_ROWS}))\n"
+        "entry = pathlib.Path('/proc/self/smaps').read_text().split(sys.argv[1])[1]\n"
+        "print(*[re.search(name + r': +(\\d+)', entry).group(1) for name in ('Rss', 'Pss')])\n"
+    )
+    out, error = run_python(code, path).communicate(timeout=120)
+    assert not error, error
+    rss, pss = map(int, out.split())
+    assert rss == N_ROWS * WIDTH * 4 // 1024
+    assert pss <= rss / 2 + 64  # this process has the other half
+    opened.close()

@@ -16,6 +16,7 @@ import threading
 import time
 import warnings
 import weakref
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -72,7 +73,8 @@ def test_a_new_table_and_its_manifest(tmp_path: Path) -> None:
         ((0, D), "rows = 0"),
         ((N, -1), "width = -1"),
         ((2**62, D), "more than a file can have"),
-        ((N, D, {"dtype": "int8"}), "dtype = 'int8'"),
+        ((N, D, {"dtype": "int16"}), "dtype = 'int16'"),
+        ((N, D, {"dtype": "int8"}), "rows of int8 are only read"),
         ((N, D, {"mode": "w"}), "mode = 'w': must be 'r\\+'"),
         ((N, D, {"seed": -1}), "init_seed = -1"),
         ((N, D, {"init_std": float("inf")}), "init_std = inf"),
@@ -310,6 +312,38 @@ def test_several_makers_at_once_make_one_table_and_one_gets_to_write(path: Path)
         "engram_table.json",
         "engram_table.lock",
     ]
+
+
+@pytest.mark.parametrize(
+    ("make_journal", "error"),
+    [
+        (lambda path: path.write_bytes(b"SENSEjr1"), r"the journal of an earlier table is: engram_table\.journal"),
+        (lambda path: path.symlink_to("elsewhere"), r"engram_table\.journal is a link"),
+        (lambda path: os.link(file_beside(path), path), r"engram_table\.journal is a file that has another name"),
+        (os.mkfifo, r"engram_table\.journal isn't a regular file"),
+    ],
+    ids=["file", "link", "hard link", "pipe"],
+)
+def test_an_old_tables_journal_stops_a_new_one_before_it_is_made(
+    tmp_path: Path, make_journal: Callable[[Path], Any], error: str
+) -> None:
+    """Made first, it would be refused after that, with advice for another table."""
+    (tmp_path / "folder").mkdir()
+    path = tmp_path / "folder" / "engram_table.dat"
+    journal = path.with_suffix(".journal")
+    make_journal(journal)
+    with pytest.raises((ValueError, OSError), match=error):
+        make(path)
+    assert names(path.parent) == ["engram_table.journal"]
+    journal.unlink()
+    journal.touch()
+    make(path).close()
+
+
+def file_beside(journal: Path) -> Path:
+    path = journal.parents[1] / "other"
+    path.touch()
+    return path
 
 
 def test_an_old_tables_optimizer_state_is_not_taken_for_the_new_ones(path: Path) -> None:
@@ -990,6 +1024,19 @@ def test_a_sync_that_failed_is_not_tried_again(path: Path, monkeypatch: pytest.M
         with pytest.raises(RuntimeError, match=r"an earlier sync failed, .* Open it again: that goes back"):
             call()
     assert manifest(path)["generation"] == 0
+
+
+def test_hooks_run(path: Path) -> None:
+    table = make(path)
+    seen: list[str] = []
+    with table.register_forward_hook(lambda *_: seen.append("after")):
+        table(torch.tensor([1]))
+        with table.register_forward_pre_hook(lambda *_: seen.append("before")):
+            table(torch.tensor([1]))
+    table(torch.tensor([1]))
+    with torch.nn.modules.module.register_module_forward_hook(lambda *_: seen.append("global")):
+        table(torch.tensor([1]))
+    assert seen == ["after", "before", "after", "global"]
 
 
 def test_a_closed_table_says_so(path: Path) -> None:

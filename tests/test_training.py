@@ -2,6 +2,7 @@
 
 import json
 import math
+from itertools import pairwise
 
 import numpy as np
 import pytest
@@ -652,3 +653,28 @@ def test_a_run_that_fails_leaves_the_table_of_its_last_commit(tmp_path):
         again = MMapEmbeddingStorage(storage.num_embeddings, storage.embedding_dim, path)
     assert again.committed_step == 4
     assert path.read_bytes() == rows[4]
+
+
+# --- rows on their way from the disk ---
+
+
+@pytest.mark.parametrize("cold", [True, False])
+def test_the_next_batchs_rows_are_asked_for_and_change_nothing(tmp_path, monkeypatch, cold):
+    config = settings()
+    plain = with_memory(tmp_path / "plain")
+    monkeypatch.setattr(MMapEmbeddingStorage, "reads_the_disk", False)
+    expected = train(plain, make_batches(config), config)
+    model = with_memory(tmp_path / "asked")
+    storage, asked, trained = memory_of(model).storage, [], []
+    monkeypatch.setattr(MMapEmbeddingStorage, "reads_the_disk", cold)
+    prefetch, forward = storage.prefetch, storage.forward
+    monkeypatch.setattr(storage, "prefetch", lambda ids: (asked.append(ids.clone()), prefetch(ids)))
+    monkeypatch.setattr(storage, "forward", lambda ids: (trained.append(ids.clone()), forward(ids))[1])
+    history = train(model, make_batches(config), config)
+    assert history.train_loss == expected.train_loss
+    assert table_bytes(model) == table_bytes(plain)
+    assert len(trained) == config.steps
+    # Before each batch the next one's, and its own when its token ids are known.
+    expected_ids = [ids for own, following in pairwise(trained) for ids in (following, own)] + trained[-1:]
+    assert len(asked) == (len(expected_ids) if cold else 0)
+    assert all(torch.equal(*ids) for ids in zip(asked, expected_ids, strict=cold))

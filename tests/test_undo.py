@@ -10,6 +10,7 @@ import threading
 import time
 from concurrent.futures import ThreadPoolExecutor, wait
 from pathlib import Path
+from unittest import mock
 
 import numpy as np
 import pytest
@@ -17,11 +18,11 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from sense_v2.engram import disk
+from sense_v2.engram import disk, undo
 from sense_v2.engram.checksums import block_sums
 from sense_v2.engram.disk import WriterLock
 from sense_v2.engram.storage import MMapEmbeddingStorage
-from sense_v2.engram.undo import RowBits
+from sense_v2.engram.undo import RowSet
 
 ROWS, WIDTH = 64, 4
 TABLE, STATE = "engram_table.dat", "engram_table.sums.dat"
@@ -55,31 +56,42 @@ def tensor(ids: list[int]) -> torch.Tensor:
     return torch.tensor(ids, dtype=torch.int64)
 
 
-@given(st.lists(row_ids, max_size=6))
-def test_row_bits_are_a_set(batches):
-    bits, expected = RowBits(ROWS), set()
-    for ids in batches:
-        new = bits.missing(np.array(ids, dtype=np.int64))
-        assert new.tolist() == [row_id for row_id in ids if row_id not in expected]
-        bits.add(new)
-        expected |= set(ids)
-    assert bits.is_empty == (not any(batches))
-    everything = np.arange(ROWS)
-    assert set(everything) - set(bits.missing(everything)) == expected
-    copied = bits.copy()
-    assert copied.missing(everything).tolist() == bits.missing(everything).tolist()
-    copied.add(everything)
-    assert set(everything) - set(bits.missing(everything)) == expected, "a copy is a set of its own"
+@given(st.data(), st.sampled_from([ROWS, 5_000, 2**20, 2**45]), st.sampled_from([2, 64, 1024]))
+def test_a_row_set_is_a_set(data, num_rows, least_slots):
+    """As slots that grow, as bits, and over the step from one to the other."""
+    ids = st.lists(st.integers(0, num_rows - 1) | st.integers(max(0, num_rows - 99), num_rows - 1), max_size=60)
+    batches = data.draw(st.lists(ids, max_size=6))
+    with mock.patch.object(undo, "LEAST_SLOTS", least_slots):
+        rows, expected = RowSet(num_rows), set()
+        for batch in batches:
+            new = rows.missing(np.array(batch, dtype=np.int64))
+            assert new.tolist() == [row_id for row_id in batch if row_id not in expected]
+            rows.add(new)
+            expected |= set(batch)
+        assert rows.is_empty == (not any(batches))
+        asked = np.array(sorted({*expected, *range(min(num_rows, 200)), num_rows - 1}))
+        assert set(asked) - set(rows.missing(asked)) == expected
+        copied = rows.copy()
+        assert copied.missing(asked).tolist() == rows.missing(asked).tolist()
+        copied.add(asked)
+        assert copied.missing(asked).tolist() == []
+        assert set(asked) - set(rows.missing(asked)) == expected, "a copy is a set of its own"
 
 
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="memory is read from /proc")
-def test_bits_of_a_table_take_memory_where_rows_changed_only():
+@pytest.mark.parametrize(("num_rows", "most_bytes"), [(2**40, 24 << 20), (2**20, 2 << 20)])
+def test_the_memory_of_a_row_set_follows_its_rows_and_is_a_bit_a_row_at_most(num_rows, most_bytes):
+    """Bits alone would take 1.6 GB, where each id has a page of them to itself; slots alone 4 MiB."""
+    batches = np.random.default_rng(0).integers(0, num_rows, (40, 10_000))
+    every = np.unique(batches)
     before = anonymous_bytes()
-    sets = [RowBits(1 << 32) for _ in range(4)]  # 512 MiB of bits each
-    for bits in sets:
-        bits.add(np.arange(0, 1 << 32, 1 << 26))
-    assert anonymous_bytes() - before < 16 << 20
-    assert sets[0].missing(np.array([0, 1])).tolist() == [1]
+    rows = RowSet(num_rows)
+    for batch in batches:
+        rows.add(rows.missing(np.unique(batch)))
+    assert anonymous_bytes() - before < most_bytes
+    assert len(rows.missing(every)) == 0
+    others = np.setdiff1d(every ^ 1, every)
+    assert np.array_equal(rows.missing(others), others)
 
 
 @given(

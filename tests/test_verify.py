@@ -450,6 +450,16 @@ def test_journals_that_undo_nothing(verify: Any, crashed: Path, made: Path) -> N
         assert (status, found_lines(out)) == (0, [])
         (note,) = found_lines(out, "note")
         assert note == f"{JOURNAL}: undoes nothing any more; the next opening to write removes it"
+        damaged = bytearray(content(crashed)[TABLE])
+        damaged[0] ^= 1
+        (crashed / TABLE).write_bytes(damaged)
+        status, out, _ = verify(crashed)
+        assert (status, [line.split(":")[0] for line in found_lines(out)]) == (1, [TABLE])
+        (note,) = found_lines(out, "note")
+        assert note.startswith(f"{JOURNAL}: is of an earlier commit, and the rows aren't the last one's")
+        with pytest.raises(ValueError, match=rf"{JOURNAL} is of an earlier commit than the manifest"):
+            MMapEmbeddingStorage(N, D, crashed / TABLE)
+        shutil.copy(made / TABLE, crashed / TABLE)
     (crashed / JOURNAL).write_bytes(b"")
     assert verify(crashed)[1].count("\n") == 4
     table.close()

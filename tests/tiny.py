@@ -5,21 +5,56 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import (
     BertConfig,
     BertForMaskedLM,
+    FalconH1Config,
+    FalconH1ForCausalLM,
+    Gemma3ForCausalLM,
+    Gemma3TextConfig,
     GemmaConfig,
     GemmaForCausalLM,
     GPT2Config,
     GPT2LMHeadModel,
+    Lfm2Config,
+    Lfm2ForCausalLM,
     LlamaConfig,
     LlamaForCausalLM,
     MistralConfig,
     MistralForCausalLM,
     Qwen3Config,
     Qwen3ForCausalLM,
+    Qwen3NextConfig,
+    Qwen3NextForCausalLM,
 )
 
 from sense_v2.core.config import EngramConfig
 
 VOCABULARY = 96
+
+# Models of three layers that aren't all attention over everything: what their configurations say besides.
+HYBRIDS = {
+    "gemma3": {"layer_types": ["sliding_attention", "full_attention", "sliding_attention"]},
+    # Short convolutions around one layer of attention.
+    "lfm2": {"layer_types": ["conv", "full_attention", "conv"]},
+    # Linear attention (a gated delta rule) around one layer of attention, and experts.
+    "qwen3_next": {
+        "layer_types": ["linear_attention", "full_attention", "linear_attention"],
+        "linear_num_key_heads": 2,
+        "linear_num_value_heads": 4,
+        "linear_key_head_dim": 8,
+        "linear_value_head_dim": 8,
+        "num_experts": 2,
+        "num_experts_per_tok": 1,
+        "moe_intermediate_size": 16,
+        "shared_expert_intermediate_size": 16,
+    },
+    # A state space (Mamba 2) beside attention in every layer.
+    "falcon_h1": {
+        "mamba_d_ssm": 64,
+        "mamba_n_heads": 8,
+        "mamba_d_head": 8,
+        "mamba_d_state": 8,
+        "mamba_chunk_size": 8,
+    },
+}
 
 
 def tiny_tokenizer(vocabulary: int = VOCABULARY) -> Tokenizer:
@@ -65,7 +100,14 @@ def tiny_model(name: str, *, layers: int = 3, hidden: int = 32, vocabulary: int 
             "qwen3": (Qwen3Config, Qwen3ForCausalLM),
             "mistral": (MistralConfig, MistralForCausalLM),
             "gemma": (GemmaConfig, GemmaForCausalLM),
+            "gemma3": (Gemma3TextConfig, Gemma3ForCausalLM),
+            "lfm2": (Lfm2Config, Lfm2ForCausalLM),
+            "qwen3_next": (Qwen3NextConfig, Qwen3NextForCausalLM),
+            "falcon_h1": (FalconH1Config, FalconH1ForCausalLM),
         }[name]
+        llama_like |= HYBRIDS.get(name, {})
+        if name == "lfm2":  # has its own property of that name
+            del llama_like["head_dim"]
         model = model_type(config_type(**{**llama_like, **common, **extra}))
     return model.eval()
 

@@ -175,6 +175,7 @@ def run_demo(
         "generations": _generations(plain, remembering, held_out_BT, tokenizer),
         "machine": machine(),
     }
+    memory.storage.close()
     results["seconds"] = time.perf_counter() - started
     write_report(results, output / "report.html")
     write_picture(results, output / "perplexity.png")
@@ -290,7 +291,6 @@ def _generations(
                 do_sample=True,
                 temperature=0.7,
                 top_k=20,
-                use_cache=False,
             )
             texts[name] = tokenizer.decode(out[0, PROMPT_TOKENS:].tolist())
         found.append({"prompt": tokenizer.decode(prompt_1T[0].tolist()), **texts})

@@ -261,7 +261,7 @@ class TrainConfig(_Serializable):
 
     steps: int = 300
     """Optimizer steps; each reads one batch."""
-    batch_size: int = 4
+    batch_size: int = 8
     """Sequences a step."""
     sequence_length: int = 256
     """Tokens a sequence."""

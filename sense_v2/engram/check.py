@@ -42,6 +42,7 @@ from sense_v2.engram.scan import Scan, scan_rows
 
 # Row ranges that are written out before "and … more".
 RANGES_SHOWN = 8
+UNDOES_NOTHING = "undoes nothing any more; the next opening to write removes it"
 
 
 @dataclass(frozen=True)
@@ -82,6 +83,8 @@ class Check:
     """The process id of who writes to it."""
     journal: LiveJournal | None = None
     """What a writer that isn't there any more left to be undone."""
+    has_old_journal: bool = False
+    """Whether there is one of an earlier commit."""
     files: list[TableFile] = field(default_factory=list)
     """Those that are there and as long as they must be."""
     checksums: dict[str, list[str]] = field(default_factory=dict)
@@ -281,9 +284,12 @@ def _check_journal(check: Check) -> None:
     except (OSError, ValueError) as error:
         check.add("journal", path, _text_of(error, path))
         return
-    if check.journal is None or not (check.journal.num_rows_of or check.journal.torn_bytes):
+    if check.journal is None:
+        check.has_old_journal = True  # what to say of it depends on the rows
+        return
+    if not (check.journal.num_rows_of or check.journal.torn_bytes):
         check.journal = None
-        check.add("journal", path, "undoes nothing any more; the next opening to write removes it", is_wrong=False)
+        check.add("journal", path, UNDOES_NOTHING, is_wrong=False)
         return
     rows = ", ".join(f"{count:,} rows of {file}" for file, count in check.journal.num_rows_of.items())
     torn = f", and ends in {check.journal.torn_bytes:,} bytes that are no whole record" * (
@@ -327,6 +333,16 @@ def _check_rows(check: Check, *, progress: bool | None) -> None:
             check.checksums[file.path.name] = to_hex(scan.sums)
             _compare_checksums(check, file)
             _report_values(check, file, scan)
+    _note_old_journal(check)
+
+
+def _note_old_journal(check: Check) -> None:
+    if check.has_old_journal:
+        rows_differ = any(finding.kind == "checksum" and finding.is_wrong for finding in check.findings)
+        text = "is of an earlier commit, and the rows aren't the last one's: no opening takes them for that"
+        check.add(
+            "journal", _beside(check.path, journal_name), text if rows_differ else UNDOES_NOTHING, is_wrong=False
+        )
 
 
 def _compare_checksums(check: Check, file: TableFile) -> None:

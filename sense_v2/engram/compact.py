@@ -31,7 +31,9 @@ TILE_VALUES = 1 << 20
 
 _BIAS = 127
 # 2^(byte - 127) for each scale byte; 255 is NaN. In float32, byte 0 is a subnormal.
-_SCALES = torch.tensor([2.0 ** (byte - _BIAS) for byte in range(255)] + [float("nan")], dtype=torch.float32)
+_SCALES = torch.tensor(
+    [2.0 ** (byte - _BIAS) for byte in range(255)] + [float("nan")], dtype=torch.float32, device="cpu"
+)
 # What the float16 that a code's bits make is multiplied with; past byte 247 that is too large for a float32.
 _FROM_HALF = _SCALES.double().mul(256).float()
 _LAST_FROM_HALF = 247
@@ -99,7 +101,7 @@ def decode(codes_UD: torch.Tensor, scales_UK: torch.Tensor, out_UD: torch.Tensor
     tile_rows = max(1, min(num_rows, TILE_VALUES // width))
     work = _Float8Work(tile_rows, width) if codes_UD.dtype == torch.float8_e4m3fn else None
     is_float32 = out_UD.dtype == torch.float32
-    values = None if is_float32 else torch.empty(tile_rows, width, dtype=torch.float32)
+    values = None if is_float32 else torch.empty(tile_rows, width, dtype=torch.float32, device="cpu")
     for start in range(0, num_rows, tile_rows):
         tile = slice(start, min(start + tile_rows, num_rows))
         to_UD = out_UD[tile]
@@ -117,7 +119,7 @@ class _Float8Work:
     """Buffers for a tile of float8 rows."""
 
     def __init__(self, num_rows: int, width: int) -> None:
-        self.bits = torch.empty(num_rows, width, dtype=torch.int16)
+        self.bits = torch.empty(num_rows, width, dtype=torch.int16, device="cpu")
         self.blocks = width // BLOCK_VALUES
 
     def decode(self, codes_UD: torch.Tensor, exponents_UK: torch.Tensor, to_UD: torch.Tensor) -> None:
@@ -165,5 +167,5 @@ def decode_rows(
     rows_UB: torch.Tensor, width: int, dtype: str, *, as_type: torch.dtype = torch.float32
 ) -> torch.Tensor:
     """Rows as they lie on disk -> their values in memory of their own, [U, D]."""
-    values_UD = torch.empty(len(rows_UB), width, dtype=as_type)
+    values_UD = torch.empty(len(rows_UB), width, dtype=as_type, device="cpu")
     return decode(*split(rows_UB, width, dtype), values_UD)

@@ -40,7 +40,7 @@ from sense_v2.engram.opening import (
     lock_table,
     new_commit,
     read_manifest,
-    refuse_left_states,
+    refuse_leftovers,
     refuse_live_journal,
 )
 from sense_v2.engram.scan import next_data, read_into, scan_rows
@@ -134,7 +134,7 @@ def convert_table(
     try:
         if output.exists() or output.is_symlink():
             return _finished(files, old, to.name)
-        refuse_left_states(output)
+        refuse_leftovers(files)
         work = _Work(source, old, output, wanted)
         if files.manifest.exists() and not work.resumed_rows:
             raise FileExistsError(f"{files.manifest} is there, of a table that isn't; choose another --output")

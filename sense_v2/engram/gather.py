@@ -72,7 +72,7 @@ class ReusedBuffer:
 
 def _aligned(num_bytes: int) -> np.ndarray[Any, Any]:
     """[num_bytes] of uint8 that begin at a cache line, as PyTorch's memory does and NumPy's doesn't."""
-    return torch.empty(num_bytes, dtype=torch.uint8).numpy()
+    return torch.empty(num_bytes, dtype=torch.uint8, device="cpu").numpy()
 
 
 class RowGather:
@@ -85,8 +85,8 @@ class RowGather:
         self.num_rows, self.width = rows_ND.shape
         self.row_bytes = self.width * rows_ND.itemsize
         self.address = int(rows_ND.ctypes.data)
-        self._numpy, self._torch = rows_ND.dtype, dtype.torch
-        self._viewed = self._tensor_ND.dtype != dtype.torch
+        self.numpy_dtype, self._torch = rows_ND.dtype, dtype.torch
+        self.viewed = self._tensor_ND.dtype != dtype.torch
         self._buffer = ReusedBuffer()
 
     def __call__(self, row_ids: torch.Tensor, *, out: torch.Tensor | None = None) -> torch.Tensor:
@@ -102,9 +102,9 @@ class RowGather:
         if out is None:
             shape = (*row_ids.shape, self.width)
             if num_ids * self.row_bytes <= REUSED_BYTES:
-                array = np.empty(shape, self._numpy)
+                array = np.empty(shape, self.numpy_dtype)
             else:
-                array = self._buffer.take(shape, self._numpy)
+                array = self._buffer.take(shape, self.numpy_dtype)
         else:
             array = out.detach().view(self._tensor_ND.dtype).numpy()
         if compiled is None:
@@ -125,7 +125,7 @@ class RowGather:
         if out is not None:
             return out
         rows = torch.from_numpy(array)
-        return rows.view(self._torch) if self._viewed else rows
+        return rows.view(self._torch) if self.viewed else rows
 
     def _plain(self, row_ids: torch.Tensor, array: np.ndarray[Any, Any], num_ids: int) -> None:
         ids = row_ids.reshape(-1)
@@ -157,7 +157,7 @@ class CompactGather:
         if out is None:
             shape, to = (*row_ids.shape, self.width), self._dtype.torch
             if row_ids.numel() * self.width * to.itemsize <= REUSED_BYTES:
-                out = torch.empty(shape, dtype=to)
+                out = torch.empty(shape, dtype=to, device="cpu")
             else:
                 # NumPy has no bfloat16: its bits.
                 bits = np.dtype(f"u{to.itemsize}")

@@ -92,7 +92,8 @@ class JournalBytes:
 
     def __getitem__(self, part: slice) -> bytes:
         at, stop, _ = part.indices(self._size)
-        found = os.pread(self.fd, stop - at, at)
+        with disk.naming(self.path):
+            found = os.pread(self.fd, stop - at, at)
         if len(found) < stop - at:
             raise OSError(errno.EIO, f"{self.path} was cut while it was read: a writer is at the table. Try again")
         return found

@@ -16,18 +16,22 @@ do.
 The `paper` variant (arXiv 2601.07372 and its demo) takes the signed square root of the score before the sigmoid,
 norms the convolution's input, puts SiLU behind it, and can feed several residual streams.
 
-B batch, T sequence, C hidden size, S residual streams, H rows a position, D row width, V value (W_v memory).
+B batch, T sequence, Q positions of the past and then these T, C hidden size, S residual streams, H rows a position,
+D row width, V value (W_v memory), X = S·C channels of the convolution.
 """
 
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import nn
 
 from sense_v2.core.config import EngramConfig
+from sense_v2.engram import operators
 from sense_v2.engram.hashing import HeadLayout, NgramHasher, boundary_mask
 from sense_v2.engram.storage import MMapEmbeddingStorage
 from sense_v2.engram.tokenizer import EngramTokenizer
@@ -68,7 +72,8 @@ def open_table(config: EngramConfig, tokenizer: EngramTokenizer, *, mode: str = 
 def packed_documents(position_ids_BT: torch.Tensor) -> torch.Tensor | None:
     """sequence_ids_BT from positions that restart: 1 for the first document, 2 for the next, …; None without any."""
     restarts_BT = position_ids_BT[:, 1:] <= position_ids_BT[:, :-1]
-    if not restarts_BT.any():
+    # A compiled graph can't depend on what the positions are, only on their number.
+    if not torch.compiler.is_compiling() and not restarts_BT.any():
         return None
     return F.pad(restarts_BT.long().cumsum(dim=1), (1, 0)) + 1
 
@@ -201,7 +206,18 @@ class EngramFusionLayer(nn.Module):
             # A bias would add a constant to every position, padding and n-grams never seen included.
             bias=False,
         )
+        self._handle = operators.handle_of(self)
         self.reset_parameters()
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        if self.enabled:
+            self._handle = operators.handle_of(self)  # a copy answers for itself
+
+    @property
+    def reach(self) -> int:
+        """How many positions back a position's memory depends on: its n-grams', and the convolution's."""
+        return max(max(self.config.ngram_orders) - 1, (self.conv.kernel_size[0] - 1) * self.conv.dilation[0])
 
     def reset_parameters(self) -> None:
         """The identity: the convolution at zero, and W_v, or the rows behind it. W_k keeps nn.Linear's noise."""
@@ -227,6 +243,14 @@ class EngramFusionLayer(nn.Module):
 
     def lookup(self, row_ids_BTH: torch.Tensor, valid_BT: torch.Tensor | None = None) -> torch.Tensor:
         """memory [B, T, engram_dim]; zeros at masked positions, whose rows are neither read nor trained."""
+        if not torch.compiler.is_compiling():
+            return self.read_rows(row_ids_BTH, valid_BT)
+        if self.training and torch.is_grad_enabled() and self.storage.rows_require_grad:
+            return self._read_outside_of_the_graph(row_ids_BTH, valid_BT)
+        return operators.read_rows(row_ids_BTH, valid_BT, self._handle)
+
+    def read_rows(self, row_ids_BTH: torch.Tensor, valid_BT: torch.Tensor | None) -> torch.Tensor:
+        """What `lookup` does, as it is without a compiler."""
         if self.training and torch.is_grad_enabled() and self.storage.rows_require_grad:
             self._refuse_dead_rows()
         if valid_BT is None or bool(valid_BT.all()):
@@ -237,6 +261,19 @@ class EngramFusionLayer(nn.Module):
             )
             rows_BTHD = rows_BTHD.index_put((valid_BT,), self.storage(row_ids_BTH[valid_BT]))
         return rows_BTHD.flatten(-2)
+
+    @property
+    def memory_width(self) -> int:
+        return self.config.engram_dim
+
+    @property
+    def rows_dtype(self) -> torch.dtype:
+        return self.storage.dtype
+
+    @torch.compiler.disable
+    def _read_outside_of_the_graph(self, row_ids_BTH: torch.Tensor, valid_BT: torch.Tensor | None) -> torch.Tensor:
+        """Rows that are trained: their gradient goes to the storage, which a graph knows nothing of."""
+        return self.read_rows(row_ids_BTH, valid_BT)
 
     def _refuse_dead_rows(self) -> None:
         if not self.W_v.weight.requires_grad and not self.W_v.weight.any():
@@ -251,9 +288,15 @@ class EngramFusionLayer(nn.Module):
         memory: torch.Tensor,
         *,
         valid_BT: torch.Tensor | None = None,
-        sequence_ids_BT: torch.Tensor | None = None,
+        sequence_ids_BQ: torch.Tensor | None = None,
+        remember: Callable[[torch.Tensor], torch.Tensor] | None = None,
     ) -> torch.Tensor:
-        """hidden + α·V + conv(α·V), in the shape and dtype of `hidden_states` ([B, T, C], or [B, T, S, C])."""
+        """hidden + α·V + conv(α·V), in the shape and dtype of `hidden_states` ([B, T, C], or [B, T, S, C]).
+
+        Where a sequence comes in parts, `remember` is given what the convolution reads of these positions [B, T, X],
+        keeps it, and returns that of all Q positions it knows and these can reach; `sequence_ids_BQ` says of the same
+        positions which document they belong to. Without it Q is T.
+        """
         hidden_BTSC = hidden_states if hidden_states.dim() == 4 else hidden_states[:, :, None]
         memory = memory.to(self.W_k.weight.dtype)
         key_BTSC = self.W_k(memory).unflatten(-1, (self.num_streams, self.hidden_size))
@@ -265,13 +308,18 @@ class EngramFusionLayer(nn.Module):
         mixed_BTSC = gated_BTSC
         if self.conv_norm is not None:
             mixed_BTSC = self.conv_norm(mixed_BTSC).to(gated_BTSC.dtype)
-        mixed_BCT = short_conv(
-            mixed_BTSC.flatten(-2).transpose(1, 2),
+        inputs_BQX = mixed_BTSC.flatten(-2)
+        if remember is not None:
+            inputs_BQX = remember(inputs_BQX)
+        mixed_BXQ = short_conv(
+            inputs_BQX.transpose(1, 2),
             self.conv,
             causal=self.config.causal,
-            sequence_ids_BT=sequence_ids_BT,
+            sequence_ids_BT=sequence_ids_BQ,
         )
-        mixed_BTSC = mixed_BCT.transpose(1, 2).unflatten(-1, (self.num_streams, self.hidden_size))
+        num_past = inputs_BQX.shape[1] - hidden_BTSC.shape[1]
+        mixed_BTX = mixed_BXQ[..., num_past:].transpose(1, 2)
+        mixed_BTSC = mixed_BTX.unflatten(-1, (self.num_streams, self.hidden_size))
         if self.conv_norm is not None:
             mixed_BTSC = F.silu(mixed_BTSC)
         if valid_BT is not None:
@@ -303,7 +351,7 @@ class EngramFusionLayer(nn.Module):
             sequence_ids_BT = packed_documents(position_ids.to(input_ids.device).expand_as(input_ids))
         row_ids_BTH = self.row_ids(input_ids, attention_mask=valid_BT, sequence_ids=sequence_ids_BT)
         memory = self.lookup(row_ids_BTH, valid_BT).to(hidden_states.device)
-        return self.fuse(hidden_states, memory, valid_BT=valid_BT, sequence_ids_BT=sequence_ids_BT)
+        return self.fuse(hidden_states, memory, valid_BT=valid_BT, sequence_ids_BQ=sequence_ids_BT)
 
     def _check_shapes(
         self,

@@ -102,7 +102,7 @@ def create_table(
         raise FileNotFoundError(f"{path} links to {os.readlink(path)}, which isn't there")
     keep = files.lack_manifest
     with contextlib.suppress(MadeMeanwhileError), new_file(files.manifest, keep=keep) as manifest_fd:
-        refuse_left_states(path)
+        refuse_leftovers(files)
         with new_file(path) as fd:
             if sparse:
                 disk.os.ftruncate(fd, manifest.table_bytes)
@@ -136,13 +136,21 @@ def create_table(
         )
 
 
-def refuse_left_states(path: Path) -> None:
-    """A new table must not be trained on with an old table's optimizer state."""
+def refuse_leftovers(files: TableFiles) -> None:
+    """A new table must not be trained on with an old table's optimizer state; nor be made, to be refused at once,
+    beside a journal that can't be its own."""
+    path = files.table
     pattern = glob.escape(state_file_name(path.name, "_")).replace("._.", ".*.")
     left = [found for found in path.parent.glob(pattern) if found != path and not _is_table(found)]
     if left:
         names = ", ".join(sorted(found.name for found in left))
         raise ValueError(f"{path} isn't there, but optimizer state of an earlier table is: {names}. Remove it")
+    journal = open_journal(files.journal)
+    if journal is not None:
+        os.close(journal[0])
+        raise ValueError(
+            f"{path} isn't there, but the journal of an earlier table is: {files.journal.name}. Remove it"
+        )
 
 
 def new_commit() -> str:
@@ -186,8 +194,7 @@ def cant_write(path: Path, error: OSError) -> OSError:
 def read_manifest(path: Path) -> Manifest:
     """The manifest at `path`. Raises `ValueError` naming the path for what isn't one, `OSError` where it can't be
     read."""
-    # Without O_NONBLOCK a pipe in its place would be waited for forever.
-    with open(path, "rb", opener=lambda name, flags: os.open(name, flags | os.O_NONBLOCK)) as file:
+    with disk.naming(path), open(path, "rb", opener=_open_without_waiting) as file:
         found = os.fstat(file.fileno())
         if not stat.S_ISREG(found.st_mode):
             raise ValueError(f"{path} isn't a regular file")
@@ -201,6 +208,11 @@ def read_manifest(path: Path) -> Manifest:
         return Manifest.from_json(text.decode())
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from error
+
+
+def _open_without_waiting(path: str, flags: int) -> int:
+    # Without O_NONBLOCK a pipe would be waited for forever.
+    return os.open(path, flags | os.O_NONBLOCK)
 
 
 def is_committed(files: TableFiles, manifest: Manifest) -> bool:
@@ -383,6 +395,8 @@ def _refuse_as_state(files: TableFiles, name: str, path: Path) -> None:
         raise ValueError(f"{path} is a table: optimizer state {name!r} can't be there")
     if path.is_symlink():
         raise ValueError(f"optimizer state {path} is a link; put the file itself there")
+    if path.exists() and not path.is_file():
+        raise ValueError(f"optimizer state {path} isn't a regular file; put the file itself there")
 
 
 def _is_table(path: Path) -> bool:

@@ -9,7 +9,8 @@ squared. A row that wasn't met isn't touched, its moments don't decay: that is w
 and it is what `torch.optim.SparseAdam` does.
 
 `rowwise_adagrad` and `row_adam` are the mathematics, as functions of arrays; the classes hold the files. They are
-`torch.optim.Optimizer`s, so learning-rate schedulers take them; their one parameter is a stand-in of no elements.
+`torch.optim.Optimizer`s, so learning-rate schedulers take them; their one parameter is a stand-in of no elements
+whose `.grad` is the rows' gradient, so gradient scalers and clipping take them too.
 
 U unique rows of the batch, D row width.
 """
@@ -61,6 +62,40 @@ def row_adam(
     rows_UD -= step_size * averages_UD / (squares_UD.sqrt() + eps)
 
 
+class RowGradients(torch.nn.Parameter):
+    """A parameter of no elements whose `.grad` is what the storage has pending, float32 [U, D], or None.
+
+    It is how code that knows only parameters reaches the rows: `clip_grad_norm_` counts and scales their gradient,
+    `GradScaler.unscale_` divides it and looks for infinities, `zero_grad` forgets it. None of them compares a
+    gradient's shape with its parameter's. It must not get to an optimizer's own arithmetic, which does.
+    """
+
+    _storage: MMapEmbeddingStorage
+
+    def __new__(cls, storage: MMapEmbeddingStorage) -> RowGradients:
+        stand_in = super().__new__(cls, torch.empty(0), requires_grad=True)
+        stand_in._storage = storage
+        return stand_in
+
+    @property
+    def grad(self) -> torch.Tensor | None:
+        gradients = self._storage.gradients()
+        return None if gradients is None else gradients[1]
+
+    @grad.setter
+    def grad(self, gradient: torch.Tensor | None) -> None:
+        if gradient is not None:
+            raise ValueError("rows' gradients come from backward; they can be scaled in place or set to None")
+        self._storage.clear_gradients()
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> torch.nn.Parameter:
+        # A copy of a storage only reads: it has no gradients to stand in for.
+        return torch.nn.Parameter(torch.empty(0), requires_grad=False)
+
+    def __reduce_ex__(self, protocol: Any) -> tuple[Any, ...]:
+        return torch.nn.Parameter, (torch.empty(0), False)
+
+
 class _RowOptimizer(torch.optim.Optimizer):
     """What both have in common: one storage, its gradients, the schedulers' interface."""
 
@@ -71,7 +106,7 @@ class _RowOptimizer(torch.optim.Optimizer):
             if not defaults[name] >= 0:
                 raise ValueError(f"{type(self).__name__}: {name} = {defaults[name]} must be 0 or more")
         # torch's base class wants a parameter; the rows aren't one (DDP and .to() must not see the table).
-        super().__init__([torch.empty(0)], defaults)
+        super().__init__([RowGradients(storage)], defaults)
         self.storage = storage
 
     @torch.no_grad()

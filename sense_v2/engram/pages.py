@@ -55,8 +55,8 @@ def page_runs(
 class Pages:
     """What the kernel is asked about one mapping, which begins at `address`."""
 
-    def __init__(self, mapping: mmap.mmap, address: int, num_bytes: int) -> None:
-        self.mapping, self.address, self.num_bytes = mapping, address, num_bytes
+    def __init__(self, mapping: mmap.mmap, address: int, num_bytes: int, *, tells: bool = True) -> None:
+        self.mapping, self.address, self.num_bytes, self._tells = mapping, address, num_bytes, tells
         self.can_ask = hasattr(mmap, "MADV_WILLNEED")
 
     def will_need(self, runs_R2: np.ndarray[Any, Any]) -> None:
@@ -81,10 +81,9 @@ class Pages:
             )
 
     def in_memory(self, offsets: list[int]) -> bool | None:
-        """Whether the pages at all of these offsets are in memory, as far as the kernel tells: of a file that this
-        process may not write to, Linux says yes. None where it can't be asked."""
+        """Whether the pages at all of these offsets are in memory; None where the kernel can't be asked."""
         mincore = _mincore()
-        if mincore is None:
+        if mincore is None or not self._tells:
             return None
         found = ctypes.c_ubyte()
         for offset in offsets:

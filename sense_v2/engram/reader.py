@@ -3,8 +3,9 @@
 **Warm** rows, whose pages are in memory, are gathered and nothing else (`sense_v2.engram.gather`). **Cold** rows are
 asked for first: the kernel begins to read all pages of a batch, then the gather finds them (`sense_v2.engram.pages`).
 To ask costs several times a warm gather, so which of the two a batch is has to be known without asking. It is
-measured: a gather that took longer than rows in memory can take is followed by batches that ask, until none is slow
-any more. A large batch is worth a look at a few of its pages before (mincore).
+measured: a gather that took longer than rows in memory can take, and for which the kernel counted a read from the
+disk, is followed by batches that look at a few of their pages first (mincore) and ask, until none is slow any more. A
+large batch is always worth that look.
 
 **Prefetch** is the same question ahead of time, from another thread where it takes long; that thread works where the
 GIL is released. Nothing that is asked changes what is read.
@@ -22,7 +23,9 @@ from __future__ import annotations
 import contextlib
 import mmap
 import os
+import struct
 import time
+import weakref
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -32,28 +35,37 @@ import torch
 
 from sense_v2.engram import devices
 from sense_v2.engram.format import RowDtype
-from sense_v2.engram.gather import CompactGather, OutOfRangeError, RowGather
+from sense_v2.engram.gather import REUSED_BYTES, CompactGather, OutOfRangeError, RowGather, compiled
 from sense_v2.engram.pages import Pages, page_runs
+
+try:
+    import resource
+except ImportError:  # Windows
+    resource = None  # type: ignore[assignment]
 
 # A table that fits leaves room for the model, and for other tables.
 SHARE_THAT_FITS = 0.5
 # Rows in memory take well under 2 us each; a page from the disk takes 50 or more, or 10 with many in flight.
-SLOW_SECONDS, SLOW_SECONDS_PER_ROW = 20e-6, 4e-6
-# So many batches ask after one that was slow: what that costs if they are warm is less than one more slow one.
+SLOW_NS, SLOW_NS_PER_ROW = 20_000, 4_000
+# So many batches look and ask after a slow one: what that costs if they are warm is less than one more slow one.
 ASKED_BATCHES = 64
 # From here on a look at a few pages costs little beside the gather, and faults one at a time would cost 0.1 s.
 SAMPLED_IDS, NUM_SAMPLES = 1024, 4
 # Asking for more than these takes longer than to hand them to a thread.
 INLINE_IDS = 64
-# A fault maps the pages around it, too, where they are in memory.
-FAULT_AROUND_BYTES = 64 << 10
-MIN_RESIDENT_BYTES = 1 << 20
+# What one fault maps at most: the kernel may keep a file in pages of 2 MiB, and maps one whole whatever the advice.
+FAULT_BYTES = 2 << 20
+MIN_RESIDENT_BYTES = 4 * FAULT_BYTES
+# What `_gather.read` says of a file that is shorter than it was.
+COMPILED_CUT = -2
+# `struct Plan` there.
+PLAN = "7q"
 
 
 class RowReader:
-    """Reads the rows of a mapped file, `rows_ND` (of compact rows [N, bytes of a row]), of `width` values each.
-    `max_resident_bytes` bounds what of it stays mapped into this process's memory. Mappings are read by any number of
-    threads and of processes, which share one copy."""
+    """Reads the rows of a mapped file, `rows_ND` [N, D]; of compact rows [N, bytes of a row], which hold `width`
+    values each. `max_resident_bytes` bounds what of it stays mapped into this process's memory. Mappings are read by
+    any number of threads and of processes, which share one copy."""
 
     def __init__(
         self,
@@ -61,7 +73,7 @@ class RowReader:
         dtype: RowDtype,
         path: Path,
         *,
-        width: int,
+        width: int | None = None,
         max_resident_bytes: int | None = None,
     ) -> None:
         if max_resident_bytes is not None and max_resident_bytes < MIN_RESIDENT_BYTES:
@@ -70,11 +82,19 @@ class RowReader:
             )
         self.path = path
         self._dtype = dtype
-        self._gather = CompactGather(rows_ND, dtype, width) if dtype.is_compact else RowGather(rows_ND, dtype)
+        plain = None if dtype.is_compact else RowGather(rows_ND, dtype)
+        assert plain is not None or width is not None, "bytes don't say how many values a compact row has"
+        self._gather = plain or CompactGather(rows_ND, dtype, width or 0)
         self._mapping: mmap.mmap = rows_ND._mmap  # type: ignore[attr-defined]  # NumPy's own name for the mapping
         self._num_bytes = rows_ND.nbytes
-        self._pages = Pages(self._mapping, self._gather.address, rows_ND.nbytes)
+        self._pages = Pages(self._mapping, self._gather.address, rows_ND.nbytes, tells=_may_be_told(path))
         self._batches_to_ask = 1
+        self._disk_reads = _disk_reads() or 0
+        self._fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+        self._close_fd = weakref.finalize(self, os.close, self._fd)
+        self._small = plain if compiled is not None and max_resident_bytes is None else None
+        limits = (self._fd, self._num_bytes, SLOW_NS, SLOW_NS_PER_ROW)
+        self._plan = struct.pack(PLAN, self._gather.address, self._gather.num_rows, self._gather.row_bytes, *limits)
         self._pool: ThreadPoolExecutor | None = None
         self._process = os.getpid()
         self._budget = None if max_resident_bytes is None else _Budget(max_resident_bytes, self._pages)
@@ -84,16 +104,41 @@ class RowReader:
 
         Raises `IndexError` for an id outside 0 … N - 1, `OSError` where the file was cut since it was opened.
         """
+        num_ids = row_ids.numel()
+        # What a small warm batch needs and nothing else: here Python costs more than the rows.
+        gather = self._small
+        if gather is not None and num_ids < SAMPLED_IDS and out is None and not self._batches_to_ask:
+            num_bytes = num_ids * gather.row_bytes
+            if num_bytes <= REUSED_BYTES and row_ids.is_contiguous():
+                array = np.empty((*row_ids.shape, gather.width), gather.numpy_dtype)
+                id_bytes = 8 if row_ids.dtype is torch.int64 else 4
+                result = compiled.read(self._plan, row_ids.data_ptr(), num_ids, id_bytes, array)
+                if result != -1:
+                    self._explain(result, row_ids)
+                rows = torch.from_numpy(array)
+                return rows.view(self._dtype.torch) if gather.viewed else rows
+        return self._read_any(row_ids, out)
+
+    def _explain(self, result: int, row_ids: torch.Tensor) -> None:
+        """Of `_gather.read`: an id outside, a file that was cut, or rows that came slowly."""
+        if result >= 0:
+            raise self._out_of_range(int(row_ids.reshape(-1)[result]))
+        if result == COMPILED_CUT:
+            self._refuse_cut_file()
+        self._look_after_slow(False)
+
+    def _read_any(self, row_ids: torch.Tensor, out: torch.Tensor | None) -> torch.Tensor:
         # A touch of a page behind the file's end is a SIGBUS, which nobody could explain.
         if self._mapping.size() < self._num_bytes:
             self._refuse_cut_file()
         num_ids = row_ids.numel()
-        if self._batches_to_ask:
-            self._batches_to_ask -= 1
-            self._ask(row_ids)
-        elif num_ids >= SAMPLED_IDS and self._is_cold(row_ids):
-            self._ask(row_ids)
-        started = time.perf_counter()
+        asks = False
+        if self._batches_to_ask or num_ids >= SAMPLED_IDS:
+            self._batches_to_ask = max(0, self._batches_to_ask - 1)
+            asks = self._is_cold(row_ids)
+            if asks:
+                self._ask(row_ids)
+        started = time.perf_counter_ns()
         try:
             if self._budget is None:
                 rows = self._gather(row_ids, out=out)
@@ -101,14 +146,19 @@ class RowReader:
                 rows = self._read_within(self._budget, row_ids, out)
         except OutOfRangeError as error:
             raise self._out_of_range(error.row_id) from None
-        if time.perf_counter() - started > SLOW_SECONDS + num_ids * SLOW_SECONDS_PER_ROW:
-            self._batches_to_ask = ASKED_BATCHES
+        if time.perf_counter_ns() - started > SLOW_NS + num_ids * SLOW_NS_PER_ROW:
+            self._look_after_slow(asks)
         return rows
 
     def read_to(self, row_ids: torch.Tensor, device: torch.device) -> torch.Tensor:
         """As `read`, with the rows on `device`."""
         shape = (*row_ids.shape, self._gather.width)
         return devices.move(self.read(row_ids, out=devices.staging(shape, self._dtype.torch, device)), device)
+
+    @property
+    def reads_the_disk(self) -> bool:
+        """Whether batches came from the disk lately, so that asking ahead pays. At first that isn't known: True."""
+        return self._batches_to_ask > 0
 
     def prefetch(self, row_ids: torch.Tensor) -> None:
         """Begins to read these rows' pages and returns at once; does nothing where reads find them in memory.
@@ -123,7 +173,7 @@ class RowReader:
         outside = (ids < 0) | (ids >= self._gather.num_rows)
         if outside.any():
             raise self._out_of_range(int(ids[np.argmax(outside)]))
-        if not self._batches_to_ask and not (len(ids) >= SAMPLED_IDS and self._is_cold(row_ids)):
+        if not (self._batches_to_ask or len(ids) >= SAMPLED_IDS) or not self._is_cold(row_ids):
             return
         if len(ids) <= INLINE_IDS:
             self._ask(row_ids)
@@ -141,31 +191,40 @@ class RowReader:
         if self._pool is not None and self._process == os.getpid():
             self._pool.shutdown(cancel_futures=True)
         self._pool = None
+        self._close_fd()
 
     def _ask(self, row_ids: torch.Tensor) -> None:
         ids = row_ids.reshape(-1).numpy()
         if not len(ids) or int(ids.min()) < 0 or int(ids.max()) >= self._gather.num_rows:
             return  # the gather says so
         runs_R2 = page_runs(ids, self._gather.row_bytes)
-        started = time.perf_counter()
+        started = time.perf_counter_ns()
         self._pages.will_need(runs_R2)
-        # Pages in memory take 1 us.
-        if time.perf_counter() - started > SLOW_SECONDS + len(runs_R2) * SLOW_SECONDS_PER_ROW:
+        # Pages in memory take 1 us. What was read ahead makes the gather itself fast: it has to be seen here.
+        if time.perf_counter_ns() - started > SLOW_NS + len(runs_R2) * SLOW_NS_PER_ROW:
             self._batches_to_ask = ASKED_BATCHES
 
+    def _look_after_slow(self, asked: bool) -> None:
+        """After a gather that took long: was it the disk, or other work on the machine? A page that was asked for
+        and isn't there yet doesn't count as a read by who touches it."""
+        reads = _disk_reads()
+        if asked or reads is None or reads > self._disk_reads:
+            self._batches_to_ask = ASKED_BATCHES
+        self._disk_reads = reads or 0
+
     def _is_cold(self, row_ids: torch.Tensor) -> bool:
-        """Whether one of a few rows isn't in memory."""
+        """Whether one of a few rows isn't in memory, or that can't be known."""
         ids = row_ids.reshape(-1)
         sample = ids[:: max(1, len(ids) // NUM_SAMPLES)][:NUM_SAMPLES].tolist()
         offsets = [row_id * self._gather.row_bytes for row_id in sample if 0 <= row_id < self._gather.num_rows]
-        return self._pages.in_memory(offsets) is False
+        return not self._pages.in_memory(offsets)
 
     def _read_within(self, budget: _Budget, row_ids: torch.Tensor, out: torch.Tensor | None) -> torch.Tensor:
         """In parts that can't map more than the budget has left."""
         if out is None:
-            out = torch.empty((*row_ids.shape, self._gather.width), dtype=self._dtype.torch)
+            out = torch.empty((*row_ids.shape, self._gather.width), dtype=self._dtype.torch, device="cpu")
         ids, rows = row_ids.reshape(-1), out.view(-1, self._gather.width)
-        part = max(1, budget.part_bytes // (max(FAULT_AROUND_BYTES, mmap.PAGESIZE) + self._gather.row_bytes))
+        part = max(1, budget.part_bytes // (FAULT_BYTES + self._gather.row_bytes))
         for start in range(0, len(ids), part):
             self._gather(ids[start : start + part], out=rows[start : start + part])
             budget.keep()
@@ -193,9 +252,6 @@ class _Budget:
         self.part_bytes = max_bytes // 4
         self._drop_at_bytes = max_bytes // 2
         self._pages = pages
-        if hasattr(mmap, "MADV_NOHUGEPAGE"):
-            with contextlib.suppress(OSError):  # a kernel without huge pages
-                pages.mapping.madvise(mmap.MADV_NOHUGEPAGE)
         self._others_bytes = _shared_bytes()
         self._since_drop = 0
 
@@ -211,6 +267,19 @@ class _Budget:
         elif shared_bytes - (self._others_bytes or 0) > self._drop_at_bytes:
             self._pages.drop()
             self._others_bytes = _shared_bytes()
+
+
+def _may_be_told(path: Path) -> bool:
+    """Whether Linux tells this process which pages of the file are in memory: of others' files it says all are."""
+    try:
+        return os.access(path, os.W_OK) or os.stat(path).st_uid == os.geteuid()
+    except OSError:
+        return False
+
+
+def _disk_reads() -> int | None:
+    """Page faults of this process that had to wait for a disk."""
+    return None if resource is None else resource.getrusage(resource.RUSAGE_SELF).ru_majflt
 
 
 def _shared_bytes() -> int | None:

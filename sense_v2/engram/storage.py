@@ -23,7 +23,7 @@ import os
 import threading
 import warnings
 import weakref
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -32,6 +32,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.nn.modules.module import _has_any_global_hook
 
 from sense_v2.core.config import DURABILITIES
 from sense_v2.engram import disk, opening
@@ -127,6 +128,9 @@ class MMapEmbeddingStorage(nn.Module):
         self._pending: list[tuple[torch.Tensor, torch.Tensor]] = []
         self._pending_lock = threading.Lock()
         self.rows_require_grad = True
+        self.collects_gradients = mode == "r+"
+        """Whether training collects the rows' gradients. True with mode "r" is for a process that hands them to the
+        one that writes."""
         self._states: dict[str, RowState] = {}
         self._state_maps: dict[str, np.memmap[Any, Any]] = {}
         self._failed = False
@@ -227,22 +231,39 @@ class MMapEmbeddingStorage(nn.Module):
         assert self._mmap is not None
         return self._mmap
 
+    def __call__(self, row_ids: torch.Tensor) -> torch.Tensor:
+        """As `forward`. `nn.Module`'s own call looks for hooks, and takes as long as the rows of a small batch; it is
+        used where there are any."""
+        if (
+            self._forward_pre_hooks
+            or self._forward_hooks
+            or self._backward_hooks
+            or self._backward_pre_hooks
+            or _has_any_global_hook()
+        ):
+            return super().__call__(row_ids)
+        reader = self._reader
+        # What `forward` comes to for most small batches.
+        if self.training or reader is None or type(row_ids) is not torch.Tensor:
+            return self.forward(row_ids)
+        return reader.read(row_ids) if row_ids.dtype is torch.int64 and row_ids.is_cpu else self.forward(row_ids)
+
     def forward(self, row_ids: torch.Tensor) -> torch.Tensor:
         """row_ids [...] of int64 or int32 -> rows [..., D] in the table's dtype, on the ids' device.
 
-        In training, with gradients enabled and mode "r+", the rows' gradients reach `gradients()`.
+        In training, with gradients enabled and `collects_gradients`, the rows' gradients reach `gradients()`.
         Raises `IndexError` for an id outside 0 … N - 1, `TypeError` for other dtypes.
         """
         reader = self._reader or self._opened_reader()
         if not (isinstance(row_ids, torch.Tensor) and row_ids.dtype in ID_DTYPES):
             self._refuse_id_type(row_ids)
-        if not (self.training and self.rows_require_grad and self.mode == "r+" and torch.is_grad_enabled()):
+        if not (self.training and self.rows_require_grad and self.collects_gradients and torch.is_grad_enabled()):
             if row_ids.is_cpu:
                 return reader.read(row_ids)
             return reader.read_to(row_ids.cpu(), row_ids.device)
         ids_U, inverse = torch.unique(row_ids.detach().cpu().reshape(-1), return_inverse=True)
         self._refuse_ids(ids_U)
-        if self._process == os.getpid() and not self._failed:
+        if self.mode == "r+" and self._process == os.getpid() and not self._failed:
             self._undo.protect_soon(ids_U.to(torch.int64))
         leaf_UD = reader.read_to(ids_U, row_ids.device).to(torch.float32).requires_grad_()
         leaf_UD.register_post_accumulate_grad_hook(self._gradient_hook(ids_U))
@@ -254,10 +275,15 @@ class MMapEmbeddingStorage(nn.Module):
         memory already costs next to nothing, and no row that is read differs. Raises as `forward`."""
         self._opened_reader().prefetch(self._checked_ids(row_ids))
 
+    @property
+    def reads_the_disk(self) -> bool:
+        """Whether batches came from the disk lately: who would have to compute row ids for `prefetch` asks first."""
+        return self._opened_reader().reads_the_disk
+
     def gather(self, row_ids_U: torch.Tensor) -> torch.Tensor:
         """Rows as float32 [U, D] in memory of their own, without gradient: what a row update computes with."""
         reader, ids_U = self._opened_reader(), self._checked_ids(row_ids_U)
-        rows_UD = torch.empty(len(ids_U), self.embedding_dim, dtype=self.dtype)
+        rows_UD = torch.empty(len(ids_U), self.embedding_dim, dtype=self.dtype, device="cpu")
         return reader.read(ids_U, out=rows_UD).float()
 
     def _opened_reader(self) -> RowReader:
@@ -318,6 +344,12 @@ class MMapEmbeddingStorage(nn.Module):
                 ids_U, grads_UD = self._pending[0]
             self._pending = [(ids_U.to(torch.int64), grads_UD.cpu())]
             return self._pending[0]
+
+    def replace_gradients(self, parts: Sequence[tuple[torch.Tensor, torch.Tensor]]) -> None:
+        """Puts gradients that were gathered from several processes in place of this one's own: parts of (ids_U
+        ascending, grads_UD), which are added up. None at all is no gradient."""
+        with self._pending_lock:
+            self._pending = [part for part in parts if len(part[0])]
 
     def clear_gradients(self) -> None:
         with self._pending_lock:
@@ -413,6 +445,25 @@ class MMapEmbeddingStorage(nn.Module):
     def is_new(self) -> bool:
         """Whether no row has been stored since the table was made, as far as its manifest knows."""
         return self._updates == 0 and self._manifest.init_std is not None
+
+    @property
+    def updates(self) -> int:
+        """Calls that stored rows since the table was made; the draws of stochastic rounding depend on it. Setting it
+        is for who puts the rows of an earlier moment back."""
+        return self._updates
+
+    @updates.setter
+    def updates(self, updates: int) -> None:
+        self._updates = operator.index(updates)
+
+    @property
+    def journal_limit_bytes(self) -> int:
+        """What the journal may grow to between two commits."""
+        return self._undo.journal.limit_bytes
+
+    @journal_limit_bytes.setter
+    def journal_limit_bytes(self, limit_bytes: int) -> None:
+        self._undo.journal.limit_bytes = limit_bytes
 
     def commit(self, step: int | None = None, extra: Mapping[str, Any] | None = None) -> None:
         """Keeps rows, all open optimizer states, `step` and `extra` (any JSON object) together, as `durability` says.

@@ -1,8 +1,8 @@
 """Row ids about to change -> their old bytes in the journal, once between two commits; and new block checksums.
 
 `protect_soon` is called with a batch's rows when they are looked up, and lets a thread copy, hash, append and sync
-while the batch computes; `protect` is called before a store and usually finds everything done. One bit a row says
-whether its old bytes are in the journal already; files whose rows are always protected together share the bits.
+while the batch computes; `protect` is called before a store and usually finds everything done. A set of row ids says
+whose old bytes are in the journal already; files whose rows are always protected together share it.
 
 The old bytes' hashes leave the block sums when they are journaled, the new ones enter them at the commit: a commit
 rereads the rows that changed, never the table.
@@ -29,38 +29,90 @@ from sense_v2.engram.checksums import PART_BYTES, add_to_blocks, num_blocks, row
 from sense_v2.engram.journal import Journal, Record
 
 THREAD_NAME = "sense-v2-journal"
+LEAST_SLOTS = 1024
 
 
-class RowBits:
-    """A set of row ids below `num_rows`: one bit each, in pages that take memory when they are first set."""
+class RowSet:
+    """A set of row ids below `num_rows`, in memory that follows how many there are, not the table.
+
+    Few ids are a hash table (open addressing, each id plus one in a slot, 0 in a free one). Once that would take more
+    than a bit for every row of the table, it is those bits.
+    """
 
     def __init__(self, num_rows: int) -> None:
         self.is_empty = True
-        # Not np.zeros: the C library clears what it hands out again, and NumPy asks for pages of 2 MiB.
-        pages = mmap.mmap(-1, -(-num_rows // 8), flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
-        if hasattr(mmap, "MADV_NOHUGEPAGE"):
-            with contextlib.suppress(OSError):  # a kernel without such pages
-                pages.madvise(mmap.MADV_NOHUGEPAGE)
-        self._bits = np.frombuffer(pages, dtype=np.uint8)
+        self._num_rows = num_rows
+        self._count = 0
+        """Ids in the slots, at most."""
+        self._slots: np.ndarray[Any, Any] = np.zeros(LEAST_SLOTS, np.uint32 if num_rows < 2**32 else np.int64)
+        self._bits: np.ndarray[Any, Any] | None = None
 
     def missing(self, row_ids_U: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
         """Those of the ids that aren't in the set."""
         if self.is_empty:
             return row_ids_U
-        shifts = (row_ids_U & 7).astype(np.uint8)
-        found = (self._bits[row_ids_U >> 3] >> shifts) & np.uint8(1)
-        return row_ids_U if not found.any() else row_ids_U[found == 0]
+        if self._bits is None:
+            found = self._slots[self._places(row_ids_U)] != 0
+        else:
+            shifts = (row_ids_U & 7).astype(np.uint8)
+            found = ((self._bits[row_ids_U >> 3] >> shifts) & np.uint8(1)) != 0
+        return row_ids_U[~found] if found.any() else row_ids_U
 
     def add(self, row_ids_U: np.ndarray[Any, Any]) -> None:
         self.is_empty = self.is_empty and not len(row_ids_U)
-        np.bitwise_or.at(self._bits, row_ids_U >> 3, np.uint8(1) << (row_ids_U & 7).astype(np.uint8))
+        self._make_room(len(row_ids_U))
+        if self._bits is not None:
+            np.bitwise_or.at(self._bits, row_ids_U >> 3, np.uint8(1) << (row_ids_U & 7).astype(np.uint8))
+            return
+        while len(row_ids_U):
+            places_U = self._places(row_ids_U)
+            self._slots[places_U] = row_ids_U + 1
+            # Of several that found the same slot free, one has it now.
+            row_ids_U = row_ids_U[self._slots[places_U] != row_ids_U + 1]
 
-    def copy(self) -> RowBits:
-        """A set of its own. Takes memory for all rows."""
-        copied = RowBits(8 * len(self._bits))
-        copied.is_empty = self.is_empty
-        copied._bits[:] = self._bits
+    def copy(self) -> RowSet:
+        """A set of its own."""
+        copied = RowSet(self._num_rows)
+        copied.is_empty, copied._count, copied._slots = self.is_empty, self._count, self._slots.copy()
+        if self._bits is not None:
+            copied._bits = _zero_bits(self._num_rows)
+            copied._bits[:] = self._bits
         return copied
+
+    def _places(self, row_ids_U: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
+        """For each id the slot that has it, or the free one where it belongs."""
+        shift = np.uint64(65 - len(self._slots).bit_length())
+        # Fibonacci hashing: the product's upper bits, as many as number the slots.
+        places_U = ((row_ids_U.astype(np.uint64) * np.uint64(0x9E3779B97F4A7C15)) >> shift).astype(np.int64)
+        searching = np.arange(len(row_ids_U))
+        while len(searching):
+            held = self._slots[places_U[searching]]
+            searching = searching[(held != 0) & (held != row_ids_U[searching] + 1)]
+            places_U[searching] = (places_U[searching] + 1) & (len(self._slots) - 1)
+        return places_U
+
+    def _make_room(self, more: int) -> None:
+        self._count += more
+        if self._bits is not None or 2 * self._count <= len(self._slots):
+            return
+        row_ids = self._slots[self._slots != 0].astype(np.int64) - 1
+        num_slots = 1 << (3 * self._count - 1).bit_length()
+        if num_slots * self._slots.itemsize > self._num_rows // 8:
+            self._slots, self._bits = self._slots[:0], _zero_bits(self._num_rows)
+        else:
+            self._slots = np.zeros(num_slots, self._slots.dtype)
+        self._count = more
+        self.add(row_ids)
+
+
+def _zero_bits(num_rows: int) -> np.ndarray[Any, Any]:
+    """One bit a row, in pages that take memory when they are first set."""
+    # Not np.zeros: the C library clears what it hands out again, and NumPy asks for pages of 2 MiB.
+    pages = mmap.mmap(-1, -(-num_rows // 8), flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    if hasattr(mmap, "MADV_NOHUGEPAGE"):
+        with contextlib.suppress(OSError):  # a kernel without such pages
+            pages.madvise(mmap.MADV_NOHUGEPAGE)
+    return np.frombuffer(pages, dtype=np.uint8)
 
 
 class TrackedFile:
@@ -70,9 +122,9 @@ class TrackedFile:
         self, name: str, values_ND: torch.Tensor, sums: np.ndarray[Any, Any] | None, committed: bool
     ) -> None:
         self.name, self.values_ND, self.sums, self.committed = name, values_ND, sums, committed
-        self.forget(RowBits(len(values_ND)))
+        self.forget(RowSet(len(values_ND)))
 
-    def forget(self, nothing: RowBits) -> None:
+    def forget(self, nothing: RowSet) -> None:
         """Nothing has changed yet; `nothing` may be shared with other files."""
         self.kept = nothing
         self._delta = np.zeros(num_blocks(len(self.values_ND)), dtype=np.uint64)
@@ -164,7 +216,7 @@ class UndoLog:
                     raise
 
     def _keep(self, files: list[TrackedFile], row_ids_U: np.ndarray[Any, Any]) -> None:
-        """The rows' old bytes to the journal, for files that share their bits."""
+        """The rows' old bytes to the journal, for files that share their set."""
         kept = files[0].kept
         new = kept.missing(row_ids_U)
         if not len(new):
@@ -209,9 +261,9 @@ class UndoLog:
 
     def committed(self, sums: dict[str, np.ndarray[Any, Any] | None], generation: int, commit: int) -> None:
         """All is as `sums` says, and committed: begins anew from there."""
-        nothing: RowBits | None = None
+        nothing: RowSet | None = None
         for name, file in self.files.items():
-            nothing = nothing or RowBits(len(file.values_ND))
+            nothing = nothing or RowSet(len(file.values_ND))
             file.sums, file.committed = sums[name], True
             file.forget(nothing)
         self.stored = False

@@ -1,11 +1,12 @@
 """attach_engram / detach_engram: memory for a transformers model, in place.
 
-    model(input_ids) ──hook on the base model──▶ token ids, mask, positions ride along as a keyword argument
+    model(input_ids) ──hook on the base model──▶ row ids, mask, documents ride along as a keyword argument
                      ──hook on each named layer──▶ hidden states + memory ──▶ the layer as it was
 
-The ids travel as an argument, not as state on a module: gradient checkpointing replays a layer with the arguments
-it was first called with, and two forwards (or two threads) never see each other's ids. No weight of the backbone is
-touched, moved or renamed; `detach_engram` removes the hooks and the model is what it was.
+They travel as an argument, not as state on a module: gradient checkpointing replays a layer with the arguments it was
+first called with, and two forwards (or two threads) never see each other's ids. What generation needs of the tokens
+before a call is in the model's KV cache (`sense_v2.hf.cache`). No weight of the backbone is touched, moved or
+renamed; `detach_engram` removes the hooks and the model is what it was.
 
 What was attached lies in `model.engram` (`EngramMemory`): one table, one shadow map, one fusion layer per index.
 """
@@ -13,10 +14,8 @@ What was attached lies in `model.engram` (`EngramMemory`): one table, one shadow
 from __future__ import annotations
 
 import inspect
+import types
 import warnings
-from collections.abc import Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -25,59 +24,24 @@ from torch import nn
 from transformers import Cache, PreTrainedModel
 
 from sense_v2.core.config import EngramConfig
-from sense_v2.engram.model import EngramFusionLayer, open_table
+from sense_v2.engram.model import EngramFusionLayer
 from sense_v2.engram.tokenizer import EngramTokenizer, EngramTokenizerBuilder
+from sense_v2.hf.cache import EngramState, state_in
+from sense_v2.hf.inputs import (
+    CARRIER,
+    IDS_ARGUMENT,
+    MASK_ARGUMENT,
+    EngramInputs,
+    cache_in,
+    engram_inputs,
+    is_plain_mask,
+    prepare_inputs_with_memory,
+)
+from sense_v2.hf.memory import EngramMemory, attached_memory, memory_of
 
-# The keyword argument that carries the ids from the base model's hook through transformers' **kwargs to the layers.
-CARRIER = "engram_inputs"
-# Token ids for a call with `inputs_embeds`: the memory is looked up by ids.
-IDS_ARGUMENT = "engram_input_ids"
 # An embedding is often padded to a round number of rows; more than this many rows without a token is another
 # tokenizer's map.
 MAX_PADDED_ROWS = 1024
-
-
-@dataclass
-class EngramInputs:
-    """What the memory layers need of one forward call."""
-
-    input_ids_BT: torch.Tensor
-    attention_mask_BT: torch.Tensor | None
-    position_ids_BT: torch.Tensor | None
-
-
-class EngramMemory(nn.Module):
-    """What `attach_engram` adds to a model: `layers` (by layer number), and the table and map they share."""
-
-    def __init__(
-        self,
-        config: EngramConfig,
-        hidden_size: int,
-        tokenizer: EngramTokenizer,
-        pad_token_id: int | None,
-        mode: str = "r+",
-    ) -> None:
-        super().__init__()
-        self.config = config
-        self.tokenizer = tokenizer
-        self.storage = open_table(config, tokenizer, mode=mode)
-        self.layers = nn.ModuleDict(
-            {
-                str(layer_id): EngramFusionLayer(
-                    config,
-                    hidden_size,
-                    layer_id,
-                    tokenizer=tokenizer,
-                    storage=self.storage,
-                    pad_token_id=pad_token_id,
-                )
-                for layer_id in config.layer_indices
-            }
-        )
-        self._undo: list[Any] = []
-
-    def __iter__(self) -> Iterator[EngramFusionLayer]:
-        return iter(self.layers.values())  # type: ignore[arg-type]  # a ModuleDict doesn't know its modules' type
 
 
 def attach_engram(
@@ -90,8 +54,9 @@ def attach_engram(
     A table that doesn't exist yet is created; one that does is checked against its manifest. With mode "r" it is only
     read: nothing on disk changes, and its folder may be one that can't be written to.
 
-    The fusion layers get the backbone's dtype and device. A fresh memory changes no output. `model.generate` runs
-    without the KV cache while memory is attached. `config.enabled=False` attaches nothing and warns.
+    The fusion layers get the backbone's dtype and device. A fresh memory changes no output. A KV cache also keeps
+    what the memory needs of earlier tokens; one that the model filled without this memory is refused.
+    `config.enabled=False` attaches nothing and warns.
 
     Raises `ValueError` for a layer the model doesn't have, a table or map that doesn't match, memory attached
     twice; `FileNotFoundError` where there is neither a shadow map nor a tokenizer to make one.
@@ -100,6 +65,10 @@ def attach_engram(
     >>> model = attach_engram(LlamaForCausalLM(...), EngramConfig(layer_indices=[1]), tokenizer)  # doctest: +SKIP
     """
     config.validate()
+    wrapped = _wrapped_by_peft(model)
+    if wrapped is not None:
+        attach_engram(wrapped, config, tokenizer, mode=mode)
+        return model
     if attached_memory(model) is not None:
         raise ValueError("this model has memory attached already; call detach_engram(model) first")
     if not config.enabled:
@@ -131,30 +100,19 @@ def attach_engram(
     memory.train(model.training)
 
     model.engram = memory
-    carry = _carry_ids(base, embedding, num_embeddings, shadow_map)
+    carry = _carry_ids(memory, base, embedding, num_embeddings, depth)
     memory._undo.append(base.register_forward_pre_hook(carry, with_kwargs=True))
-    fusions = {fusion.layer_id: fusion for fusion in memory}
+    fusions = {fusion.layer_id: (number, fusion) for number, fusion in enumerate(memory)}
     for layer_id, layer in enumerate(layers):
-        hook = _add_memory(fusions.get(layer_id), layer_id)
+        hook = _add_memory(memory, layer_id, depth, *fusions.get(layer_id, (None, None)))
         memory._undo.append(layer.register_forward_pre_hook(hook, with_kwargs=True))
-    generation_config = getattr(model, "generation_config", None)
-    if generation_config is not None:
-        memory._undo.append(_AttributeChange(generation_config, "use_cache", False))
+    for name, function in (
+        ("prepare_inputs_for_generation", prepare_inputs_with_memory),
+        ("init_continuous_batching", _refuse_continuous_batching),
+    ):
+        if hasattr(model, name):
+            memory._undo.append(_OwnMethod(model, name, function))
     return model
-
-
-def memory_of(model: nn.Module) -> EngramMemory:
-    """`model.engram`, typed. Raises `ValueError` where nothing is attached."""
-    memory = attached_memory(model)
-    if memory is None:
-        raise ValueError("this model has no memory attached; attach_engram(model, config) does it")
-    return memory
-
-
-def attached_memory(model: nn.Module) -> EngramMemory | None:
-    """`model.engram`, or None where nothing is attached."""
-    memory = getattr(model, "engram", None)
-    return memory if isinstance(memory, EngramMemory) else None
 
 
 def detach_engram(model: PreTrainedModel) -> PreTrainedModel:
@@ -164,6 +122,10 @@ def detach_engram(model: PreTrainedModel) -> PreTrainedModel:
     attached.
     """
     memory = memory_of(model)
+    wrapped = _wrapped_by_peft(model)
+    if wrapped is not None:
+        detach_engram(wrapped)
+        return model
     if memory.storage.mode == "r+":
         memory.storage.flush()
     for change in memory._undo:
@@ -173,32 +135,9 @@ def detach_engram(model: PreTrainedModel) -> PreTrainedModel:
     return model
 
 
-class _AttributeChange:
-    """Sets an attribute; `remove()` puts the old value back, as a hook's handle does."""
-
-    def __init__(self, owner: Any, name: str, value: Any) -> None:
-        self.owner, self.name, self.old, self.new = owner, name, getattr(owner, name), value
-        setattr(owner, name, value)
-
-    def remove(self) -> None:
-        setattr(self.owner, self.name, self.old)
-
-    def apply(self) -> None:
-        setattr(self.owner, self.name, self.new)
-
-
-@contextmanager
-def own_settings(model: PreTrainedModel) -> Iterator[None]:
-    """While it lasts, the model's settings are those it had before memory was attached: for saving it."""
-    memory = attached_memory(model)
-    changes = [change for change in memory._undo if isinstance(change, _AttributeChange)] if memory else []
-    for change in changes:
-        change.remove()
-    try:
-        yield
-    finally:
-        for change in changes:
-            change.apply()
+def _wrapped_by_peft(model: Any) -> PreTrainedModel | None:
+    """The model inside a PEFT one, which hands `engram` on; None for any other."""
+    return model.get_base_model() if hasattr(model, "peft_config") and hasattr(model, "get_base_model") else None
 
 
 def decoder_layers(model: PreTrainedModel) -> nn.ModuleList:
@@ -264,17 +203,45 @@ def _check_vocabulary(shadow_map: EngramTokenizer, num_embeddings: int, config: 
         )
 
 
-def _carry_ids(base: nn.Module, embedding: nn.Module, num_embeddings: int, shadow_map: EngramTokenizer) -> Any:
-    """The hook on the base model: finds ids, mask and positions among its arguments and sends them along."""
-    signature = inspect.signature(base.forward)
+class _OwnMethod:
+    """A method on one object in place of its class's; `remove()` takes it off again, as a hook's handle does."""
+
+    def __init__(self, owner: Any, name: str, function: Any) -> None:
+        self.owner, self.name = owner, name
+        # generate asks the signature which arguments it may pass on.
+        theirs = inspect.signature(getattr(type(owner), name)).parameters
+        ours = [p for p in inspect.signature(function).parameters.values() if p.kind is p.KEYWORD_ONLY]
+        named = [p for p in theirs.values() if p.kind is not p.VAR_KEYWORD]
+        rest = [p for p in theirs.values() if p.kind is p.VAR_KEYWORD]
+        function = types.FunctionType(function.__code__, function.__globals__, function.__name__)
+        function.__kwdefaults__ = {p.name: None for p in ours}
+        function.__signature__ = inspect.Signature([*named, *ours, *rest])
+        setattr(owner, name, types.MethodType(function, owner))
+
+    def remove(self) -> None:
+        self.owner.__dict__.pop(self.name, None)
+
+
+def _refuse_continuous_batching(model: Any, *args: Any, **kwargs: Any) -> Any:
+    """Before it starts: an error in its thread would only be logged, and every answer empty."""
+    raise ValueError(
+        "continuous batching keeps tokens in a paged cache, which has no place for what the memory must know of "
+        "earlier ones: use model.generate, a batch at a time, or detach_engram(model)"
+    )
+
+
+def _carry_ids(memory: EngramMemory, base: nn.Module, embedding: nn.Module, num_embeddings: int, depth: int) -> Any:
+    """The hook on the base model: finds ids, mask, positions and cache among its arguments and sends along what the
+    layers need."""
+    names = tuple(inspect.signature(base.forward).parameters)
 
     def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict]:
         kwargs = dict(kwargs)
-        input_ids_BT = kwargs.pop(IDS_ARGUMENT, None)
-        arguments = signature.bind_partial(*args, **kwargs).arguments
-        if input_ids_BT is None:
-            input_ids_BT = arguments.get("input_ids")
-        if input_ids_BT is None:
+        given_ids_BT = kwargs.pop(IDS_ARGUMENT, None)
+        given_mask = kwargs.pop(MASK_ARGUMENT, None)
+        arguments = {**dict(zip(names, args, strict=False)), **kwargs}
+        token_ids_BT = arguments.get("input_ids") if given_ids_BT is None else given_ids_BT
+        if token_ids_BT is None:
             raise ValueError(
                 "memory is looked up by token ids, and this call has none (inputs_embeds alone): pass the ids "
                 f"along as {IDS_ARGUMENT}=…"
@@ -285,35 +252,34 @@ def _carry_ids(base: nn.Module, embedding: nn.Module, num_embeddings: int, shado
                 f"the vocabulary was resized from {num_embeddings} to {current} after memory was attached; "
                 "detach_engram, make a shadow map of the new tokenizer, attach again"
             )
-        # An id that no token has is named here; the embedding, which comes next, only says "index out of range".
-        shadow_map(input_ids_BT)
-        past = _cache_in({**arguments, **kwargs})
-        if past is not None and past.get_seq_length() > 0:
-            raise ValueError(
-                "a KV cache that holds earlier tokens was passed, and this version of the memory doesn't see their "
-                "n-grams: call with use_cache=False"
-            )
-        mask = arguments.get("attention_mask")
-        if mask is not None and (not isinstance(mask, torch.Tensor) or mask.dim() != 2):
+        cache = cache_in(arguments)
+        mask = arguments.get("attention_mask") if given_mask is None else given_mask
+        if mask is not None and not is_plain_mask(mask):
             shape = tuple(mask.shape) if isinstance(mask, torch.Tensor) else type(mask).__name__
             raise ValueError(
                 f"attention_mask is {shape}: with memory attached it must be [batch, sequence] with 0 at padding, so "
-                "that n-grams can stop there"
+                f"that n-grams can stop there; such a mask can come along as {MASK_ARGUMENT}=…"
             )
-        kwargs[CARRIER] = EngramInputs(input_ids_BT, mask, arguments.get("position_ids"))
+        state = None if cache is None else _state_in(cache, memory, depth)
+        kwargs[CARRIER] = engram_inputs(memory, token_ids_BT, mask, arguments.get("position_ids"), state)
         return args, kwargs
 
     return hook
 
 
-def _cache_in(arguments: dict[str, Any]) -> Cache | None:
-    """The KV cache among a call's arguments, by its type: its name is `past_key_values` or, since transformers 5.24,
-    `cache`, and one that isn't looked for would be wrong tokens instead of an error."""
-    return next((value for value in arguments.values() if isinstance(value, Cache)), None)
+def _state_in(cache: Cache, memory: EngramMemory, depth: int, *, is_new: bool = False) -> EngramState:
+    if not memory.config.causal:
+        raise ValueError(
+            "this memory looks ahead (EngramConfig.causal = False), so it can't go on from a cache: call with "
+            "use_cache=False"
+        )
+    return state_in(cache, depth=depth, memory_id=memory.id, reach=memory.reach, is_new=is_new)
 
 
-def _add_memory(fusion: EngramFusionLayer | None, layer_id: int) -> Any:
-    """The hook on a layer: takes the carried ids off its arguments and, where the layer has memory, adds it."""
+def _add_memory(
+    memory: EngramMemory, layer_id: int, depth: int, number: int | None, fusion: EngramFusionLayer | None
+) -> Any:
+    """The hook on a layer: takes what was carried off its arguments and, where the layer has memory, adds it."""
 
     def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict]:
         kwargs = dict(kwargs)
@@ -325,10 +291,45 @@ def _add_memory(fusion: EngramFusionLayer | None, layer_id: int) -> Any:
                 f"layer {layer_id} was called without token ids: call the model, not its layers; if the model was "
                 "called, its type doesn't hand keyword arguments down and isn't supported"
             )
+        remember = _keep_tokens(carried, args, kwargs, memory, depth, layer_id)
         hidden_states = args[0] if args else kwargs["hidden_states"]
-        fused = fusion(hidden_states, carried.input_ids_BT, carried.attention_mask_BT, carried.position_ids_BT)
+        memory_BTE = fusion.lookup(carried.row_ids_LBTH[number], carried.valid_BT)
+        fused = fusion.fuse(
+            hidden_states,
+            memory_BTE.to(hidden_states.device),
+            valid_BT=carried.valid_BT,
+            sequence_ids_BQ=carried.documents_BQ,
+            remember=remember,
+        )
         if args:
             return (fused, *args[1:]), kwargs
         return args, {**kwargs, "hidden_states": fused}
 
     return hook
+
+
+def _keep_tokens(
+    carried: EngramInputs,
+    args: tuple[Any, ...],
+    kwargs: dict[str, Any],
+    memory: EngramMemory,
+    depth: int,
+    layer_id: int,
+) -> Any:
+    """What `fuse` keeps the convolution's inputs with, where this call has a cache; the first layer with memory also
+    keeps the tokens. A cache that the model made itself is first seen here, and is empty."""
+    cache = next((value for value in (*args, *kwargs.values()) if isinstance(value, Cache)), None)
+    if cache is None:
+        if carried.num_past > 0:
+            raise ValueError(
+                "the model was given a cache that holds tokens but its layers weren't (gradient checkpointing leaves "
+                "it out): call with use_cache=False and the whole sequence"
+            )
+        return None
+    if carried.state is None:
+        carried.state = _state_in(cache, memory, depth, is_new=True)
+    state = carried.state
+    if not carried.is_kept:
+        state.append_tokens(carried.tokens_BT3)
+        carried.is_kept = True
+    return lambda inputs_BTX: state.remember(layer_id, inputs_BTX)

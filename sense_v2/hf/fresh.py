@@ -12,13 +12,15 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from sense_v2.core.config import EngramConfig
 from sense_v2.hf.pretrained import memory_paths
 
-BPE_VOCABULARY = 8192
+# Few, as suits a run that reads little text: after 300 steps of 8 × 256 tokens one held-out pair in seven was never
+# met, of 8,192 tokens one in five, and the output layer, half of a step, costs half (benchmarks/LOG.md).
+BPE_VOCABULARY = 4096
 END_OF_TEXT = "<|endoftext|>"
 END_OF_TEXT_ID = 0
 
 
 def train_bpe(texts: list[str]) -> Tokenizer:
-    """A byte-level BPE of 8,192 tokens, or of fewer where the texts have no more to give; token 0 ends a text."""
+    """A byte-level BPE of 4,096 tokens, or of fewer where the texts have no more to give; token 0 ends a text."""
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
@@ -53,11 +55,11 @@ def fresh_backbone(vocab_size: int, seed: int, *, max_positions: int = 512) -> L
 
 
 def small_memory(folder: str | Path) -> EngramConfig:
-    """4 heads of about 262,144 rows of width 64 before layer 1, zeros at first, in a folder that `save_trained` will
+    """4 heads of about 524,288 rows of width 64 before layer 1, zeros at first, in a folder that `save_trained` will
     save to."""
     storage_path, shadow_map_path = memory_paths(folder)
     return EngramConfig(
-        table_size=4 * 262_144,
+        table_size=4 * 524_288,
         engram_dim=256,
         num_heads=2,
         init_std=0.0,

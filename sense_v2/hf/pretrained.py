@@ -18,7 +18,6 @@ import contextlib
 import dataclasses
 import os
 import re
-import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -32,10 +31,12 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel, PreT
 
 from sense_v2.core.config import EngramConfig
 from sense_v2.engram.convert import Conversion, convert_table
-from sense_v2.engram.disk import WriterLock, allocate, new_file
+from sense_v2.engram.disk import WriterLock, copy_file, new_file
 from sense_v2.engram.format import journal_name, lock_name, manifest_name
+from sense_v2.engram.opening import read_manifest
+from sense_v2.engram.snapshot import copy_table
 from sense_v2.engram.tokenizer import description_path
-from sense_v2.hf.attach import EngramMemory, attach_engram, attached_memory, memory_of, own_settings
+from sense_v2.hf.attach import EngramMemory, attach_engram, attached_memory, memory_of
 
 MEMORY_FOLDER = "engram"
 CONFIG_FILE = "config.json"
@@ -45,7 +46,6 @@ MAP_FILE = "shadow_map.npy"
 
 # Optimizer state of a table of that name, as sense_v2.engram.format calls it.
 _STATE_FILE = re.compile(r"engram_table\.[A-Za-z0-9_-]{1,64}\.dat")
-_COPY_BYTES = 1 << 24
 
 
 def memory_paths(folder: str | Path) -> tuple[Path, Path]:
@@ -78,28 +78,55 @@ def save_trained(model: PreTrainedModel, folder: str | Path, *, tokenizer: Any =
             (target / CONFIG_FILE).unlink(missing_ok=True)
         folder.mkdir(parents=True, exist_ok=True)
         weights = {name: value for name, value in model.state_dict().items() if not name.startswith("engram.")}
-        with own_settings(model):
-            model.save_pretrained(folder, state_dict=weights)
+        model.save_pretrained(folder, state_dict=weights)
         if tokenizer is not None:
             _save_tokenizer(tokenizer, model, folder)
         if memory is None:
             return
-        target.mkdir(exist_ok=True)
         if memory.storage.mode == "r+":
             memory.storage.flush()
-        if not in_place:
-            _copy_table(memory, target)
-        map_path = memory.tokenizer.path
-        if description_path(map_path).exists():
-            _copy(description_path(map_path), description_path(target / MAP_FILE))
-        else:
-            description_path(target / MAP_FILE).unlink(missing_ok=True)  # of another map
-        _copy(map_path, target / MAP_FILE)
-        weights = {name: value.contiguous() for name, value in memory.layers.state_dict().items()}
-        with _replaced(target / FUSION_FILE) as file:
-            file.write(to_safetensors(weights, metadata={"format": "pt"}))
-        with _replaced(target / CONFIG_FILE) as file:
-            file.write(_portable_config(memory).to_json().encode())
+        save_memory(memory, target, table="stay" if in_place else "copy", states=False)
+
+
+def save_memory(memory: EngramMemory, target: Path, *, table: str, states: bool) -> None:
+    """Writes what of a model is memory to the folder `target`, as above, its configuration last.
+
+    `table`: "copy" copies the table of the last commit, with its optimizer states where `states`; "stay" is for one
+    that lies there already, and for one that isn't to lie there.
+    """
+    target.mkdir(parents=True, exist_ok=True)
+    if table == "copy":
+        _copy_table(memory, target, states)
+    map_path = memory.tokenizer.path
+    if description_path(map_path).exists():
+        copy_file(description_path(map_path), description_path(target / MAP_FILE))
+    else:
+        description_path(target / MAP_FILE).unlink(missing_ok=True)  # of another map
+    copy_file(map_path, target / MAP_FILE)
+    weights = {name: value.contiguous() for name, value in memory.layers.state_dict().items()}
+    with _replaced(target / FUSION_FILE) as file:
+        file.write(to_safetensors(weights, metadata={"format": "pt"}))
+    with _replaced(target / CONFIG_FILE) as file:
+        file.write(_portable_config(memory).to_json().encode())
+
+
+def load_fusion(memory: EngramMemory, folder: Path) -> None:
+    """Gives the fusion layers the weights that `save_memory` wrote to `folder`. Raises `ValueError` where they are
+    damaged, or of other layers."""
+    fusion_path = folder / FUSION_FILE
+    try:
+        weights = load_file(fusion_path)
+    except SafetensorError as error:
+        raise ValueError(
+            f"{fusion_path} can't be loaded ({type(error).__name__}: {error}); copy its files again, all of one model"
+        ) from error
+    try:
+        memory.layers.load_state_dict(weights)
+    except RuntimeError as error:
+        raise ValueError(
+            f"{fusion_path} doesn't hold the fusion layers that {folder / CONFIG_FILE} and the backbone ask "
+            f"for: {error}; copy its files again, all of one model"
+        ) from error
 
 
 def load_trained(folder: str | Path, *, mode: str = "r+") -> PreTrainedModel:
@@ -123,13 +150,6 @@ def load_trained(folder: str | Path, *, mode: str = "r+") -> PreTrainedModel:
     ):
         if not (memory_folder / name).is_file():
             raise FileNotFoundError(f"{memory_folder / name}: the memory's {what}")
-    fusion_path = memory_folder / FUSION_FILE
-    try:
-        weights = load_file(fusion_path)
-    except SafetensorError as error:
-        raise ValueError(
-            f"{fusion_path} can't be loaded ({type(error).__name__}: {error}); copy its files again, all of one model"
-        ) from error
     storage_path, shadow_map_path = memory_paths(folder)
     config = dataclasses.replace(
         EngramConfig.load(memory_folder / CONFIG_FILE),
@@ -137,13 +157,7 @@ def load_trained(folder: str | Path, *, mode: str = "r+") -> PreTrainedModel:
         shadow_map_path=str(shadow_map_path),
     )
     model = attach_engram(_load_backbone(folder), config, mode=mode)
-    try:
-        memory_of(model).layers.load_state_dict(weights)
-    except RuntimeError as error:
-        raise ValueError(
-            f"{fusion_path} doesn't hold the fusion layers that {memory_folder / CONFIG_FILE} and the backbone ask "
-            f"for: {error}; copy its files again, all of one model"
-        ) from error
+    load_fusion(memory_of(model), memory_folder)
     return model.eval()
 
 
@@ -170,12 +184,12 @@ def convert_trained(
         if file.is_file() and not (
             file.name in of_table or file.suffix == ".tmp" or _STATE_FILE.fullmatch(file.name)
         ):
-            _copy(file, target / file.name)
+            copy_file(file, target / file.name)
     with _replaced(target / CONFIG_FILE) as to:
         to.write(dataclasses.replace(config, dtype=dtype).to_json().encode())
     for file in sorted(folder.iterdir(), key=lambda file: (file.name == CONFIG_FILE, file.name)):
         if file.is_file():
-            _copy(file, output / file.name)
+            copy_file(file, output / file.name)
     return conversion
 
 
@@ -213,16 +227,13 @@ def _portable_config(memory: EngramMemory) -> EngramConfig:
     )
 
 
-def _copy_table(memory: EngramMemory, target: Path) -> None:
-    """The table and a manifest without states. State that an earlier table left there would be taken for its own, and
-    a journal would be undone in it."""
-    (target / journal_name(TABLE_FILE)).unlink(missing_ok=True)
-    _copy(memory.storage.path, target / TABLE_FILE)
-    with _replaced(target / manifest_name(TABLE_FILE)) as file:
-        file.write(dataclasses.replace(memory.storage.manifest, states={}).to_json().encode())
+def _copy_table(memory: EngramMemory, target: Path, states: bool) -> None:
+    """The table and its manifest. State that an earlier table left there would be taken for its own."""
+    copy_table(memory.storage, target / TABLE_FILE, states=states)
+    kept = {entry.file for entry in read_manifest(target / manifest_name(TABLE_FILE)).states.values()}
     for path in target.glob("engram_table.*.dat"):
         is_table = path.with_name(manifest_name(path.name)).exists() or _is_same_file(path, memory.storage.path)
-        if _STATE_FILE.fullmatch(path.name) and not is_table:
+        if _STATE_FILE.fullmatch(path.name) and not is_table and path.name not in kept:
             path.unlink()
 
 
@@ -236,12 +247,6 @@ def _sole_writer(table: Path) -> Iterator[None]:
     finally:
         if lock is not None:
             lock.release()
-
-
-def _copy(source: Path, path: Path) -> None:
-    with open(source, "rb") as original, _replaced(path) as file:
-        allocate(file.fileno(), os.fstat(original.fileno()).st_size, path)
-        shutil.copyfileobj(original, file, _COPY_BYTES)
 
 
 @contextlib.contextmanager

@@ -10,6 +10,7 @@ run that dies leaves the table as it was at the last commit, `config.commit_ever
 
 from __future__ import annotations
 
+import itertools
 import math
 import statistics
 import time
@@ -27,8 +28,8 @@ from transformers import PreTrainedModel
 
 from sense_v2.core.config import TrainConfig
 from sense_v2.engram.optim import RowAdam, RowWiseAdagrad, clip_grad_norm_
-from sense_v2.hf.attach import attached_memory
 from sense_v2.hf.evaluation import Evaluation
+from sense_v2.hf.memory import EngramMemory, attached_memory
 
 FINAL_RATE_SHARE = 0.1
 
@@ -145,7 +146,7 @@ def train(
     seconds = 0.0
     model.train()
     with _only_trained(model, optimizers):
-        for token_ids_BT in batches:
+        for token_ids_BT in _ahead(batches, memory, config.steps):
             if should_stop():
                 history.stopped = True
                 break
@@ -182,6 +183,19 @@ def train(
     if memory is not None and writes:
         memory.storage.flush(step=history.steps[-1] if history.steps else None)
     return history
+
+
+def _ahead(batches: Iterable[torch.Tensor], memory: EngramMemory | None, steps: int) -> Iterator[torch.Tensor]:
+    """The first `steps` batches; while one is trained on, the next one's rows are on their way from the disk."""
+    waiting: torch.Tensor | None = None
+    for token_ids_BT in itertools.islice(batches, steps):
+        if waiting is not None:
+            if memory is not None:
+                memory.prefetch(token_ids_BT)
+            yield waiting
+        waiting = token_ids_BT
+    if waiting is not None:
+        yield waiting
 
 
 def _step(

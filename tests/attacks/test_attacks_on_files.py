@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from forge import Old, forged_journal
 from targets import (
     JOURNAL,
     LOCK,
@@ -255,6 +256,23 @@ def test_what_is_no_file_is_named_and_not_waited_for(path: Path, kind: str, name
         if name == MANIFEST:
             assert main.main(["verify", str(path)]) == 1
     assert (place.lstat().st_ino, place.lstat().st_mode) == (status.st_ino, status.st_mode)
+
+
+@pytest.mark.parametrize("kind", NO_FILES)
+def test_no_file_in_place_of_a_state_beside_a_journal(path: Path, kind: str) -> None:
+    """It is seen before the first row is put back, also where the journal speaks of the table alone."""
+    with_no_file = path.with_name(STATE)
+    with_no_file.unlink()
+    NO_FILES[kind](with_no_file)
+    values = manifest_of(path)
+    old = Old(TABLE, [0], [bytes(D * 4)])
+    path.with_name(JOURNAL).write_bytes(
+        forged_journal(values["generation"], int(values["commit"], 16), N, old) + b"torn"
+    )
+    before = content(path.parent)
+    with no_hang(), pytest.raises(ValueError, match=rf"optimizer state .*{STATE} isn't a regular file"):
+        open_table(path)
+    assert content(path.parent) == before
 
 
 @pytest.mark.parametrize("kind", NO_FILES)

@@ -1,0 +1,67 @@
+"""A Trainer's checkpoint folder <-> the memory at that step.
+
+    checkpoint-N/              what the Trainer writes: weights, optimizer, schedule, random states
+    checkpoint-N/engram/       what is written here, as in a saved model (`pretrained.py`); with the table
+        engram_table.*         copied ("copy"), or
+        table_reference.json   named by the commit it had then ("reference")
+
+The table has one state, and training goes on in it. A copy can be gone back to at any time. A reference takes no
+room, and holds only as long as its commit is the table's last: it is refused once another one has followed, never
+taken for the rows it named.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+from sense_v2.engram.disk import new_file, write_at
+from sense_v2.engram.snapshot import restore_table
+from sense_v2.hf.attach import EngramMemory
+from sense_v2.hf.pretrained import CONFIG_FILE, MEMORY_FOLDER, TABLE_FILE, save_memory
+
+TABLES = ("copy", "reference")
+REFERENCE_FILE = "table_reference.json"
+
+
+def write_checkpoint(memory: EngramMemory, checkpoint: Path, *, table: str, states: bool = True) -> None:
+    """Writes `checkpoint/engram`; the table must have nothing uncommitted. `states` False leaves the optimizer
+    states out: good for going back to these rows, not for training on."""
+    folder = checkpoint / MEMORY_FOLDER
+    (folder / CONFIG_FILE).unlink(missing_ok=True)
+    (folder / REFERENCE_FILE).unlink(missing_ok=True)
+    if table == "reference":
+        folder.mkdir(parents=True, exist_ok=True)
+        named = {
+            "storage_path": str(memory.storage.path.absolute()),
+            "commit": memory.storage.manifest.commit,
+            "step": memory.storage.manifest.step,
+        }
+        with new_file(folder / REFERENCE_FILE, replace=True) as fd:
+            write_at(fd, (json.dumps(named, indent=2) + "\n").encode(), 0)
+    save_memory(memory, folder, table="copy" if table == "copy" else "stay", states=states)
+
+
+def restore_rows(memory: EngramMemory, checkpoint: Path) -> None:
+    """Makes the table's rows and optimizer states those of the checkpoint.
+
+    Raises `FileNotFoundError` for a checkpoint without memory and `ValueError` for one whose rows are gone, damaged,
+    or of another table; nothing has changed then.
+    """
+    folder = checkpoint / MEMORY_FOLDER
+    if not (folder / CONFIG_FILE).is_file():
+        raise FileNotFoundError(
+            f"{folder / CONFIG_FILE} isn't there: the checkpoint was saved without an EngramCallback, or saving was "
+            "cut off. Resume from an earlier one: trainer.train(resume_from_checkpoint=FOLDER)"
+        )
+    if not (folder / REFERENCE_FILE).is_file():
+        restore_table(memory.storage, folder / TABLE_FILE)
+        return
+    named, manifest = json.loads((folder / REFERENCE_FILE).read_text(encoding="utf-8")), memory.storage.manifest
+    if named["commit"] != manifest.commit or memory.storage.updates != manifest.updates:
+        raise ValueError(
+            f"{checkpoint} names its rows by reference: {named['storage_path']} as committed at step "
+            f"{named['step']}. {memory.storage.path} has gone on since then (step {manifest.step}), and rows that "
+            "changed can't be had back. Resume from the last checkpoint, or train with EngramCallback("
+            "checkpoints='copy')"
+        )
