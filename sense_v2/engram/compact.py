@@ -9,13 +9,14 @@ A row is a quarter of its float32 size, and is only read: an update smaller than
 disk a row's scales lie behind its values (`join`, `split`), so that a cold row is one read. Decoding goes through
 buffers that stay in the processor's cache, a few rows at a time. What torch's own `copy_` does a value at a time for
 float8 is done here on the bits: shifted left by seven, with bit 14 cleared, a code is a float16 of 1/256 the value.
-The two codes for NaN would come out as ±480, so a carry from 0x7F sets their exponent's last bit.
+The two codes for NaN would come out as ±480: where a tile holds one, a carry from 0x7F sets the exponent's last bit.
 
 U rows, D row width, K scales of a row, B bytes of a row.
 """
 
 from __future__ import annotations
 
+import numpy as np
 import torch
 
 from sense_v2.core.config import COMPACT_DTYPES
@@ -26,7 +27,7 @@ BLOCK_VALUES = 32
 FLOAT8_MAX, INT8_MAX = 448.0, 127.0
 # Values decoded at a time: what is between two passes over them stays in the second-level cache, and there are enough
 # for torch to hand to several threads.
-TILE_VALUES = 1 << 19
+TILE_VALUES = 1 << 20
 
 _BIAS = 127
 # 2^(byte - 127) for each scale byte; 255 is NaN. In float32, byte 0 is a subnormal.
@@ -119,15 +120,14 @@ class _Float8Work:
 
     def __init__(self, num_rows: int, width: int) -> None:
         self.bits = torch.empty(num_rows, width, dtype=torch.int16, device="cpu")
-        self.carry = torch.empty_like(self.bits)
         self.blocks = width // BLOCK_VALUES
 
     def decode(self, codes_UD: torch.Tensor, exponents_UK: torch.Tensor, to_UD: torch.Tensor) -> None:
         num_rows = len(codes_UD)
-        bits, carry = self.bits[:num_rows], self.carry[:num_rows]
+        bits = self.bits[:num_rows]
         bits.copy_(codes_UD).bitwise_left_shift_(7).bitwise_and_(~0x4000)
-        torch.add(bits, 0x80, out=carry)
-        bits.bitwise_or_(carry.bitwise_and_(0x4000))
+        if _has_nan(codes_UD):
+            bits.bitwise_or_((bits + 0x80).bitwise_and_(0x4000))
         to_UD.copy_(bits.view(torch.float16))
         exponents = exponents_UK.flatten().int()
         scale_of = _FROM_HALF
@@ -140,6 +140,13 @@ class _Float8Work:
             to_UD[:, :whole].unflatten(1, (self.blocks, BLOCK_VALUES)).mul_(scales_UK[:, : self.blocks, None])
         if whole < to_UD.shape[1]:
             to_UD[:, whole:].mul_(scales_UK[:, self.blocks :])
+
+
+def _has_nan(codes_UD: torch.Tensor) -> bool:
+    """Whether one of the codes, as int8, is 0x7F, the largest of int8, or 0xFF, the largest of uint8. NumPy compares
+    32 at a time."""
+    codes = codes_UD.numpy()
+    return bool(codes.max() == 0x7F or codes.view(np.uint8).max() == 0xFF)
 
 
 def join(codes_UD: torch.Tensor, scales_UK: torch.Tensor) -> torch.Tensor:
