@@ -32,8 +32,9 @@ enum {
     LINE_BYTES = 64,
     AHEAD_BYTES = 4096,        /* of rows, asked for before they are copied: some 64 lines are in flight */
     AHEAD_ROWS_MAX = 16,
-    STREAM_BYTES = 4 << 20,    /* a larger result doesn't stay in the cache anyway */
-    SHARE_BYTES = 512 << 10,   /* a thread takes some 20 us to start: the least it is started for */
+    LONG_ROW_BYTES = 4096,     /* from here on the processor fetches ahead by itself: both of these lose */
+    STREAM_BYTES = 32 << 20,   /* a larger result doesn't stay in the cache anyway */
+    SHARE_BYTES = 8 << 20,     /* the least that a thread is started for: it begins with an empty cache */
     THREADS_MAX = 64,
 };
 
@@ -74,12 +75,12 @@ static inline void copy_row(char *out, const char *row, Py_ssize_t row_bytes, in
 static void *copy_part(void *argument) {
     const Part *part = argument;
     const Py_ssize_t row_bytes = part->row_bytes, num_ids = part->num_ids, id_bytes = part->id_bytes;
-    Py_ssize_t ahead = AHEAD_BYTES / row_bytes;
-    ahead = ahead < 1 ? 1 : ahead > AHEAD_ROWS_MAX ? AHEAD_ROWS_MAX : ahead;
+    Py_ssize_t ahead = row_bytes >= LONG_ROW_BYTES ? 0 : AHEAD_BYTES / row_bytes;
+    ahead = ahead > AHEAD_ROWS_MAX ? AHEAD_ROWS_MAX : ahead;
     for (Py_ssize_t k = 0; k < ahead && k < num_ids; k++)
         fetch(part->table + id_at(part->ids, k, id_bytes) * row_bytes, row_bytes);
     for (Py_ssize_t k = 0; k < num_ids; k++) {
-        if (k + ahead < num_ids) fetch(part->table + id_at(part->ids, k + ahead, id_bytes) * row_bytes, row_bytes);
+        if (ahead && k + ahead < num_ids) fetch(part->table + id_at(part->ids, k + ahead, id_bytes) * row_bytes, row_bytes);
         copy_row(part->out + k * row_bytes, part->table + id_at(part->ids, k, id_bytes) * row_bytes, row_bytes,
                  part->stream);
     }
@@ -156,7 +157,8 @@ static PyObject *gather_to(const Plan *plan, Part part, PyObject *out_object, lo
         for (result = 0; (uint64_t)id_at(part.ids, result, part.id_bytes) < num_rows; result++) {}
     } else {
         part.out = out.buf;
-        part.stream = out.len >= STREAM_BYTES && part.row_bytes % LINE_BYTES == 0 && (uintptr_t)out.buf % LINE_BYTES == 0;
+        part.stream = out.len >= STREAM_BYTES && part.row_bytes < LONG_ROW_BYTES && part.row_bytes % LINE_BYTES == 0 &&
+                      (uintptr_t)out.buf % LINE_BYTES == 0;
         copy_all(part, num_threads);
         if (of_a_file && now_ns() - started > plan->slow_ns + plan->slow_ns_per_row * part.num_ids) result = SLOW;
     }
