@@ -77,9 +77,7 @@ before = trainer.evaluate()["eval_loss"]
 trainer.train()
 after = trainer.evaluate()["eval_loss"]
 save_trained(model, options.output, tokenizer=tokenizer)
-print(
-    f"held-out perplexity {math.exp(before):.1f} as it was, {math.exp(after):.1f} with memory"
-)
+print(f"held-out perplexity {math.exp(before):.1f} as it was, {math.exp(after):.1f} with memory")
 
 detach_engram(model)
 assert all(torch.equal(value, own[name]) for name, value in model.state_dict().items())

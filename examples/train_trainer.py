@@ -63,7 +63,6 @@ before = trainer.evaluate()["eval_loss"]
 trainer.train(resume_from_checkpoint=options.resume)
 after = trainer.evaluate()["eval_loss"]
 save_trained(model, Path(options.output), tokenizer=tokenizer)
-print(
-    f"held-out perplexity {math.exp(before):.1f} before, {math.exp(after):.1f} after {trainer.state.global_step} steps"
-)
+steps = trainer.state.global_step
+print(f"held-out perplexity {math.exp(before):.1f} before, {math.exp(after):.1f} after {steps} steps")
 print(f"sense-engram generate {options.output} 'def main('    writes with it")

@@ -184,12 +184,12 @@ def convert_trained(
         if file.is_file() and not (
             file.name in of_table or file.suffix == ".tmp" or _STATE_FILE.fullmatch(file.name)
         ):
-            _copy(file, target / file.name)
+            copy_file(file, target / file.name)
     with _replaced(target / CONFIG_FILE) as to:
         to.write(dataclasses.replace(config, dtype=dtype).to_json().encode())
     for file in sorted(folder.iterdir(), key=lambda file: (file.name == CONFIG_FILE, file.name)):
         if file.is_file():
-            _copy(file, output / file.name)
+            copy_file(file, output / file.name)
     return conversion
 
 
