@@ -111,6 +111,9 @@ def run_train(
         "bits_per_byte": {"before": evaluations[0].bits_per_byte, "after": evaluations[-1].bits_per_byte},
         "seconds": time.perf_counter() - started,
     }
+    if config.engram.enabled:
+        # Whoever calls this may go on, and the table is anyone's to write from here.
+        memory_of(backbone.model).storage.close()
     before, after = (wording.perplexity(evaluations[which].perplexity) for which in (0, -1))
     echo(f"held-out perplexity {before} before, {after} after {result['steps']} steps")
     echo(f"saved    {output}")

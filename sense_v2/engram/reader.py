@@ -63,9 +63,9 @@ PLAN = "7q"
 
 
 class RowReader:
-    """Reads the rows of a mapped file, `rows_ND` (of compact rows [N, bytes of a row]), of `width` values each.
-    `max_resident_bytes` bounds what of it stays mapped into this process's memory. Mappings are read by any number of
-    threads and of processes, which share one copy."""
+    """Reads the rows of a mapped file, `rows_ND` [N, D]; of compact rows [N, bytes of a row], which hold `width`
+    values each. `max_resident_bytes` bounds what of it stays mapped into this process's memory. Mappings are read by
+    any number of threads and of processes, which share one copy."""
 
     def __init__(
         self,
@@ -73,7 +73,7 @@ class RowReader:
         dtype: RowDtype,
         path: Path,
         *,
-        width: int,
+        width: int | None = None,
         max_resident_bytes: int | None = None,
     ) -> None:
         if max_resident_bytes is not None and max_resident_bytes < MIN_RESIDENT_BYTES:
@@ -83,7 +83,8 @@ class RowReader:
         self.path = path
         self._dtype = dtype
         plain = None if dtype.is_compact else RowGather(rows_ND, dtype)
-        self._gather = plain or CompactGather(rows_ND, dtype, width)
+        assert plain is not None or width is not None, "bytes don't say how many values a compact row has"
+        self._gather = plain or CompactGather(rows_ND, dtype, width or 0)
         self._mapping: mmap.mmap = rows_ND._mmap  # type: ignore[attr-defined]  # NumPy's own name for the mapping
         self._num_bytes = rows_ND.nbytes
         self._pages = Pages(self._mapping, self._gather.address, rows_ND.nbytes, tells=_may_be_told(path))
@@ -221,7 +222,7 @@ class RowReader:
     def _read_within(self, budget: _Budget, row_ids: torch.Tensor, out: torch.Tensor | None) -> torch.Tensor:
         """In parts that can't map more than the budget has left."""
         if out is None:
-            out = torch.empty((*row_ids.shape, self._gather.width), dtype=self._dtype.torch)
+            out = torch.empty((*row_ids.shape, self._gather.width), dtype=self._dtype.torch, device="cpu")
         ids, rows = row_ids.reshape(-1), out.view(-1, self._gather.width)
         part = max(1, budget.part_bytes // (FAULT_BYTES + self._gather.row_bytes))
         for start in range(0, len(ids), part):

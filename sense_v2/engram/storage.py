@@ -283,7 +283,7 @@ class MMapEmbeddingStorage(nn.Module):
     def gather(self, row_ids_U: torch.Tensor) -> torch.Tensor:
         """Rows as float32 [U, D] in memory of their own, without gradient: what a row update computes with."""
         reader, ids_U = self._opened_reader(), self._checked_ids(row_ids_U)
-        rows_UD = torch.empty(len(ids_U), self.embedding_dim, dtype=self.dtype)
+        rows_UD = torch.empty(len(ids_U), self.embedding_dim, dtype=self.dtype, device="cpu")
         return reader.read(ids_U, out=rows_UD).float()
 
     def _opened_reader(self) -> RowReader:
