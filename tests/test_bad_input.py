@@ -19,7 +19,7 @@ from sense_v2.cli import main, train
 from sense_v2.core.config import Config, EngramConfig, TrainConfig
 from sense_v2.engram.tokenizer import EngramTokenizerBuilder
 from sense_v2.hf.attach import attach_engram, detach_engram
-from sense_v2.hf.pretrained import load_trained
+from sense_v2.hf.pretrained import from_pretrained
 
 ROOT = Path(__file__).parents[1]
 SMALL = ("--batch-size", 2, "--sequence-length", 32, "--table-size", 2000, "--steps", 2)
@@ -252,7 +252,7 @@ def test_a_table_made_with_the_map_of_another_tokenizer(refused, tmp_path):
 
 def test_a_memory_of_another_model(trained, tmp_path):
     """In the library: the map covers other token ids than the model embeds."""
-    model = detach_engram(load_trained(trained))
+    model = detach_engram(from_pretrained(trained))
     large = shadow_map(tmp_path / "large.npy", *(f"word{number}" for number in range(9000)))
     config = EngramConfig(storage_path=str(tmp_path / "t.dat"), shadow_map_path=str(large), layer_indices=[1])
     message = r"large\.npy covers 9000 token ids, the model embeds \d+: .*sense-engram setup"
@@ -262,7 +262,7 @@ def test_a_memory_of_another_model(trained, tmp_path):
 
 @pytest.mark.parametrize(("token_id", "reason"), [(-100, "labels .* are no token ids"), (10**6, "another tokenizer")])
 def test_token_ids_that_the_model_does_not_have(trained, token_id, reason):
-    model = load_trained(trained)
+    model = from_pretrained(trained)
     with unchanged(trained), torch.no_grad():
         with pytest.raises(
             IndexError, match=rf"token id {token_id} at position \(0, 1\) .*shadow_map\.npy.*{reason}"

@@ -17,7 +17,7 @@ from transformers.utils import logging
 from sense_v2.cli import demo, errors, main, train
 from sense_v2.core.config import Config, EngramConfig, TrainConfig
 from sense_v2.hf.attach import attached_memory
-from sense_v2.hf.pretrained import load_trained
+from sense_v2.hf.pretrained import from_pretrained
 
 ROOT = Path(__file__).parents[1]
 SMALL = ("--batch-size", "2", "--sequence-length", "32", "--table-size", "2000")
@@ -239,7 +239,7 @@ def test_train_saves_a_folder_that_says_how_it_was_made(trained):
     assert result["memory"]["rows"] == 2000
     assert result["memory"]["bytes"] == (folder / "engram" / "engram_table.dat").stat().st_size
     assert result["tokens_per_second"] == pytest.approx(result["tokens"] / result["train_seconds"])
-    assert attached_memory(load_trained(folder, mode="r")) is not None
+    assert attached_memory(from_pretrained(folder, mode="r")) is not None
     # With transformers alone it is the backbone.
     assert attached_memory(AutoModelForCausalLM.from_pretrained(folder)) is None
 
@@ -332,7 +332,7 @@ def test_a_model_is_replaced_only_when_forced_and_other_files_never(run, run_jso
     run_json(*arguments, "--force", "--no-memory")
     assert (output / "notes.txt").read_text() == "mine"
     assert not (output / "engram").exists()
-    assert attached_memory(load_trained(output)) is None
+    assert attached_memory(from_pretrained(output)) is None
     assert not list(output.glob(".*"))
 
 

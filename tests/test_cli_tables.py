@@ -16,7 +16,7 @@ from sense_v2.cli.models import saved_tokenizer, separator_id
 from sense_v2.core.config import Config, EngramConfig, TrainConfig
 from sense_v2.engram.storage import MMapEmbeddingStorage
 from sense_v2.hf.corpus import encode, read_corpus
-from sense_v2.hf.pretrained import load_trained
+from sense_v2.hf.pretrained import from_pretrained
 
 LENGTH = 32
 
@@ -94,7 +94,7 @@ def test_a_converted_model_is_a_model(run, run_json, trained, corpus, tmp_path, 
     status, out, _ = run("generate", output, "def ", "--max-new-tokens", "3")
     assert (status, bool(out)) == (0, True)
     with pytest.raises(ValueError, match="are only read"):
-        load_trained(output)
+        from_pretrained(output)
 
 
 def test_what_a_conversion_prints(run, trained, corpus, tmp_path):
@@ -180,7 +180,7 @@ def test_a_corpus_without_a_model_is_refused(run, trained, corpus, tmp_path):
 
 def row_ids_of(folder, texts):
     """Of every lookup of those texts, by the model's own memory layers, a sequence at a time."""
-    model = load_trained(folder, mode="r")
+    model = from_pretrained(folder, mode="r")
     tokenizer = saved_tokenizer(folder)
     stream = torch.from_numpy(encode(texts, tokenizer, separator_id=separator_id(tokenizer))).long()
     ids = [

@@ -15,7 +15,7 @@ from transformers import Trainer, TrainerCallback, TrainingArguments
 
 from sense_v2.hf.attach import attach_engram, detach_engram, memory_of
 from sense_v2.hf.callback import EngramCallback
-from sense_v2.hf.pretrained import load_trained
+from sense_v2.hf.pretrained import from_pretrained
 from sense_v2.hf.trainer import EngramTrainer
 
 RATE = 3e-3
@@ -418,7 +418,7 @@ def test_a_checkpoint_is_a_model_that_loads(tmp_path):
     tokens = torch.tensor([blocks()[0]["input_ids"]])
     with torch.no_grad():
         expected = trainer.model.eval()(tokens, use_cache=False).logits
-        found = load_trained(tmp_path / "run" / "checkpoint-2", mode="r")(tokens, use_cache=False).logits
+        found = from_pretrained(tmp_path / "run" / "checkpoint-2", mode="r")(tokens, use_cache=False).logits
     assert torch.equal(found, expected)
 
 

@@ -35,7 +35,7 @@ from sense_v2.hf.controls import freeze_rows, permute_rows
 from sense_v2.hf.corpus import Batches, encode, read_corpus
 from sense_v2.hf.evaluation import Evaluation, evaluate, gate_strengths, rows_touched
 from sense_v2.hf.fresh import END_OF_TEXT_ID, fresh_backbone, small_memory, train_bpe
-from sense_v2.hf.pretrained import save_trained
+from sense_v2.hf.pretrained import save_pretrained
 from sense_v2.hf.training import History, train
 from sense_v2.report.training import terminal_table, write_picture, write_report
 
@@ -136,7 +136,7 @@ def run_demo(
             shutil.rmtree(output / name)
 
     memory = memory_of(remembering)
-    save_trained(remembering, output / "model", tokenizer=tokenizer)
+    save_pretrained(remembering, output / "model", tokenizer=tokenizer)
     results = {
         "title": "Does memory help?",
         "created": datetime.now(timezone.utc).isoformat(timespec="seconds"),
@@ -175,6 +175,7 @@ def run_demo(
         "generations": _generations(plain, remembering, held_out_BT, tokenizer),
         "machine": machine(),
     }
+    memory.storage.close()
     results["seconds"] = time.perf_counter() - started
     write_report(results, output / "report.html")
     write_picture(results, output / "perplexity.png")

@@ -484,6 +484,25 @@ def generate(
 
 
 @app.command()
+def serve(
+    model: Annotated[
+        str, typer.Argument(metavar="FOLDER", help="What train, demo (runs/demo/model) or save_pretrained has saved.")
+    ],
+    host: Annotated[str, typer.Option(help="Address to listen on; 0.0.0.0 lets other machines in.")] = "127.0.0.1",
+    port: Annotated[int, typer.Option(min=1, max=65535, help="Port to listen on.")] = 8000,
+    device: Annotated[str, typer.Option(help="Where the model runs: cpu, cuda:0, auto.")] = "cpu",
+    dtype: Annotated[str, typer.Option(help="Type of the weights; auto: as saved.")] = "auto",
+) -> None:
+    """Serve a trained model with transformers' OpenAI-compatible server.
+
+    Example: sense-engram serve runs/train --port 8000
+    """
+    from sense_v2.cli.serve import run_serve
+
+    run_serve(model, host=host, port=port, device=device, dtype=dtype, echo=_echo(False))
+
+
+@app.command()
 def demo(
     corpus: Annotated[
         Path | None, typer.Option(metavar="PATH", help="A file or folder of text; the standard library's source.")

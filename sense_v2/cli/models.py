@@ -16,7 +16,7 @@ from sense_v2.core.config import TrainConfig
 from sense_v2.engram.tokenizer import EngramTokenizerBuilder
 from sense_v2.hf.corpus import Corpus, read_corpus
 from sense_v2.hf.fresh import END_OF_TEXT, fresh_backbone, train_bpe
-from sense_v2.hf.pretrained import MEMORY_FOLDER, load_trained
+from sense_v2.hf.pretrained import MEMORY_FOLDER, from_pretrained
 
 MIN_CORPUS_BYTES = 16 * 2**20
 BYTES_PER_TOKEN = 8  # a token is rarely longer
@@ -58,10 +58,10 @@ def named_backbone(name: str) -> Backbone:
 
 
 def open_trained(folder: str | Path) -> tuple[PreTrainedModel, Any]:
-    """(model, tokenizer) that `train` or `demo` saved, the memory attached read-only."""
+    """(model, tokenizer) that `train`, `demo` or `save_pretrained` saved, the memory attached read-only."""
     folder = Path(folder)
     try:
-        model = load_trained(folder, mode="r")
+        model = from_pretrained(folder, mode="r")
     except (OSError, ValueError, IndexError):
         raise
     except Exception as error:  # a damaged weights file, a tensor of another shape

@@ -2,13 +2,15 @@
 
     corpus ──▶ backbone, tokenizer, shadow map ──▶ memory attached in the folder ──▶ steps ──▶ the folder, whole
 
-The folder is one that `eval`, `generate` and `load_trained` take. Nothing appears in it before everything is there.
+The folder is one that `eval`, `generate`, `serve` and `from_pretrained` take. Nothing appears in it before everything
+is there.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import os
+import shutil
 import signal
 import threading
 import time
@@ -30,7 +32,8 @@ from sense_v2.hf.attach import attach_engram, decoder_layers, memory_of
 from sense_v2.hf.corpus import Batches, Corpus, encode
 from sense_v2.hf.evaluation import Evaluation, evaluate
 from sense_v2.hf.fresh import small_memory
-from sense_v2.hf.pretrained import memory_paths, save_trained
+from sense_v2.hf.card import CARD_FILE
+from sense_v2.hf.pretrained import memory_paths, save_pretrained
 from sense_v2.hf.training import History, train
 from sense_v2.report import wording
 
@@ -94,7 +97,7 @@ def run_train(
             if history.stopped:
                 check(backbone.model)
             reserved.unlink()
-            _save(backbone, staging, output)
+            _save(backbone, staging, output, *_card_facts(history, config.train, text, evaluations))
         _in_place(config, output).save(staging / "config.yaml")
     result = {
         "output": str(output),
@@ -111,6 +114,9 @@ def run_train(
         "bits_per_byte": {"before": evaluations[0].bits_per_byte, "after": evaluations[-1].bits_per_byte},
         "seconds": time.perf_counter() - started,
     }
+    if config.engram.enabled:
+        # Whoever calls this may go on, and the table is anyone's to write from here.
+        memory_of(backbone.model).storage.close()
     before, after = (wording.perplexity(evaluations[which].perplexity) for which in (0, -1))
     echo(f"held-out perplexity {before} before, {after} after {result['steps']} steps")
     echo(f"saved    {output}")
@@ -185,14 +191,46 @@ def _engram_config(config: EngramConfig, backbone: Backbone, staging: Path) -> E
     )
 
 
-def _save(backbone: Backbone, staging: Path, output: Path) -> None:
+def _save(
+    backbone: Backbone, staging: Path, output: Path, training: dict[str, Any], evaluation: dict[str, Any]
+) -> None:
     try:
-        save_trained(backbone.model, staging, tokenizer=backbone.tokenizer)
+        if (output / CARD_FILE).is_file():  # a person's own stays
+            shutil.copyfile(output / CARD_FILE, staging / CARD_FILE)
+        save_pretrained(
+            backbone.model,
+            staging,
+            tokenizer=backbone.tokenizer,
+            training=training,
+            evaluation=evaluation,
+            name=output.resolve().name,
+        )
     except Exception as error:  # of three libraries, each with its own; the paths they name are gone by then
         raise CommandError(
             f"{output}: the trained model can't be written: {one_line(str(error))}",
             "make room there, or choose another --output, and train again",
         ) from error
+
+
+def _card_facts(
+    history: History, settings: TrainConfig, text: Corpus, evaluations: list[Evaluation]
+) -> tuple[dict[str, Any], dict[str, Any]]:
+    facts = _training_facts(history, settings)
+    training = {
+        "corpus": text.name,
+        "files": len(text.train_texts),
+        "steps": facts["steps"],
+        "tokens": facts["tokens"],
+        "sequence length": settings.sequence_length,
+        "batch size": settings.batch_size,
+        "trained": "backbone and memory" if settings.train_backbone else "memory",
+        "seed": settings.seed,
+        "seconds": facts["train_seconds"],
+    }
+    evaluation = {"held-out files": len(text.held_out_texts)}
+    for when, one in (("before", evaluations[0]), ("after", evaluations[-1])):
+        evaluation |= {f"perplexity {when}": one.perplexity, f"bits per byte {when}": one.bits_per_byte}
+    return training, evaluation
 
 
 def _in_place(config: Config, output: Path) -> Config:

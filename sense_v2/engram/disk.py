@@ -239,13 +239,20 @@ _NO_CLONE = (errno.EOPNOTSUPP, errno.EXDEV, errno.EINVAL, errno.ENOTTY, errno.EN
 _COPY_BYTES = 1 << 24
 
 
-def copy_file(source: Path, path: Path) -> None:
+def copy_file(source: Path, path: Path, *, reflink_only: bool = False) -> None:
     """A copy of `source` in the place of what is at `path`: of shared blocks where the file system has them (a
-    reflink takes no time and no room), else of the data. Holes stay holes. The same errors as `new_file`, `allocate`.
+    reflink takes no time and no room), else of the data, or with `reflink_only` an `OSError`. Holes stay holes. The
+    same errors as `new_file`, `allocate`.
     """
     with open(source, "rb") as original, new_file(path, replace=True) as fd, naming(path):
         if _clone(original.fileno(), fd):
             return
+        if reflink_only:
+            raise OSError(
+                errno.EOPNOTSUPP,
+                f"{path}: {source} can't be shared with it as a reflink: the file system has none, or they lie on "
+                "two of them. Use a copy",
+            )
         found = os.fstat(original.fileno())
         if has_holes(source):
             os.ftruncate(fd, found.st_size)

@@ -36,8 +36,11 @@ from sense_v2.engram.opening import read_manifest
 from sense_v2.engram.storage import MMapEmbeddingStorage
 
 
-def copy_table(storage: MMapEmbeddingStorage, path: str | Path, *, states: bool = True) -> None:
+def copy_table(
+    storage: MMapEmbeddingStorage, path: str | Path, *, states: bool = True, reflink_only: bool = False
+) -> None:
     """Copies the table of the last commit to `path`, with its manifest, and its optimizer states where `states`.
+    `reflink_only`: an `OSError` where the file system would have to copy the data.
 
     What lies there is replaced; the manifest goes first and comes last, so that a copy that was cut off has none.
     Raises `ValueError` where rows were stored since the last commit, `OSError` where there is no room.
@@ -53,8 +56,8 @@ def copy_table(storage: MMapEmbeddingStorage, path: str | Path, *, states: bool 
     entries: dict[str, StateEntry] = {}
     for name, entry in manifest.states.items() if states else ():
         entries[name] = dataclasses.replace(entry, file=state_file_name(path.name, name))
-        copy_file(storage.path.with_name(entry.file), path.with_name(entries[name].file))
-    copy_file(storage.path, path)
+        copy_file(storage.path.with_name(entry.file), path.with_name(entries[name].file), reflink_only=reflink_only)
+    copy_file(storage.path, path, reflink_only=reflink_only)
     with new_file(target, replace=True) as fd:
         write_at(fd, dataclasses.replace(manifest, states=entries).to_json().encode(), 0)
 

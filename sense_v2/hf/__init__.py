@@ -1,0 +1,34 @@
+"""Memory on a model of transformers. Importing this registers saved models with transformers' Auto classes.
+
+The public names below are imported when they are first used.
+"""
+
+from importlib import import_module
+from typing import Any
+
+from sense_v2.hf.auto import register
+
+_HOME = {
+    "EngramCallback": "callback",
+    "EngramTrainer": "trainer",
+    "attach_engram": "attach",
+    "detach_engram": "attach",
+    "from_pretrained": "pretrained",
+    "push_to_hub": "hub",
+    "save_pretrained": "pretrained",
+}
+
+__all__ = sorted(_HOME)
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOME:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(import_module(f"{__name__}.{_HOME[name]}"), name)
+
+
+def __dir__() -> list[str]:
+    return __all__
+
+
+register()

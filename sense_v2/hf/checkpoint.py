@@ -12,16 +12,20 @@ taken for the rows it named.
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 
-from sense_v2.engram.disk import new_file, write_at
 from sense_v2.engram.snapshot import restore_table
 from sense_v2.hf.attach import EngramMemory
-from sense_v2.hf.pretrained import CONFIG_FILE, MEMORY_FOLDER, TABLE_FILE, save_memory
+from sense_v2.hf.pretrained import (
+    CONFIG_FILE,
+    MEMORY_FOLDER,
+    REFERENCE_FILE,
+    TABLE_FILE,
+    read_reference,
+    save_memory,
+)
 
 TABLES = ("copy", "reference")
-REFERENCE_FILE = "table_reference.json"
 
 
 def write_checkpoint(memory: EngramMemory, checkpoint: Path, *, table: str, states: bool = True) -> None:
@@ -29,17 +33,7 @@ def write_checkpoint(memory: EngramMemory, checkpoint: Path, *, table: str, stat
     states out: good for going back to these rows, not for training on."""
     folder = checkpoint / MEMORY_FOLDER
     (folder / CONFIG_FILE).unlink(missing_ok=True)
-    (folder / REFERENCE_FILE).unlink(missing_ok=True)
-    if table == "reference":
-        folder.mkdir(parents=True, exist_ok=True)
-        named = {
-            "storage_path": str(memory.storage.path.absolute()),
-            "commit": memory.storage.manifest.commit,
-            "step": memory.storage.manifest.step,
-        }
-        with new_file(folder / REFERENCE_FILE, replace=True) as fd:
-            write_at(fd, (json.dumps(named, indent=2) + "\n").encode(), 0)
-    save_memory(memory, folder, table="copy" if table == "copy" else "stay", states=states)
+    save_memory(memory, folder, table=table, states=states)
 
 
 def restore_rows(memory: EngramMemory, checkpoint: Path) -> None:
@@ -57,7 +51,7 @@ def restore_rows(memory: EngramMemory, checkpoint: Path) -> None:
     if not (folder / REFERENCE_FILE).is_file():
         restore_table(memory.storage, folder / TABLE_FILE)
         return
-    named, manifest = json.loads((folder / REFERENCE_FILE).read_text(encoding="utf-8")), memory.storage.manifest
+    named, manifest = read_reference(folder / REFERENCE_FILE), memory.storage.manifest
     if named["commit"] != manifest.commit or memory.storage.updates != manifest.updates:
         raise ValueError(
             f"{checkpoint} names its rows by reference: {named['storage_path']} as committed at step "

@@ -55,8 +55,8 @@ def fresh_backbone(vocab_size: int, seed: int, *, max_positions: int = 512) -> L
 
 
 def small_memory(folder: str | Path) -> EngramConfig:
-    """4 heads of about 524,288 rows of width 64 before layer 1, zeros at first, in a folder that `save_trained` will
-    save to."""
+    """4 heads of about 524,288 rows of width 64 before layer 1, zeros at first, in a folder that `save_pretrained`
+    will save to."""
     storage_path, shadow_map_path = memory_paths(folder)
     return EngramConfig(
         table_size=4 * 524_288,

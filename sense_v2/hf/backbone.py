@@ -1,0 +1,167 @@
+"""What a memory was trained on -> what differs from it where it is loaded.
+
+A saved folder records its backbone in engram/backbone.json: architecture, sizes, a digest of the weights, the
+tokenizer's tokens, the versions. Loading compares. What would give wrong answers is an error (another width, tokens
+that share compressed ids in another way); what may work is a warning, field by field.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import warnings
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import transformers
+from transformers import PreTrainedModel
+
+from sense_v2 import __version__
+from sense_v2.engram.tokenizer import EngramTokenizerBuilder
+
+BACKBONE_FILE = "backbone.json"
+
+_SAMPLES = 64  # values of each tensor that the digest reads
+
+
+def backbone_facts(model: PreTrainedModel) -> dict[str, Any]:
+    """What identifies a backbone, as JSON holds it; the memory attached to it isn't part of it."""
+    config = model.config.get_text_config()
+    weight = model.get_input_embeddings().weight
+    assert isinstance(weight, torch.Tensor)
+    return {
+        "model_type": model.config.model_type,
+        "architecture": type(model).__name__,
+        "hidden_size": int(config.hidden_size),
+        "num_hidden_layers": int(config.num_hidden_layers),
+        "vocab_size": int(weight.shape[0]),
+        "dtype": str(model.dtype).removeprefix("torch."),
+        "weights": _weights_digest(model),
+        "transformers": transformers.__version__,
+        "sense_v2": __version__,
+    }
+
+
+def tokenizer_facts(tokenizer: Any, folder: Path) -> dict[str, Any]:
+    """What identifies a tokenizer, and its file where it lies in `folder`."""
+    return {"token_texts": _texts_digest(EngramTokenizerBuilder(tokenizer)), "tokenizer_file": _file_digest(folder)}
+
+
+def read_facts(path: Path) -> dict[str, Any]:
+    """What `backbone.json` says; {} where there is none. Raises `ValueError` where it is damaged."""
+    if not path.is_file():
+        return {}
+    try:
+        facts = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{path}: not valid JSON: {error}; copy it again") from error
+    if not isinstance(facts, dict):
+        raise ValueError(f"{path}: expected a JSON object, found {type(facts).__name__}; copy it again")
+    return facts
+
+
+def check_backbone(recorded: dict[str, Any], model: PreTrainedModel, path: Path) -> None:
+    """Compares `model`, without memory, with what the memory at `path` was trained on.
+
+    Raises `ValueError` where their hidden sizes differ; warns of what else does, field by field.
+    """
+    found = backbone_facts(model)
+    compared = ["model_type", "architecture", "hidden_size", "num_hidden_layers", "vocab_size"]
+    # Other rounding, or weights that aren't there yet, say nothing about whose they are.
+    if found["dtype"] == recorded.get("dtype") and None not in (found["weights"], recorded.get("weights")):
+        compared.append("weights")
+    differences = [
+        (name, recorded[name], found[name]) for name in compared if name in recorded and recorded[name] != found[name]
+    ]
+    text = "; ".join(f"{name} was {old}, is {new}" for name, old, new in differences)
+    if any(name == "hidden_size" for name, _, _ in differences):
+        raise ValueError(
+            f"the memory in {path} was trained on another backbone: {text}. Its fusion layers have the width of that "
+            "one: load it on a model of the same width, or attach a new memory"
+        )
+    if differences:
+        warnings.warn(
+            f"the memory in {path} was trained on another backbone: {text}. It is attached all the same; measure "
+            "whether it helps there",
+            UserWarning,
+            stacklevel=3,
+        )
+    for name in ("transformers", "sense_v2"):
+        if name in recorded and _release(recorded[name]) != _release(found[name]):
+            warnings.warn(
+                f"{path} was saved with {name} {recorded[name]}, this is {found[name]}: outputs may differ",
+                UserWarning,
+                stacklevel=3,
+            )
+
+
+def check_tokenizer(recorded: dict[str, Any], tokenizer: Any, map_path: Path, normalization: str) -> None:
+    """Compares a tokenizer with the shadow map that the memory was trained with.
+
+    Raises `ValueError` where it maps token ids in another way; warns where the map is the same and the tokens aren't.
+    """
+    builder = EngramTokenizerBuilder(tokenizer, normalization=normalization)
+    if recorded.get("token_texts") == _texts_digest(builder):
+        return
+    map_V, given_V = np.load(map_path, mmap_mode="r", allow_pickle=False), builder.mapping()
+    name = builder.tokenizer_name or type(tokenizer).__name__
+    if len(map_V) != len(given_V):
+        raise ValueError(
+            f"the memory at {map_path} was trained with a tokenizer of {len(map_V)} token ids, {name} has "
+            f"{len(given_V)}; use the tokenizer that was saved with it"
+        )
+    differing_U = np.flatnonzero(map_V != given_V)
+    if len(differing_U):
+        first = int(differing_U[0])
+        raise ValueError(
+            f"the memory at {map_path} was trained with another tokenizer than {name}: {len(differing_U)} of "
+            f"{len(map_V)} token ids have another compressed id, the first is {first} "
+            f"({builder.token_texts[first]!r}: {int(map_V[first])}, now {int(given_V[first])}); use the tokenizer "
+            "that was saved with it"
+        )
+    if "token_texts" in recorded:
+        warnings.warn(
+            f"{name} isn't the tokenizer that the memory at {map_path} was trained with: its tokens have other "
+            "texts, though as many of them share a compressed id. What the rows say is about the others",
+            UserWarning,
+            stacklevel=3,
+        )
+
+
+def tokenizer_file_differs(recorded: dict[str, Any], folder: Path) -> bool:
+    """Whether the tokenizer.json in `folder` is another than was saved there."""
+    found = _file_digest(folder)
+    return None not in (recorded.get("tokenizer_file"), found) and recorded["tokenizer_file"] != found
+
+
+def _release(version: str) -> list[str]:
+    return version.split(".")[:2]
+
+
+def _weights_digest(model: PreTrainedModel) -> str | None:
+    """SHA-256 over names, shapes and a sample of each tensor. None where some aren't in memory, or are quantized."""
+    if getattr(model, "hf_quantizer", None) is not None:
+        return None
+    digest = hashlib.sha256()
+    for name, value in sorted(model.named_parameters(), key=lambda item: item[0]):
+        if name.startswith("engram."):
+            continue
+        if value.is_meta:
+            return None
+        flat = value.detach().reshape(-1)
+        step = max(1, flat.numel() // _SAMPLES)
+        sample = flat[::step][:_SAMPLES].float().cpu().numpy().astype("<f4")
+        digest.update(f"{name} {tuple(value.shape)}".encode())
+        digest.update(sample.tobytes())
+    return digest.hexdigest()[:16]
+
+
+def _texts_digest(builder: EngramTokenizerBuilder) -> str:
+    return hashlib.sha256(json.dumps(builder.token_texts).encode()).hexdigest()[:16]
+
+
+def _file_digest(folder: Path) -> str | None:
+    path = folder / "tokenizer.json"
+    return hashlib.sha256(path.read_bytes()).hexdigest()[:16] if path.is_file() else None
