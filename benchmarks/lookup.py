@@ -12,6 +12,7 @@ warm    16, 24 and 32,768 rows of 256 B, 2 KiB, 4 KiB, ids drawn anew for each c
 o1      the same number of distinct warm pages in sparse tables of 1 M, 100 M and 768 M rows.
 cold    16 and 16,384 rows of 4 KiB whose pages aren't in memory, against the default mapping and MADV_RANDOM.
 ahead   prefetch on and off, warm and cold, with as much other work between asking and reading as a small layer takes.
+peer    the same rows and cache state through `engramdb` (PyPI engramdb-python; only where it is installed and named).
 shared  memory of N processes that read one file (PSS).
 
     python benchmarks/lookup.py [--quick] [--parts warm,o1,cold,ahead,shared] [--folder data]
@@ -35,6 +36,7 @@ import tempfile
 import time
 import warnings
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -185,7 +187,7 @@ def _warm_case(
                     add_probe(threads, stream, ahead)
     assert torch.equal(storage(batches[1]), F.embedding(batches[1], resident))
     with torch.no_grad():
-        result = in_turns(ways, len(batches), (3 if quick else 9) if large else (5 if quick else 15))
+        result = in_turns(ways, len(batches), (3 if quick else 7) if large else (5 if quick else 15))
     figures: dict[str, Any] = {
         "M rows/s": round(num_ids / result["storage"]["median"] / 1e6, 2),
         "x numpy": ratio(result, "numpy"),
@@ -343,6 +345,61 @@ def ahead(path: Path, quick: bool) -> dict[str, Any]:
     return figures
 
 
+# The peer
+
+
+def peer(path: Path, quick: bool) -> dict[str, Any]:
+    """`engramdb.Store.fetch` on the same file, warm, and its io_uring page reader, cold."""
+    import engramdb  # type: ignore[import-not-found]
+
+    row_bytes, figures = 256, {}
+    shards = path.with_suffix(".shards")
+    shards.mkdir()
+    os.link(path, shards / "shard_000.bin")
+    num_rows = path.stat().st_size // row_bytes
+    # Its width is counted in bytes.
+    store, storage = engramdb.Store(str(shards), 1, num_rows, row_bytes), open_rows(path, row_bytes)
+    for num_ids, calls, rounds in ((16, 500, 5 if quick else 15), (32_768, 2, 3 if quick else 7)):
+        # A million rows, which stay in memory.
+        batches = random_ids(1 << 20, num_ids, calls)
+        lists = [batch.reshape(-1).tolist() for batch in batches]
+        assert storage(batches[0]).numpy().tobytes() == bytes(store.fetch(lists[0]))
+        ways: Ways = {"engramdb": partial(_fetch, store, lists), "storage": _reads_of(storage, batches)}
+        result = in_turns(ways, calls, rounds)
+        figures[f"warm, {num_ids} rows"] = {"x engramdb": ratio(result, "engramdb"), "seconds": result}
+    storage.close()
+    del store
+    reader = engramdb.IoUringPageReader(PAGE_BYTES)
+    with open(path, "rb") as file:
+        for num_ids, calls in ((16, 24), (16_384, 1)):
+            seconds: dict[str, list[float]] = {"engramdb": [], "storage": []}
+            for turn in range(3 if quick else 7):
+                batches = random_ids(path.stat().st_size // PAGE_BYTES, num_ids, calls, seed=turn)
+                for name in ("engramdb", "storage") if turn % 2 else ("storage", "engramdb"):
+                    with cold(path) as opened:
+                        start = time.perf_counter()
+                        for batch in batches:
+                            if name == "storage":
+                                opened(batch)
+                            else:
+                                offsets = (batch.reshape(-1) * PAGE_BYTES).tolist()
+                                reader.read_pages([file.fileno()] * num_ids, offsets)
+                        seconds[name].append((time.perf_counter() - start) / calls)
+            result = {name: spread(values) for name, values in seconds.items()}
+            figures[f"cold, {num_ids} rows"] = {
+                "x engramdb": ratio(result, "engramdb"),
+                "backend": str(reader.backend),
+                "seconds": result,
+            }
+    for case, values in figures.items():
+        say(case, {"x engramdb": values["x engramdb"]})
+    return figures
+
+
+def _fetch(store: Any, lists: list[list[int]], call: int) -> Any:
+    return store.fetch(lists[call])
+
+
 # Sharing
 
 
@@ -397,6 +454,8 @@ def shared(path: Path, num_processes: int = 4) -> dict[str, Any]:
 
 
 PARTS = ("warm", "o1", "cold", "ahead", "shared")
+# Needs `pip install engramdb-python`.
+OPTIONAL_PARTS = ("peer",)
 
 
 def main() -> None:
@@ -408,7 +467,7 @@ def main() -> None:
     parser.add_argument("--plain", action="store_true", help="without the compiled extension")
     arguments = parser.parse_args()
     parts = arguments.parts.split(",")
-    if unknown := set(parts) - set(PARTS):
+    if unknown := set(parts) - {*PARTS, *OPTIONAL_PARTS}:
         raise SystemExit(f"no part {', '.join(sorted(unknown))}: there are {', '.join(PARTS)}")
     if arguments.plain:
         gather.compiled = None
@@ -422,7 +481,7 @@ def main() -> None:
         if "o1" in parts:
             print("tables of three sizes, 4,096 warm pages of each", flush=True)
             result["o1"] = o1(folder, arguments.quick)
-        if {"cold", "ahead", "shared"} & set(parts):
+        if {"cold", "ahead", "peer", "shared"} & set(parts):
             path = folder / "cold.dat"
             write_rows(path, (2 if arguments.quick else arguments.gigabytes) << 30)
             if "cold" in parts:
@@ -431,6 +490,9 @@ def main() -> None:
             if "ahead" in parts:
                 print("prefetch", flush=True)
                 result["ahead"] = ahead(path, arguments.quick)
+            if "peer" in parts:
+                print("engramdb", flush=True)
+                result["peer"] = peer(path, arguments.quick)
             if "shared" in parts:
                 print("sharing", flush=True)
                 result["shared"] = shared(path)

@@ -232,6 +232,24 @@ def test_generate_with_left_padding(tmp_path):
     assert torch.equal(out[:, 3:], alone)
 
 
+def test_a_deep_copy_has_a_memory_of_its_own(tmp_path):
+    model, ids = attached("llama", tmp_path), some_ids()
+    with torch.no_grad():
+        for layer in memory_of(model):
+            layer.W_v.weight.normal_()
+    before = model(ids, use_cache=False).logits
+    copied = copy.deepcopy(model)
+    assert torch.equal(copied(ids, use_cache=False).logits, before)
+    with torch.no_grad():
+        for layer in memory_of(copied):
+            layer.W_v.weight.zero_()
+    assert not torch.equal(copied(ids, use_cache=False).logits, before)
+    assert torch.equal(model(ids, use_cache=False).logits, before)
+    detach_engram(copied)
+    assert torch.equal(model(ids, use_cache=False).logits, before)
+    assert not torch.equal(copied(ids, use_cache=False).logits, before)
+
+
 # --- files ---
 
 

@@ -218,3 +218,15 @@ def test_a_row_on_disk_is_its_codes_and_then_its_scales(dtype, width):
         found_codes, found_scales = split(part, width, dtype)
         first = 0 if len(part) == 5 else 3
         assert torch.equal(decoded(found_codes, found_scales), decoded(codes, scales)[first : first + len(part)])
+
+
+@pytest.mark.parametrize("code", NAN_CODES)
+@pytest.mark.parametrize("row", [0, 1, 2])
+def test_one_nan_among_other_tiles_is_one_nan(code, row, monkeypatch):
+    monkeypatch.setattr(compact, "TILE_VALUES", 64)
+    codes = torch.full((3, 64), 0x7E, dtype=torch.uint8)
+    codes[:, ::2] = 0xFE
+    codes[row, 33] = code
+    found = decoded(codes.view(torch.float8_e4m3fn), torch.full((3, 2), 127, dtype=torch.uint8))
+    assert found.isnan().nonzero().tolist() == [[row, 33]]
+    assert (found.abs().nan_to_num(448) == 448).all()

@@ -180,11 +180,6 @@ REFUSED: list[tuple[type, dict[str, Any], str]] = [
     (EngramConfig, {"seed": -1}, f"seed = -1: must be {SEEDS}"),
     (EngramConfig, {"seed": 2**63}, f"seed = {2**63}: must be {SEEDS}"),
     (EngramConfig, {"num_streams": 4}, "num_streams = 4: must be 1 in variant 'sense'"),
-    (
-        EngramConfig,
-        {"num_streams": 4, "variant": "deepseek_v41"},
-        "num_streams = 4: must be 1 in variant 'deepseek_v41'",
-    ),
     (TrainConfig, {"steps": 0}, "steps = 0: must be at least 1"),
     (TrainConfig, {"steps": 1.5}, "steps = 1.5: must be of type int"),
     (TrainConfig, {"batch_size": 0}, "batch_size = 0: must be at least 1"),
@@ -341,7 +336,7 @@ def engram_configs(draw: st.DrawFn) -> EngramConfig:
         init_std=draw(st.just(0.0) | positive),
         sparse=draw(st.booleans()),
         causal=draw(st.booleans()),
-        num_streams=draw(st.integers(1, 8)) if variant == "paper" else 1,
+        num_streams=draw(st.integers(1, 8)) if variant != "sense" else 1,
     )
 
 

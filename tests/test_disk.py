@@ -60,10 +60,11 @@ from sense_v2.engram.disk import WriterLock
 path, kind = Path(sys.argv[1]), sys.argv[2]
 lock = WriterLock(path, "table")
 forked = os.fork() if kind == "forks" else None
+# The forked child speaks for itself: when its parent has its id, it may not have run yet.
+if not forked:
+    print(os.getpid(), flush=True)
 if forked == 0:
     os.close(1)
-    time.sleep(600)
-print(forked or os.getpid(), flush=True)
 time.sleep(600)
 """
 

@@ -56,7 +56,7 @@ def test_the_bytes_are_numpys(way, dtype, width, num_ids):
 
 def test_large_results_over_several_threads(way):
     rows_ND = table(256)
-    ids = np.random.default_rng(1).integers(0, N, 20_001)
+    ids = np.random.default_rng(1).integers(0, N, 40_001)  # past the size from which it is stored past the cache
     before = torch.get_num_threads()
     for num_threads in (1, 2, 5):
         torch.set_num_threads(num_threads)

@@ -46,10 +46,12 @@ ORDER = (
     "engram.convert",
     "engram.hot",
     "engram.optim",
+    "engram.shards",
+    "engram.parts",
+    "engram.released",
     "engram.operators",
     "engram.model",
     "engram.sharding",
-    "engram.released",
     "engram.delta",
 )
 # Which of the packages on top each may use, itself included.

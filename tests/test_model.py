@@ -131,6 +131,43 @@ def test_the_papers_fusion_is_reproduced(tmp_path, golden_folder, streams):
     torch.testing.assert_close(gates[0][..., None], golden["out.gate"], atol=1e-5, rtol=0)
 
 
+def test_the_released_fusion_is_reproduced(tmp_path, golden_folder):
+    """Four streams, no convolution, a mask; wkv holds the keys of all streams, then the value."""
+    golden = load_file(golden_folder / "deepseek_v41_fusion.safetensors")
+    config = variant_config(
+        "deepseek_v41",
+        storage_path=str(tmp_path / "engram_table.dat"),
+        shadow_map_path=str(tmp_path / "shadow_map.npy"),
+        table_size=5,
+        engram_dim=96,
+        num_heads=2,
+        layer_indices=[1],
+        pad_token_id=0,
+        num_streams=4,
+    )
+    EngramTokenizerBuilder(tiny_tokenizer(), normalization="deepseek").build_mapping(config.shadow_map_path)
+    storage = MMapEmbeddingStorage(100, 16, tmp_path / "rows.dat")
+    layer = EngramFusionLayer(config, 32, 1, storage=storage).eval()
+    wkv = golden["param.wkv.weight"]
+    layer.load_state_dict(
+        {
+            "W_k.weight": wkv[: 4 * 32],
+            "W_v.weight": wkv[4 * 32 :],
+            "gate.key_norm.weight": golden["param.k_weight"],
+            "gate.query_norm.weight": golden["param.q_weight"],
+        }
+    )
+    gates = []
+    layer.gate.register_forward_hook(lambda module, args, alpha: gates.append(alpha))
+    hidden, valid = golden["in.hidden_states"], golden["in.token_mask"] != 0
+    assert not valid.all()
+    out = layer.fuse(hidden, golden["in.embeddings"], valid_BT=valid)
+    torch.testing.assert_close(out, golden["out.hidden_states"], atol=1e-5, rtol=0)
+    torch.testing.assert_close(gates[0][valid], golden["out.gate"][valid], atol=1e-5, rtol=0)
+    assert torch.equal(out[~valid], hidden[~valid])
+    assert layer.reach == 3
+
+
 @pytest.mark.parametrize("variant", ["sense", "paper"])
 def test_a_fresh_layer_is_the_identity(tmp_path, variant):
     sizes = {"table_size": 20} if variant == "paper" else {}

@@ -26,30 +26,28 @@ def way(request, monkeypatch) -> str:
     return request.param
 
 
-def slow_pages(row_ids: list[int], row_bytes: int, page_bytes: int) -> list[int]:
-    return sorted(
-        {byte // page_bytes for row in row_ids for byte in (row * row_bytes, row * row_bytes + row_bytes - 1)}
-        | {
-            page
-            for row in row_ids
-            for page in range(row * row_bytes // page_bytes, (row * row_bytes + row_bytes - 1) // page_bytes)
-        }
-    )
+def slow_pages(row_ids: list[int], row_bytes: int, page_bytes: int, first_byte: int) -> list[int]:
+    pages = set()
+    for row in row_ids:
+        start = first_byte + row * row_bytes
+        pages |= set(range(start // page_bytes, (start + row_bytes - 1) // page_bytes + 1))
+    return sorted(pages)
 
 
 @given(
     row_ids=st.lists(st.integers(0, 3000), min_size=1, max_size=40),
     row_bytes=st.sampled_from([2, 12, 256, 264, 4096, 4098, 6000, 65536, 70000]),
     page_bytes=st.sampled_from([4096, 16384, 65536]),
+    first_byte=st.sampled_from([0, 1, 8, 4095, 4096, 70_001]),
 )
-def test_each_page_once_and_in_order(row_ids, row_bytes, page_bytes):
-    runs = page_runs(np.array(row_ids), row_bytes, page_bytes, max_run_bytes=4 * page_bytes)
+def test_each_page_once_and_in_order(row_ids, row_bytes, page_bytes, first_byte):
+    runs = page_runs(np.array(row_ids), row_bytes, page_bytes, 4 * page_bytes, first_byte=first_byte)
     covered = [
         page
         for offset, length in runs.tolist()
         for page in range(offset // page_bytes, (offset + length) // page_bytes)
     ]
-    assert covered == slow_pages(row_ids, row_bytes, page_bytes)
+    assert covered == slow_pages(row_ids, row_bytes, page_bytes, first_byte)
     assert (runs % page_bytes == 0).all()
     assert (runs[:, 1] <= 4 * page_bytes).all()
     # As few runs as the limit allows: two neighbours meet only at a boundary of it.

@@ -135,6 +135,14 @@ def test_gradient_checkpointing_changes_nothing(tmp_path, plain, use_reentrant):
     assert (table_on_disk(trainer.model) == rows).all()
 
 
+def test_a_compiled_model_trains_the_same(tmp_path, plain):
+    torch._dynamo.reset()
+    trainer = trained(tmp_path, torch_compile=True, torch_compile_backend="aot_eager")
+    assert history(trainer) == pytest.approx(plain[0], rel=1e-5)
+    np.testing.assert_allclose(table_on_disk(trainer.model), plain[2], atol=1e-5)
+    torch._dynamo.reset()
+
+
 # --- adapters ---
 
 

@@ -70,6 +70,27 @@ PUBLISHED: dict[str, dict[str, Any]] = {
             "seed": 0,
         },
     },
+    "qwen_ple": {
+        "head_sizes": "per_head",
+        "one_table": False,
+        "gate": "signed_sqrt",
+        "conv_kernel": 4,
+        "conv_dilation": "largest_order",
+        "projection_bias": False,
+        "compresses": False,
+        "lookback_ends": "end_of_sequence",
+        "multipliers": "splitmix64",
+        "row_multiple": 128,
+        "defaults": {
+            "table_size": 20_000_000,
+            "engram_dim": 2560,
+            "num_heads": 8,
+            "ngram_orders": [2, 3],
+            "layer_indices": [1],
+            "pad_token_id": 248_044,
+            "seed": 1234,
+        },
+    },
 }
 
 
@@ -110,6 +131,16 @@ def test_deepseek_v41_against_the_released_numbers() -> None:
     assert all(0 < rows - config.total_heads * config.table_size < 20_000 for rows in published["num_embeddings"])
 
 
+def test_qwen_ple_against_transformers_own_numbers() -> None:
+    published, config = _golden("qwen_ple_hash.json")["config"], variant_config("qwen_ple")
+    assert published["ngram_vocab_size_base"] == config.table_size
+    assert published["vocab_size"] == VARIANTS["qwen_ple"].vocab_size
+    assert published["heads_per_ngram"] == config.num_heads
+    assert list(range(2, published["ngram_size"] + 1)) == config.ngram_orders
+    assert published["make_ngram_vocab_size_divisible_by"] == VARIANTS["qwen_ple"].row_multiple
+    assert (published["eos_token_id"], published["seed"]) == (config.pad_token_id, config.seed)
+
+
 @pytest.mark.parametrize("name", VARIANTS)
 def test_fields_take_the_values_they_document(name: str) -> None:
     variant = VARIANTS[name]
@@ -117,6 +148,9 @@ def test_fields_take_the_values_they_document(name: str) -> None:
     assert variant.gate in ("sigmoid", "signed_sqrt")
     assert variant.conv_dilation in ("one", "largest_order")
     assert variant.conv_kernel >= 0
+    assert variant.lookback_ends in ("padding", "end_of_sequence")
+    assert variant.multipliers in ("numpy", "splitmix64")
+    assert variant.row_multiple >= 1
 
 
 @pytest.mark.parametrize("name", VARIANTS)
@@ -147,7 +181,7 @@ def test_configurations_share_no_lists() -> None:
 
 
 def test_unknown_variant_lists_the_known() -> None:
-    with pytest.raises(ValueError, match=r"^no variant 'deepseek'; there are sense, paper, deepseek_v41$"):
+    with pytest.raises(ValueError, match=r"^no variant 'deepseek'; there are sense, paper, deepseek_v41, qwen_ple$"):
         variant_config("deepseek")
 
 

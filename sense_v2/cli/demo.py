@@ -175,6 +175,7 @@ def run_demo(
         "generations": _generations(plain, remembering, held_out_BT, tokenizer),
         "machine": machine(),
     }
+    memory.storage.close()
     results["seconds"] = time.perf_counter() - started
     write_report(results, output / "report.html")
     write_picture(results, output / "perplexity.png")

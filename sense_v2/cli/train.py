@@ -115,7 +115,8 @@ def run_train(
         "seconds": time.perf_counter() - started,
     }
     if config.engram.enabled:
-        memory_of(backbone.model).storage.close()  # its writer is done, whoever still holds the model
+        # Whoever calls this may go on, and the table is anyone's to write from here.
+        memory_of(backbone.model).storage.close()
     before, after = (wording.perplexity(evaluations[which].perplexity) for which in (0, -1))
     echo(f"held-out perplexity {before} before, {after} after {result['steps']} steps")
     echo(f"saved    {output}")

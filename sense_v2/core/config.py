@@ -25,7 +25,7 @@ from typing import Any, List, Optional, TypeVar, Union  # noqa: UP035  (evaluate
 
 import yaml
 
-VARIANT_NAMES = ("sense", "paper", "deepseek_v41")
+VARIANT_NAMES = ("sense", "paper", "deepseek_v41", "qwen_ple")
 NORMALIZATIONS = ("nfkc", "deepseek")
 ROW_DTYPES = ("float32", "float16", "bfloat16")
 COMPACT_DTYPES = ("float8_e4m3fn", "int8")
@@ -207,7 +207,7 @@ class EngramConfig(_Serializable):
     causal: bool = True
     """True for decoders: the convolution sees no later position. False for encoders: it is centred."""
     num_streams: int = 1
-    """Residual streams of the backbone (hyper-connections); more than one only in the paper variant."""
+    """Residual streams of the backbone (hyper-connections); more than one only in the published variants."""
 
     @property
     def total_heads(self) -> int:
@@ -247,7 +247,7 @@ class EngramConfig(_Serializable):
         # The multipliers' generator takes no negative seed (hashing.py adds 10007 × layer to it).
         _require(0 <= self.seed < 2**63, self, "seed", "from 0 to 2**63 - 1")
         _require(
-            self.num_streams == 1 or self.variant == "paper",
+            self.num_streams == 1 or self.variant != "sense",
             self,
             "num_streams",
             f"1 in variant {self.variant!r}",

@@ -21,6 +21,7 @@ _HOME = {
     "NgramHasher": "hashing",
     "RowAdam": "optim",
     "RowWiseAdagrad": "optim",
+    "open_released_table": "released",
 }
 
 __all__ = sorted(_HOME)

@@ -3,9 +3,8 @@
    gather(table, num_rows, row_bytes, ids, num_ids, id_bytes, out, num_threads) -> -1, or the position of the first
    id outside 0 ... num_rows - 1, in which case nothing is copied. `out` is a writable buffer of that many rows.
 
-   read(table, num_rows, row_bytes, ids, num_ids, id_bytes, out, num_threads, fd, file_bytes, slow_ns) -> the same, but
-   -2 where the file `fd` is shorter than file_bytes by now, in which case nothing is copied, and -3 where all is copied
-   and took longer than slow_ns.
+   read(plan, ids, num_ids, id_bytes, out) -> the same in one thread, but -2 where the table's file has been cut, in
+   which case nothing is copied, and -3 where all is copied and took long. `plan` is a struct Plan as bytes.
 
    will_need(table, runs) -> 0, or the first error number. `runs` is a buffer of pairs of int64, (offset, length) in
    bytes from the table's beginning, whole pages: the kernel begins to read them.
@@ -33,8 +32,9 @@ enum {
     LINE_BYTES = 64,
     AHEAD_BYTES = 4096,        /* of rows, asked for before they are copied: some 64 lines are in flight */
     AHEAD_ROWS_MAX = 16,
-    STREAM_BYTES = 4 << 20,    /* a larger result doesn't stay in the cache anyway */
-    SHARE_BYTES = 512 << 10,   /* a thread takes some 20 us to start: the least it is started for */
+    LONG_ROW_BYTES = 4096,     /* from here on the processor fetches ahead by itself: both of these lose */
+    STREAM_BYTES = 32 << 20,   /* a larger result doesn't stay in the cache anyway */
+    SHARE_BYTES = 8 << 20,     /* the least that a thread is started for: it begins with an empty cache */
     THREADS_MAX = 64,
 };
 
@@ -75,12 +75,12 @@ static inline void copy_row(char *out, const char *row, Py_ssize_t row_bytes, in
 static void *copy_part(void *argument) {
     const Part *part = argument;
     const Py_ssize_t row_bytes = part->row_bytes, num_ids = part->num_ids, id_bytes = part->id_bytes;
-    Py_ssize_t ahead = AHEAD_BYTES / row_bytes;
-    ahead = ahead < 1 ? 1 : ahead > AHEAD_ROWS_MAX ? AHEAD_ROWS_MAX : ahead;
+    Py_ssize_t ahead = row_bytes >= LONG_ROW_BYTES ? 0 : AHEAD_BYTES / row_bytes;
+    ahead = ahead > AHEAD_ROWS_MAX ? AHEAD_ROWS_MAX : ahead;
     for (Py_ssize_t k = 0; k < ahead && k < num_ids; k++)
         fetch(part->table + id_at(part->ids, k, id_bytes) * row_bytes, row_bytes);
     for (Py_ssize_t k = 0; k < num_ids; k++) {
-        if (k + ahead < num_ids) fetch(part->table + id_at(part->ids, k + ahead, id_bytes) * row_bytes, row_bytes);
+        if (ahead && k + ahead < num_ids) fetch(part->table + id_at(part->ids, k + ahead, id_bytes) * row_bytes, row_bytes);
         copy_row(part->out + k * row_bytes, part->table + id_at(part->ids, k, id_bytes) * row_bytes, row_bytes,
                  part->stream);
     }
@@ -115,62 +115,82 @@ static void copy_all(Part whole, long num_threads) {
 
 enum { CUT = -2, SLOW = -3 };
 
+typedef struct { int64_t table, num_rows, row_bytes, fd, file_bytes, slow_ns, slow_ns_per_row; } Plan;
+
 static int64_t now_ns(void) {
     struct timespec t;
     clock_gettime(CLOCK_MONOTONIC, &t);
     return t.tv_sec * INT64_C(1000000000) + t.tv_nsec;
 }
 
-static PyObject *gather_from(PyObject *const *arguments, int fd, int64_t file_bytes, int64_t slow_ns) {
-    const char *table = PyLong_AsVoidPtr(arguments[0]);
-    int64_t num_rows = PyLong_AsLongLong(arguments[1]);
-    Py_ssize_t row_bytes = PyLong_AsSsize_t(arguments[2]);
-    const char *ids = PyLong_AsVoidPtr(arguments[3]);
-    Py_ssize_t num_ids = PyLong_AsSsize_t(arguments[4]), id_bytes = PyLong_AsSsize_t(arguments[5]);
-    long num_threads = PyLong_AsLong(arguments[7]);
-    if (PyErr_Occurred()) return NULL;
+/* Whether the file is shorter than it was: a touch of a page behind its end is a SIGBUS. A system call takes as long as
+   the rows of a small batch, so it is looked at once a millisecond. */
+static int was_cut(const Plan *plan, int64_t now) {
+    static int64_t looked_ns[1024];
+    int64_t *looked = &looked_ns[plan->fd & 1023];
+    if (now - __atomic_load_n(looked, __ATOMIC_RELAXED) < INT64_C(1000000)) return 0;
+    struct stat found;
+    if (fstat(plan->fd, &found) != 0 || found.st_size < plan->file_bytes) return 1;
+    __atomic_store_n(looked, now, __ATOMIC_RELAXED);
+    return 0;
+}
+
+/* Copies into `out`, a buffer; -1, the position of an id outside, or, with a plan, CUT or SLOW. NULL: an exception. */
+static PyObject *gather_to(const Plan *plan, Part part, PyObject *out_object, long num_threads, int of_a_file) {
     Py_buffer out;
-    if (PyObject_GetBuffer(arguments[6], &out, PyBUF_CONTIG) < 0) return NULL;
-    if (out.len != num_ids * row_bytes) {
-        PyErr_Format(PyExc_ValueError, "out has %zd bytes, not %zd rows of %zd", out.len, num_ids, row_bytes);
+    if (PyObject_GetBuffer(out_object, &out, PyBUF_CONTIG) < 0) return NULL;
+    if (out.len != part.num_ids * part.row_bytes) {
+        PyErr_Format(PyExc_ValueError, "out has %zd bytes, not %zd rows of %zd", out.len, part.num_ids,
+                     part.row_bytes);
         PyBuffer_Release(&out);
         return NULL;
     }
-    Py_ssize_t bad = -1;
+    Py_ssize_t result = -1;
+    const uint64_t num_rows = (uint64_t)plan->num_rows;
     Py_BEGIN_ALLOW_THREADS
-    int64_t started = slow_ns ? now_ns() : 0;
-    struct stat found;
+    int64_t started = of_a_file ? now_ns() : 0;
     uint64_t above = 0;  /* without a branch, so that the compiler may take several at once */
-    for (Py_ssize_t k = 0; k < num_ids; k++) above |= (uint64_t)id_at(ids, k, id_bytes) >= (uint64_t)num_rows;
-    /* A touch of a page behind the file's end is a SIGBUS. */
-    if (fd >= 0 && (fstat(fd, &found) != 0 || found.st_size < file_bytes)) {
-        bad = CUT;
+    for (Py_ssize_t k = 0; k < part.num_ids; k++) above |= (uint64_t)id_at(part.ids, k, part.id_bytes) >= num_rows;
+    if (of_a_file && was_cut(plan, started)) {
+        result = CUT;
     } else if (above) {
-        for (bad = 0; (uint64_t)id_at(ids, bad, id_bytes) < (uint64_t)num_rows; bad++) {}
+        for (result = 0; (uint64_t)id_at(part.ids, result, part.id_bytes) < num_rows; result++) {}
     } else {
-        Py_ssize_t bytes = num_ids * row_bytes;
-        int stream = bytes >= STREAM_BYTES && row_bytes % LINE_BYTES == 0 && (uintptr_t)out.buf % LINE_BYTES == 0;
-        copy_all((Part){table, ids, out.buf, row_bytes, num_ids, id_bytes, stream}, num_threads);
-        if (slow_ns && now_ns() - started > slow_ns) bad = SLOW;
+        part.out = out.buf;
+        part.stream = out.len >= STREAM_BYTES && part.row_bytes < LONG_ROW_BYTES && part.row_bytes % LINE_BYTES == 0 &&
+                      (uintptr_t)out.buf % LINE_BYTES == 0;
+        copy_all(part, num_threads);
+        if (of_a_file && now_ns() - started > plan->slow_ns + plan->slow_ns_per_row * part.num_ids) result = SLOW;
     }
     Py_END_ALLOW_THREADS
     PyBuffer_Release(&out);
-    return PyLong_FromSsize_t(bad);
+    return PyLong_FromSsize_t(result);
 }
 
 static PyObject *gather(PyObject *module, PyObject *const *arguments, Py_ssize_t num_arguments) {
     (void)module;
     if (num_arguments != 8) return PyErr_Format(PyExc_TypeError, "gather takes 8 arguments, not %zd", num_arguments);
-    return gather_from(arguments, -1, 0, 0);
+    Plan plan = {.num_rows = PyLong_AsLongLong(arguments[1])};
+    Part part = {.table = PyLong_AsVoidPtr(arguments[0]), .row_bytes = PyLong_AsSsize_t(arguments[2]),
+                 .ids = PyLong_AsVoidPtr(arguments[3]), .num_ids = PyLong_AsSsize_t(arguments[4]),
+                 .id_bytes = PyLong_AsSsize_t(arguments[5])};
+    long num_threads = PyLong_AsLong(arguments[7]);
+    if (PyErr_Occurred()) return NULL;
+    return gather_to(&plan, part, arguments[6], num_threads, 0);
 }
 
 static PyObject *read_rows(PyObject *module, PyObject *const *arguments, Py_ssize_t num_arguments) {
     (void)module;
-    if (num_arguments != 11) return PyErr_Format(PyExc_TypeError, "read takes 11 arguments, not %zd", num_arguments);
-    long fd = PyLong_AsLong(arguments[8]);
-    int64_t file_bytes = PyLong_AsLongLong(arguments[9]), slow_ns = PyLong_AsLongLong(arguments[10]);
+    if (num_arguments != 5) return PyErr_Format(PyExc_TypeError, "read takes 5 arguments, not %zd", num_arguments);
+    if (!PyBytes_Check(arguments[0]) || PyBytes_GET_SIZE(arguments[0]) != sizeof(Plan))
+        return PyErr_Format(PyExc_TypeError, "a plan has %zu bytes", sizeof(Plan));
+    Plan plan;
+    memcpy(&plan, PyBytes_AS_STRING(arguments[0]), sizeof plan);
+    Part part = {.table = (const char *)(intptr_t)plan.table, .row_bytes = plan.row_bytes,
+                 .ids = PyLong_AsVoidPtr(arguments[1]), .num_ids = PyLong_AsSsize_t(arguments[2]),
+                 .id_bytes = PyLong_AsSsize_t(arguments[3])};
     if (PyErr_Occurred()) return NULL;
-    return gather_from(arguments, fd, file_bytes, slow_ns);
+    return gather_to(&plan, part, arguments[4], 1, 1);
 }
 
 static PyObject *will_need(PyObject *module, PyObject *const *arguments, Py_ssize_t num_arguments) {

@@ -9,13 +9,14 @@ A row is a quarter of its float32 size, and is only read: an update smaller than
 disk a row's scales lie behind its values (`join`, `split`), so that a cold row is one read. Decoding goes through
 buffers that stay in the processor's cache, a few rows at a time. What torch's own `copy_` does a value at a time for
 float8 is done here on the bits: shifted left by seven, with bit 14 cleared, a code is a float16 of 1/256 the value.
-The two codes for NaN would come out as ±480, so a carry from 0x7F sets their exponent's last bit.
+The two codes for NaN would come out as ±480: where a tile holds one, a carry from 0x7F sets the exponent's last bit.
 
 U rows, D row width, K scales of a row, B bytes of a row.
 """
 
 from __future__ import annotations
 
+import numpy as np
 import torch
 
 from sense_v2.core.config import COMPACT_DTYPES
@@ -26,11 +27,13 @@ BLOCK_VALUES = 32
 FLOAT8_MAX, INT8_MAX = 448.0, 127.0
 # Values decoded at a time: what is between two passes over them stays in the second-level cache, and there are enough
 # for torch to hand to several threads.
-TILE_VALUES = 1 << 19
+TILE_VALUES = 1 << 20
 
 _BIAS = 127
 # 2^(byte - 127) for each scale byte; 255 is NaN. In float32, byte 0 is a subnormal.
-_SCALES = torch.tensor([2.0 ** (byte - _BIAS) for byte in range(255)] + [float("nan")], dtype=torch.float32)
+_SCALES = torch.tensor(
+    [2.0 ** (byte - _BIAS) for byte in range(255)] + [float("nan")], dtype=torch.float32, device="cpu"
+)
 # What the float16 that a code's bits make is multiplied with; past byte 247 that is too large for a float32.
 _FROM_HALF = _SCALES.double().mul(256).float()
 _LAST_FROM_HALF = 247
@@ -98,7 +101,7 @@ def decode(codes_UD: torch.Tensor, scales_UK: torch.Tensor, out_UD: torch.Tensor
     tile_rows = max(1, min(num_rows, TILE_VALUES // width))
     work = _Float8Work(tile_rows, width) if codes_UD.dtype == torch.float8_e4m3fn else None
     is_float32 = out_UD.dtype == torch.float32
-    values = None if is_float32 else torch.empty(tile_rows, width, dtype=torch.float32)
+    values = None if is_float32 else torch.empty(tile_rows, width, dtype=torch.float32, device="cpu")
     for start in range(0, num_rows, tile_rows):
         tile = slice(start, min(start + tile_rows, num_rows))
         to_UD = out_UD[tile]
@@ -116,16 +119,15 @@ class _Float8Work:
     """Buffers for a tile of float8 rows."""
 
     def __init__(self, num_rows: int, width: int) -> None:
-        self.bits = torch.empty(num_rows, width, dtype=torch.int16)
-        self.carry = torch.empty_like(self.bits)
+        self.bits = torch.empty(num_rows, width, dtype=torch.int16, device="cpu")
         self.blocks = width // BLOCK_VALUES
 
     def decode(self, codes_UD: torch.Tensor, exponents_UK: torch.Tensor, to_UD: torch.Tensor) -> None:
         num_rows = len(codes_UD)
-        bits, carry = self.bits[:num_rows], self.carry[:num_rows]
+        bits = self.bits[:num_rows]
         bits.copy_(codes_UD).bitwise_left_shift_(7).bitwise_and_(~0x4000)
-        torch.add(bits, 0x80, out=carry)
-        bits.bitwise_or_(carry.bitwise_and_(0x4000))
+        if _has_nan(codes_UD):
+            bits.bitwise_or_((bits + 0x80).bitwise_and_(0x4000))
         to_UD.copy_(bits.view(torch.float16))
         exponents = exponents_UK.flatten().int()
         scale_of = _FROM_HALF
@@ -138,6 +140,13 @@ class _Float8Work:
             to_UD[:, :whole].unflatten(1, (self.blocks, BLOCK_VALUES)).mul_(scales_UK[:, : self.blocks, None])
         if whole < to_UD.shape[1]:
             to_UD[:, whole:].mul_(scales_UK[:, self.blocks :])
+
+
+def _has_nan(codes_UD: torch.Tensor) -> bool:
+    """Whether one of the codes, as int8, is 0x7F, the largest of int8, or 0xFF, the largest of uint8. NumPy compares
+    32 at a time."""
+    codes = codes_UD.numpy()
+    return bool(codes.max() == 0x7F or codes.view(np.uint8).max() == 0xFF)
 
 
 def join(codes_UD: torch.Tensor, scales_UK: torch.Tensor) -> torch.Tensor:
@@ -158,5 +167,5 @@ def decode_rows(
     rows_UB: torch.Tensor, width: int, dtype: str, *, as_type: torch.dtype = torch.float32
 ) -> torch.Tensor:
     """Rows as they lie on disk -> their values in memory of their own, [U, D]."""
-    values_UD = torch.empty(len(rows_UB), width, dtype=as_type)
+    values_UD = torch.empty(len(rows_UB), width, dtype=as_type, device="cpu")
     return decode(*split(rows_UB, width, dtype), values_UD)

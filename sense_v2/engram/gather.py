@@ -72,7 +72,7 @@ class ReusedBuffer:
 
 def _aligned(num_bytes: int) -> np.ndarray[Any, Any]:
     """[num_bytes] of uint8 that begin at a cache line, as PyTorch's memory does and NumPy's doesn't."""
-    return torch.empty(num_bytes, dtype=torch.uint8).numpy()
+    return torch.empty(num_bytes, dtype=torch.uint8, device="cpu").numpy()
 
 
 class RowGather:
@@ -157,7 +157,7 @@ class CompactGather:
         if out is None:
             shape, to = (*row_ids.shape, self.width), self._dtype.torch
             if row_ids.numel() * self.width * to.itemsize <= REUSED_BYTES:
-                out = torch.empty(shape, dtype=to)
+                out = torch.empty(shape, dtype=to, device="cpu")
             else:
                 # NumPy has no bfloat16: its bits.
                 bits = np.dtype(f"u{to.itemsize}")

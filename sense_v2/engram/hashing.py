@@ -10,7 +10,11 @@ in another packed document counts as the pad id, and so does everything behind i
 `ngram_hash` is the pure function; `HeadLayout` says which rows belong to which head; `NgramHasher` holds both for
 one layer. NumPy arrays and torch tensors on any device give the same values.
 
-Source: Engram (arXiv 2601.07372) and its demo; held against tests/golden/{paper_demo,deepseek_v41}_hash.json.
+In the `qwen_ple` variant the pad id is the model's end-of-sequence token, and behind one of those a new n-gram begins
+as if the sequence did.
+
+Source: Engram (arXiv 2601.07372) and its demo, and transformers' models/qwen4_exp; held against
+tests/golden/{paper_demo,deepseek_v41,qwen_ple}_hash.json.
 
 B batch, T sequence, P positions of history, L layers, H heads in all (orders × heads per order), N rows.
 """
@@ -89,7 +93,7 @@ class HeadLayout:
         elif rules.one_table:
             num_rows_L = [first_row] * len(layer_ids)
         else:
-            num_rows_L = [sum(primes_H) for primes_H in primes_LH]
+            num_rows_L = [round_up(sum(primes_H), rules.row_multiple) for primes_H in primes_LH]
         return cls(tuple(layer_ids), tuple(ngram_orders), num_heads, primes_LH, tuple(offsets_LH), tuple(num_rows_L))
 
     @classmethod
@@ -112,6 +116,15 @@ class HeadLayout:
             "primes": [list(primes_H) for primes_H in self.primes_LH],
             "offsets": [list(offsets_H) for offsets_H in self.offsets_LH],
         }
+
+
+def round_up(number: int, multiple: int) -> int:
+    """The least multiple that is not below `number`.
+
+    >>> round_up(257, 128)
+    384
+    """
+    return -(-number // multiple) * multiple
 
 
 def _primes_below(start: int, count: int, table_size: int) -> list[int]:
@@ -146,6 +159,30 @@ def hash_multipliers(layer_id: int, *, largest_order: int, compressed_vocab_size
     half_bound = max(1, (np.iinfo(np.int64).max // compressed_vocab_size) // 2)
     generator = np.random.default_rng(seed + 10007 * layer_id)
     return generator.integers(low=0, high=half_bound, size=(largest_order,), dtype=np.int64) * 2 + 1
+
+
+def splitmix_multipliers(
+    place: int, *, largest_order: int, compressed_vocab_size: int, seed: int
+) -> np.ndarray[Any, Any]:
+    """As `hash_multipliers`, from SplitMix64, for the layer at that `place` among those with memory."""
+    bits, gamma = 2**64 - 1, 0x9E3779B97F4A7C15
+    half_bound = max(1, (np.iinfo(np.int64).max // compressed_vocab_size) // 2)
+    multipliers = []
+    for number in range(largest_order):
+        # The published code adds gamma once to number the multipliers and once more as SplitMix64 itself does.
+        z = (seed + 10007 * place + gamma * (number + 2)) & bits
+        z = ((z ^ (z >> 30)) * 0xBF58476D1CE4E5B9) & bits
+        z = ((z ^ (z >> 27)) * 0x94D049BB133111EB) & bits
+        multipliers.append(2 * ((z ^ (z >> 31)) % half_bound) + 1)
+    return np.array(multipliers, dtype=np.int64)
+
+
+def sequences_until(end_id: int, ids_BT: torch.Tensor, sequence_ids_BT: torch.Tensor | None) -> torch.Tensor:
+    """sequence_ids_BT that also change behind each `end_id`."""
+    ended_BT = _shift((ids_BT == end_id).cumsum(dim=1), 1, fill=0)
+    if sequence_ids_BT is None:
+        return ended_BT
+    return sequence_ids_BT.to(torch.int64) * (ids_BT.shape[1] + 1) + ended_BT
 
 
 def boundary_mask(
@@ -209,7 +246,8 @@ class NgramHasher:
     """Hashes for one layer of a variant: `hasher(compressed_ids_BT) -> row_ids_BTH`.
 
     `variant` is a name of `VARIANTS`; `layer_id` must be one of `layer_ids`, all layers that share the primes;
-    `pad_id` is a *compressed* id. `NgramHasher.from_config` takes the rest from an `EngramConfig`.
+    `pad_id` is a *compressed* id (in a variant whose lookback stops at the end of a sequence, that token's).
+    `NgramHasher.from_config` takes the rest from an `EngramConfig`.
 
     >>> import torch
     >>> hasher = NgramHasher("sense", layer_id=1, layer_ids=[1], ngram_orders=[2], num_heads=2, table_size=100,
@@ -244,13 +282,16 @@ class NgramHasher:
         self.pad_id = pad_id
         self.compressed_vocab_size = compressed_vocab_size
         self.num_rows = self.layout.num_rows_L[self.layout.layer_ids.index(layer_id)]
-        self.multipliers = hash_multipliers(
-            layer_id,
+        rules = VARIANTS[variant]
+        self._ends_at_pad = rules.lookback_ends == "end_of_sequence"
+        layer = self.layout.layer_ids.index(layer_id)
+        splitmix = rules.multipliers == "splitmix64"
+        self.multipliers = (splitmix_multipliers if splitmix else hash_multipliers)(
+            layer if splitmix else layer_id,
             largest_order=max(ngram_orders),
             compressed_vocab_size=compressed_vocab_size,
             seed=seed,
         )
-        layer = self.layout.layer_ids.index(layer_id)
         self._primes_H = torch.tensor(self.layout.primes_LH[layer], dtype=torch.int64)
         self._offsets_H = torch.tensor(self.layout.offsets_LH[layer], dtype=torch.int64)
 
@@ -327,6 +368,8 @@ class NgramHasher:
             if sequence_ids_BT is not None:
                 past_BP = sequence_ids_BT[:, :1].expand(-1, num_history)
                 sequence_ids_BT = torch.cat([past_BP, sequence_ids_BT], dim=1)
+        if self._ends_at_pad:
+            sequence_ids_BT = sequences_until(self.pad_id, ids_BT, sequence_ids_BT)
         row_ids_BTH = ngram_hash(
             ids_BT,
             multipliers=self.multipliers.tolist(),

@@ -14,7 +14,8 @@ to T. Padding is zeroed at its input, and where documents are packed its taps st
 do.
 
 The `paper` variant (arXiv 2601.07372 and its demo) takes the signed square root of the score before the sigmoid,
-norms the convolution's input, puts SiLU behind it, and can feed several residual streams.
+norms the convolution's input, puts SiLU behind it, and can feed several residual streams. `qwen_ple` is the same
+without biases. `deepseek_v41` has the paper's gate and streams, no biases and no convolution: out = h + α·V.
 
 B batch, T sequence, Q positions of the past and then these T, C hidden size, S residual streams, H rows a position,
 D row width, V value (W_v memory), X = S·C channels of the convolution.
@@ -33,6 +34,7 @@ from torch import nn
 from sense_v2.core.config import EngramConfig
 from sense_v2.engram import operators
 from sense_v2.engram.hashing import HeadLayout, NgramHasher, boundary_mask
+from sense_v2.engram.released import ReleasedTable
 from sense_v2.engram.storage import MMapEmbeddingStorage
 from sense_v2.engram.tokenizer import EngramTokenizer
 from sense_v2.engram.variants import VARIANTS
@@ -158,7 +160,7 @@ class EngramFusionLayer(nn.Module):
         layer_id: int,
         *,
         tokenizer: EngramTokenizer | None = None,
-        storage: MMapEmbeddingStorage | None = None,
+        storage: MMapEmbeddingStorage | ReleasedTable | None = None,
         pad_token_id: int | None = None,
     ) -> None:
         super().__init__()
@@ -169,15 +171,15 @@ class EngramFusionLayer(nn.Module):
         if not self.enabled:
             return
         rules = VARIANTS[config.variant]
-        if rules.conv_kernel == 0:
-            raise ValueError(f"EngramConfig.variant = {config.variant!r}: its fusion is not part of this version")
-        if not config.causal and rules.conv_kernel % 2 == 0:
+        if not config.causal and rules.conv_kernel and rules.conv_kernel % 2 == 0:
             raise ValueError(
                 f"EngramConfig.causal = False: the {rules.conv_kernel}-tap convolution of variant "
                 f"{config.variant!r} has no centre; use variant 'sense'"
             )
         self.tokenizer = EngramTokenizer(config.shadow_map_path) if tokenizer is None else tokenizer
-        self.storage = open_table(config, self.tokenizer) if storage is None else storage
+        self.storage: MMapEmbeddingStorage | ReleasedTable = (
+            open_table(config, self.tokenizer) if storage is None else storage
+        )
         self.hasher = NgramHasher.from_config(
             config,
             layer_id=layer_id,
@@ -196,16 +198,18 @@ class EngramFusionLayer(nn.Module):
             else None
         )
         dilation = max(config.ngram_orders) if rules.conv_dilation == "largest_order" else 1
-        self.conv = nn.Conv1d(
-            channels,
-            channels,
-            kernel_size=rules.conv_kernel,
-            padding=(rules.conv_kernel - 1) * dilation // 2,
-            dilation=dilation,
-            groups=channels,
-            # A bias would add a constant to every position, padding and n-grams never seen included.
-            bias=False,
-        )
+        self.conv: nn.Conv1d | None = None
+        if rules.conv_kernel:
+            self.conv = nn.Conv1d(
+                channels,
+                channels,
+                kernel_size=rules.conv_kernel,
+                padding=(rules.conv_kernel - 1) * dilation // 2,
+                dilation=dilation,
+                groups=channels,
+                # A bias would add a constant to every position, padding and n-grams never seen included.
+                bias=False,
+            )
         self._handle = operators.handle_of(self)
         self.reset_parameters()
 
@@ -217,19 +221,25 @@ class EngramFusionLayer(nn.Module):
     @property
     def reach(self) -> int:
         """How many positions back a position's memory depends on: its n-grams', and the convolution's."""
-        return max(max(self.config.ngram_orders) - 1, (self.conv.kernel_size[0] - 1) * self.conv.dilation[0])
+        taps_reach = 0 if self.conv is None else (self.conv.kernel_size[0] - 1) * self.conv.dilation[0]
+        return max(max(self.config.ngram_orders) - 1, taps_reach)
 
     def reset_parameters(self) -> None:
         """The identity: the convolution at zero, and W_v, or the rows behind it. W_k keeps nn.Linear's noise."""
         self.W_k.reset_parameters()
-        if self.storage.is_new and self.storage.manifest.init_std == 0:
+        if (
+            isinstance(self.storage, MMapEmbeddingStorage)
+            and self.storage.is_new
+            and self.storage.manifest.init_std == 0
+        ):
             # So that a row of length 1 gives a value of length 1, in whatever direction it points.
             nn.init.normal_(self.W_v.weight, std=self.hidden_size**-0.5)
         else:
             nn.init.zeros_(self.W_v.weight)
         if self.W_v.bias is not None:
             nn.init.zeros_(self.W_v.bias)
-        nn.init.zeros_(self.conv.weight)
+        if self.conv is not None:
+            nn.init.zeros_(self.conv.weight)
 
     def row_ids(
         self,
@@ -305,6 +315,20 @@ class EngramFusionLayer(nn.Module):
         gated_BTSC = alpha_BTS1.to(value_BT1C.dtype) * value_BT1C
         if valid_BT is not None:
             gated_BTSC = gated_BTSC * valid_BT[..., None, None]
+        delta_BTSC = gated_BTSC
+        if self.conv is not None:
+            delta_BTSC = gated_BTSC + self._mixed(gated_BTSC, self.conv, valid_BT, sequence_ids_BQ, remember)
+        return hidden_states + delta_BTSC.reshape(hidden_states.shape).to(hidden_states.dtype)
+
+    def _mixed(
+        self,
+        gated_BTSC: torch.Tensor,
+        conv: nn.Conv1d,
+        valid_BT: torch.Tensor | None,
+        sequence_ids_BQ: torch.Tensor | None,
+        remember: Callable[[torch.Tensor], torch.Tensor] | None,
+    ) -> torch.Tensor:
+        """conv(α·V), [B, T, S, C]; see `fuse`."""
         mixed_BTSC = gated_BTSC
         if self.conv_norm is not None:
             mixed_BTSC = self.conv_norm(mixed_BTSC).to(gated_BTSC.dtype)
@@ -313,19 +337,18 @@ class EngramFusionLayer(nn.Module):
             inputs_BQX = remember(inputs_BQX)
         mixed_BXQ = short_conv(
             inputs_BQX.transpose(1, 2),
-            self.conv,
+            conv,
             causal=self.config.causal,
             sequence_ids_BT=sequence_ids_BQ,
         )
-        num_past = inputs_BQX.shape[1] - hidden_BTSC.shape[1]
+        num_past = inputs_BQX.shape[1] - gated_BTSC.shape[1]
         mixed_BTX = mixed_BXQ[..., num_past:].transpose(1, 2)
         mixed_BTSC = mixed_BTX.unflatten(-1, (self.num_streams, self.hidden_size))
         if self.conv_norm is not None:
             mixed_BTSC = F.silu(mixed_BTSC)
         if valid_BT is not None:
             mixed_BTSC = mixed_BTSC * valid_BT[..., None, None]
-        delta_BTSC = gated_BTSC + mixed_BTSC
-        return hidden_states + delta_BTSC.reshape(hidden_states.shape).to(hidden_states.dtype)
+        return mixed_BTSC
 
     def forward(
         self,

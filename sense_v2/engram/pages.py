@@ -29,17 +29,24 @@ DROP_BYTES = 64 << 20
 
 
 def page_runs(
-    row_ids: np.ndarray[Any, Any], row_bytes: int, page_bytes: int = mmap.PAGESIZE, max_run_bytes: int = MAX_RUN_BYTES
+    row_ids: np.ndarray[Any, Any],
+    row_bytes: int,
+    page_bytes: int = mmap.PAGESIZE,
+    max_run_bytes: int = MAX_RUN_BYTES,
+    *,
+    first_byte: int = 0,
 ) -> np.ndarray[Any, Any]:
     """[R, 2] of int64: (offset, length) in bytes of the pages that these rows lie on, each once, ascending;
-    neighbours together up to a boundary of `max_run_bytes`.
+    neighbours together up to a boundary of `max_run_bytes`. Row 0 begins at `first_byte` of the mapping.
 
     >>> page_runs(np.array([0, 1, 900, 63]), row_bytes=64, page_bytes=4096).tolist()
     [[0, 4096], [57344, 4096]]
     """
-    starts = row_ids.astype(np.int64) * row_bytes
+    starts = row_ids.astype(np.int64) * row_bytes + first_byte
     firsts = starts // page_bytes
-    spans = int(-(-row_bytes // page_bytes)) + (1 if page_bytes % row_bytes and row_bytes % page_bytes else 0)
+    # Rows that divide a page, or are whole pages, cross no border; unless the first one begins between two.
+    crosses = (page_bytes % row_bytes and row_bytes % page_bytes) or first_byte % min(row_bytes, page_bytes)
+    spans = int(-(-row_bytes // page_bytes)) + (1 if crosses else 0)
     if spans > 1:
         lasts = (starts + (row_bytes - 1)) // page_bytes
         firsts = np.minimum(firsts[:, None] + np.arange(spans), lasts[:, None]).reshape(-1)

@@ -23,6 +23,7 @@ from __future__ import annotations
 import contextlib
 import mmap
 import os
+import struct
 import time
 import weakref
 from concurrent.futures import ThreadPoolExecutor
@@ -57,12 +58,14 @@ FAULT_BYTES = 2 << 20
 MIN_RESIDENT_BYTES = 4 * FAULT_BYTES
 # What `_gather.read` says of a file that is shorter than it was.
 COMPILED_CUT = -2
+# `struct Plan` there.
+PLAN = "7q"
 
 
 class RowReader:
-    """Reads the rows of a mapped file, `rows_ND` (of compact rows [N, bytes of a row]), of `width` values each.
-    `max_resident_bytes` bounds what of it stays mapped into this process's memory. Mappings are read by any number of
-    threads and of processes, which share one copy."""
+    """Reads the rows of a mapped file, `rows_ND` [N, D]; of compact rows [N, bytes of a row], which hold `width`
+    values each. `max_resident_bytes` bounds what of it stays mapped into this process's memory. Mappings are read by
+    any number of threads and of processes, which share one copy."""
 
     def __init__(
         self,
@@ -70,7 +73,7 @@ class RowReader:
         dtype: RowDtype,
         path: Path,
         *,
-        width: int,
+        width: int | None = None,
         max_resident_bytes: int | None = None,
     ) -> None:
         if max_resident_bytes is not None and max_resident_bytes < MIN_RESIDENT_BYTES:
@@ -80,7 +83,8 @@ class RowReader:
         self.path = path
         self._dtype = dtype
         plain = None if dtype.is_compact else RowGather(rows_ND, dtype)
-        self._gather = plain or CompactGather(rows_ND, dtype, width)
+        assert plain is not None or width is not None, "bytes don't say how many values a compact row has"
+        self._gather = plain or CompactGather(rows_ND, dtype, width or 0)
         self._mapping: mmap.mmap = rows_ND._mmap  # type: ignore[attr-defined]  # NumPy's own name for the mapping
         self._num_bytes = rows_ND.nbytes
         self._pages = Pages(self._mapping, self._gather.address, rows_ND.nbytes, tells=_may_be_told(path))
@@ -89,6 +93,8 @@ class RowReader:
         self._fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
         self._close_fd = weakref.finalize(self, os.close, self._fd)
         self._small = plain if compiled is not None and max_resident_bytes is None else None
+        limits = (self._fd, self._num_bytes, SLOW_NS, SLOW_NS_PER_ROW)
+        self._plan = struct.pack(PLAN, self._gather.address, self._gather.num_rows, self._gather.row_bytes, *limits)
         self._pool: ThreadPoolExecutor | None = None
         self._process = os.getpid()
         self._budget = None if max_resident_bytes is None else _Budget(max_resident_bytes, self._pages)
@@ -105,19 +111,8 @@ class RowReader:
             num_bytes = num_ids * gather.row_bytes
             if num_bytes <= REUSED_BYTES and row_ids.is_contiguous():
                 array = np.empty((*row_ids.shape, gather.width), gather.numpy_dtype)
-                result = compiled.read(
-                    gather.address,
-                    gather.num_rows,
-                    gather.row_bytes,
-                    row_ids.data_ptr(),
-                    num_ids,
-                    8 if row_ids.dtype is torch.int64 else 4,
-                    array,
-                    1,
-                    self._fd,
-                    self._num_bytes,
-                    SLOW_NS + num_ids * SLOW_NS_PER_ROW,
-                )
+                id_bytes = 8 if row_ids.dtype is torch.int64 else 4
+                result = compiled.read(self._plan, row_ids.data_ptr(), num_ids, id_bytes, array)
                 if result != -1:
                     self._explain(result, row_ids)
                 rows = torch.from_numpy(array)
@@ -227,7 +222,7 @@ class RowReader:
     def _read_within(self, budget: _Budget, row_ids: torch.Tensor, out: torch.Tensor | None) -> torch.Tensor:
         """In parts that can't map more than the budget has left."""
         if out is None:
-            out = torch.empty((*row_ids.shape, self._gather.width), dtype=self._dtype.torch)
+            out = torch.empty((*row_ids.shape, self._gather.width), dtype=self._dtype.torch, device="cpu")
         ids, rows = row_ids.reshape(-1), out.view(-1, self._gather.width)
         part = max(1, budget.part_bytes // (FAULT_BYTES + self._gather.row_bytes))
         for start in range(0, len(ids), part):

@@ -242,7 +242,11 @@ class MMapEmbeddingStorage(nn.Module):
             or _has_any_global_hook()
         ):
             return super().__call__(row_ids)
-        return self.forward(row_ids)
+        reader = self._reader
+        # What `forward` comes to for most small batches.
+        if self.training or reader is None or type(row_ids) is not torch.Tensor:
+            return self.forward(row_ids)
+        return reader.read(row_ids) if row_ids.dtype is torch.int64 and row_ids.is_cpu else self.forward(row_ids)
 
     def forward(self, row_ids: torch.Tensor) -> torch.Tensor:
         """row_ids [...] of int64 or int32 -> rows [..., D] in the table's dtype, on the ids' device.
@@ -279,7 +283,7 @@ class MMapEmbeddingStorage(nn.Module):
     def gather(self, row_ids_U: torch.Tensor) -> torch.Tensor:
         """Rows as float32 [U, D] in memory of their own, without gradient: what a row update computes with."""
         reader, ids_U = self._opened_reader(), self._checked_ids(row_ids_U)
-        rows_UD = torch.empty(len(ids_U), self.embedding_dim, dtype=self.dtype)
+        rows_UD = torch.empty(len(ids_U), self.embedding_dim, dtype=self.dtype, device="cpu")
         return reader.read(ids_U, out=rows_UD).float()
 
     def _opened_reader(self) -> RowReader:

@@ -4,7 +4,8 @@ A variant is data: how head sizes are chosen, whether layers share a table, whic
 elsewhere asks for these fields and never for a name, so that a new variant is a new row here.
 
 Sources: `paper` is the demo configuration of Engram (arXiv 2601.07372); `deepseek_v41` the layout of the released
-DeepSeek-V4.1 tables; `sense` this project's own, with one table of a given size for all layers.
+DeepSeek-V4.1 tables; `qwen_ple` the per-layer embedding of Qwen4-Exp, as transformers has it (models/qwen4_exp);
+`sense` this project's own, with one table of a given size for all layers.
 """
 
 from __future__ import annotations
@@ -37,6 +38,19 @@ class Variant:
     """Not None: the convolution's input is RMS-normed with this epsilon, and its output goes through SiLU."""
     projection_bias: bool
     """Whether W_k and W_v have a bias."""
+    compresses: bool = True
+    """Whether token ids go through a shadow map first. False: a compressed id is the token id."""
+    lookback_ends: str = "padding"
+    """What no n-gram reaches across. padding: padding alone. end_of_sequence: the pad id's token as well, which is
+    the model's end of a sequence here and belongs to the sequence that it ends."""
+    multipliers: str = "numpy"
+    """Where the hash multipliers come from. numpy: its generator, seeded with the layer's number in the model.
+    splitmix64: that sequence, seeded with the layer's place among those with memory."""
+    vocab_size: int | None = None
+    """Where tokens aren't compressed: the published model's vocab_size, which the multipliers depend on. It counts
+    more ids than its tokenizer has tokens."""
+    row_multiple: int = 1
+    """A table's rows are filled up to a multiple of this; the last ones belong to no head."""
     defaults: Mapping[str, Any] = field(default_factory=dict)
     """The published values of `EngramConfig` fields."""
 
@@ -94,6 +108,32 @@ VARIANTS: dict[str, Variant] = {
             "normalization": "deepseek",
             "pad_token_id": 2,
             "seed": 0,
+        },
+    ),
+    "qwen_ple": Variant(
+        name="qwen_ple",
+        head_sizes="per_head",
+        one_table=False,
+        gate="signed_sqrt",
+        conv_kernel=4,
+        conv_dilation="largest_order",
+        gate_norm_eps=1e-6,
+        conv_norm_eps=1e-6,
+        projection_bias=False,
+        compresses=False,
+        vocab_size=248_320,
+        lookback_ends="end_of_sequence",
+        multipliers="splitmix64",
+        row_multiple=128,
+        defaults={
+            "table_size": 20_000_000,
+            "engram_dim": 2560,
+            "num_heads": 8,
+            "ngram_orders": [2, 3],
+            # The model's ple_layer_ids, [2], count from 1.
+            "layer_indices": [1],
+            "pad_token_id": 248_044,
+            "seed": 1234,
         },
     ),
 }

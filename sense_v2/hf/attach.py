@@ -16,6 +16,7 @@ from __future__ import annotations
 import inspect
 import types
 import warnings
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -100,11 +101,13 @@ def attach_engram(
     memory.train(model.training)
 
     model.engram = memory
-    carry = _carry_ids(memory, base, embedding, num_embeddings, depth)
+    # Not closures: a deep copy of the model copies what partial objects hold, so that its hooks are its own.
+    names = tuple(inspect.signature(base.forward).parameters)
+    carry = partial(_carry_ids, memory, names, num_embeddings, depth)
     memory._undo.append(base.register_forward_pre_hook(carry, with_kwargs=True))
     fusions = {fusion.layer_id: (number, fusion) for number, fusion in enumerate(memory)}
     for layer_id, layer in enumerate(layers):
-        hook = _add_memory(memory, layer_id, depth, *fusions.get(layer_id, (None, None)))
+        hook = partial(_add_memory, memory, layer_id, depth, *fusions.get(layer_id, (None, None)))
         memory._undo.append(layer.register_forward_pre_hook(hook, with_kwargs=True))
     for name, function in (
         ("prepare_inputs_for_generation", prepare_inputs_with_memory),
@@ -230,41 +233,44 @@ def _refuse_continuous_batching(model: Any, *args: Any, **kwargs: Any) -> Any:
     )
 
 
-def _carry_ids(memory: EngramMemory, base: nn.Module, embedding: nn.Module, num_embeddings: int, depth: int) -> Any:
-    """The hook on the base model: finds ids, mask, positions and cache among its arguments and sends along what the
-    layers need."""
-    names = tuple(inspect.signature(base.forward).parameters)
-
-    def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict]:
-        kwargs = dict(kwargs)
-        given_ids_BT = kwargs.pop(IDS_ARGUMENT, None)
-        given_mask = kwargs.pop(MASK_ARGUMENT, None)
-        arguments = {**dict(zip(names, args, strict=False)), **kwargs}
-        token_ids_BT = arguments.get("input_ids") if given_ids_BT is None else given_ids_BT
-        if token_ids_BT is None:
-            raise ValueError(
-                "memory is looked up by token ids, and this call has none (inputs_embeds alone): pass the ids "
-                f"along as {IDS_ARGUMENT}=…"
-            )
-        current = _rows(embedding)
-        if current != num_embeddings:
-            raise ValueError(
-                f"the vocabulary was resized from {num_embeddings} to {current} after memory was attached; "
-                "detach_engram, make a shadow map of the new tokenizer, attach again"
-            )
-        cache = cache_in(arguments)
-        mask = arguments.get("attention_mask") if given_mask is None else given_mask
-        if mask is not None and not is_plain_mask(mask):
-            shape = tuple(mask.shape) if isinstance(mask, torch.Tensor) else type(mask).__name__
-            raise ValueError(
-                f"attention_mask is {shape}: with memory attached it must be [batch, sequence] with 0 at padding, so "
-                f"that n-grams can stop there; such a mask can come along as {MASK_ARGUMENT}=…"
-            )
-        state = None if cache is None else _state_in(cache, memory, depth)
-        kwargs[CARRIER] = engram_inputs(memory, token_ids_BT, mask, arguments.get("position_ids"), state)
-        return args, kwargs
-
-    return hook
+def _carry_ids(
+    memory: EngramMemory,
+    names: tuple[str, ...],
+    num_embeddings: int,
+    depth: int,
+    base: Any,
+    args: tuple[Any, ...],
+    kwargs: dict[str, Any],
+) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """The hook on the base model: finds ids, mask, positions and cache among its arguments, whose `names` are in
+    their order, and sends along what the layers need."""
+    kwargs = dict(kwargs)
+    given_ids_BT = kwargs.pop(IDS_ARGUMENT, None)
+    given_mask = kwargs.pop(MASK_ARGUMENT, None)
+    arguments = {**dict(zip(names, args, strict=False)), **kwargs}
+    token_ids_BT = arguments.get("input_ids") if given_ids_BT is None else given_ids_BT
+    if token_ids_BT is None:
+        raise ValueError(
+            "memory is looked up by token ids, and this call has none (inputs_embeds alone): pass the ids "
+            f"along as {IDS_ARGUMENT}=…"
+        )
+    current = _rows(base.get_input_embeddings())
+    if current != num_embeddings:
+        raise ValueError(
+            f"the vocabulary was resized from {num_embeddings} to {current} after memory was attached; "
+            "detach_engram, make a shadow map of the new tokenizer, attach again"
+        )
+    cache = cache_in(arguments)
+    mask = arguments.get("attention_mask") if given_mask is None else given_mask
+    if mask is not None and not is_plain_mask(mask):
+        shape = tuple(mask.shape) if isinstance(mask, torch.Tensor) else type(mask).__name__
+        raise ValueError(
+            f"attention_mask is {shape}: with memory attached it must be [batch, sequence] with 0 at padding, so "
+            f"that n-grams can stop there; such a mask can come along as {MASK_ARGUMENT}=…"
+        )
+    state = None if cache is None else _state_in(cache, memory, depth)
+    kwargs[CARRIER] = engram_inputs(memory, token_ids_BT, mask, arguments.get("position_ids"), state)
+    return args, kwargs
 
 
 def _state_in(cache: Cache, memory: EngramMemory, depth: int, *, is_new: bool = False) -> EngramState:
@@ -277,35 +283,38 @@ def _state_in(cache: Cache, memory: EngramMemory, depth: int, *, is_new: bool = 
 
 
 def _add_memory(
-    memory: EngramMemory, layer_id: int, depth: int, number: int | None, fusion: EngramFusionLayer | None
-) -> Any:
+    memory: EngramMemory,
+    layer_id: int,
+    depth: int,
+    number: int | None,
+    fusion: EngramFusionLayer | None,
+    layer: nn.Module,
+    args: tuple[Any, ...],
+    kwargs: dict[str, Any],
+) -> tuple[tuple[Any, ...], dict[str, Any]]:
     """The hook on a layer: takes what was carried off its arguments and, where the layer has memory, adds it."""
-
-    def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict]:
-        kwargs = dict(kwargs)
-        carried = kwargs.pop(CARRIER, None)
-        if fusion is None:
-            return args, kwargs
-        if carried is None:
-            raise ValueError(
-                f"layer {layer_id} was called without token ids: call the model, not its layers; if the model was "
-                "called, its type doesn't hand keyword arguments down and isn't supported"
-            )
-        remember = _keep_tokens(carried, args, kwargs, memory, depth, layer_id)
-        hidden_states = args[0] if args else kwargs["hidden_states"]
-        memory_BTE = fusion.lookup(carried.row_ids_LBTH[number], carried.valid_BT)
-        fused = fusion.fuse(
-            hidden_states,
-            memory_BTE.to(hidden_states.device),
-            valid_BT=carried.valid_BT,
-            sequence_ids_BQ=carried.documents_BQ,
-            remember=remember,
+    kwargs = dict(kwargs)
+    carried = kwargs.pop(CARRIER, None)
+    if fusion is None:
+        return args, kwargs
+    if carried is None:
+        raise ValueError(
+            f"layer {layer_id} was called without token ids: call the model, not its layers; if the model was "
+            "called, its type doesn't hand keyword arguments down and isn't supported"
         )
-        if args:
-            return (fused, *args[1:]), kwargs
-        return args, {**kwargs, "hidden_states": fused}
-
-    return hook
+    remember = _keep_tokens(carried, args, kwargs, memory, depth, layer_id)
+    hidden_states = args[0] if args else kwargs["hidden_states"]
+    memory_BTE = fusion.lookup(carried.row_ids_LBTH[number], carried.valid_BT)
+    fused = fusion.fuse(
+        hidden_states,
+        memory_BTE.to(hidden_states.device),
+        valid_BT=carried.valid_BT,
+        sequence_ids_BQ=carried.documents_BQ,
+        remember=remember,
+    )
+    if args:
+        return (fused, *args[1:]), kwargs
+    return args, {**kwargs, "hidden_states": fused}
 
 
 def _keep_tokens(

@@ -60,15 +60,8 @@ def engram_inputs(
     valid_BT = None if mask is None else _newest(mask.to(token_ids_BT.device), token_ids_BT, length) != 0
     positions_BT = None
     if position_ids is not None:
-        if (
-            position_ids.dim() != 2
-            or position_ids.shape[1] != token_ids_BT.shape[1]
-            or position_ids.shape[0]
-            not in (
-                1,
-                token_ids_BT.shape[0],
-            )
-        ):
+        num_new = token_ids_BT.shape[1]
+        if tuple(position_ids.shape) not in ((1, num_new), tuple(token_ids_BT.shape)):
             raise ValueError(
                 f"position_ids have shape {tuple(position_ids.shape)}; expected that of input_ids, "
                 f"{tuple(token_ids_BT.shape)}"

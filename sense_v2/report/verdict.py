@@ -195,7 +195,7 @@ def rows_touched(results: dict[str, Any]) -> str:
             share = sum(head["touched"] for head in own) / sum(head["rows"] for head in own)
             parts.append(f"{percent(share)} of those for {order}-grams")
         told += f": {listing(parts)}"
-    return f"{told}. A row that was never reached still holds its initial noise."
+    return f"{told}. A row that was never reached still holds what it began with."
 
 
 def compression(part: dict[str, Any]) -> str:

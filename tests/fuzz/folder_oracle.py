@@ -87,7 +87,8 @@ def _open_to_write(case: Case) -> str:
         _assert_left_alone(case, before)
         return "refused"
     with contextlib.closing(table):
-        expected = expect(before, write=True) if TABLE in before else new_table(before)
+        finished = files_of(case.folder).get(MANIFEST) if MANIFEST not in before else None
+        expected = expect(before, write=True, finished=finished) if TABLE in before else new_table(before)
         assert table.weight.numpy().tobytes() == expected.files[TABLE], "rows that aren't the manifest's commit"
         _assert_promise(case, expected)
         has_state = _open_state(case, table, expected)
@@ -186,9 +187,10 @@ def checksums(raw: bytes) -> list[str]:
     return [f"{sum(slow_row_hash(row_id, row) for row_id, row in enumerate(rows)) % 2**64:016x}"]
 
 
-def expect(before: Files, *, write: bool) -> Expected:
-    """Of a folder in which the table is there. Raises `AssertionError` where it should have been refused."""
-    expected = Expected(_manifest(before, write=write), {TABLE: before[TABLE]})
+def expect(before: Files, *, write: bool, finished: bytes | None = None) -> Expected:
+    """Of a folder in which the table is there; `finished` is a left manifest that was given its name. Raises
+    `AssertionError` where it should have been refused."""
+    expected = Expected(_manifest(before, finished), {TABLE: before[TABLE]})
     manifest = expected.manifest
     assert (manifest["rows"], manifest["width"], manifest["dtype"]) == (N, D, "float32")
     assert len(before[TABLE]) == N * D * 4
@@ -209,14 +211,15 @@ def _undone(before: Files, expected: Expected) -> Files:
     return undone(before.get(JOURNAL, b""), generation, commit, N, expected.files, expected.is_committed)
 
 
-def _manifest(before: Files, *, write: bool) -> dict[str, Any]:
+def _manifest(before: Files, finished: bytes | None) -> dict[str, Any]:
     if MANIFEST in before:
         return dict(json.loads(before[MANIFEST]))
-    if write and NEW_MANIFEST in before:
-        with contextlib.suppress(ValueError, AttributeError):
-            values = json.loads(before[NEW_MANIFEST])
-            if not values.get("generation") and values.get("checksums") == checksums(before[TABLE]):
-                return dict(values)
+    if finished is not None:
+        values = dict(json.loads(finished))
+        assert finished == before[NEW_MANIFEST], "a manifest from nowhere"
+        assert not values.get("generation"), "a new table has no commits"
+        assert values["checksums"] == checksums(before[TABLE]), "a manifest of another table"
+        return values
     return {"rows": N, "width": D, "dtype": "float32"}
 
 
@@ -232,7 +235,8 @@ def _assert_promise(case: Case, expected: Expected) -> None:
     than the journal is damaged, an opening gives the manifest's commit."""
     commit = history().commits.get(expected.manifest.get("commit") or "")
     changed = set(case.changes) - {NEW_MANIFEST, NEW_TABLE, NEW_STATE, LOCK}
-    if commit is None:
+    is_finished = MANIFEST not in case.moment and NEW_MANIFEST in case.changes
+    if commit is None or is_finished:  # a forged one of a new table may have any commit's mark
         return
     journal = case.moment.get(JOURNAL, b"")
     # A forged manifest may have lost its checksums.
@@ -252,8 +256,8 @@ def _assert_left_alone(case: Case, before: Files) -> None:
     """After a refusal."""
     restored: Files = {}
     with contextlib.suppress(AssertionError, KeyError, ValueError, TypeError, AttributeError):
-        manifest = _manifest(before, write=True)
-        found = Expected(manifest, {TABLE: before[TABLE]})
+        finished = files_of(case.folder).get(MANIFEST) if MANIFEST not in before else None
+        found = Expected(_manifest(before, finished), {TABLE: before[TABLE]})
         listed = [entry["file"] for entry in found.states.values()]
         found.files.update({name: before[name] for name in listed if name in before})
         try:
