@@ -50,7 +50,6 @@ def run_serve(
             f"transformers' server can't be imported ({error})",
             'pip install "sense-v2[serve]" installs what it needs',
         ) from error
-    # A relative path would be the hub's name for the same letters, once the folder has gone.
     name = str(folder)
     echo(f"model    {name}, by this name; `curl http://{host}:{port}/v1/models` lists it")
     echo(f"serving  http://{host}:{port}/v1 until Ctrl-C")
