@@ -60,8 +60,8 @@ def _lines(table: dict[str, Any]) -> list[str]:
     if table["primes"] is not None:
         orders, primes = table["ngram_orders"], table["primes"]
         lines.append(
-            f"  heads      {len(primes)}: {table['heads_per_order']} for each of the {orders[0]}- to {orders[-1]}-grams"
-            f", {min(primes):,} to {max(primes):,} rows each"
+            f"  heads      {len(primes)}: {table['heads_per_order']} for each of the {orders[0]}- to {orders[-1]}-"
+            f"grams, {min(primes):,} to {max(primes):,} rows each"
         )
     lines.append(f"  checked    {', '.join(table['checked'])}")
     if table["unchecked"]:

@@ -45,7 +45,8 @@ class EmbeddingOnDisk(nn.Module):
     def forward(self, row_ids: torch.Tensor) -> torch.Tensor:
         if self.table is None:
             raise ValueError("this model was built without its n-gram table; call offload_ngram_table(model, folder)")
-        return self.table(row_ids).to(self._layer[0].norm_key.weight.dtype)
+        layer: Any = self._layer[0]
+        return self.table(row_ids).to(layer.norm_key.weight.dtype)
 
 
 def offload_ngram_table(model: PreTrainedModel, folder: str | os.PathLike[str]) -> PreTrainedModel:
@@ -116,5 +117,5 @@ def _ngram_embeddings(model: nn.Module) -> Iterator[tuple[nn.Module, Any]]:
 def _causal_lm_class(folder: str | os.PathLike[str]) -> type[PreTrainedModel]:
     from transformers import AutoConfig
 
-    config = AutoConfig.from_pretrained(folder)
-    return AutoModelForCausalLM._model_mapping[type(config)]  # type: ignore[no-any-return]
+    found: Any = AutoModelForCausalLM._model_mapping[type(AutoConfig.from_pretrained(folder))]
+    return found[0] if isinstance(found, tuple) else found  # type: ignore[no-any-return]
