@@ -18,6 +18,8 @@ class ResidentRows(nn.Module):
     """A table in RAM in the storage's place: `nn.Embedding(sparse=True)`. It isn't registered as a submodule, or its
     weight would go to AdamW."""
 
+    reads_the_disk = False
+
     def __init__(self, table_ND: torch.Tensor) -> None:
         super().__init__()
         embedding = nn.Embedding.from_pretrained(table_ND, freeze=False, sparse=True)

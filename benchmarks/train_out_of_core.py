@@ -211,7 +211,7 @@ def confine(model: PreTrainedModel, storage: MMapEmbeddingStorage, state_pages: 
     step = PAGE_FLOATS // ROWS_A_STATE_PAGE
     chosen_K = (pages[:, None] * PAGE_FLOATS + torch.arange(ROWS_A_STATE_PAGE) * step).flatten()
     for layer in memory_of(model):
-        layer.row_ids = confined_row_ids(layer, least_rows, chosen_K)  # type: ignore[method-assign]
+        layer.hasher = confined_hasher(layer, least_rows, chosen_K)
     state = storage.open_state("adagrad", 1)
     storage.protect(chosen_K)
     storage.write_state(state, chosen_K, torch.zeros(len(chosen_K), 1))
@@ -219,7 +219,7 @@ def confine(model: PreTrainedModel, storage: MMapEmbeddingStorage, state_pages: 
     storage.flush()
 
 
-def confined_row_ids(layer: EngramFusionLayer, rows: int, chosen_K: torch.Tensor) -> Callable[..., torch.Tensor]:
+def confined_hasher(layer: EngramFusionLayer, rows: int, chosen_K: torch.Tensor) -> Any:
     hasher = NgramHasher.from_config(
         dataclasses.replace(layer.config, table_size=rows),
         layer_id=layer.layer_id,
@@ -227,8 +227,8 @@ def confined_row_ids(layer: EngramFusionLayer, rows: int, chosen_K: torch.Tensor
         pad_id=compressed_pad_id(layer.config, layer.tokenizer, None),
     )
 
-    def row_ids(input_ids: torch.Tensor, **_: Any) -> torch.Tensor:
-        return chosen_K[hasher(layer.tokenizer(input_ids)) % len(chosen_K)]
+    def row_ids(compressed_ids_BT: torch.Tensor, **masks: Any) -> torch.Tensor:
+        return chosen_K[hasher(compressed_ids_BT, **masks) % len(chosen_K)]
 
     return row_ids
 

@@ -17,7 +17,7 @@ from sense_v2.hf.attach import attach_engram, detach_engram
 from sense_v2.hf.callback import EngramCallback
 from sense_v2.hf.corpus import Batches, encode, read_corpus
 from sense_v2.hf.fresh import END_OF_TEXT_ID, fresh_backbone, small_memory, train_bpe
-from sense_v2.hf.pretrained import save_trained
+from sense_v2.hf.pretrained import save_pretrained
 from sense_v2.hf.trainer import EngramTrainer
 
 parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -76,7 +76,7 @@ trainer = EngramTrainer(
 before = trainer.evaluate()["eval_loss"]
 trainer.train()
 after = trainer.evaluate()["eval_loss"]
-save_trained(model, options.output, tokenizer=tokenizer)
+save_pretrained(model, options.output, tokenizer=tokenizer)
 print(f"held-out perplexity {math.exp(before):.1f} as it was, {math.exp(after):.1f} with memory")
 
 detach_engram(model)

@@ -19,7 +19,7 @@ from sense_v2.hf.attach import attach_engram
 from sense_v2.hf.callback import EngramCallback
 from sense_v2.hf.corpus import standard_library
 from sense_v2.hf.fresh import END_OF_TEXT_ID, fresh_backbone, small_memory, train_bpe
-from sense_v2.hf.pretrained import save_trained
+from sense_v2.hf.pretrained import save_pretrained
 from sense_v2.hf.streaming import PackedStream, open_documents
 from sense_v2.hf.trainer import EngramTrainer
 
@@ -62,7 +62,7 @@ trainer = EngramTrainer(
 before = trainer.evaluate()["eval_loss"]
 trainer.train(resume_from_checkpoint=options.resume)
 after = trainer.evaluate()["eval_loss"]
-save_trained(model, Path(options.output), tokenizer=tokenizer)
+save_pretrained(model, Path(options.output), tokenizer=tokenizer)
 steps = trainer.state.global_step
 print(f"held-out perplexity {math.exp(before):.1f} before, {math.exp(after):.1f} after {steps} steps")
 print(f"sense-engram generate {options.output} 'def main('    writes with it")

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, LlamaForCausalLM
 from transformers.utils import logging
 
 from sense_v2.cli import demo, errors, main, train
@@ -240,8 +240,13 @@ def test_train_saves_a_folder_that_says_how_it_was_made(trained):
     assert result["memory"]["bytes"] == (folder / "engram" / "engram_table.dat").stat().st_size
     assert result["tokens_per_second"] == pytest.approx(result["tokens"] / result["train_seconds"])
     assert attached_memory(from_pretrained(folder, mode="r")) is not None
-    # With transformers alone it is the backbone.
-    assert attached_memory(AutoModelForCausalLM.from_pretrained(folder)) is None
+    assert attached_memory(AutoModelForCausalLM.from_pretrained(folder)) is not None
+    # By its own class it is the backbone.
+    assert attached_memory(LlamaForCausalLM.from_pretrained(folder)) is None
+    card = (folder / "README.md").read_text().splitlines()
+    assert f"# {folder.name}" in card
+    assert "| steps | 8 |" in card
+    assert f"| perplexity after | {result['perplexity']['after']:.4g} |" in card
 
 
 def test_eval_finds_what_training_found_and_changes_nothing(run, run_json, trained, corpus):

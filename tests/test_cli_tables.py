@@ -94,7 +94,7 @@ def test_a_converted_model_is_a_model(run, run_json, trained, corpus, tmp_path, 
     status, out, _ = run("generate", output, "def ", "--max-new-tokens", "3")
     assert (status, bool(out)) == (0, True)
     with pytest.raises(ValueError, match="are only read"):
-        from_pretrained(output)
+        from_pretrained(output, mode="r+")
 
 
 def test_what_a_conversion_prints(run, trained, corpus, tmp_path):

@@ -37,7 +37,7 @@ def run_serve(
     if (folder / MEMORY_FOLDER).is_dir() and config.get("model_type") != MODEL_TYPE:
         raise CommandError(
             f"{folder} was saved in a form that transformers' server opens without its memory",
-            "save it again, as it is: save_pretrained(from_pretrained(FOLDER), NEW_FOLDER, tokenizer=…) of sense_v2.hf",
+            "load it and save it again, with from_pretrained and save_pretrained of sense_v2.hf",
         )
     saved_tokenizer(folder)
     try:
@@ -50,7 +50,6 @@ def run_serve(
             f"transformers' server can't be imported ({error})",
             'pip install "sense-v2[serve]" installs what it needs',
         ) from error
-    # A relative path would be the hub's name for the same letters, once the folder has gone.
     name = str(folder)
     echo(f"model    {name}, by this name; `curl http://{host}:{port}/v1/models` lists it")
     echo(f"serving  http://{host}:{port}/v1 until Ctrl-C")

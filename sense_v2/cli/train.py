@@ -29,10 +29,10 @@ from sense_v2.cli.staging import reserve, staged_folder
 from sense_v2.core.config import Config, EngramConfig, TrainConfig
 from sense_v2.engram.tokenizer import EngramTokenizerBuilder
 from sense_v2.hf.attach import attach_engram, decoder_layers, memory_of
+from sense_v2.hf.card import CARD_FILE
 from sense_v2.hf.corpus import Batches, Corpus, encode
 from sense_v2.hf.evaluation import Evaluation, evaluate
 from sense_v2.hf.fresh import small_memory
-from sense_v2.hf.card import CARD_FILE
 from sense_v2.hf.pretrained import memory_paths, save_pretrained
 from sense_v2.hf.training import History, train
 from sense_v2.report import wording
@@ -227,7 +227,7 @@ def _card_facts(
         "seed": settings.seed,
         "seconds": facts["train_seconds"],
     }
-    evaluation = {"held-out files": len(text.held_out_texts)}
+    evaluation: dict[str, Any] = {"held-out files": len(text.held_out_texts)}
     for when, one in (("before", evaluations[0]), ("after", evaluations[-1])):
         evaluation |= {f"perplexity {when}": one.perplexity, f"bits per byte {when}": one.bits_per_byte}
     return training, evaluation

@@ -108,7 +108,7 @@ class RowParts:
             return self._parts[0].gather(ids_U)
         order_U = torch.argsort(ids_U)
         sorted_U = ids_U[order_U]
-        sorted_UB = torch.empty(len(ids_U), self.row_bytes, dtype=torch.uint8)
+        sorted_UB = torch.empty(len(ids_U), self.row_bytes, dtype=torch.uint8, device="cpu")
         for part, start, end in self._runs(sorted_U.numpy()):
             part.gather(sorted_U[start:end] - part.first, out=sorted_UB[start:end])
         return torch.empty_like(sorted_UB).index_copy_(0, order_U, sorted_UB)

@@ -174,7 +174,7 @@ class ReleasedTable(nn.Module):
     def _rows(self, ids_U: torch.Tensor) -> torch.Tensor:
         codes_UB, *scales_UK = self._reader.read(ids_U)
         if scales_UK:
-            rows_UD = torch.empty(len(ids_U), self.embedding_dim, dtype=self.dtype)
+            rows_UD = torch.empty(len(ids_U), self.embedding_dim, dtype=self.dtype, device="cpu")
             return decode(codes_UB.view(torch.float8_e4m3fn), scales_UK[0], rows_UD) if len(ids_U) else rows_UD
         if self._scale is not None:
             # Each code as a number of the scale's type is exact; the product is rounded once.

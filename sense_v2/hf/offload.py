@@ -118,4 +118,5 @@ def _causal_lm_class(folder: str | os.PathLike[str]) -> type[PreTrainedModel]:
     from transformers import AutoConfig
 
     found: Any = AutoModelForCausalLM._model_mapping[type(AutoConfig.from_pretrained(folder))]
-    return found[0] if isinstance(found, tuple) else found
+    chosen: type[PreTrainedModel] = found[0] if isinstance(found, tuple) else found
+    return chosen

@@ -258,7 +258,10 @@ def from_pretrained(
         if facts:
             check_backbone(facts, backbone, memory_folder)
         if tokenizer is not None:
-            check_tokenizer(facts, tokenizer, memory_folder / MAP_FILE, memory_config.normalization)
+            try:
+                check_tokenizer(facts, tokenizer, memory_folder / MAP_FILE, memory_config.normalization)
+            except OSError as error:
+                raise ValueError(f"{folder}: the tokenizer can't be loaded: {error}; copy its files again") from error
         attach_engram(backbone, memory_config, mode=mode)
         load_fusion(memory_of(backbone), memory_folder)
     model = backbone.eval()
