@@ -1,6 +1,7 @@
 """A text coloured by its gates: what it shows must be what it was given, and must be readable."""
 
 import doctest
+import itertools
 import math
 import re
 from html.parser import HTMLParser
@@ -8,7 +9,7 @@ from html.parser import HTMLParser
 import matplotlib
 import numpy as np
 import pytest
-from test_report import contrast
+from test_report import contrast, luminance
 
 from sense_v2.report import gate_text as gate_text_module
 from sense_v2.report import page
@@ -101,11 +102,9 @@ def test_the_scale_is_cividis_and_its_text_can_be_read():
 
 
 def test_lightness_alone_tells_the_steps_apart():
-    from test_report import luminance
-
     for scheme, sign in ((0, -1), (1, 1)):
         steps = [luminance(colors[scheme][0]) for colors in colors_of_steps()]
-        assert all(sign * (b - a) > 0 for a, b in zip(steps, steps[1:], strict=False))
+        assert all(sign * (b - a) > 0 for a, b in itertools.pairwise(steps))
 
 
 def test_examples_in_docstrings():
