@@ -1,4 +1,4 @@
-"""A prompt -> how the model goes on with its memory and without it, and what each would have said in the other's place.
+"""A prompt -> how a model goes on with its memory and without it, and what each says of the other's text.
 
 Both sides are the same weights: without memory means every gate at 0, which is the backbone alone, bit for bit. After
 the two have written, both read both texts once more, so that each token has two probabilities given the same text
@@ -79,7 +79,10 @@ def compare(
                 "probabilities": own_TV.gather(1, new_T1)[:, 0].tolist(),
                 "other_probabilities": other_TV.gather(1, new_T1)[:, 0].tolist(),
                 "candidates": [
-                    [[token_text(tokenizer, token_id), value] for token_id, value in zip(ids_K, values_K, strict=True)]
+                    [
+                        [token_text(tokenizer, token_id), value]
+                        for token_id, value in zip(ids_K, values_K, strict=True)
+                    ]
                     for ids_K, values_K in zip(top.indices.tolist(), top.values.tolist(), strict=True)
                 ],
             }

@@ -121,8 +121,10 @@ def _token_bytes(token: str, is_byte_level: bool) -> int:
     return 1 if re.fullmatch("<0x[0-9A-F]{2}>", token) else len(token.replace("▁", " ").encode())
 
 
-def gate_strengths(model: PreTrainedModel, token_ids_T: torch.Tensor) -> dict[int, list[float]]:
-    """The gate α of each memory layer at each token of one sequence (the mean over streams), by layer number."""
+@contextmanager
+def recorded_gates(model: PreTrainedModel) -> Iterator[dict[int, list[float]]]:
+    """Yields a dictionary that a forward of one sequence fills: by layer number, the gate α at each token (the mean
+    over streams)."""
     gates: dict[int, list[float]] = {}
 
     def store(layer_id: int) -> Callable[..., None]:
@@ -133,11 +135,16 @@ def gate_strengths(model: PreTrainedModel, token_ids_T: torch.Tensor) -> dict[in
 
     handles = [layer.gate.register_forward_hook(store(layer.layer_id)) for layer in memory_of(model)]
     try:
-        with evaluating(model):
-            model(input_ids=token_ids_T[None].to(model.device), use_cache=False)
+        yield gates
     finally:
         for handle in handles:
             handle.remove()
+
+
+def gate_strengths(model: PreTrainedModel, token_ids_T: torch.Tensor) -> dict[int, list[float]]:
+    """The gate α of each memory layer at each token of one sequence (the mean over streams), by layer number."""
+    with recorded_gates(model) as gates, evaluating(model):
+        model(input_ids=token_ids_T[None].to(model.device), use_cache=False)
     return gates
 
 
