@@ -503,6 +503,26 @@ def serve(
 
 
 @app.command()
+def play(
+    model: Annotated[
+        Path,
+        typer.Argument(metavar="FOLDER", help="What train, demo (runs/demo/model) or save_pretrained has saved."),
+    ],
+    port: Annotated[int, typer.Option(min=0, max=65535, help="Port to listen on; 0: any free one.")] = 7860,
+    save_to: Annotated[
+        Path, typer.Option(metavar="FOLDER", help="Where what was taught goes, if you save it.")
+    ] = Path("deltas"),
+) -> None:
+    """Open a page on this machine that shows what a model's memory does, and lets you teach it. Changes no file.
+
+    Example: sense-engram play runs/demo/model
+    """
+    from sense_v2.cli.play import run_play
+
+    run_play(model, port=port, save_to=save_to, echo=_echo(False))
+
+
+@app.command()
 def demo(
     corpus: Annotated[
         Path | None, typer.Option(metavar="PATH", help="A file or folder of text; the standard library's source.")

@@ -59,9 +59,7 @@ def compare(
 
     Raises `ValueError` where the prompt has no tokens or no memory is attached.
     """
-    ids_T = torch.from_numpy(encode([prompt], tokenizer, separator_id=None)).long()
-    if len(ids_T) == 0:
-        raise ValueError("the prompt has no tokens; begin with at least one word")
+    ids_T = _encoded(tokenizer, prompt)
     room = len(ids_T) if max_tokens is None else max(1, max_tokens - max_new_tokens)
     prompt_1T = ids_T[-room:][None].to(model.device)
     num_prompt = prompt_1T.shape[1]
@@ -89,9 +87,24 @@ def compare(
     return result
 
 
+def continue_text(model: PreTrainedModel, tokenizer: Any, prompt: str, *, max_new_tokens: int) -> str:
+    """What the model goes on with, its likeliest token each time. Raises `ValueError` for a prompt of no tokens."""
+    prompt_1T = _encoded(tokenizer, prompt)[None].to(model.device)
+    with evaluating(model):
+        token_ids_1T = _continued(model, prompt_1T, max_new_tokens, temperature=0.0, seed=0)
+    return str(tokenizer.decode(token_ids_1T[0, prompt_1T.shape[1] :].tolist(), skip_special_tokens=False))
+
+
 def token_text(tokenizer: Any, token_id: int) -> str:
     """What a token stands for by itself; U+FFFD for the bytes of a broken character."""
     return str(tokenizer.decode([token_id], skip_special_tokens=False))
+
+
+def _encoded(tokenizer: Any, prompt: str) -> torch.Tensor:
+    ids_T = torch.from_numpy(encode([prompt], tokenizer, separator_id=None)).long()
+    if len(ids_T) == 0:
+        raise ValueError("the prompt has no tokens; begin with at least one word")
+    return ids_T
 
 
 def _side(model: PreTrainedModel, side: str) -> Any:
