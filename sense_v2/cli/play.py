@@ -32,9 +32,15 @@ SHUTDOWN_SECONDS = 1
 
 
 def run_play(
-    folder: str | Path, *, port: int = 7860, save_to: Path = Path("deltas"), echo: Callable[[str], Any] = print
+    folder: str | Path,
+    *,
+    port: int = 7860,
+    save_to: Path = Path("deltas"),
+    echo: Callable[[str], Any] = print,
+    tell: Callable[[dict[str, Any]], Any] | None = None,
 ) -> None:
-    """Serves the page for the model in `folder` until it is interrupted; port 0 takes any free one.
+    """Serves the page for the model in `folder` until it is interrupted; port 0 takes any free one. `tell` gets one
+    dictionary that JSON can hold right before that.
 
     Nothing in `folder` changes. Raises `CommandError` for a port that is taken, a model without memory or one that
     doesn't generate, and missing packages; and what loading the model raises.
@@ -61,7 +67,10 @@ def run_play(
 
         app = build_app(Player(model, tokenizer, str(folder), save_to))
         echo(f"model    {folder}, {memory.storage.num_embeddings:,} rows; nothing in it changes")
-        echo(f"open     http://{HOST}:{listener.getsockname()[1]} in a browser on this machine; Ctrl-C ends it")
+        url, port = f"http://{HOST}:{listener.getsockname()[1]}", listener.getsockname()[1]
+        echo(f"open     {url} in a browser on this machine; Ctrl-C ends it")
+        if tell is not None:
+            tell({"model": str(folder), "url": url, "host": HOST, "port": port})
         serve(app, listener)
 
 
