@@ -13,20 +13,21 @@ from sense_v2.report import playground, wording
 
 FONT = ("system-ui", "-apple-system", "Segoe UI", "Roboto", "Noto Sans", "Liberation Sans", "Arial", "sans-serif")
 MONO = ("ui-monospace", "SF Mono", "Menlo", "Consolas", "DejaVu Sans Mono", "monospace")
-TEXT = "def __init__(self, name):\n    self.name = name\n"
+TEXT = "class Point:\n    def __init__(self, x, y):\n        self."
 PROMPT, FACT = "The capital of Zubrowka is", " Lutz"
 WATCHED = "The capital of France is Paris\nimport os\nfor name in names:"
 
 LOOK = (
-    "## 1 · Look\nFor every token the model looks up rows by the last few tokens. The **gate** says how much of what "
-    "they hold is added: the stronger the colour, the more. Point at a token, or tap it, to see its n-grams and rows."
+    "## 1 · Look\nThe colour is the **gate**: how much of what was remembered is added at each token. Point at a "
+    "token, or tap it, for its n-grams and the rows they look up. Tokens that read the same, as `Name` and `name` "
+    "do, share a compressed id, and what is remembered about it."
 )
 COMPARE = (
     "## 2 · Compare\nHow does the model go on from the text above with its memory, and how with every gate shut?"
 )
 TEACH = (
-    "## 3 · Teach\nA few gradient steps on the rows that a short text looks up, and on nothing else. What it learns is "
-    "in this tab alone and can be taken back. Rows are shared, so look at what else moved."
+    "## 3 · Teach\nA few gradient steps on the rows that a short text looks up, and on nothing else. What is learned "
+    "is in this tab alone and can be taken back. Rows are shared, so look at what else moved."
 )
 
 
@@ -45,7 +46,8 @@ def build_app(player: Player) -> FastAPI:
         mcp_server=False,
         pwa=False,
         theme=theme(),
-        css=playground.stylesheet(),
+        # Not as css=…, which Gradio rewrites: rules within a media query would only hold inside of its page.
+        head=f"<style>{playground.stylesheet()}</style>",
     )
 
 
@@ -60,13 +62,14 @@ def theme() -> gr.themes.Base:
 
 
 def build_blocks(player: Player) -> gr.Blocks:
-    rows = player.base.num_embeddings
     with gr.Blocks(title=f"sense-engram play: {player.name}", analytics_enabled=False) as blocks:
         notebook = gr.State(None)
+        orders = wording.listing([str(order) for order in player.memory.config.ngram_orders])
         gr.Markdown(
             f"# What does this model remember?\n`{player.name}` is a language model with a memory: a table of "
-            f"{wording.count(rows)} rows on disk, looked up by the last few tokens. Everything here stays on this "
-            "machine, and changes no file."
+            f"{wording.count(player.base.num_embeddings)} rows on disk. At each token it looks up rows by the last "
+            f"{orders} tokens (n-grams), and adds them to what it computes itself. Nothing leaves this "
+            "machine, and no file of the model changes."
         )
         gr.Markdown(LOOK)
         text = gr.Textbox(TEXT, label="Text", lines=3, max_lines=12, elem_id="text")
@@ -76,23 +79,29 @@ def build_blocks(player: Player) -> gr.Blocks:
 
         gr.Markdown(COMPARE)
         with gr.Row():
-            max_new_tokens = gr.Slider(4, 120, value=40, step=1, label="New tokens", elem_id="new-tokens")
-            temperature = gr.Slider(0, 2, value=0, step=0.1, label="Temperature (0: the likeliest token)")
-            seed = gr.Number(0, precision=0, label="Seed")
+            max_new_tokens = gr.Slider(
+                4, 120, value=40, step=1, label="New tokens", elem_id="new-tokens", min_width=260
+            )
+            temperature = gr.Slider(0, 2, value=0, step=0.1, label="Temperature (0: the likeliest)", min_width=260)
+            seed = gr.Number(0, precision=0, label="Seed", min_width=260)
         go_on = gr.Button("Go on from the text", variant="primary", elem_id="generate")
         compared = gr.HTML(elem_id="comparison", apply_default_css=False, js_on_load=None)
 
         gr.Markdown(TEACH)
         with gr.Row():
-            prompt = gr.Textbox(PROMPT, label="Where a text says", elem_id="prompt")
-            fact = gr.Textbox(FACT, label="it should go on with (mind the space before a word)", elem_id="fact")
+            prompt = gr.Textbox(PROMPT, label="Where a text says", elem_id="prompt", min_width=260)
+            fact = gr.Textbox(
+                FACT, label="it should go on with (mind the space before a word)", elem_id="fact", min_width=260
+            )
         with gr.Row():
-            watched = gr.Textbox(WATCHED, label="Watch these too, a text a line", lines=3, elem_id="watched")
-            steps = gr.Slider(1, 60, value=20, step=1, label="Steps at most")
+            watched = gr.Textbox(
+                WATCHED, label="Watch these too, a text a line", lines=3, elem_id="watched", min_width=260
+            )
+            steps = gr.Slider(1, 60, value=20, step=1, label="Steps at most", min_width=260)
         with gr.Row():
             teach = gr.Button("Teach", variant="primary", elem_id="teach")
             undo = gr.Button("Undo the last", elem_id="undo")
-            save = gr.Button("Save as a delta", elem_id="save")
+            save = gr.Button("Save as a file", elem_id="save")
         taught = gr.HTML(player.facts(None), elem_id="facts", apply_default_css=False, js_on_load=None)
         lesson = gr.HTML(elem_id="lesson", apply_default_css=False, js_on_load=None)
 

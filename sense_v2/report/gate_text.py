@@ -102,9 +102,12 @@ def gate_scale(low: float, high: float) -> Markup:
     ).format(ends[0], steps, ends[1])
 
 
-def token_span(text: str, facts: Facts, *, css_class: str = "") -> Markup:
-    """One token of a `<pre class="gate-text">`: its text, white space made visible, and the facts that open on it."""
+def token_span(text: str, facts: Facts, *, css_class: str = "", breaks: bool = True) -> Markup:
+    """One token of a `<pre class="gate-text">`: its text, white space made visible, and the facts that open on it.
+    Without `breaks` its line breaks are shown and not made."""
     rows = Markup("").join(Markup("<span>{}</span><span>{}</span>").format(label, value) for label, value in facts)
     shown = wording.visible(text, inline=True)
     tip = Markup('<span class="tip" role="tooltip"><b>{}</b>{}</span>').format(shown, rows)
-    return Markup('<span class="{}" tabindex="0">{}{}</span>').format(css_class, tip, wording.visible(text))
+    return Markup('<span class="{}" tabindex="0">{}{}</span>').format(
+        css_class, tip, wording.visible(text) if breaks else shown
+    )

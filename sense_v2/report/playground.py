@@ -111,11 +111,28 @@ def comparison(found: dict[str, Any]) -> str:
                     ),
                 ],
                 css_class="differs" if different else "",
+                breaks=breaks,
             )
-            for different, text, probability, other, candidates in zip(differs, *columns, strict=True)
+            for different, breaks, text, probability, other, candidates in zip(
+                differs, line_breaks(side["tokens"]), *columns, strict=True
+            )
         ]
         sides.append({"label": label, "style": style, "tokens": tokens})
     return piece("play_comparison.html", sides=sides, summary=parting(found), dropped=found["dropped_tokens"])
+
+
+def line_breaks(tokens: Sequence[str]) -> list[bool]:
+    """Which tokens break the line where they say so. Small models like to go on with empty lines for ever: of a run
+    of those, one is enough.
+
+    >>> line_breaks(["a", "\\n", "\\n", "\\n", "b\\n"])
+    [True, True, False, True, True]
+    """
+    empty = [token != "" and token.strip("\n") == "" for token in tokens]
+    return [
+        not (one and before and after)
+        for one, before, after in zip(empty, [False, *empty], [*empty[1:], False], strict=False)
+    ]
 
 
 def differing(tokens: Sequence[str], others: Sequence[str]) -> tuple[list[bool], list[bool]]:
