@@ -11,6 +11,7 @@ import pytest
 import torch
 from tiny import tiny_config, tiny_model, tiny_tokenizer
 
+from sense_v2.cli.main import main
 from sense_v2.engram.hot import RowCounts
 from sense_v2.hf import preparing, workers
 from sense_v2.hf.attach import attach_engram
@@ -193,3 +194,28 @@ def test_the_work_travels_without_what_it_opened(folder):
 def test_empty_documents_count_nothing(folder):
     documents = pyarrow.table({"input_ids": pyarrow.array([[], []], pyarrow.list_(pyarrow.int32()))})
     assert CountRows(folder)(documents).num_rows == 0
+
+
+# The command line
+
+
+def test_the_commands_tokenize_and_profile_with_several_processes(corpus, folder, texts, tmp_path, capsys):
+    tiny_tokenizer().save(str(folder / "tokenizer.json"))
+    assert main(["tokenize", "--corpus", str(corpus), "--tokenizer", str(folder), "--output", str(tmp_path / "t"),
+                 "--processes", "2", "--json"]) == 0  # fmt: skip
+    described = json.loads(capsys.readouterr().out)
+    assert (described["documents"], described["separator_id"]) == (len(texts), None)
+    for source in (corpus, tmp_path / "t"):
+        assert main(["profile", str(folder), "--corpus", str(source), "--output", str(tmp_path / "hot.npy"),
+                     "--processes", "2", "--json"]) == 0  # fmt: skip
+        result = json.loads(capsys.readouterr().out)
+        found = profile_rows(corpus, folder, tiny_tokenizer(), workers=Processes(1))
+        ids, counts = found.trained.hottest()
+        assert np.load(tmp_path / "hot.npy").tolist() == np.stack([ids, counts], 1)[: result["rows"]].tolist()
+        assert result["tokens"] + result["held_out_tokens"] == described["tokens"]
+        assert result["hot_sets"][0]["serves"] > 0
+
+
+def test_both_kinds_of_workers_at_once_are_refused(corpus, folder, tmp_path, capsys):
+    assert main(["profile", str(folder), "--corpus", str(corpus), "--processes", "2", "--ray", "auto"]) == 1
+    assert "give one of them" in capsys.readouterr().err

@@ -40,6 +40,8 @@ class Processes:
     """`count` processes of this machine. One works in the process that asks."""
 
     count: int = 1
+    progress: bool = False
+    """Whether the bars that `datasets` draws are shown."""
 
     def __post_init__(self) -> None:
         if self.count < 1:
@@ -63,6 +65,16 @@ class Processes:
     def _mapped(self, source: Source, work: Work, split: str) -> Iterator[Any]:
         import datasets
 
+        bars = datasets.are_progress_bars_disabled()
+        (datasets.enable_progress_bars if self.progress else datasets.disable_progress_bars)()
+        try:
+            with self._kept_apart(datasets, source, work, split) as done:
+                yield done
+        finally:
+            (datasets.disable_progress_bars if bars else datasets.enable_progress_bars)()
+
+    @contextmanager
+    def _kept_apart(self, datasets: Any, source: Source, work: Work, split: str) -> Iterator[Any]:
         # `datasets` names what it keeps by a function's own attributes, not by what lies in the files that these
         # name. So what it keeps is nobody else's, and gone afterwards.
         with tempfile.TemporaryDirectory(prefix="sense-engram-") as kept:
@@ -102,6 +114,9 @@ class RayCluster:
     where there is neither, a cluster of this machine's cores that lasts as long as the work."""
 
     address: str | None = None
+    """As `ray.init` takes it: "auto", "local", or where the head listens."""
+    progress: bool = False
+    """Whether the bars that Ray Data draws are shown."""
 
     @contextmanager
     def tables(self, source: Source, work: Work, *, split: str = "train") -> Iterator[Iterator[Any]]:
@@ -124,10 +139,10 @@ class RayCluster:
         mine = not ray.is_initialized()
         if mine:
             # A cluster of its own needs no dashboard, and without one nothing is reported to anybody.
-            alone: dict[str, Any] = {} if self.address else {"include_dashboard": False}
+            alone: dict[str, Any] = {} if self.address not in (None, "local") else {"include_dashboard": False}
             ray.init(address=self.address, log_to_driver=False, logging_level=logging.ERROR, **alone)
         context = ray.data.DataContext.get_current()
-        bars, context.enable_progress_bars = context.enable_progress_bars, False
+        bars, context.enable_progress_bars = context.enable_progress_bars, self.progress
         order, context.execution_options.preserve_order = context.execution_options.preserve_order, True
         try:
             documents = self._documents(ray.data, source, split)
