@@ -38,6 +38,7 @@ ORDER = (
     "engram.gather",
     "engram.pages",
     "engram.devices",
+    "engram.gradients",
     "engram.reader",
     "engram.rounding",
     "engram.storage",
@@ -49,10 +50,11 @@ ORDER = (
     "engram.shards",
     "engram.parts",
     "engram.released",
+    "engram.delta",
+    "engram.overlay",
     "engram.operators",
     "engram.model",
     "engram.sharding",
-    "engram.delta",
 )
 # Which of the packages on top each may use, itself included.
 ON_TOP = {"hf": {"hf"}, "report": {"report"}, "cli": {"cli", "hf", "report"}}

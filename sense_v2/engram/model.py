@@ -34,7 +34,7 @@ from torch import nn
 from sense_v2.core.config import EngramConfig
 from sense_v2.engram import operators
 from sense_v2.engram.hashing import HeadLayout, NgramHasher, boundary_mask
-from sense_v2.engram.released import ReleasedTable
+from sense_v2.engram.overlay import Storage
 from sense_v2.engram.storage import MMapEmbeddingStorage
 from sense_v2.engram.tokenizer import EngramTokenizer
 from sense_v2.engram.variants import VARIANTS
@@ -160,7 +160,7 @@ class EngramFusionLayer(nn.Module):
         layer_id: int,
         *,
         tokenizer: EngramTokenizer | None = None,
-        storage: MMapEmbeddingStorage | ReleasedTable | None = None,
+        storage: Storage | None = None,
         pad_token_id: int | None = None,
     ) -> None:
         super().__init__()
@@ -177,9 +177,7 @@ class EngramFusionLayer(nn.Module):
                 f"{config.variant!r} has no centre; use variant 'sense'"
             )
         self.tokenizer = EngramTokenizer(config.shadow_map_path) if tokenizer is None else tokenizer
-        self.storage: MMapEmbeddingStorage | ReleasedTable = (
-            open_table(config, self.tokenizer) if storage is None else storage
-        )
+        self.storage: Storage = open_table(config, self.tokenizer) if storage is None else storage
         self.hasher = NgramHasher.from_config(
             config,
             layer_id=layer_id,

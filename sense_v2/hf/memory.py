@@ -15,6 +15,7 @@ from torch import nn
 from sense_v2.core.config import EngramConfig
 from sense_v2.engram import operators
 from sense_v2.engram.model import EngramFusionLayer, open_table
+from sense_v2.engram.overlay import Storage
 from sense_v2.engram.tokenizer import EngramTokenizer
 
 
@@ -54,6 +55,12 @@ class EngramMemory(nn.Module):
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
         self._handle = operators.handle_of(self)
+
+    def use_storage(self, storage: Storage) -> None:
+        """Looks up, and trains, through another storage of the same rows from here on."""
+        self.storage = storage  # type: ignore[assignment]  # what is used of one, the others have
+        for fusion in self:
+            fusion.storage = storage
 
     @property
     def reach(self) -> int:
