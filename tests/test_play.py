@@ -23,6 +23,7 @@ from test_cli import content, run  # noqa: F401  # a fixture
 from tiny import tiny_config, tiny_model, wake
 
 from sense_v2.cli import play
+from sense_v2.engram.delta import read_delta
 from sense_v2.hf import save_pretrained
 from sense_v2.hf.attach import attach_engram
 from sense_v2.hf.fresh import train_bpe
@@ -95,6 +96,7 @@ def server(saved):
     for name in ("HF_HUB_OFFLINE", "GRADIO_ANALYTICS_ENABLED", "HF_HUB_DISABLE_TELEMETRY"):
         environment.pop(name, None)
     command = [sys.executable, "-c", RECORDED, str(folder / "addresses"), "play", str(saved), "--port", "0"]
+    command += ["--save-to", str(folder / "deltas")]
     before = content(saved)
     with open(folder / "log", "w") as log:
         process = subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT, env=environment, cwd=folder)
@@ -128,7 +130,7 @@ def browser(tmp_path_factory):
         context = playwright.chromium.launch_persistent_context(
             tmp_path_factory.mktemp("chromium"), executable_path=path, args=list(CHROMIUM_FLAGS)
         )
-        context.set_default_timeout(30_000)
+        context.set_default_timeout(60_000)
         yield context
         context.close()
 
@@ -153,9 +155,68 @@ def type_text(page, text):
     page.fill("#text textarea", text)
 
 
+def shows(page, selector, text):
+    """Waits until `selector` holds the text."""
+    page.locator(selector, has_text=text).first.wait_for()
+
+
+# As they were typed: what shows white space is taken out again.
+TOKENS = (
+    "[...document.querySelectorAll('#look pre > span')]"
+    ".map(one => one.lastChild.textContent.replaceAll('↵', '').replaceAll('·', ' '))"
+)
+
+
+def reads(page, text):
+    """Waits until the coloured text is `text`; returns its HTML. (Each token has in it what opens on it.)"""
+    page.wait_for_function(f"text => {TOKENS}.join('') == text", arg=text)
+    return page.inner_html("#look pre")
+
+
+def test_what_is_typed_is_seen_as_it_is_typed(page):
+    reads(page, page.input_value("#text textarea"))
+    page.click("#text textarea")
+    page.keyboard.press("Control+A")
+    page.keyboard.type("def main")
+    reads(page, "def main")
+    assert page.evaluate(TOKENS) == ["def", " main"]
+    token = page.locator("#look pre > span").nth(1)
+    assert not token.locator(".tip").is_visible()
+    token.hover()
+    tip = token.locator(".tip")
+    assert tip.is_visible()
+    for label in ("gate", "token id", "compressed id", "2-gram", "rows, 3-gram", "expected with memory"):
+        assert label in tip.inner_text()
+    page.click("text=as a table")
+    assert page.locator("#rows tbody tr").count() == 2
+
+
+def test_hostile_text_is_only_text(page):
+    type_text(page, HOSTILE)
+    reads(page, HOSTILE)
+    page.fill("#prompt textarea", HOSTILE)
+    page.fill("#fact textarea", "<b>'\"")
+    page.fill("#watched textarea", HOSTILE)
+    page.click("#teach")
+    shows(page, "#lesson", "steps moved")
+    shows(page, "#facts", HOSTILE.replace(" ", "·"))
+    assert page.locator("#look b b, #facts script, #lesson script, #look script").count() == 0
+    assert page.title() != "taken"
+
+
+def test_no_text_and_a_long_one(page):
+    type_text(page, "")
+    shows(page, "#look", "Type something above")
+    page.click("#generate")
+    shows(page, "#comparison .warning", "The prompt has no tokens")
+    type_text(page, "main return " * 400)
+    shows(page, "#look", "tokens before it were left out")
+
+
 def test_two_continuations_side_by_side(page):
     type_text(page, HOSTILE)
     page.fill("#new-tokens input[type=number]", "6")
+    page.keyboard.press("Tab")
     page.click("#generate")
     page.wait_for_selector("#comparison pre")
     assert page.locator("#comparison figure").count() == 2
@@ -167,8 +228,54 @@ def test_two_continuations_side_by_side(page):
     assert not tip.is_visible()
     token.hover()
     assert tip.is_visible()
-    assert re.search(r"with memory\s*\S+ %", tip.inner_text())
-    assert page.title() != "taken"
+    assert re.search(r"with memory\s*[\d.]+ %\s*without memory\s*[\d.]+ %\s*1\.", tip.inner_text())
+
+
+def test_teaching_undoing_and_saving_in_one_tab_of_two(page, browser, server):
+    fact = "class Point:\n    def"
+    type_text(page, fact)
+    fresh = reads(page, fact)
+    page.fill("#prompt textarea", "class Point")
+    page.fill("#fact textarea", ":\n    def")
+    page.click("#save")
+    shows(page, "#lesson", "nothing to save")
+    page.click("#teach")
+    shows(page, "#lesson", "What else it moved")
+    shows(page, "#facts", "class·Point")
+    shows(page, "#look pre", "taught here")
+    assert reads(page, fact) != fresh
+
+    other = browser.new_page()
+    other.goto(server.address)
+    type_text(other, fact)
+    assert reads(other, fact) == fresh
+    other.click("#undo")
+    shows(other, "#lesson", "Nothing was taught in this tab")
+    other.close()
+
+    page.bring_to_front()
+    page.click("#save")
+    shows(page, "#lesson", "Saved")
+    assert len(read_delta(page.inner_text("#lesson .path")).row_ids_U) > 0
+    page.click("#undo")
+    shows(page, "#lesson", "is taken back")
+    shows(page, "#facts", "Nothing is taught in this tab")
+    page.wait_for_function("!document.querySelector('#look').textContent.includes('taught here')")
+    assert reads(page, fact) == fresh
+
+
+def test_it_fits_a_phone_and_follows_the_dark_scheme(page):
+    page.set_viewport_size({"width": 390, "height": 844})
+    page.wait_for_selector("#look pre")
+    page.click("text=as a table")
+    page.wait_for_selector("#rows table")
+    assert page.evaluate("document.documentElement.scrollWidth") == 390
+    ground = "getComputedStyle(document.querySelector('#look pre')).backgroundColor"
+    assert page.evaluate(ground) == "rgb(255, 255, 255)"
+    page.emulate_media(color_scheme="dark")
+    page.reload()
+    page.wait_for_selector("#look pre")
+    assert page.evaluate(ground) == "rgb(20, 24, 29)"
 
 
 def test_ctrl_c_ends_it_while_a_page_is_open(server, page):

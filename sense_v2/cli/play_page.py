@@ -97,7 +97,7 @@ def build_blocks(player: Player) -> gr.Blocks:
             watched = gr.Textbox(
                 WATCHED, label="Watch these too, a text a line", lines=3, elem_id="watched", min_width=260
             )
-            steps = gr.Slider(1, 60, value=20, step=1, label="Steps at most", min_width=260)
+            steps = gr.Slider(1, 60, value=30, step=1, label="Steps at most", min_width=260)
         with gr.Row():
             teach = gr.Button("Teach", variant="primary", elem_id="teach")
             undo = gr.Button("Undo the last", elem_id="undo")
@@ -107,8 +107,9 @@ def build_blocks(player: Player) -> gr.Blocks:
 
         looking = {"fn": player.look, "inputs": [text, notebook], "outputs": [shown, table]}
         quiet = {"show_progress": "hidden", "api_visibility": "private"}
-        blocks.load(**looking, **quiet)
-        text.input(**looking, **quiet, trigger_mode="always_last")
+        # One listener for both: the page's first answer, if it is late, doesn't take the place of a newer one. And
+        # "change", because Gradio's "input" is only what keys do: text that is pasted or dropped isn't.
+        gr.on([blocks.load, text.change], **looking, **quiet, trigger_mode="always_last")
         go_on.click(
             player.go_on,
             [text, max_new_tokens, temperature, seed, notebook],
