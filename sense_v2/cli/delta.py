@@ -184,7 +184,7 @@ def _described(delta: Delta) -> dict[str, Any]:
 
 def _heads(delta: Delta) -> list[dict[str, int]]:
     """Changed rows of each layer's heads that have any; [] where the base doesn't say which those are."""
-    layout = delta.info.base.provenance.get("layout")
+    layout: Any = delta.info.base.provenance.get("layout")
     try:
         heads = [
             {"layer": layer, "order": order, "head": head, "first": offset, "end": offset + prime}

@@ -130,7 +130,7 @@ def _differing_ids(ours: MMapEmbeddingStorage, theirs: MMapEmbeddingStorage) -> 
     """Ids of the rows whose bits aren't the same, ascending, in parts."""
     num_rows = ours.num_embeddings
     size = block_rows(num_rows)
-    blocks = range(-(-num_rows // size))
+    blocks = list(range(-(-num_rows // size)))
     ours_sums, their_sums = ours.manifest.checksums, theirs.manifest.checksums
     if ours.manifest.dtype == theirs.manifest.dtype and ours_sums is not None and their_sums is not None:
         blocks = [block for block in blocks if ours_sums[block] != their_sums[block]]
