@@ -31,7 +31,9 @@ def saved(tmp_path_factory):
     folder = tmp_path_factory.mktemp("models")
     (folder / "table").mkdir()
     model = attach_engram(tiny_model("llama"), tiny_config(folder / "table"), tiny_tokenizer())
-    save_pretrained(model, folder / "base")
+    for layer in memory_of(model):
+        torch.nn.init.normal_(layer.W_v.weight, std=0.3)
+    save_pretrained(model, folder / "base", tokenizer=tiny_tokenizer())
     storage = memory_of(model).storage
     storage.write(torch.tensor([1, 2, 700, 1499]), torch.ones(4, 8))
     storage.commit(step=5)
@@ -90,6 +92,26 @@ def test_json_says_the_same(folder, run):
     assert applied["digest_before"] == exported["base"]["digest"]
     reverted = json.loads(run("revert", base, "--json")[1])
     assert (reverted["digest"], reverted["undo"]) == (applied["digest_before"], None)
+
+
+def test_a_fact_is_taught_into_a_file_and_another_one_beside_it(folder, run):
+    base, delta = folder / "base", folder / "facts.safetensors"
+    files = {file: file.read_bytes() for file in base.rglob("*") if file.is_file()}
+    teach = ("teach", base, "word3 word1", "--prompt", "word5 word6", "--output", delta, "--lr", 0.3)
+    status, out, error = run(*teach, "--steps", 20)
+    assert status == 0, error
+    assert out.startswith("taught   'word3 word1' after 'word5 word6': loss ")
+    first = read_delta(delta)
+    assert 8 <= len(first.row_ids_U) <= 16
+    assert first.states == {}
+    status, out, _ = run(*teach[:2], "Word9 word2", *teach[3:], "--json")
+    second = json.loads(out)
+    assert second["loss"][1] < second["loss"][0]
+    assert second["rows_in_all"] == len(read_delta(delta).row_ids_U) > len(first.row_ids_U)
+    assert {file: file.read_bytes() for file in base.rglob("*") if file.is_file()} == files
+    status, _, error = run("teach", folder / "table", "a", "--output", folder / "d")
+    assert status == 1
+    assert "no folder of a model with memory" in error
 
 
 def test_two_deltas_are_merged_and_a_conflict_names_the_way_out(folder, run):

@@ -26,6 +26,7 @@ from sense_v2.report import wording
 
 MEMORY_FOLDER, FUSION_FILE = "engram", "fusion.safetensors"
 SHORT = 12  # digits of a digest that are shown
+LEAST_SHARE = 0.001
 
 
 def run_export(
@@ -205,10 +206,11 @@ def _heads(delta: Delta) -> list[dict[str, int]]:
 
 def _lines(result: dict[str, Any]) -> list[str]:
     base = result["base"]
-    share = wording.percent(result["rows"] / base["rows"])
+    share = result["rows"] / base["rows"]
     lines = [
-        f"rows     {wording.count(result['rows'])} of {wording.count(base['rows'])} ({share}), {result['width']} "
-        f"{result['dtype']} each, {wording.size(result['bytes'])} in all"
+        f"rows     {wording.count(result['rows'])} of {wording.count(base['rows'])}"
+        f"{f' ({wording.percent(share)})' * (share >= LEAST_SHARE)}, {result['width']} {result['dtype']} each, "
+        f"{wording.size(result['bytes'])} in all"
     ]
     of_layers: dict[int, dict[int, int]] = {}
     for head in result["heads"]:

@@ -53,6 +53,7 @@ COMMANDS: dict[str, dict[str, Callable[..., None]]] = {
         "warm": tables.warm,
     },
     "Change rows in small files, and take it back: git for memory": {
+        "delta teach": deltas.teach,
         "delta export": deltas.export,
         "delta apply": deltas.apply,
         "delta revert": deltas.revert,
@@ -66,8 +67,7 @@ COMMANDS: dict[str, dict[str, Callable[..., None]]] = {
 }
 GROUPS = {
     "delta": typer.Typer(
-        help="Rows that were changed in a table, as small files: export, apply, revert, merge, show.",
-        no_args_is_help=True,
+        help="Rows that were changed in a table, as small files: teach, export, apply, revert, merge, show."
     )
 }
 

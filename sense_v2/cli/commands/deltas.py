@@ -1,4 +1,4 @@
-"""Commands for rows that were changed in a table, as small files: delta export, apply, revert, merge, show."""
+"""Commands for rows that were changed in a table, as small files: delta teach, export, apply, revert, merge, show."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from sense_v2.cli.options import JsonOption, one_of, table_path_of
+from sense_v2.cli.options import FolderArgument, JsonOption, one_of, table_path_of
 from sense_v2.cli.output import lines_to, print_json
 
 PREFERENCES = ("first", "last", "mean")
@@ -16,6 +16,28 @@ OutputOption = Annotated[Path, typer.Option(metavar="FILE", help="The new delta,
 TableArgument = Annotated[
     Path, typer.Argument(callback=table_path_of, help="A table, or the folder of a model with memory.")
 ]
+
+
+def teach(
+    folder: FolderArgument,
+    text: Annotated[str, typer.Argument(help="What the model is to say; mind the space that it begins with.")],
+    output: Annotated[
+        Path, typer.Option(metavar="FILE", help="The delta, NAME.safetensors; one that is there learns it as well.")
+    ],
+    prompt: Annotated[str, typer.Option(help="After what.")] = "",
+    steps: Annotated[int | None, typer.Option(min=1, help="At most so many.")] = None,
+    lr: Annotated[float | None, typer.Option(help="How far a row moves in a step.")] = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Teach a model a short text, in the rows of its n-grams alone; they go to a small file, the model stays.
+
+    Example: sense-engram delta teach runs/demo/model " Lutz." --prompt "The capital is" --output facts.safetensors
+    """
+    from sense_v2.cli.teach import run_teach
+
+    result = run_teach(folder, text, output, prompt=prompt, steps=steps, lr=lr, echo=lines_to(as_json))
+    if as_json:
+        print_json(result)
 
 
 def export(
