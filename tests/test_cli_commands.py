@@ -16,7 +16,18 @@ from sense_v2.cli import main
 from sense_v2.cli.errors import CommandError
 
 ROOT = Path(__file__).parents[1]
-COMMANDS = get_command(main.app).commands
+
+
+def flat(group, before=()):
+    """Full name -> command, of a group and the groups in it."""
+    found = {}
+    for name, command in group.commands.items():
+        names = (*before, name)
+        found |= flat(command, names) if hasattr(command, "commands") else {" ".join(names): command}
+    return found
+
+
+COMMANDS = flat(get_command(main.app))
 every_command = pytest.mark.parametrize("name", COMMANDS)
 
 
@@ -46,7 +57,7 @@ def in_process(*arguments, **more):
 
 def example(name):
     """The arguments of the call that the command's help shows."""
-    found = re.findall(rf"Example: sense-engram ({name} .*)", COMMANDS[name].help)
+    found = re.findall(rf"Example: sense-engram {name} (.*)", COMMANDS[name].help)
     assert len(found) == 1, f"{name}: the help needs one line `Example: sense-engram {name} …`"
     return shlex.split(found[0])
 
@@ -59,7 +70,7 @@ def test_each_is_registered_in_the_list():
 
 @every_command
 def test_its_help_shows_an_example_that_could_be_run(name):
-    first, *arguments = example(name)
+    arguments = example(name)
     # Parses the call: an option that isn't there, or a value of the wrong kind, raises. Paths that the callbacks of
     # some arguments look for aren't there.
     command = COMMANDS[name]
@@ -67,7 +78,7 @@ def test_its_help_shows_an_example_that_could_be_run(name):
     try:
         for parameter in command.params:
             parameter.callback = None
-        command.make_context(first, arguments)
+        command.make_context(name, arguments)
     finally:
         for parameter, callback in zip(command.params, callbacks, strict=True):
             parameter.callback = callback
@@ -92,7 +103,7 @@ def test_it_has_json(name):
 
 @every_command
 def test_an_unknown_option_is_a_wrong_call_in_two_lines(run, name):
-    status, out, error = run(name, "--no-such-option")
+    status, out, error = run(*name.split(), "--no-such-option")
     assert (status, out) == (2, "")
     assert_two_lines(error)
     assert f"`sense-engram {name} --help` lists what there is" in error
@@ -111,7 +122,7 @@ def test_what_is_not_there_is_refused_in_two_lines_without_a_traceback(run, name
             nowhere = str(tmp_path / f"nowhere_{number}" / "file")
             is_option = parameter.param_type_name == "option"
             arguments += [parameter.opts[0], nowhere] if is_option else [nowhere]
-    status, out, error = run(name, *arguments, "--json")
+    status, out, error = run(*name.split(), *arguments, "--json")
     assert (status, out) in ((1, ""), (2, "")), error
     assert_two_lines(error)
     assert list(tmp_path.iterdir()) == [], "something was left behind"

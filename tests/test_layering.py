@@ -52,6 +52,7 @@ ORDER = (
     "engram.released",
     "engram.delta",
     "engram.overlay",
+    "engram.patch",
     "engram.operators",
     "engram.model",
     "engram.sharding",

@@ -74,7 +74,7 @@ operations = st.lists(
 )
 
 
-@settings(max_examples=40)
+@settings(max_examples=25)
 @given(operations=operations)
 def test_any_order_of_calls_gives_what_a_dictionary_gives(tmp_path_factory, operations):
     table = tmp_path_factory.mktemp("table") / "engram_table.dat"

@@ -47,7 +47,7 @@ def test_a_fact_is_learned_by_rows_of_its_own_n_grams_and_nothing_else_moves(mod
     before = {name: value.clone() for name, value in model.state_dict().items()}
     table = (tmp_path / "engram_table.dat").read_bytes()
     row_ids = memory_of(model).hash_tokens(IDS[:, :5], None, None, None)[1].unique()
-    taught = teach(model, tiny_tokenizer(), **FACT, steps=12)
+    taught = teach(model, tiny_tokenizer(), **FACT, lr=0.05, steps=12)
     assert taught.losses[-1] < taught.losses[0] - 0.2
     assert len(taught.losses) == 13
     assert set(taught.row_ids_U.tolist()) <= set(row_ids.tolist())
@@ -64,7 +64,7 @@ def test_a_fact_is_learned_by_rows_of_its_own_n_grams_and_nothing_else_moves(mod
 
 def test_undo_puts_every_bit_back_and_the_last_one_first(model):
     untouched = logits(model)
-    first = teach(model, tiny_tokenizer(), **FACT, steps=3)
+    first = teach(model, tiny_tokenizer(), **FACT, lr=0.05, steps=3)
     after_first = logits(model)
     second = teach(model, tiny_tokenizer(), "word3 word2", prompt="word5 word6", steps=3)
     with pytest.raises(ValueError, match="Undo what was taught later first"):
@@ -78,7 +78,7 @@ def test_undo_puts_every_bit_back_and_the_last_one_first(model):
 
 
 def test_a_fact_is_shipped_as_a_small_file_that_does_the_same_on_a_copy(model, saved, tmp_path):
-    taught = teach(model, tiny_tokenizer(), **FACT, steps=5)
+    taught = teach(model, tiny_tokenizer(), **FACT, lr=0.05, steps=5)
     taught.overlay.export(tmp_path / "fact.safetensors")
     assert (tmp_path / "fact.safetensors").stat().st_size < 5_000
     assert read_delta(tmp_path / "fact.safetensors").row_ids_U.tolist() == taught.row_ids_U.tolist()
@@ -97,7 +97,7 @@ def test_a_fact_is_shipped_as_a_small_file_that_does_the_same_on_a_copy(model, s
 
 def test_what_it_taught_before_is_a_file_where_the_overlay_has_one(model, tmp_path):
     overlay = add_overlay(model, tmp_path / "facts.safetensors")
-    taught = teach(model, tiny_tokenizer(), **FACT, steps=2)
+    taught = teach(model, tiny_tokenizer(), **FACT, lr=0.05, steps=2)
     overlay.commit()
     taught.undo()
     assert len(overlay.changed_ids) == 0

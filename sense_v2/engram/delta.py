@@ -33,7 +33,7 @@ import torch
 from sense_v2.engram import disk
 from sense_v2.engram.checksums import PART_BYTES, row_hashes
 from sense_v2.engram.disk import new_file
-from sense_v2.engram.format import DTYPES, as_json_object, load_json, provenance_differences
+from sense_v2.engram.format import DTYPES, Manifest, as_json_object, load_json, provenance_differences
 from sense_v2.engram.released import ReleasedTable
 from sense_v2.engram.shards import TensorSpan, read_header_and_metadata
 from sense_v2.engram.storage import MMapEmbeddingStorage
@@ -94,9 +94,13 @@ def base_of(storage: MMapEmbeddingStorage | ReleasedTable) -> Base:
             f"{storage.path} has no checksums in its manifest, which are how a delta names it. Add them once: "
             f"sense-engram verify --repair {storage.path}"
         )
-    provenance = {name: value for name, value in manifest.provenance.items() if name != "converted_from"}
-    digest = digest_of_blocks(manifest.checksums)
+    digest, provenance = digest_of_blocks(manifest.checksums), meaning_of(manifest)
     return Base(manifest.rows, manifest.width, manifest.dtype, digest, BLOCK_CHECKSUMS, provenance)
+
+
+def meaning_of(manifest: Manifest) -> dict[str, Any]:
+    """Its provenance, without how the table came to be: what its rows mean."""
+    return {name: value for name, value in manifest.provenance.items() if name != "converted_from"}
 
 
 def digest_of_blocks(checksums: list[str]) -> str:

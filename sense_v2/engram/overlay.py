@@ -383,29 +383,48 @@ class OverlayStorage(GradientCollector):
         if self.path is not None:
             self._write(self.path, info, states=True)
             self._kept = read_delta(self.path)
-            self._recent = RecentRows(self.embedding_dim, self.dtype)
-            for state in self._states.values():
-                state.recent = RecentRows(state.width, torch.float32)
+            self._begin_anew()
         self._info = info
 
     def flush(self, step: int | None = None) -> None:
         """A commit."""
         self.commit(step)
 
-    def export(self, path: str | os.PathLike[str]) -> None:
-        """Writes the changed rows, without optimizer states, as a delta to ship, and reads it back. Raises as
-        `commit`."""
+    def export(self, path: str | os.PathLike[str], *, states: bool = False) -> None:
+        """Writes the changed rows as a delta of its own, and reads it back; with their optimizer `states` it is what
+        `restore` goes back to. Raises as `commit`."""
         self._refuse_closed()
-        self._write(Path(path), self._next_info(None, None), states=False)
+        self._write(Path(path), self._next_info(None, None), states=states)
         read_delta(path)
+
+    def restore(self, path: str | os.PathLike[str]) -> None:
+        """Makes changed rows, optimizer states, step and extra those of the delta at `path`, and commits. Raises
+        `ValueError` where it is damaged or of another base; nothing has changed then."""
+        self._refuse_no_writer("restore rows")
+        delta = read_delta(path)
+        self._refuse_delta(delta)
+        for name, values_UW in delta.states.items():
+            if name in self._states and self._states[name].width != values_UW.shape[1]:
+                width = self._states[name].width
+                raise ValueError(f"{path}: state {name!r} has width {values_UW.shape[1]}, open with {width}")
+        self._kept, self._info = delta, delta.info
+        self.discard()
+        self.commit()
 
     def discard(self) -> None:
         """Takes back what was changed since the last commit; without a path, all changes."""
         self._refuse_no_writer("discard changes")
-        self._recent = RecentRows(self.embedding_dim, self.dtype)
-        self._states = {}
+        self._begin_anew()
+        for state in self._states.values():
+            state.step = self._info.state_steps.get(state.name, 0)
         self._updates = self._info.updates
         self.clear_gradients()
+
+    def _begin_anew(self) -> None:
+        """Forgets what is in memory."""
+        self._recent = RecentRows(self.embedding_dim, self.dtype)
+        for state in self._states.values():
+            state.recent = RecentRows(state.width, torch.float32)
 
     def _next_info(self, step: int | None, extra: Mapping[str, Any] | None) -> DeltaInfo:
         old = self._info
@@ -472,12 +491,28 @@ class OverlayStorage(GradientCollector):
         if not self._is_open:
             raise RuntimeError(f"{self.path or self.base.path}: the overlay is closed; make a new one")
 
+    def __reduce__(self) -> tuple[Any, ...]:
+        """A copy (deepcopy, pickle) opens the same files again, read-only; without a path it has the rows."""
+        path = None if self.path is None else str(self.path.absolute())
+        changed = (self.changed_ids, self._rows(self.changed_ids)) if path is None else None
+        return _reopen, (self.base, path, changed, self.training)
+
     def extra_repr(self) -> str:
         return f"{self.path}, {len(self._changed_ids())} rows changed of {self.num_embeddings}, mode={self.mode!r}"
 
 
 Storage = MMapEmbeddingStorage | ReleasedTable | OverlayStorage
 """What a memory can be looked up in."""
+
+
+def _reopen(
+    base: Table, path: str | None, changed: tuple[torch.Tensor, torch.Tensor] | None, training: bool
+) -> OverlayStorage:
+    if changed is None:
+        return OverlayStorage(base, path, mode="r" if Path(str(path)).exists() else "r+").train(training)
+    overlay = OverlayStorage(base)
+    overlay.write(*changed)
+    return overlay.train(training)
 
 
 def _release(lock: WriterLock | None) -> None:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import uuid
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import nn
@@ -15,7 +15,8 @@ from torch import nn
 from sense_v2.core.config import EngramConfig
 from sense_v2.engram import operators
 from sense_v2.engram.model import EngramFusionLayer, open_table
-from sense_v2.engram.overlay import Storage
+from sense_v2.engram.overlay import OverlayStorage, Storage
+from sense_v2.engram.storage import MMapEmbeddingStorage
 from sense_v2.engram.tokenizer import EngramTokenizer
 
 
@@ -61,6 +62,12 @@ class EngramMemory(nn.Module):
         self.storage = storage  # type: ignore[assignment]  # what is used of one, the others have
         for fusion in self:
             fusion.storage = storage
+
+    @property
+    def table(self) -> MMapEmbeddingStorage:
+        """The table itself: what the storage is, or what its overlay lies on."""
+        storage: Any = self.storage
+        return cast(MMapEmbeddingStorage, storage.base if isinstance(storage, OverlayStorage) else storage)
 
     @property
     def reach(self) -> int:

@@ -59,9 +59,9 @@ def teach(
     text: str,
     *,
     prompt: str = "",
-    steps: int = 20,
-    lr: float = 0.05,
-    stop_below: float = 0.05,
+    steps: int = 40,
+    lr: float = 0.02,
+    stop_below: float = 0.1,
 ) -> Taught:
     """Moves the rows that `prompt` and `text` look up until the model goes on from `prompt` with `text`.
 
