@@ -99,7 +99,15 @@ def server(saved):
     command += ["--save-to", str(folder / "deltas")]
     before = content(saved)
     with open(folder / "log", "w") as log:
-        process = subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT, env=environment, cwd=folder)
+        process = subprocess.Popen(
+            command,
+            stdout=log,
+            stderr=subprocess.STDOUT,
+            env=environment,
+            cwd=folder,
+            # What a shell starts in the background ignores Ctrl-C, and its children with it.
+            preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
+        )
         server = Server(process, saved, before)
         try:
             deadline = time.monotonic() + 180

@@ -171,7 +171,7 @@ def test_no_text_gets_out_of_its_place(text):
         yield playground.rows_table(one)
         yield playground.lesson({**lesson(text, watched), "prompt": text, "continued": [text, text]})
         yield playground.facts([(text, text), (harmless, text)], 3)
-        yield playground.saved(f"/home/{text}", 3, 4000)
+        yield playground.saved(f"/home/{text}", 3, 4000, model=f"runs/{text}")
         yield playground.refusal(f"a {text}", f"b {text}")
         yield playground.note(f"a {text}")
 

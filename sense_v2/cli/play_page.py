@@ -13,8 +13,8 @@ from sense_v2.report import playground, wording
 
 FONT = ("system-ui", "-apple-system", "Segoe UI", "Roboto", "Noto Sans", "Liberation Sans", "Arial", "sans-serif")
 MONO = ("ui-monospace", "SF Mono", "Menlo", "Consolas", "DejaVu Sans Mono", "monospace")
-TEXT = "class Point:\n    def __init__(self, x, y):\n        self."
-PROMPT, FACT = "The capital of Zubrowka is", " Lutz"
+TEXT = "def __init__(self, name):\n    self.name = name\n"
+PROMPT, FACT = "The capital of Zubrowka is", " Lutz."
 WATCHED = "The capital of France is Paris\nimport os\nfor name in names:"
 
 LOOK = (
@@ -97,7 +97,7 @@ def build_blocks(player: Player) -> gr.Blocks:
             watched = gr.Textbox(
                 WATCHED, label="Watch these too, a text a line", lines=3, elem_id="watched", min_width=260
             )
-            steps = gr.Slider(1, 60, value=30, step=1, label="Steps at most", min_width=260)
+            steps = gr.Slider(1, 100, value=40, step=1, label="Steps at most", min_width=260)
         with gr.Row():
             teach = gr.Button("Teach", variant="primary", elem_id="teach")
             undo = gr.Button("Undo the last", elem_id="undo")

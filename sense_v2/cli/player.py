@@ -155,7 +155,8 @@ class Player:
                 notebook.overlay.export(path)
         except (OSError, ValueError) as error:
             return self._refusal(error)
-        return playground.saved(str(path.resolve()), len(notebook.overlay.changed_ids), path.stat().st_size)
+        num_rows, num_bytes = len(notebook.overlay.changed_ids), path.stat().st_size
+        return playground.saved(str(path.resolve()), num_rows, num_bytes, model=self.name)
 
     @contextmanager
     def _turn(self, notebook: Notebook | None) -> Iterator[None]:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 import re
+import shlex
 from collections.abc import Sequence
 from difflib import SequenceMatcher
 from typing import Any
@@ -185,9 +186,10 @@ def facts(pairs: Sequence[tuple[str, str]], num_rows: int) -> str:
     return piece("play_facts.html", pairs=pairs, num_rows=num_rows)
 
 
-def saved(path: str, num_rows: int, num_bytes: int) -> str:
-    """Where a delta was written."""
-    return piece("play_saved.html", path=path, num_rows=num_rows, num_bytes=num_bytes)
+def saved(path: str, num_rows: int, num_bytes: int, *, model: str) -> str:
+    """Where a delta was written, and how it comes into the table of `model`."""
+    command = f"sense-engram delta apply {shlex.quote(path)} {shlex.quote(model)}"
+    return piece("play_saved.html", path=path, num_rows=num_rows, num_bytes=num_bytes, command=command)
 
 
 def note(text: str) -> str:
