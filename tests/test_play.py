@@ -138,7 +138,7 @@ def browser(tmp_path_factory):
         context = playwright.chromium.launch_persistent_context(
             tmp_path_factory.mktemp("chromium"), executable_path=path, args=list(CHROMIUM_FLAGS)
         )
-        context.set_default_timeout(60_000)
+        context.set_default_timeout(120_000)
         yield context
         context.close()
 
