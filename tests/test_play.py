@@ -20,7 +20,7 @@ from urllib.parse import urlsplit
 import pytest
 import torch
 from test_cli import content, run  # noqa: F401  # a fixture
-from tiny import tiny_config, tiny_model, wake
+from tiny import tiny_config, tiny_model, tiny_tokenizer, wake
 
 from sense_v2.cli import play
 from sense_v2.engram.delta import read_delta
@@ -313,10 +313,13 @@ def test_a_model_without_memory_is_refused(run, tmp_path):  # noqa: F811
     assert "has no memory" in error
 
 
-def test_what_writes_no_text_is_refused(run, tmp_path):  # noqa: F811
-    status, out, error = run("play", tmp_path / "nothing", "--port", 0)
+def test_a_memory_that_looks_ahead_is_refused(run, tmp_path):  # noqa: F811
+    (tmp_path / "table").mkdir()
+    model = attach_engram(tiny_model("llama"), tiny_config(tmp_path / "table", causal=False), tiny_tokenizer())
+    save_pretrained(model, tmp_path / "model", tokenizer=tiny_tokenizer())
+    status, out, error = run("play", tmp_path / "model", "--port", 0)
     assert (status, out) == (1, "")
-    assert "nothing" in error
+    assert "doesn't write text" in error
 
 
 def test_a_missing_package_is_named(run, saved, monkeypatch):  # noqa: F811

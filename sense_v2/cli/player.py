@@ -107,9 +107,10 @@ class Player:
             self._refuse_long(prompt + text)
             notebook = notebook or Notebook(OverlayStorage(self.base))
             with self._turn(notebook):
-                before = [self._continued(prompt), *map(self._inspected, texts)]
+                before, continued = [self._inspected(one) for one in texts], [self._continued(prompt)]
                 taught = teach(self.model, self.tokenizer, text, prompt=prompt, steps=int(steps))
-                after = [self._continued(prompt), *map(self._inspected, texts)]
+                after = [self._inspected(one) for one in texts]
+                continued.append(self._continued(prompt))
         except (ValueError, IndexError, FloatingPointError, CommandError) as error:
             return self._refusal(error), self.facts(notebook), notebook
         notebook.facts.append(Fact(prompt, text, taught))
@@ -119,10 +120,10 @@ class Player:
             "losses": taught.losses,
             "rows": len(taught.row_ids_U),
             "table_rows": self.base.num_embeddings,
-            "continued": [before[0], after[0]],
+            "continued": continued,
             "watched": [
                 {"before": old, "after": new, "moved": _looks_up(new, taught.row_ids_U)}
-                for old, new in zip(before[1:], after[1:], strict=True)
+                for old, new in zip(before, after, strict=True)
             ],
         }
         return playground.lesson(found), self.facts(notebook), notebook
