@@ -6,8 +6,10 @@ from test_pretrained import with_memory
 from tiny import tiny_model, tiny_tokenizer
 
 from sense_v2.hf.attach import detach_engram
-from sense_v2.hf.comparison import compare, memory_off, token_text
+from sense_v2.hf.comparison import compare, continue_text
 from sense_v2.hf.evaluation import evaluating
+from sense_v2.hf.interventions import memory_off
+from sense_v2.hf.memory import memory_of
 
 PROMPT = "word1 WORD2 word3 word4"
 
@@ -24,7 +26,7 @@ def test_memory_off_is_the_backbone_bit_for_bit(tmp_path, variant):
     token_ids_BT = torch.randint(3, 96, (2, 12), generator=torch.Generator().manual_seed(0))
     with evaluating(model):
         on_BTV = model(token_ids_BT).logits
-        with memory_off(model):
+        with memory_off(memory_of(model)):
             off_BTV = model(token_ids_BT).logits
             continued = model.generate(token_ids_BT, max_new_tokens=8, do_sample=False)
         assert torch.equal(model(token_ids_BT).logits, on_BTV)
@@ -85,5 +87,7 @@ def test_an_empty_prompt_is_refused(tmp_path, prompt):
         compare(endless(tmp_path), tiny_tokenizer(), prompt)
 
 
-def test_a_special_token_has_a_text_too():
-    assert token_text(tiny_tokenizer(), 0) == "<pad>"
+def test_a_continuation_as_text(tmp_path):
+    model, tokenizer = endless(tmp_path), tiny_tokenizer()
+    text = continue_text(model, tokenizer, PROMPT, max_new_tokens=6)
+    assert text.split() == compare(model, tokenizer, PROMPT, max_new_tokens=6)["with_memory"]["tokens"]

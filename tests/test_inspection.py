@@ -31,7 +31,9 @@ def test_everything_about_a_text(tmp_path):
     gates = gate_strengths(model, torch.tensor(token_ids))
     for number, layer in enumerate(memory_of(model)):
         shown = found["layers"][number]
-        assert (shown["layer"], shown["gates"]) == (layer.layer_id, gates[layer.layer_id])
+        assert shown["layer"] == layer.layer_id
+        assert shown["gates"] == pytest.approx(gates[layer.layer_id])
+        assert [len(shares) for shares in shown["shares"].values()] == [5, 5]
         assert shown["row_ids"] == layer.row_ids(torch.tensor([token_ids]))[0].tolist()
         np.testing.assert_allclose(shown["row_norms"], np.linalg.norm(rows_ND[shown["row_ids"]], axis=-1), rtol=1e-5)
         # "word1 WORD2" is "Word1 WORD2" to the memory, whatever comes before.
@@ -61,6 +63,9 @@ def test_a_text_of_one_token_and_of_none(tmp_path):
     model = with_memory(tmp_path)
     one = inspect_text(model, tiny_tokenizer(), "word1")
     assert (one["tokens"], one["probabilities"]["with_memory"]) == (["word1"], [None])
+    two = inspect_text(model, tiny_tokenizer(), "word1 word2")
+    assert one["layers"][0]["gates"] == pytest.approx(two["layers"][0]["gates"][:1])
+    assert one["layers"][0]["row_ids"] == two["layers"][0]["row_ids"][:1]
     none = inspect_text(model, tiny_tokenizer(), "")
     assert (none["tokens"], none["layers"], none["ngrams"]) == ([], [], {2: [], 3: []})
 

@@ -1,6 +1,6 @@
 """A prompt -> how a model goes on with its memory and without it, and what each says of the other's text.
 
-Both sides are the same weights: without memory means every gate at 0, which is the backbone alone, bit for bit. After
+Both sides are the same weights: without memory is the backbone alone, bit for bit. After
 the two have written, both read both texts once more, so that each token has two probabilities given the same text
 before it. Two texts that differ at one token differ in all that follows; the two probabilities of a token tell where
 the memory decided and where the texts only follow from that.
@@ -10,8 +10,7 @@ T tokens of prompt and continuation, K candidates, V tokens of the vocabulary.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -19,25 +18,12 @@ from transformers import PreTrainedModel
 
 from sense_v2.hf.corpus import encode
 from sense_v2.hf.evaluation import evaluating
+from sense_v2.hf.interventions import memory_off
 from sense_v2.hf.memory import memory_of
+from sense_v2.hf.words import Words
 
 WITH_MEMORY, WITHOUT_MEMORY = "with_memory", "without_memory"
 NUM_CANDIDATES = 5
-
-
-@contextmanager
-def memory_off(model: PreTrainedModel) -> Iterator[None]:
-    """Every gate at 0, so that the layers pass hidden states through: the backbone's own outputs. The rows are read
-    all the same, and a cache is filled as ever. Raises `ValueError` where no memory is attached."""
-    handles = [
-        layer.gate.register_forward_hook(lambda module, inputs, alpha_BTS: torch.zeros_like(alpha_BTS))
-        for layer in memory_of(model)
-    ]
-    try:
-        yield
-    finally:
-        for handle in handles:
-            handle.remove()
 
 
 def compare(
@@ -64,6 +50,7 @@ def compare(
     prompt_1T = ids_T[-room:][None].to(model.device)
     num_prompt = prompt_1T.shape[1]
     result: dict[str, Any] = {"prompt_tokens": num_prompt, "dropped_tokens": len(ids_T) - num_prompt}
+    words = Words(tokenizer)
     with evaluating(model):
         for side in (WITH_MEMORY, WITHOUT_MEMORY):
             with _side(model, side):
@@ -73,14 +60,11 @@ def compare(
             new_T1 = token_ids_1T[0, num_prompt:, None]
             top = own_TV.topk(min(NUM_CANDIDATES, own_TV.shape[-1]))
             result[side] = {
-                "tokens": [token_text(tokenizer, token_id) for token_id in new_T1[:, 0].tolist()],
+                "tokens": [words.of(token_id) for token_id in new_T1[:, 0].tolist()],
                 "probabilities": own_TV.gather(1, new_T1)[:, 0].tolist(),
                 "other_probabilities": other_TV.gather(1, new_T1)[:, 0].tolist(),
                 "candidates": [
-                    [
-                        [token_text(tokenizer, token_id), value]
-                        for token_id, value in zip(ids_K, values_K, strict=True)
-                    ]
+                    [[words.of(token_id), value] for token_id, value in zip(ids_K, values_K, strict=True)]
                     for ids_K, values_K in zip(top.indices.tolist(), top.values.tolist(), strict=True)
                 ],
             }
@@ -92,12 +76,7 @@ def continue_text(model: PreTrainedModel, tokenizer: Any, prompt: str, *, max_ne
     prompt_1T = _encoded(tokenizer, prompt)[None].to(model.device)
     with evaluating(model):
         token_ids_1T = _continued(model, prompt_1T, max_new_tokens, temperature=0.0, seed=0)
-    return str(tokenizer.decode(token_ids_1T[0, prompt_1T.shape[1] :].tolist(), skip_special_tokens=False))
-
-
-def token_text(tokenizer: Any, token_id: int) -> str:
-    """What a token stands for by itself; U+FFFD for the bytes of a broken character."""
-    return str(tokenizer.decode([token_id], skip_special_tokens=False))
+    return Words(tokenizer).text(token_ids_1T[0, prompt_1T.shape[1] :].tolist())
 
 
 def _encoded(tokenizer: Any, prompt: str) -> torch.Tensor:
@@ -108,7 +87,7 @@ def _encoded(tokenizer: Any, prompt: str) -> torch.Tensor:
 
 
 def _side(model: PreTrainedModel, side: str) -> Any:
-    return memory_off(model) if side == WITHOUT_MEMORY else nullcontext()
+    return memory_off(memory_of(model)) if side == WITHOUT_MEMORY else nullcontext()
 
 
 def _continued(

@@ -1,19 +1,22 @@
-"""A text -> what a model's memory does at each of its tokens: n-grams, rows, gates, and what the model expects.
+"""A text -> what a model's memory does at each of its tokens, as a page shows it: texts, rows, gates, probabilities.
 
-T tokens, H rows a position, V tokens of the vocabulary.
+The arrays are `observation.py`'s; here they get a text's tokens and n-grams in words, and become what JSON can hold.
+
+T tokens, H rows a position.
 """
 
 from __future__ import annotations
 
 from typing import Any
 
+import numpy as np
 import torch
 from transformers import PreTrainedModel
 
-from sense_v2.hf.comparison import memory_off, token_text
 from sense_v2.hf.corpus import encode
-from sense_v2.hf.evaluation import evaluating, recorded_gates
 from sense_v2.hf.memory import memory_of
+from sense_v2.hf.observation import observe
+from sense_v2.hf.words import Words
 
 
 def inspect_text(
@@ -23,7 +26,8 @@ def inspect_text(
 
         {"dropped_tokens": int, "tokens": [str], "token_ids": [int], "compressed_ids": [int],
          "ngrams": {order: [str]}, the text that each position looks up by,
-         "layers": [{"layer": int, "gates": [float], "row_ids": [[int]], "row_norms": [[float]]}], T and T × H,
+         "layers": [{"layer": int, "gates": [float], "shares": {order: [float]}, what its rows add, as a share of the
+                     hidden state's length, "row_ids": [[int]], "row_norms": [[float]]}], T and T × H,
          "probabilities": {"with_memory": [float | None], "without_memory": the same}, of each token but the first}
 
     A text without tokens gives empty lists. Raises `ValueError` where no memory is attached.
@@ -31,43 +35,36 @@ def inspect_text(
     memory = memory_of(model)
     all_ids_T = torch.from_numpy(encode([text], tokenizer, separator_id=None)).long()
     ids_T = all_ids_T if max_tokens is None else all_ids_T[-max_tokens:]
-    token_ids = ids_T.tolist()
+    token_ids, words, orders = ids_T.tolist(), Words(tokenizer), memory.config.ngram_orders
     result: dict[str, Any] = {
         "dropped_tokens": len(all_ids_T) - len(ids_T),
-        "tokens": [token_text(tokenizer, token_id) for token_id in token_ids],
+        "tokens": [words.of(token_id) for token_id in token_ids],
         "token_ids": token_ids,
         "compressed_ids": memory.tokenizer(ids_T).tolist(),
         "ngrams": {
-            order: [
-                str(tokenizer.decode(token_ids[max(0, end - order) : end], skip_special_tokens=False))
-                for end in range(1, len(token_ids) + 1)
-            ]
-            for order in memory.config.ngram_orders
+            order: [words.text(token_ids[max(0, end - order) : end]) for end in range(1, len(token_ids) + 1)]
+            for order in orders
         },
         "layers": [],
         "probabilities": {"with_memory": [], "without_memory": []},
     }
     if not token_ids:
         return result
-    with evaluating(model):
-        with recorded_gates(model) as gates:
-            result["probabilities"]["with_memory"] = _probabilities(model, ids_T)
-        with memory_off(model):
-            result["probabilities"]["without_memory"] = _probabilities(model, ids_T)
-        for layer in memory:
-            row_ids_TH = layer.row_ids(ids_T[None])[0]
-            result["layers"].append(
-                {
-                    "layer": layer.layer_id,
-                    "gates": gates[layer.layer_id],
-                    "row_ids": row_ids_TH.tolist(),
-                    "row_norms": layer.storage(row_ids_TH).float().norm(dim=-1).tolist(),
-                }
-            )
+    # One token alone has no loss to observe; what follows it changes nothing at it.
+    seen = observe(model, ids_T[None] if len(ids_T) > 1 else ids_T.repeat(1, 2))
+    own = slice(len(ids_T))
+    result["probabilities"] = {
+        name: [None, *np.exp(-losses_BT[0, : len(ids_T) - 1]).tolist()]
+        for name, losses_BT in (("with_memory", seen.losses_with_BT), ("without_memory", seen.losses_without_BT))
+    }
+    result["layers"] = [
+        {
+            "layer": layer.layer_id,
+            "gates": seen.gates_LBT[number, 0, own].tolist(),
+            "shares": {order: seen.shares_LOBT[number, place, 0, own].tolist() for place, order in enumerate(orders)},
+            "row_ids": seen.row_ids_LBTH[number, 0, own].tolist(),
+            "row_norms": seen.row_norms_LBTH[number, 0, own].tolist(),
+        }
+        for number, layer in enumerate(memory)
+    ]
     return result
-
-
-def _probabilities(model: Any, ids_T: torch.Tensor) -> list[float | None]:
-    """Of each token, given those before it; None for the first."""
-    logits_TV = model(input_ids=ids_T[None].to(model.device), use_cache=False).logits[0, :-1].float()
-    return [None, *logits_TV.softmax(dim=-1).gather(1, ids_T[1:, None].to(logits_TV.device))[:, 0].tolist()]

@@ -81,6 +81,7 @@ def _row_facts(layer: dict[str, Any], place: int, orders: Sequence[int]) -> list
         own = slice(number * heads, (number + 1) * heads)
         facts.append((f"rows, {order}-gram", " ".join(map(str, row_ids[own]))))
         facts.append(("their norms", " ".join(wording.decimals(norm, 2) for norm in norms[own])))
+        facts.append(("they add, of the hidden state", wording.percent(layer["shares"][order][place])))
     if any(moved):
         facts.append(("taught here", f"{sum(moved)} of these {len(moved)} rows"))
     return facts
