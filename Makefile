@@ -20,7 +20,7 @@ INSTALLING := $(VENV)/.installing
 TORCH_CONSTRAINTS ?= $(or $(shell sed -n 2p $(INSTALLED) 2>/dev/null),constraints.txt)
 TYPED := sense_v2 $(wildcard scripts/*.py benchmarks/*.py)
 # Two only help the others, and scaling.py has a target of its own: it takes half an hour.
-BENCHMARKS := $(filter-out benchmarks/turns.py benchmarks/resident.py benchmarks/scaling.py, $(wildcard benchmarks/*.py))
+BENCHMARKS := $(filter-out benchmarks/turns.py benchmarks/resident.py benchmarks/scaling.py benchmarks/teaching.py, $(wildcard benchmarks/*.py))
 
 .DEFAULT_GOAL := help
 .PHONY: help setup demo test crash fuzz lint format bench scaling clean distclean broken
