@@ -20,6 +20,7 @@ from typing import Any
 
 from sense_v2.engram import disk
 from sense_v2.engram.checksums import to_hex
+from sense_v2.engram.coding import DtypeCoding
 from sense_v2.engram.columns import Column, Piece
 from sense_v2.engram.disk import WriterLock, new_file
 from sense_v2.engram.format import Manifest, row_dtype
@@ -32,7 +33,7 @@ from sense_v2.engram.opening import (
     refuse_leftovers,
     refuse_live_journal,
 )
-from sense_v2.engram.transfer import ERRORS, DtypeCoding, NewFile, Side, Transfer
+from sense_v2.engram.transfer import ERRORS, NewFile, Side, Transfer
 
 CONVERTED_FROM = "converted_from"
 
@@ -129,9 +130,7 @@ def make_table(
         transfer.run(advance)
         manifest = _publish(files, wanted, transfer)
         max_error, rms_error, rms = transfer.errors().values()
-        return Conversion(
-            files.table, manifest, transfer.resumed_rows, max_error, rms_error, rms, transfer.notes
-        )
+        return Conversion(files.table, manifest, transfer.resumed_rows, max_error, rms_error, rms, transfer.notes)
     finally:
         lock.release()
 

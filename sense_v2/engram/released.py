@@ -98,6 +98,25 @@ class TableFacts:
     unchecked: list[str] = field(default_factory=list)
 
 
+@dataclass
+class ReleasedTensors:
+    """A table's tensors in a checkpoint's files, and what is known of it."""
+
+    path: Path
+    """What was opened: a folder, an index or a file."""
+    weights: list[TensorSpan]
+    """The rows' codes, in their order."""
+    scales: list[TensorSpan]
+    facts: TableFacts
+    scale: torch.Tensor | None = None
+    """Of an F8_E4M3 table with one for all rows, [1]."""
+    config: EngramConfig | None = None
+    """Whose layout the rows have: the caller's, else config.json's."""
+    compressed_vocab_size: int | None = None
+    map_sha256: str | None = None
+    """Of the tokenizer's map that the rows belong to."""
+
+
 class ReleasedTable(nn.Module):
     """Rows of a released checkpoint; only read. Made by `open_released_table`.
 
@@ -199,6 +218,25 @@ def open_released_table(
     Raises `FileNotFoundError` or `ValueError` naming the file or the tensor, before anything is mapped. What could
     not be checked is a `UserWarning`.
     """
+    tensors = find_released_table(place, layer, variant=variant, config=config, tokenizer=tokenizer)
+    facts, files = tensors.facts, MappedFiles()
+    warn_unchecked(tensors, stacklevel=3)
+    width = facts.width
+    parts = [RowParts(tensors.weights, width * (2 if facts.dtype == "BF16" else 1), files)]
+    if tensors.scale is None and tensors.scales:
+        parts.append(RowParts(tensors.scales, width // BLOCK_VALUES, files))
+    return ReleasedTable(tensors.path, facts, PartsReader(parts), tensors.scale)
+
+
+def find_released_table(
+    place: str | os.PathLike[str],
+    layer: int,
+    *,
+    variant: str | None = None,
+    config: EngramConfig | None = None,
+    tokenizer: EngramTokenizer | None = None,
+) -> ReleasedTensors:
+    """Where the table that `open_released_table` opens lies, and what is known of it, checked in the same way."""
     checkpoint = find_tensors(place, lambda name: any(names.tensor.fullmatch(name) for names in _NAMES.values()))
     tables = _tables(checkpoint)
     found = [key for key in tables if key[1] == layer and variant in (None, key[0])]
@@ -209,24 +247,23 @@ def open_released_table(
             "counted from 0"
         )
     tensors = _checked_tensors(checkpoint, *found[0], tables[found[0]])
+    _check_layout(tensors, checkpoint, config, tokenizer)
+    if tensors.scales and _NAMES[tensors.facts.variant].scale_kind == "table":
+        tensors.scale = _read_number(tensors.scales[0])
+    return tensors
+
+
+def warn_unchecked(tensors: ReleasedTensors, *, stacklevel: int) -> None:
+    """Says what of a table couldn't be checked, if anything."""
     facts = tensors.facts
-    _check_layout(facts, checkpoint, config, tokenizer)
     if facts.unchecked:
         warnings.warn(
-            f"{checkpoint.path}, layer {layer}: not checked, because nothing there says what they must be: "
+            f"{tensors.path}, layer {facts.layer}: not checked, because nothing there says what they must be: "
             f"{', '.join(facts.unchecked)}. Pass config=EngramConfig and tokenizer=EngramTokenizer, or open the "
             "whole checkpoint",
             UserWarning,
-            stacklevel=2,
+            stacklevel=stacklevel,
         )
-    files = MappedFiles()
-    width = facts.width
-    parts = [RowParts(tensors.weights, width * (2 if facts.dtype == "BF16" else 1), files)]
-    if tensors.scales and _NAMES[facts.variant].scale_kind == "block":
-        parts.append(RowParts(tensors.scales, width // BLOCK_VALUES, files))
-        return ReleasedTable(checkpoint.path, facts, PartsReader(parts), None)
-    scale = _read_number(tensors.scales[0]) if tensors.scales else None
-    return ReleasedTable(checkpoint.path, facts, PartsReader(parts), scale)
 
 
 def released_tables(place: str | os.PathLike[str]) -> list[TableFacts]:
@@ -234,9 +271,9 @@ def released_tables(place: str | os.PathLike[str]) -> list[TableFacts]:
     checkpoint = find_tensors(place, lambda name: any(names.tensor.fullmatch(name) for names in _NAMES.values()))
     found = []
     for (variant, layer), tensors in sorted(_tables(checkpoint).items()):
-        facts = _checked_tensors(checkpoint, variant, layer, tensors).facts
-        _check_layout(facts, checkpoint, None, None)
-        found.append(facts)
+        one = _checked_tensors(checkpoint, variant, layer, tensors)
+        _check_layout(one, checkpoint, None, None)
+        found.append(one.facts)
     return found
 
 
@@ -259,6 +296,7 @@ def released_config(config: Mapping[str, Any]) -> EngramConfig | None:
                 layer_indices=sorted(text["engram_layer_ids"]),
                 pad_token_id=text.get("engram_pad_token_id", VARIANTS["deepseek_v41"].defaults["pad_token_id"]),
                 seed=text.get("engram_seed", 0),
+                num_streams=text.get("hc_mult", 1),
             )
         if text.get("ple_layer_ids"):
             orders = list(range(2, text.get("ngram_size", 3) + 1))
@@ -280,13 +318,6 @@ def released_config(config: Mapping[str, Any]) -> EngramConfig | None:
     return None
 
 
-@dataclass
-class _Tensors:
-    weights: list[TensorSpan]
-    scales: list[TensorSpan]
-    facts: TableFacts
-
-
 def _tables(checkpoint: Checkpoint) -> dict[tuple[str, int], dict[str, list[TensorSpan]]]:
     """(variant, layer) -> the tensors of that table."""
     tables: dict[tuple[str, int], dict[str, list[TensorSpan]]] = {}
@@ -300,7 +331,7 @@ def _tables(checkpoint: Checkpoint) -> dict[tuple[str, int], dict[str, list[Tens
 
 def _checked_tensors(
     checkpoint: Checkpoint, variant: str, layer: int, tensors: Mapping[str, list[TensorSpan]]
-) -> _Tensors:
+) -> ReleasedTensors:
     names = _NAMES[variant]
     where = f"{checkpoint.path}, {variant} layer {layer}"
     weights = _in_order(where, names, tensors, "weight")
@@ -336,7 +367,7 @@ def _checked_tensors(
     num_bytes = sum(span.num_bytes for span in (*weights, *scales))
     facts = TableFacts(variant, layer, num_rows, width, first.dtype, len(weights), num_bytes)
     facts.checked += ["types", "shapes", "bytes", "parts"]
-    return _Tensors(weights, scales, facts)
+    return ReleasedTensors(checkpoint.path, weights, scales, facts)
 
 
 def _check_block_scales(scales: list[TensorSpan], num_rows: int, width: int) -> None:
@@ -381,8 +412,9 @@ def _in_order(
 
 
 def _check_layout(
-    facts: TableFacts, checkpoint: Checkpoint, config: EngramConfig | None, tokenizer: EngramTokenizer | None
+    tensors: ReleasedTensors, checkpoint: Checkpoint, config: EngramConfig | None, tokenizer: EngramTokenizer | None
 ) -> None:
+    facts = tensors.facts
     where = f"{checkpoint.path}, {facts.variant} layer {facts.layer}"
     theirs = checkpoint.config or {}
     text = theirs.get("text_config") or theirs
@@ -391,6 +423,7 @@ def _check_layout(
         if layout_config is not None:
             multiple = text.get("make_ngram_vocab_size_divisible_by") if facts.variant == "qwen_ple" else None
             facts.layout = _fitting_layout(facts, where, source, layout_config, multiple)
+            tensors.config = layout_config
     if facts.layout is None:
         facts.unchecked.append("the number of rows against the layout")
     else:
@@ -403,7 +436,10 @@ def _check_layout(
             raise ValueError(
                 f"{where}: {facts.num_rows} rows, but config.json says engram_num_embeddings = {declared}"
             )
-    _check_map(facts, where, text, tokenizer)
+    if VARIANTS[facts.variant].compresses:
+        _check_map(tensors, where, text, tokenizer)
+    else:
+        tensors.compressed_vocab_size = text.get("vocab_size")
 
 
 def _fitting_layout(
@@ -428,25 +464,29 @@ def _fitting_layout(
     return layout
 
 
-def _check_map(facts: TableFacts, where: str, text: Mapping[str, Any], tokenizer: EngramTokenizer | None) -> None:
-    if not VARIANTS[facts.variant].compresses:
-        return
-    name = tokenizer and (tokenizer.tokenizer_name or tokenizer.path)
+def _check_map(
+    tensors: ReleasedTensors, where: str, text: Mapping[str, Any], tokenizer: EngramTokenizer | None
+) -> None:
+    facts = tensors.facts
     size, ids = text.get("engram_compressed_vocab_size"), text.get("engram_tokenizer_map")
-    if tokenizer is None:
-        facts.unchecked.append("the tokenizer's map")
-        return
-    if size is not None and tokenizer.compressed_vocab_size != size:
+    if tokenizer is not None and size is not None and tokenizer.compressed_vocab_size != size:
+        name = tokenizer.tokenizer_name or tokenizer.path
         raise ValueError(
             f"{where}: {name} has {tokenizer.compressed_vocab_size} compressed ids, config.json says "
             f"{size}. Make the map from the checkpoint's own tokenizer"
         )
-    known = _RELEASED_MAPS.get((facts.variant, size or tokenizer.compressed_vocab_size))
+    if size is None and tokenizer is not None:
+        size = tokenizer.compressed_vocab_size
+    known = _RELEASED_MAPS.get((facts.variant, size)) if isinstance(size, int) else None
     if isinstance(ids, list):
         known = map_sha256(np.array(ids, dtype=np.int64))
-    if known is None:
+    tensors.compressed_vocab_size, tensors.map_sha256 = size, known
+    if tokenizer is None or known is None:
         facts.unchecked.append("the tokenizer's map")
+        if tokenizer is not None:
+            tensors.map_sha256 = tokenizer.sha256
     elif known != tokenizer.sha256:
+        name = tokenizer.tokenizer_name or tokenizer.path
         raise ValueError(
             f"{where}: the map of {name} is that of another tokenizer, or of another revision (SHA-256 "
             f"{tokenizer.sha256[:12]}…, expected {known[:12]}…). Make it from the checkpoint's own tokenizer"

@@ -1,11 +1,11 @@
 """Rows in one place -> the same rows in new files: streamed, taken up again after a kill, read back and compared.
 
-Rows go through memory in parts of a few MiB, front to back, wherever either side has them (`sense_v2.engram.columns`)
-and however it codes them (`Coding`). Where both code them alike their bytes are copied. What is made lies under
-temporary names, and now and then, once its rows are synced, a progress file says how far it is, of which rows, and
-what the checksums and errors are so far; the same call later goes on from there. At the end all that was written is
-read once and compared with the checksums of what was meant to be written, and the source must be what it was. Who
-calls renames the files then. The source is only read.
+Rows go through memory in parts of a few MiB, front to back, wherever either side has them
+(`sense_v2.engram.columns`) and however it codes them (`sense_v2.engram.coding`). Where both code them alike their
+bytes are copied. What is made lies under temporary names, and now and then, once its rows are synced, a progress file
+says how far it is, of which rows, and what the checksums and errors are so far; the same call later goes on from
+there. At the end all that was written is read once and compared with the checksums of what was meant to be written,
+and the source must be what it was. Who calls renames the files then. The source is only read.
 
     NAME.converting.tmp     a file in the making
     NAME.progress.tmp       how far it is
@@ -23,79 +23,21 @@ import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 import torch
 
-from sense_v2.engram import compact, disk
+from sense_v2.engram import disk
 from sense_v2.engram.checksums import add_to_blocks, from_hex, num_blocks, row_hashes, to_hex
+from sense_v2.engram.coding import Coding, NotRepresentableError
 from sense_v2.engram.columns import Column, RowFiles, are_sparse
 from sense_v2.engram.disk import allocate, new_file, open_own
-from sense_v2.engram.format import RowDtype
 
 ERRORS = ("max_error", "rms_error", "rms")
 PART_VALUES = 1 << 18
 # Bytes of the source between two syncs of the progress: what a kill costs at most.
 SAVE_BYTES = 1 << 28
-
-
-class Coding(Protocol):
-    """How values are rows of bytes."""
-
-    @property
-    def name(self) -> str: ...
-
-    def row_bytes(self, width: int) -> int: ...
-
-    def decode(self, rows_UB: np.ndarray[Any, Any], width: int) -> torch.Tensor:
-        """Rows as bytes, uint8 [U, B] -> float32 [U, D]."""
-
-    def encode(self, values_UD: torch.Tensor) -> np.ndarray[Any, Any]:
-        """float32 [U, D] -> rows as bytes, uint8 [U, B]. Raises `NotRepresentableError`."""
-
-
-class NotRepresentableError(Exception):
-    """A row that a coding can't hold: its number among those given, and why."""
-
-    def __init__(self, row: int, what: str) -> None:
-        super().__init__(f"row {row} {what}")
-        self.row, self.what = row, what
-
-
-@dataclass(frozen=True)
-class DtypeCoding:
-    """Rows as our own tables have them."""
-
-    dtype: RowDtype
-
-    @property
-    def name(self) -> str:
-        return self.dtype.name
-
-    def row_bytes(self, width: int) -> int:
-        return self.dtype.row_bytes(width)
-
-    def decode(self, rows_UB: np.ndarray[Any, Any], width: int) -> torch.Tensor:
-        raw_UB = torch.from_numpy(rows_UB)
-        if self.dtype.is_compact:
-            return compact.decode_rows(raw_UB, width, self.name)
-        return raw_UB.view(self.dtype.torch).float()
-
-    def encode(self, values_UD: torch.Tensor) -> np.ndarray[Any, Any]:
-        refuse_not_finite(values_UD, "holds NaN or an infinity")
-        if self.dtype.is_compact:
-            return compact.join(*compact.encode(values_UD, self.name)).numpy()
-        new_UD = values_UD.to(self.dtype.torch)
-        refuse_not_finite(new_UD, f"holds a value too large for {self.name}")
-        new_UB: np.ndarray[Any, Any] = new_UD.view(torch.uint8).numpy()
-        return new_UB
-
-
-def refuse_not_finite(values_UD: torch.Tensor, what: str) -> None:
-    finite_U = values_UD.isfinite().all(dim=1)
-    if not finite_U.all():
-        raise NotRepresentableError(int(finite_U.logical_not().nonzero()[0]), what)
 
 
 @dataclass(frozen=True)
@@ -184,7 +126,7 @@ class Transfer:
             whole = (
                 0 < found.rows_done <= self.num_rows
                 and len(found.sums) == len(found.source_sums) == count
-                and all(_is_made(file) for file in self.files)
+                and all(is_made(file) for file in self.files)
             )
             if whole and found.source == self.rows_of and found.dtype == self.target.coding.name:
                 return found
@@ -327,12 +269,12 @@ class Transfer:
                     ids_U = np.arange(start, start + len(rows_UB), dtype=np.int64)
                     add_to_blocks(sums, ids_U, row_hashes(ids_U, rows_UB), self.num_rows)
                 advance(rows_UB.nbytes)
-        if not all(_is_made(file) for file in self.files):
+        if not all(is_made(file) for file in self.files):
             return []
         return to_hex(sums)
 
 
-def _is_made(file: NewFile) -> bool:
+def is_made(file: NewFile) -> bool:
     """Whether it has its length and what it begins with."""
     with open(file.path, "rb") as opened:
         return os.fstat(opened.fileno()).st_size == file.num_bytes and opened.read(len(file.head)) == file.head
