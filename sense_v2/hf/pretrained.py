@@ -303,6 +303,18 @@ def convert_trained(
     return conversion
 
 
+def memory_parts(folder: str | Path) -> tuple[EngramConfig, Path, dict[int, dict[str, torch.Tensor]]]:
+    """(configuration, table, weights of the fusion layers by layer) of the model that was saved to `folder`, to write
+    them in another form. Raises as `from_pretrained`."""
+    memory = Path(folder) / MEMORY_FOLDER
+    table = _table_of(memory)
+    fusion: dict[int, dict[str, torch.Tensor]] = {}
+    for name, value in load_file(memory / FUSION_FILE).items():
+        layer, _, rest = name.partition(".")
+        fusion.setdefault(int(layer), {})[rest] = value
+    return EngramConfig.load(memory / CONFIG_FILE), table, fusion
+
+
 def _found_folder(name: str | Path, download: dict[str, Any], mode: str) -> Path:
     folder = Path(name)
     if isinstance(name, str) and not folder.exists() and _HUB_NAME.fullmatch(name):
