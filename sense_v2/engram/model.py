@@ -163,7 +163,8 @@ class EngramFusionLayer(nn.Module):
 
     `tokenizer` and `storage` are shared between layers; where they aren't given, they are opened from the paths in
     `config` (the table is created if there is none). `pad_token_id` is a token id, used where the configuration
-    names none. `layer_id` must be one of `config.layer_indices`.
+    names none. `layer_id` must be one of `config.layer_indices`; `place` is the model's layer where that is another,
+    as it is with a released table in a model of one's own.
 
     `config.enabled=False` makes a layer that passes hidden states through and opens no file.
     """
@@ -177,11 +178,13 @@ class EngramFusionLayer(nn.Module):
         tokenizer: EngramTokenizer | None = None,
         storage: MMapEmbeddingStorage | ReleasedTable | None = None,
         pad_token_id: int | None = None,
+        place: int | None = None,
     ) -> None:
         super().__init__()
         config.validate()
         self.config = config
-        self.layer_id = layer_id
+        self.layer_id = layer_id if place is None else place
+        """The layer of the model that it stands before."""
         self.enabled = config.enabled
         if not self.enabled:
             return

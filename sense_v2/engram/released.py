@@ -36,6 +36,7 @@ from torch import nn
 from sense_v2.core.config import EngramConfig
 from sense_v2.engram import devices
 from sense_v2.engram.compact import BLOCK_VALUES, decode
+from sense_v2.engram.format import Manifest
 from sense_v2.engram.hashing import HeadLayout, round_up
 from sense_v2.engram.parts import MappedFiles, PartsReader, RowParts
 from sense_v2.engram.shards import Checkpoint, TensorSpan, find_tensors
@@ -129,14 +130,27 @@ class ReleasedTable(nn.Module):
     collects_gradients = False
     rows_require_grad = False
 
-    def __init__(self, path: Path, facts: TableFacts, reader: PartsReader, scale: torch.Tensor | None) -> None:
+    def __init__(self, tensors: ReleasedTensors, reader: PartsReader) -> None:
         super().__init__()
-        self.path, self.facts = path, facts
-        self.num_embeddings, self.embedding_dim = facts.num_rows, facts.width
+        self.tensors, self.path, self.facts = tensors, tensors.path, tensors.facts
+        self.num_embeddings, self.embedding_dim = self.facts.num_rows, self.facts.width
         self._reader = reader
-        self._scale = None if scale is None else scale.clone()
-        self.dtype = torch.bfloat16 if scale is None else scale.dtype
+        self._scale = None if tensors.scale is None else tensors.scale.clone()
+        self.dtype = torch.bfloat16 if self._scale is None else self._scale.dtype
         """Of the rows that are looked up."""
+
+    @property
+    def config(self) -> EngramConfig | None:
+        """The memory that the rows belong to, as far as the checkpoint's config.json, or who opened it, says: for
+        `attach_engram`."""
+        return self.tensors.config
+
+    @property
+    def manifest(self) -> Manifest:
+        """What a table of ours would say of itself."""
+        known = {"variant": self.facts.variant, "layer": self.facts.layer}
+        name = str(self.dtype).removeprefix("torch.")
+        return Manifest(self.num_embeddings, self.embedding_dim, name, provenance=known)
 
     def forward(self, row_ids: torch.Tensor) -> torch.Tensor:
         """row_ids [...] of int64 or int32 -> rows [..., D] of `dtype`, on the ids' device.
@@ -225,7 +239,7 @@ def open_released_table(
     parts = [RowParts(tensors.weights, width * (2 if facts.dtype == "BF16" else 1), files)]
     if tensors.scale is None and tensors.scales:
         parts.append(RowParts(tensors.scales, width // BLOCK_VALUES, files))
-    return ReleasedTable(tensors.path, facts, PartsReader(parts), tensors.scale)
+    return ReleasedTable(tensors, PartsReader(parts))
 
 
 def find_released_table(

@@ -118,6 +118,12 @@ def save_pretrained(
             f"{target} is another model's memory, and this one, which has none, would be loaded with it; "
             "remove it, or choose another folder"
         )
+    if memory is not None and not all(hasattr(storage, "commit") for storage in memory.storages):
+        raise ValueError(
+            f"save_pretrained: this memory reads tables of a released checkpoint ({memory.storages[0].path}), which "
+            "stay there; save model.engram.layers.state_dict() and the backbone by themselves, and attach the tables "
+            "again to load them. sense-engram convert makes a table of ours from each"
+        )
     in_place = memory is not None and _is_same_file(memory.storage.path, target / TABLE_FILE)
     if table == "reference" and not in_place and (target / TABLE_FILE).exists():
         raise FileExistsError(
