@@ -1,4 +1,4 @@
-"""Rows in parts of files: their pages are looked at, and asked for before they are touched, as `RowReader` does it."""
+"""Rows in parts of files: their pages are looked at, and asked for before they are touched, as `RowReader` does."""
 
 import os
 

@@ -158,13 +158,17 @@ class ReleasedTable(nn.Module):
         Raises `IndexError` for an id outside 0 … N - 1, `TypeError` for other dtypes, `OSError` where a file was cut
         since it was opened.
         """
-        ids_U = self._checked_ids(row_ids)
-        rows_UD = self._rows(ids_U)
+        return self.rows_as(row_ids, self.dtype)
+
+    def rows_as(self, row_ids: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+        """As `forward`, with rows of `dtype`. Of a table with one scale the product is computed in it, as it is in a
+        model of transformers of that type."""
+        rows_UD = self._rows(self._checked_ids(row_ids), dtype)
         return devices.move(rows_UD.view(*row_ids.shape, self.embedding_dim), row_ids.device)
 
     def gather(self, row_ids_U: torch.Tensor) -> torch.Tensor:
         """Rows as float32 [U, D] in memory of their own."""
-        return self._rows(self._checked_ids(row_ids_U)).float()
+        return self._rows(self._checked_ids(row_ids_U), self.dtype).float()
 
     def prefetch(self, row_ids: torch.Tensor) -> None:
         """Begins to read the rows of `row_ids` [...] from the disk, and returns at once. Raises as `forward`."""
@@ -204,15 +208,17 @@ class ReleasedTable(nn.Module):
                 raise IndexError(f"row id {outside}: {self.path} has rows 0 to {self.num_embeddings - 1}")
         return ids_U
 
-    def _rows(self, ids_U: torch.Tensor) -> torch.Tensor:
+    def _rows(self, ids_U: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
         codes_UB, *scales_UK = self._reader.read(ids_U)
         if scales_UK:
             rows_UD = torch.empty(len(ids_U), self.embedding_dim, dtype=self.dtype, device="cpu")
-            return decode(codes_UB.view(torch.float8_e4m3fn), scales_UK[0], rows_UD) if len(ids_U) else rows_UD
+            if len(ids_U):
+                decode(codes_UB.view(torch.float8_e4m3fn), scales_UK[0], rows_UD)
+            return rows_UD.to(dtype)
         if self._scale is not None:
-            # Each code as a number of the scale's type is exact; the product is rounded once.
-            return codes_UB.view(torch.float8_e4m3fn).to(self.dtype).mul_(self._scale)
-        return codes_UB.view(self.dtype)
+            # Each code as a number of that type is exact; the product is rounded once.
+            return codes_UB.view(torch.float8_e4m3fn).to(dtype).mul_(self._scale.to(dtype))
+        return codes_UB.view(self.dtype).to(dtype)
 
 
 def open_released_table(
