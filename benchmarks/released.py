@@ -35,7 +35,7 @@ import torch
 TESTS = Path(__file__).parents[1] / "tests"
 sys.path.insert(0, str(TESTS))
 
-from checkpoints import write_shard  # noqa: E402
+from checkpoints import write_shard  # type: ignore[import-not-found]  # noqa: E402
 from lookup import Probe, random_ids  # noqa: E402
 from turns import drop_from_cache, machine  # noqa: E402
 
@@ -56,7 +56,7 @@ def write_table(folder: Path, num_rows: int) -> Path:
         f"{name}.weight": ("F8_E4M3", (num_rows, CODES), None),
         f"{name}.scale": ("F8_E8M0", (num_rows, SCALES), None),
     }
-    write_shard(path, tensors)  # type: ignore[arg-type]
+    write_shard(path, tensors)
     head = path.stat().st_size - num_rows * (CODES + SCALES)
     generator = np.random.default_rng(0)
     block = 1 << 16
@@ -124,8 +124,8 @@ def timed(opened: Callable[[], Any], batches: list[torch.Tensor]) -> float:
 
 
 def offload(folder: Path) -> dict[str, Any]:
-    from qwen_generate import write_model
-    from test_offload import config
+    from qwen_generate import write_model  # type: ignore[import-not-found]
+    from test_offload import config  # type: ignore[import-not-found]
 
     started = time.perf_counter()
     num_bytes = write_model(folder, config(ngram_vocab_size_base=4_700_000, ple_embed_dim=256))
