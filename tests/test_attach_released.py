@@ -8,6 +8,7 @@ import torch
 from checkpoints import bits, deepseek_config, deepseek_rows, slow_deepseek_rows, write_checkpoint
 from test_released import QWEN, qwen_config
 from tiny import VOCABULARY, tiny_config, tiny_model, tiny_tokenizer
+from transformers import TrainingArguments
 
 from sense_v2.core.config import TrainConfig
 from sense_v2.engram.hashing import HeadLayout, NgramHasher
@@ -17,6 +18,7 @@ from sense_v2.engram.tokenizer import EngramTokenizer, EngramTokenizerBuilder
 from sense_v2.engram.variants import variant_config
 from sense_v2.hf.attach import attach_engram, detach_engram
 from sense_v2.hf.pretrained import save_pretrained
+from sense_v2.hf.trainer import EngramTrainer
 from sense_v2.hf.training import make_optimizers
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*not checked:UserWarning")
@@ -128,6 +130,32 @@ def test_the_fusion_is_trained_and_no_row_changes(released, tmp_path, places):
     assert torch.equal(model.eval()(IDS_BT).logits, bare(IDS_BT).logits)
     assert next(iter(tables.values()))(torch.tensor([0])).shape == (1, 256)  # who opened a table closes it
     assert {path: path.read_bytes() for path in folder.iterdir()} == before
+
+
+def test_transformers_trainer_trains_the_fusion_and_resumes(released, tmp_path):
+    def trainer(max_steps):
+        model, _ = attached(released, tmp_path, {1: 14})
+        settings = {
+            "save_steps": 2,
+            "report_to": [],
+            "use_cpu": True,
+            "disable_tqdm": True,
+            "lr_scheduler_type": "constant",
+        }
+        arguments = TrainingArguments(str(tmp_path / "out"), max_steps=max_steps, learning_rate=1e-3, **settings)
+        data = [{"input_ids": row, "labels": row} for row in IDS_BT]
+        return EngramTrainer(model=model, args=arguments, train_dataset=data)
+
+    trainer(2).train()
+    resumed = trainer(4)
+    resumed.train(resume_from_checkpoint=True)
+    whole = trainer(4)
+    whole.args.output_dir = str(tmp_path / "whole")
+    whole.train()
+    for one, other in zip(resumed.model.engram.parameters(), whole.model.engram.parameters(), strict=True):
+        assert torch.equal(one, other)
+    assert resumed.model.engram.layers["1"].W_v.weight.any()
+    assert not list((tmp_path / "out/checkpoint-4/engram").glob("*.dat"))
 
 
 def test_qwens_table_takes_token_ids_as_they_are(tmp_path):

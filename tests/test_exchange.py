@@ -10,9 +10,17 @@ import time
 import numpy as np
 import pytest
 import torch
-from checkpoints import bits, deepseek_config, deepseek_rows, slow_deepseek_rows, write_checkpoint, write_shard
+from checkpoints import (
+    bits,
+    deepseek_config,
+    deepseek_rows,
+    header,
+    slow_deepseek_rows,
+    write_checkpoint,
+    write_shard,
+)
 from safetensors import safe_open
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from tables import manifest, names
 from test_released import DEEPSEEK, QWEN, change_config, qwen_config
 
@@ -24,6 +32,7 @@ from sense_v2.engram.hashing import HeadLayout
 from sense_v2.engram.released import open_released_table, released_config, released_tables
 from sense_v2.engram.storage import MMapEmbeddingStorage
 from sense_v2.engram.to_released import export_tables
+from sense_v2.engram.tokenizer import EngramTokenizer
 from sense_v2.engram.variants import variant_config
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*not checked:UserWarning")
@@ -134,6 +143,30 @@ def test_widened_they_are_the_values_that_are_looked_up_and_train(deepseek, tmp_
     table.close()
     with pytest.raises(ValueError, match=r"row 3 holds NaN"):
         import_table(folder, 1, tmp_path / "nan.dat", dtype="bfloat16")
+
+
+def test_rows_of_another_tokenizers_map_are_not_imported(deepseek, deepseek_map, tmp_path):
+    """Of the released size, with two ids exchanged: another revision."""
+    folder, _ = deepseek
+    swapped = np.array(deepseek_map)
+    low, high = (swapped == 10), (swapped == 11)
+    swapped[low], swapped[high] = 11, 10
+    np.save(tmp_path / "swapped.npy", swapped)
+    with pytest.warns(UserWarning, match="json"):
+        other = EngramTokenizer(tmp_path / "swapped.npy")
+    with pytest.raises(ValueError, match="is that of another tokenizer, or of another revision"):
+        import_table(folder, 14, tmp_path / "ours.dat", tokenizer=other)
+    assert names(tmp_path) == ["released", "swapped.npy"]
+
+
+def test_fusion_weights_that_were_trained_since_stay(deepseek, tmp_path):
+    folder, _ = deepseek
+    done = import_table(folder, 1, tmp_path / "ours.dat")
+    trained = {name: 2 * value for name, value in load_file(done.fusion_path).items()}
+    save_file(trained, done.fusion_path)
+    again = import_table(folder, 1, tmp_path / "ours.dat")
+    assert "it stays as it is" in again.table.notes[0]
+    assert torch.equal(load_file(done.fusion_path)["W_v.weight"], trained["W_v.weight"])
 
 
 def test_the_fusion_weights_come_along_under_our_names(deepseek, tmp_path):
@@ -343,9 +376,7 @@ def test_killed_at_random_it_ends_with_the_same_bytes(deepseek, tmp_path, monkey
 
 
 def ended_after(parts, monkeypatch, call):
-    """`call()` whose process dies after that many parts: nothing is tidied up."""
-    monkeypatch.setattr(transfer, "PART_VALUES", 10 * 256)
-    monkeypatch.setattr(transfer, "SAVE_BYTES", 1)
+    """`call()` whose process dies after that many writes: nothing is tidied up."""
     write_at, calls = disk.write_at, []
 
     class Killed(BaseException):
@@ -358,10 +389,12 @@ def ended_after(parts, monkeypatch, call):
                 raise Killed
         write_at(fd, data, offset)
 
-    monkeypatch.setattr(disk, "write_at", write)
-    with pytest.raises(Killed):
-        call()
-    monkeypatch.setattr(disk, "write_at", write_at)
+    with monkeypatch.context() as patch:
+        patch.setattr(transfer, "PART_VALUES", 10 * 256)
+        patch.setattr(transfer, "SAVE_BYTES", 1)
+        patch.setattr(disk, "write_at", write)
+        with pytest.raises(Killed):
+            call()
 
 
 def test_a_second_call_goes_on_and_a_third_finds_it_done(deepseek, tmp_path, monkeypatch):
@@ -400,9 +433,15 @@ def test_another_source_is_not_gone_on_with_and_what_is_there_is_kept(deepseek, 
     before = {name: (tmp_path / "out" / name).read_bytes() for name in names(tmp_path / "out")}
     with pytest.raises(FileExistsError, match=r"of something else; choose another --output"):
         export_tables([tmp_path / "other.dat"], tmp_path / "out", "deepseek_v41")
+    theirs = {name: (folder / name).read_bytes() for name in names(folder)}
+    with pytest.raises(FileExistsError, match=r"config\.json is there already, of something else"):
+        export_tables([tmp_path / "ours.dat"], folder, "deepseek_v41")
+    (folder / "config.json").unlink()
     with pytest.raises(FileExistsError, match=r"of another checkpoint; choose another --output"):
         export_tables([tmp_path / "ours.dat"], folder, "deepseek_v41")
-    (tmp_path / "out" / "model.lock").unlink(missing_ok=True)
+    assert {name: (folder / name).read_bytes() for name in names(folder)} == {
+        name: raw for name, raw in theirs.items() if name != "config.json"
+    }
     assert {name: (tmp_path / "out" / name).read_bytes() for name in names(tmp_path / "out")} == before
 
 
@@ -531,6 +570,7 @@ def test_other_things_that_cannot_be_written(tmp_path):
         ("dtype", r"is BF16; expected F8_E4M3"),
         ("config", r"rows, but the layout of config\.json has"),
         ("outside", "lies outside of its folder"),
+        ("overlap", "overlaps the tensor before it"),
         ("no fusion scale", r"its fusion weights aren't whole \('engram\.wkv\.scale'\)"),
     ],
 )
@@ -549,6 +589,13 @@ def test_a_damaged_checkpoint_is_not_imported(deepseek, tmp_path, damage, messag
         listed["weight_map"]["layers.14.engram.embed.weight"] = "c.safetensors"
     elif damage == "config":
         change_config(folder, engram_vocab_size=6)
+    elif damage == "overlap":
+        raw = (folder / "14-a.safetensors").read_bytes()
+        length = int.from_bytes(raw[:8], "little")
+        entries = json.loads(raw[8 : 8 + length])
+        for entry in list(entries.values())[1:]:
+            entry["data_offsets"] = [offset - 1 for offset in entry["data_offsets"]]
+        (folder / "14-a.safetensors").write_bytes(header(entries) + raw[8 + length : -1])
     elif damage == "no fusion scale":
         listed["weight_map"].pop("layers.14.engram.wkv.scale")
     else:

@@ -90,8 +90,12 @@ def import_table(
     weights = _released_fusion(place, found.facts.variant, layer)
     fusion_path = output.with_suffix(FUSION_SUFFIX) if weights else None
     if fusion_path is not None:
-        with new_file(fusion_path, replace=True) as fd:
-            disk.write_at(fd, to_safetensors(weights, metadata={"format": "pt"}), 0)
+        content = to_safetensors(weights, metadata={"format": "pt"})
+        if not fusion_path.exists():
+            with new_file(fusion_path) as fd:
+                disk.write_at(fd, content, 0)
+        elif fusion_path.read_bytes() != content:
+            done.notes.append(f"{fusion_path} is there already, with other weights (trained?): it stays as it is")
     return Imported(done, found, fusion_path)
 
 

@@ -174,6 +174,12 @@ class ReleasedTable(nn.Module):
         """Begins to read the rows of `row_ids` [...] from the disk, and returns at once. Raises as `forward`."""
         self._reader.prefetch(self._checked_ids(row_ids))
 
+    def gradients(self) -> None:
+        """As a trainer asks: rows that are only read have none."""
+
+    def clear_gradients(self) -> None:
+        """There are none."""
+
     @property
     def reads_the_disk(self) -> bool:
         """Whether batches came from the disk lately, so that `prefetch` pays."""

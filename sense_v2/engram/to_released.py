@@ -112,8 +112,8 @@ def export_tables(
                 "needs it from elsewhere"
             )
     finally:
+        (folder / "model.lock").unlink(missing_ok=True)
         lock.release()
-    (folder / "model.lock").unlink(missing_ok=True)
     return done
 
 
@@ -137,6 +137,10 @@ def _export(
         num_rows=sum(manifest.rows for manifest in of_tables),
         source_bytes=sum(manifest.table_bytes for manifest in of_tables),
     )
+    fusion_bytes = to_safetensors(fused, metadata={"format": "pt"}) if fused else b""
+    for path, content in ((folder / "config.json", _as_json(settings)), (folder / files[-1], fusion_bytes)):
+        if content and path.exists() and path.read_bytes() != content:
+            raise FileExistsError(f"{path} is there already, of something else; choose another --output")
     earlier = _earlier_errors(folder / INDEX_NAME)
     weight_map: dict[str, str] = {}
     for table, file in zip(tables, files, strict=False):
@@ -144,7 +148,7 @@ def _export(
         weight_map |= dict.fromkeys(tensors, file)
         done.num_bytes += sum(tensors.values())
     if fused:
-        _write(folder / files[-1], to_safetensors(fused, metadata={"format": "pt"}))
+        _write(folder / files[-1], fusion_bytes)
         weight_map |= dict.fromkeys(fused, files[-1])
         done.num_bytes += sum(tensor.numel() * tensor.element_size() for tensor in fused.values())
     # To nine digits: sums of the same numbers in other parts differ behind those.
