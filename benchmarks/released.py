@@ -75,7 +75,9 @@ def cold(folder: Path, gigabytes: int, rounds: int) -> dict[str, Any]:
     num_rows = (gigabytes << 30) // (CODES + SCALES)
     shard = write_table(folder, num_rows)
     own = folder / "ours.dat"
-    import_table(shard, 1, own)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # a bare shard
+        import_table(shard, 1, own)
 
     def released() -> Any:
         return open_released_table(shard, 1)
