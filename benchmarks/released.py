@@ -153,7 +153,10 @@ def main() -> None:
     parser.add_argument("--folder", type=Path, default=Path("."), help="a folder on the disk to measure")
     parser.add_argument("--gigabytes", type=int, default=4, help="of the cold table")
     parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--quick", action="store_true", help="a small cold table, one round: a look, no measurement")
     arguments = parser.parse_args()
+    if arguments.quick:
+        arguments.gigabytes, arguments.rounds, arguments.parts = 1, 1, "cold"
     chosen = arguments.parts.split(",")
     if unknown := set(chosen) - set(PARTS):
         raise SystemExit(f"no part {', '.join(sorted(unknown))}: there are {', '.join(PARTS)}")
