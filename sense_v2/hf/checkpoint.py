@@ -14,7 +14,6 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from sense_v2.engram.released import ReleasedTable
 from sense_v2.engram.snapshot import restore_table
 from sense_v2.hf.attach import EngramMemory
 from sense_v2.hf.pretrained import (
@@ -34,9 +33,7 @@ def write_checkpoint(memory: EngramMemory, checkpoint: Path, *, table: str, stat
     states out: good for going back to these rows, not for training on."""
     folder = checkpoint / MEMORY_FOLDER
     (folder / CONFIG_FILE).unlink(missing_ok=True)
-    # A released table is nobody's to copy; it is where it was.
-    is_released = isinstance(memory.storage, ReleasedTable)
-    save_memory(memory, folder, table="stay" if is_released else table, states=states)
+    save_memory(memory, folder, table="stay" if memory.is_released else table, states=states)
 
 
 def restore_rows(memory: EngramMemory, checkpoint: Path) -> None:

@@ -82,6 +82,11 @@ class EngramMemory(nn.Module):
         return list({id(fusion.storage): fusion.storage for fusion in self}.values())
 
     @property
+    def is_released(self) -> bool:
+        """Whether a table is a released checkpoint's, by itself or under an overlay: nobody's to copy."""
+        return any(isinstance(getattr(storage, "base", storage), ReleasedTable) for storage in self.storages)
+
+    @property
     def reach(self) -> int:
         """How many positions back the memory of a position depends on."""
         return max(fusion.reach for fusion in self)

@@ -118,7 +118,7 @@ def save_pretrained(
             f"{target} is another model's memory, and this one, which has none, would be loaded with it; "
             "remove it, or choose another folder"
         )
-    if memory is not None and not all(hasattr(storage, "commit") for storage in memory.storages):
+    if memory is not None and memory.is_released:
         raise ValueError(
             f"save_pretrained: this memory reads tables of a released checkpoint ({memory.storages[0].path}), which "
             "stay there; save model.engram.layers.state_dict() and the backbone by themselves, and attach the tables "
