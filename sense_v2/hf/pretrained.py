@@ -120,9 +120,9 @@ def save_pretrained(
         )
     if memory is not None and memory.is_released:
         raise ValueError(
-            f"save_pretrained: this memory reads tables of a released checkpoint ({memory.storages[0].path}), which "
-            "stay there; save model.engram.layers.state_dict() and the backbone by themselves, and attach the tables "
-            "again to load them. sense-engram convert makes a table of ours from each"
+            "save_pretrained: this memory reads tables of a released checkpoint, which stay there; save "
+            "model.engram.layers.state_dict() and the backbone by themselves, and attach the tables again to load "
+            "them. sense-engram convert makes a table of ours from each"
         )
     in_place = memory is not None and _is_same_file(memory.storage.path, target / TABLE_FILE)
     if table == "reference" and not in_place and (target / TABLE_FILE).exists():
