@@ -187,6 +187,22 @@ def test_qwens_table_takes_token_ids_as_they_are(tmp_path):
     assert torch.equal(seen[0], values[hasher(IDS_BT)].flatten(-2).float())
 
 
+def test_a_new_table_of_qwens_layout_takes_token_ids_as_they_are_too(tmp_path):
+    settings = {"table_size": 50, "engram_dim": 64, "num_heads": 2, "pad_token_id": 2}
+    config = variant_config("qwen_ple", storage_path=str(tmp_path / "t.dat"), **settings)
+    config.shadow_map_path = str(tmp_path / "map.npy")
+    model = attach_engram(tiny_model("llama"), config, tiny_tokenizer())
+    assert torch.equal(model.engram.tokenizer(IDS_BT), IDS_BT)
+    assert model.engram.layers["1"].hasher.compressed_vocab_size == VOCABULARY
+    provenance = model.engram.storage.manifest.provenance
+    assert (provenance["layer"], provenance["compressed_vocab_size"]) == (1, VOCABULARY)
+    detach_engram(model)
+    EngramTokenizerBuilder(tiny_tokenizer()).build_mapping(tmp_path / "folded.npy")
+    config.shadow_map_path = str(tmp_path / "folded.npy")
+    with pytest.raises(ValueError, match="folds token ids"):
+        attach_engram(tiny_model("llama"), config, tiny_tokenizer())
+
+
 def test_a_table_of_ours_that_is_open_already(tmp_path):
     """One layer of the published layout, and the rows trained."""
     EngramTokenizerBuilder(tiny_tokenizer(), normalization="deepseek").build_mapping(tmp_path / "map.npy")

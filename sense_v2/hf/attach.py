@@ -107,9 +107,8 @@ def attach_engram(
         )
 
     tables = [] if given is None else [table for _, table in given.values()]
-    shadow_map = _shadow_map(config, tokenizer, tables)
-    embedding = model.get_input_embeddings()
-    num_embeddings = _rows(embedding)
+    num_embeddings = _rows(model.get_input_embeddings())
+    shadow_map = _shadow_map(config, tokenizer, tables, num_embeddings)
     _check_vocabulary(shadow_map, num_embeddings, config)
     pad_token_id = getattr(model.config, "pad_token_id", None)
     refuse_another_map(tables, shadow_map)
@@ -183,13 +182,13 @@ def decoder_layers(model: PreTrainedModel) -> nn.ModuleList:
     return next(iter(outer.values()))
 
 
-def _shadow_map(config: EngramConfig, tokenizer: Any, tables: Sequence[Any]) -> EngramTokenizer:
+def _shadow_map(config: EngramConfig, tokenizer: Any, tables: Sequence[Any], num_embeddings: int) -> EngramTokenizer:
     """The map at `config.shadow_map_path`, made from `tokenizer` where there is none, checked against it else."""
     path = Path(config.shadow_map_path)
     if isinstance(tokenizer, EngramTokenizer):
         return tokenizer
     if not VARIANTS[config.variant].compresses:
-        return identity_map(config, tables)
+        return identity_map(config, tables, num_embeddings)
     if not path.exists():
         if tokenizer is None:
             raise FileNotFoundError(

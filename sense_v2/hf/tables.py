@@ -102,15 +102,14 @@ def refuse_another_map(tables: Sequence[Any], shadow_map: EngramTokenizer) -> No
             )
 
 
-def identity_map(config: EngramConfig, tables: Sequence[Any]) -> EngramTokenizer:
+def identity_map(config: EngramConfig, tables: Sequence[Any], num_embeddings: int) -> EngramTokenizer:
     """The map of a variant that takes token ids as they are: read from `config.shadow_map_path`, or made there for as
-    many ids as the model has whose table it is."""
+    many ids as the model has whose table it is; a new table's are `num_embeddings`."""
     path = Path(config.shadow_map_path)
     if not path.exists():
         sizes = [table.tensors.compressed_vocab_size for table in tables if isinstance(table, ReleasedTable)]
-        size = next((size for size in sizes if size), None) or VARIANTS[config.variant].vocab_size
-        assert size is not None, "a variant that doesn't compress says how many ids there are"
-        write_identity_map(path, int(size), name=config.tokenizer_name)
+        size = next((size for size in sizes if size), num_embeddings)
+        write_identity_map(path, size, name=config.tokenizer_name)
     shadow_map = EngramTokenizer(path)
     if shadow_map.normalization not in (None, IDENTITY):
         raise ValueError(
