@@ -20,6 +20,7 @@ import torch
 from sense_v2.engram.coding import Coding, ScaledCodes
 from sense_v2.engram.columns import Column, Piece
 from sense_v2.engram.compact import BLOCK_VALUES, FLOAT8
+from sense_v2.engram.convert import identity_of
 from sense_v2.engram.format import Manifest
 from sense_v2.engram.fusion_names import Tensors
 from sense_v2.engram.hashing import HeadLayout, NgramHasher
@@ -79,7 +80,8 @@ class Shard:
     """Where the rows go."""
 
 
-def table_shard(path: Path, variant: str, table: DescribedTable, coding: Coding) -> Shard:
+def table_shard(path: Path, variant: str, table: DescribedTable, coding: Coding, *, num_parts: int) -> Shard:
+    """The file at `path` that holds the rows of `table` so coded; Qwen's in `num_parts` tensors."""
     names, rows, width = LAYOUTS[variant], table.manifest.rows, table.manifest.width
     prefix = names.prefix.format(layer=table.layer)
     dtype, row_bytes = ("BF16", 2 * width) if coding.name == "bfloat16" else ("F8_E4M3", width)
@@ -88,7 +90,7 @@ def table_shard(path: Path, variant: str, table: DescribedTable, coding: Coding)
     if isinstance(coding, ScaledCodes):
         in_front = torch.tensor([coding.scale], dtype=coding.scale_type).view(torch.uint8).numpy().tobytes()
         tensors[prefix + names.scales] = ("BF16", [1], len(in_front))
-    counts = part_rows(rows, row_bytes) if "{part}" in names.rows else [rows]
+    counts = part_rows(rows, num_parts) if "{part}" in names.rows else [rows]
     row_names = [prefix + names.rows.format(part=part) for part in range(len(counts))]
     for name, count in zip(row_names, counts, strict=True):
         tensors[name] = (dtype, [count, width], count * row_bytes)
@@ -113,17 +115,29 @@ def table_shard(path: Path, variant: str, table: DescribedTable, coding: Coding)
     return Shard(head, first + offset, {name: size for name, (_, _, size) in tensors.items()}, columns)
 
 
-def part_rows(num_rows: int, row_bytes: int) -> list[int]:
-    """The rows of each part: all but the last alike."""
-    parts = min(MAX_PARTS, max(1, num_rows * row_bytes // PART_BYTES))
-    each = -(-num_rows // parts)
-    return [min(each, num_rows - start) for start in range(0, num_rows, each)]
+def parts_of(num_rows: int, row_bytes: int) -> int:
+    """How many tensors the rows are cut into: one for each 256 MiB, 512 at most.
+
+    >>> parts_of(1000, 320), parts_of(320_000_000, 320)
+    (1, 381)
+    """
+    return min(MAX_PARTS, max(1, num_rows * row_bytes // PART_BYTES))
+
+
+def part_rows(num_rows: int, num_parts: int) -> list[int]:
+    """The rows of each part; those of two parts differ by one at most.
+
+    >>> part_rows(10, 3)
+    [4, 3, 3]
+    """
+    each, more = divmod(num_rows, num_parts)
+    return [each + (1 if part < more else 0) for part in range(num_parts)]
 
 
 def _metadata(table: DescribedTable, coding: Coding) -> dict[str, str]:
     """For people, and to tell this conversion's result from another file of that name."""
     known = {name: table.known.get(name) for name in ("variant", "shadow_map_sha256", "tokenizer_name")}
-    known |= {"rows": coding.name, "commit": table.manifest.commit, "generation": table.manifest.generation}
+    known |= {"rows": coding.name, "converted_from": identity_of(table.manifest)}
     return {"format": "pt", "sense_v2": json.dumps(known, sort_keys=True)}
 
 
@@ -134,6 +148,7 @@ def config_json(
     hidden_size: int | None,
     *,
     is_float8: bool,
+    num_parts: int,
 ) -> dict[str, Any]:
     """The layout under the released checkpoint's keys."""
     first = tables[0]
@@ -163,7 +178,7 @@ def config_json(
             "heads_per_ngram": heads,
             "ngram_vocab_size_base": known["table_size"],
             "make_ngram_vocab_size_divisible_by": VARIANTS[variant].row_multiple,
-            "split_ngram_parts": len(part_rows(first.manifest.rows, first.manifest.width * (1 if is_float8 else 2))),
+            "split_ngram_parts": num_parts,
             "seed": known["seed"],
             "vocab_size": known["compressed_vocab_size"],
             "eos_token_id": known["pad_token_id"],

@@ -40,7 +40,15 @@ from sense_v2.engram.fusion_names import Tensors, ours_from_theirs, theirs_from_
 from sense_v2.engram.hashing import HeadLayout
 from sense_v2.engram.opening import TableFiles, read_manifest
 from sense_v2.engram.released import released_tables
-from sense_v2.engram.released_layouts import LAYOUTS, DescribedTable, config_json, hash_buffers, table_shard
+from sense_v2.engram.released_layouts import (
+    LAYOUTS,
+    DescribedTable,
+    Shard,
+    config_json,
+    hash_buffers,
+    parts_of,
+    table_shard,
+)
 from sense_v2.engram.shards import INDEX_NAME
 from sense_v2.engram.transfer import ERRORS, PART_VALUES, NewFile, Side, Transfer, is_made
 from sense_v2.engram.variants import VARIANTS
@@ -99,11 +107,13 @@ def export_tables(
         raise ValueError(f"fusion weights of layers {sorted(fusion)} beside tables of {[t.layer for t in described]}")
     fused, fusion_errors = _fusion_tensors(variant, fusion or {}, described[0])
     streams = next(iter(fusion.values()))["gate.query_norm.weight"].shape if fusion else (None, None)
-    settings = config_json(variant, described, *streams, is_float8=name == FLOAT8)
+    row_bytes = described[0].manifest.width * (1 if name == FLOAT8 else 2)
+    num_parts = parts_of(described[0].manifest.rows, row_bytes)
+    settings = config_json(variant, described, *streams, is_float8=name == FLOAT8, num_parts=num_parts)
     folder.mkdir(parents=True, exist_ok=True)
     lock = WriterLock(folder / "model.lock", str(folder))
     try:
-        done = _export(described, folder, variant, name, fused, settings, advance)
+        done = _export(described, folder, variant, name, num_parts, fused, settings, advance)
         done.fusion_errors = fusion_errors
         missing = sorted(set(described[0].layout.layer_ids) - {table.layer for table in described})
         if missing:
@@ -122,6 +132,7 @@ def _export(
     folder: Path,
     variant: str,
     dtype: str,
+    num_parts: int,
     fused: Tensors,
     settings: dict[str, Any],
     advance: Callable[[int], Any],
@@ -144,9 +155,11 @@ def _export(
     earlier = _earlier_errors(folder / INDEX_NAME)
     weight_map: dict[str, str] = {}
     for table, file in zip(tables, files, strict=False):
-        tensors = _export_rows(table, folder / file, variant, dtype, earlier, done, advance)
-        weight_map |= dict.fromkeys(tensors, file)
-        done.num_bytes += sum(tensors.values())
+        coding = _target_coding(variant, dtype, table)
+        shard = table_shard(temporary(folder / file), variant, table, coding, num_parts=num_parts)
+        _export_rows(table, folder / file, shard, coding, earlier, done, advance)
+        weight_map |= dict.fromkeys(shard.tensors, file)
+        done.num_bytes += sum(shard.tensors.values())
     if fused:
         _write(folder / files[-1], fusion_bytes)
         weight_map |= dict.fromkeys(fused, files[-1])
@@ -168,15 +181,13 @@ def _export(
 def _export_rows(
     table: DescribedTable,
     path: Path,
-    variant: str,
-    dtype: str,
+    shard: Shard,
+    coding: Coding,
     earlier: Mapping[str, dict[str, float]],
     done: Exported,
     advance: Callable[[int], Any],
-) -> dict[str, int]:
-    """One table's file, made or found made; returns its tensors and their bytes."""
-    coding = _target_coding(variant, dtype, table)
-    shard = table_shard(temporary(path), variant, table, coding)
+) -> None:
+    """One table's file, made or found made."""
     exists = path.exists()
     made = NewFile(path if exists else temporary(path), shard.num_bytes, shard.head)
     manifest_path = TableFiles(table.path).manifest
@@ -199,14 +210,13 @@ def _export_rows(
             transfer.errors() if transfer.resumed_rows else {name: of_index.get(name, math.nan) for name in ERRORS}
         )
         done.errors[table.layer] = known
-        return shard.tensors
+        return
     transfer.run(advance)
     disk.os.replace(temporary(path), path)
     disk.sync(path.parent)
     done.resumed_rows += transfer.resumed_rows
     done.notes += transfer.notes
     done.errors[table.layer] = transfer.errors()
-    return shard.tensors
 
 
 def _described(path: Path, variant: str, config: EngramConfig | None) -> DescribedTable:
