@@ -166,15 +166,15 @@ def test_convert_there_and_back(checkpoint, run, run_json, tmp_path):
     assert (tmp_path / "ours/layer_1.dat").read_bytes() == raw_rows(codes, scales)
     status, out, error = run("convert", tmp_path / "ours", "--to", "deepseek_v41", "--output", tmp_path / "back")
     assert (status, error) == (0, "")
-    assert [line.split()[0] for line in out.splitlines()] == ["note:", "folder", "rows", "error", "seconds"]
-    assert "written and verified" in out
+    assert [line.split()[0] for line in out.splitlines()] == ["note:", "folder", "rows", "check", "error", "seconds"]
+    assert "rows read back: what was written, of a table that didn't change" in out
     assert "layer 1: none: every value is the same" in out
     again = run_json("convert", tmp_path / "back", "--output", tmp_path / "again.dat")
     assert (tmp_path / "again.dat").read_bytes() == raw_rows(codes, scales)
     assert again["tables"][0]["resumed_rows"] == 0
     status, out, _ = run("convert", folder, "--output", tmp_path / "wide.dat", "--layer", 1, "--dtype", "bfloat16")
     assert status == 0
-    assert [line.split()[0] for line in out.splitlines()] == ["table", "rows", "error", "seconds"]
+    assert [line.split()[0] for line in out.splitlines()] == ["table", "rows", "check", "error", "seconds"]
     assert run("verify", tmp_path / "wide.dat")[0] == 0
     lossy = run_json("convert", tmp_path / "wide.dat", "--to", "deepseek_v41", "--output", tmp_path / "lossy")
     assert lossy["errors"]["1"]["max"] == 0  # bfloat16 holds them all, so they are found again

@@ -211,9 +211,10 @@ def _number(value: float) -> float | None:
 
 def _import_lines(table: dict[str, Any]) -> list[str]:
     lines = [
-        f"table    {table['path']}, {table['variant']} layer {table['layer']}, written and verified{_again(table)}",
+        f"table    {table['path']}, {table['variant']} layer {table['layer']}{_again(table)}",
         f"rows     {wording.count(table['rows'])} of {table['width']} {table['dtype']}, "
         f"{wording.size(table['bytes'])} (there {table['source_dtype']}, {wording.size(table['source_bytes'])})",
+        f"check    {wording.size(table['bytes'])} read back: what was written, of a checkpoint that didn't change",
         f"error    {_error_line(table['error'])}",
     ]
     if table["fusion_path"]:
@@ -223,9 +224,10 @@ def _import_lines(table: dict[str, Any]) -> list[str]:
 
 def _export_lines(result: dict[str, Any]) -> list[str]:
     lines = [
-        f"folder   {result['path']}, layout of {result['variant']}, written and verified{_again(result)}",
+        f"folder   {result['path']}, layout of {result['variant']}{_again(result)}",
         f"rows     {wording.count(result['rows'])} {result['dtype']}, {wording.size(result['bytes'])} in "
         f"{len(result['files'])} files (here {wording.size(result['source_bytes'])})",
+        f"check    {wording.count(result['rows'])} rows read back: what was written, of a table that didn't change",
     ]
     lines += [f"error    layer {layer}: {_error_line(error)}" for layer, error in result["errors"].items()]
     lines += [

@@ -161,8 +161,8 @@ def convert(
 ) -> None:
     """Make a table with rows of another type, or of a released checkpoint's layout, and say what that costs.
 
-    Between our tables and the layouts of DeepSeek-V4.1 and Qwen PLE, both ways. Ended early, the same command goes
-    on.
+    Between our tables and the layouts of DeepSeek-V4.1 and Qwen PLE, both ways. Ended early, the same command
+    goes on.
 
     Example: sense-engram convert runs/train --dtype int8 --output runs/train-int8 --corpus my_texts/
     """
