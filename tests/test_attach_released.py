@@ -231,6 +231,7 @@ def test_what_does_not_belong_together_is_refused_and_leaves_the_model(released,
             attach_engram(model, dataclasses.replace(config, **changes), tokenizer, storage=storage)
         assert not hasattr(model, "engram")
 
+    refused(r"num_streams = 4, and LlamaForCausalLM has one residual stream; .*num_streams=1", num_streams=4)
     refused(r"storage holds 14, but this LlamaForCausalLM has 3 layers", storage=table)
     refused(r"storage holds 7, but", storage={7: table})
     refused("at least one layer", storage={})

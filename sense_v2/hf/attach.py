@@ -91,6 +91,12 @@ def attach_engram(
         return model
     layers = decoder_layers(model)
     depth = len(layers)
+    text_config = model.config.get_text_config()
+    if config.num_streams > 1 and not (getattr(text_config, "hc_mult", 0) or getattr(text_config, "hc_count", 0)):
+        raise ValueError(
+            f"EngramConfig.num_streams = {config.num_streams}, and {type(model).__name__} has one residual stream; "
+            "pass dataclasses.replace(config, num_streams=1)"
+        )
     given = None if storage is None else placed_tables(storage, config)
     places = config.layer_indices if given is None else sorted(given)
     for layer_id in places:
