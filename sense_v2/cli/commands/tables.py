@@ -205,7 +205,7 @@ def tokenize(
     ray: RayOption = None,
     as_json: JsonOption = False,
 ) -> None:
-    """Write a corpus's token ids to Parquet files, read by profile, and by PackedStream in training, without the text.
+    """Write a corpus's token ids to Parquet files, which profile and a PackedStream read without the text.
 
     Example: sense-engram tokenize --corpus my_texts/ --tokenizer runs/train --output my_tokens/ --processes 8
     """
