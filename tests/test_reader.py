@@ -140,6 +140,7 @@ def asked_runs(opened: RowReader, monkeypatch, *, in_memory: bool | None) -> lis
     runs: list[np.ndarray] = []
     # Else the extension would ask the real kernel about a small batch.
     monkeypatch.setattr(opened._pages, "tells", False)
+    opened._small.batches_after_cold = 0
     monkeypatch.setattr(opened._pages, "will_need", runs.append)
     monkeypatch.setattr(opened._pages, "in_memory", lambda offsets: in_memory)
     return runs
@@ -236,6 +237,7 @@ def test_the_extension_asks_for_small_batches_that_arent_in_memory(tmp_path, mon
     drop(path)
     opened._mapping.madvise(mmap.MADV_RANDOM)  # a read brings no other page
     monkeypatch.setattr(opened._pages, "will_need", pytest.fail)
+    monkeypatch.setattr(opened, "_read_any", pytest.fail)
     ids = torch.tensor([0, 1, 2, 3, 400])  # four of them on one page
     if opened._pages.in_memory([0]):
         pytest.skip("this file system keeps its pages")
@@ -246,7 +248,9 @@ def test_the_extension_asks_for_small_batches_that_arent_in_memory(tmp_path, mon
             time.sleep(0.001)
     assert opened._small.ask(ids) == 0
     assert opened._small.ask(torch.tensor([1, 800], dtype=torch.int32)) == 1
-    np.testing.assert_array_equal(opened.read(ids).numpy(), values[ids.numpy()])
+    for ids, left in ((ids, ASKED_BATCHES - 1), (torch.tensor([2000, 2001]), ASKED_BATCHES), (ids, ASKED_BATCHES - 1)):
+        np.testing.assert_array_equal(opened.read(ids).numpy(), values[ids.numpy()])
+        assert opened._small.batches_to_ask == left
     assert opened._small.ask(torch.tensor([N_ROWS])) is opened._small.ask(torch.tensor([-1])) is None
 
 
@@ -254,8 +258,12 @@ def test_the_extension_asks_for_small_batches_that_arent_in_memory(tmp_path, mon
 def test_what_isnt_a_small_warm_batch_goes_the_other_way(tmp_path):
     opened, values = open_reader(tmp_path / "rows")
     ids = torch.arange(16).reshape(2, 8)
-    assert opened._small.read(ids) is None  # whether the table is warm isn't known yet
+    many = torch.zeros(65, dtype=torch.int64)
+    assert opened._small.read(many) is None  # whether the table is warm isn't known yet
+    opened._small.batches_after_cold = 0
+    assert opened._small.read(ids) is None
     opened._small.batches_to_ask = 0
+    assert opened._small.read(many) is not None
     assert torch.equal(opened._small.read(ids), torch.from_numpy(values[:16].reshape(2, 8, WIDTH)))
     assert torch.equal(opened._small.read(ids[:, :1].contiguous()), torch.from_numpy(values[[[0], [8]]]))
     one_past = torch.arange(1025 * 1024 // (4 * WIDTH)) % N_ROWS

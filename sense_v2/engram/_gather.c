@@ -6,11 +6,13 @@
        of DLPack functions; fd is that of the mapped file, or -1.
 
    Lookup.read(row_ids) -> rows, or None
-       A small warm batch in one call: 16 rows take about as long as one of Python's own function calls and their cache
-       misses. None for everything else, for which the caller has another way: ids that aren't a contiguous CPU tensor
-       of int64 or int32, many of them, one outside of the table, a file that was cut; and every batch while
-       `batches_to_ask` isn't 0, `slow` is set, or one of the dictionaries `hooks` has anything in it. Sets `slow` where
-       rows took longer than rows in memory can.
+       A small batch in one call: 16 warm rows take about as long as a few calls of Python functions. While
+       `batches_to_ask` isn't 0 the kernel is asked first, as by `ask`: a batch that found all in memory takes one off
+       that number, one that didn't makes it `batches_after_cold`.
+       None for everything else, for which the caller has another way: ids that aren't a contiguous CPU tensor of int64
+       or int32, many of them (with `batches_to_ask`, more than a few, or any where `batches_after_cold` is 0), one
+       outside of the table, a file that was cut; and every batch while `slow` is set, or one of the dictionaries
+       `hooks` has anything in it. Sets `slow` where rows took longer than rows in memory can.
 
    Lookup.gather(row_ids, num_threads) -> rows, or the position of the first id outside, or None
        Any number of them. None for ids as above, and where there is no memory.
@@ -48,7 +50,7 @@
 enum {
     SMALL_IDS = 1023, SMALL_BYTES = 1 << 20,  /* of a batch that is read without a look at anything else */
     LOOK_NS = 1000000,                        /* between two looks at the file's size */
-    SAMPLES = 4,
+    SAMPLES = 4, ASKED_IDS = 64,
     PAGES_OF_A_ROW = 64,
 };
 
@@ -59,7 +61,7 @@ typedef struct {
     const DLExchange *exchange;
     int64_t num_rows, row_bytes, width, file_bytes, slow_ns, slow_ns_per_row, looked_ns;
     DLType dtype;
-    int fd, batches_to_ask;
+    int fd, batches_to_ask, batches_after_cold;
     char slow;
     PyObject *hooks;
 } Lookup;
@@ -104,6 +106,42 @@ static PyObject *as_tensor(const Lookup *self, Result *result) {
     return self->exchange->to_object(&result->managed, &tensor) == 0 ? tensor : NULL;
 }
 
+typedef struct { char *first; size_t num_bytes; } Pages;
+
+static Pages pages_of(const char *row, int64_t row_bytes) {
+    const uintptr_t page_bytes = (uintptr_t)sysconf(_SC_PAGESIZE);
+    char *first = (char *)((uintptr_t)row / page_bytes * page_bytes);
+    const size_t num_bytes = (uintptr_t)row + row_bytes - (uintptr_t)first;
+    return (Pages){first, (num_bytes + page_bytes - 1) / page_bytes * page_bytes};
+}
+
+/* 1 where all of them are in memory, 0 where one isn't, -1 where that can't be known. */
+static int in_memory(Pages pages) {
+#if defined(__linux__)
+    unsigned char found[PAGES_OF_A_ROW];
+    const size_t num_pages = pages.num_bytes / (size_t)sysconf(_SC_PAGESIZE);
+    if (num_pages > PAGES_OF_A_ROW || mincore(pages.first, pages.num_bytes, found)) return -1;
+    for (size_t page = 0; page < num_pages; page++)
+        if (!(found[page] & 1)) return 0;
+    return 1;
+#else
+    (void)pages;
+    return -1;
+#endif
+}
+
+/* The kernel begins to read the pages of these rows that aren't in memory: of how many rows, or -1 where it refuses. */
+static long ask_for_rows(const Copy *copy) {
+    long asked = 0;
+    for (int64_t k = 0; k < copy->num_ids; k++) {
+        const Pages pages = pages_of(row_at(copy, k), copy->row_bytes);
+        if (in_memory(pages) == 1) continue;
+        if (madvise(pages.first, pages.num_bytes, MADV_WILLNEED)) return -1;
+        asked++;
+    }
+    return asked;
+}
+
 /* Whether one of these dictionaries has anything in it. */
 static int any_filled(PyObject *dicts) {
     for (Py_ssize_t k = 0; dicts && k < PyTuple_GET_SIZE(dicts); k++)
@@ -114,12 +152,20 @@ static int any_filled(PyObject *dicts) {
 static PyObject *lookup_read(Lookup *self, PyObject *row_ids) {
     DLTensor ids;
     Copy copy;
-    if (self->batches_to_ask || self->slow || any_filled(self->hooks) || !view_ids(self, row_ids, &ids, &copy))
-        Py_RETURN_NONE;
+    if (self->slow || any_filled(self->hooks) || !view_ids(self, row_ids, &ids, &copy)) Py_RETURN_NONE;
     if (copy.num_ids > SMALL_IDS || copy.num_ids * copy.row_bytes > SMALL_BYTES) Py_RETURN_NONE;
+    if (self->batches_to_ask && (copy.num_ids > ASKED_IDS || !self->batches_after_cold)) Py_RETURN_NONE;
     if (first_outside(&copy, self->num_rows) >= 0) Py_RETURN_NONE;
     const int64_t started = now_ns();
     if (was_cut(self, started)) Py_RETURN_NONE;
+    long asked = 0;
+    if (self->batches_to_ask) {
+        Py_BEGIN_ALLOW_THREADS
+        asked = ask_for_rows(&copy);
+        Py_END_ALLOW_THREADS
+        if (asked < 0) Py_RETURN_NONE;
+        self->batches_to_ask = asked ? self->batches_after_cold : self->batches_to_ask - 1;
+    }
     fetch_first_rows(&copy);  /* they come while the tensor is made */
     Result *result = take_result(copy.num_ids * copy.row_bytes);
     if (!result) Py_RETURN_NONE;
@@ -129,7 +175,7 @@ static PyObject *lookup_read(Lookup *self, PyObject *row_ids) {
     if (!rows) return NULL;
     Py_BEGIN_ALLOW_THREADS
     copy_rows(&copy, 0);
-    if (now_ns() - started > self->slow_ns + self->slow_ns_per_row * copy.num_ids) self->slow = 1;
+    if (!asked && now_ns() - started > self->slow_ns + self->slow_ns_per_row * copy.num_ids) self->slow = 1;
     Py_END_ALLOW_THREADS
     return rows;
 }
@@ -156,30 +202,6 @@ static PyObject *lookup_gather(Lookup *self, PyObject *const *arguments, Py_ssiz
     return as_tensor(self, result);
 }
 
-typedef struct { char *first; size_t num_bytes; } Pages;
-
-static Pages pages_of(const char *row, int64_t row_bytes) {
-    const uintptr_t page_bytes = (uintptr_t)sysconf(_SC_PAGESIZE);
-    char *first = (char *)((uintptr_t)row / page_bytes * page_bytes);
-    const size_t num_bytes = (uintptr_t)row + row_bytes - (uintptr_t)first;
-    return (Pages){first, (num_bytes + page_bytes - 1) / page_bytes * page_bytes};
-}
-
-/* 1 where all of them are in memory, 0 where one isn't, -1 where that can't be known. */
-static int in_memory(Pages pages) {
-#if defined(__linux__)
-    unsigned char found[PAGES_OF_A_ROW];
-    const size_t num_pages = pages.num_bytes / (size_t)sysconf(_SC_PAGESIZE);
-    if (num_pages > PAGES_OF_A_ROW || mincore(pages.first, pages.num_bytes, found)) return -1;
-    for (size_t page = 0; page < num_pages; page++)
-        if (!(found[page] & 1)) return 0;
-    return 1;
-#else
-    (void)pages;
-    return -1;
-#endif
-}
-
 static PyObject *lookup_looks_cold(Lookup *self, PyObject *row_ids) {
     DLTensor ids;
     Copy copy;
@@ -198,17 +220,11 @@ static PyObject *lookup_ask(Lookup *self, PyObject *row_ids) {
     DLTensor ids;
     Copy copy;
     if (!view_ids(self, row_ids, &ids, &copy) || first_outside(&copy, self->num_rows) >= 0) Py_RETURN_NONE;
-    long asked = 0;
-    int refused = 0;
+    long asked;
     Py_BEGIN_ALLOW_THREADS
-    for (int64_t k = 0; k < copy.num_ids && !refused; k++) {
-        const Pages pages = pages_of(row_at(&copy, k), copy.row_bytes);
-        if (in_memory(pages) == 1) continue;
-        refused = madvise(pages.first, pages.num_bytes, MADV_WILLNEED);
-        asked++;
-    }
+    asked = ask_for_rows(&copy);
     Py_END_ALLOW_THREADS
-    if (refused) Py_RETURN_NONE;
+    if (asked < 0) Py_RETURN_NONE;
     return PyLong_FromLong(asked);
 }
 
@@ -300,6 +316,7 @@ static PyMethodDef lookup_methods[] = {
 
 static PyMemberDef lookup_members[] = {
     {"batches_to_ask", T_INT, offsetof(Lookup, batches_to_ask), 0, NULL},
+    {"batches_after_cold", T_INT, offsetof(Lookup, batches_after_cold), 0, NULL},
     {"slow", T_BOOL, offsetof(Lookup, slow), 0, NULL},
     {"slow_ns", T_LONGLONG, offsetof(Lookup, slow_ns), 0, NULL},
     {NULL, 0, 0, 0, NULL},

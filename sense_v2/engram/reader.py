@@ -90,6 +90,7 @@ class RowReader:
         if max_resident_bytes is None and not dtype.is_compact:
             small = lookup_of(rows_ND, dtype.torch, **file)
         self._small: Any = small or _NoSmallReads()
+        self._small.batches_after_cold = ASKED_BATCHES if self._pages.tells and self._pages.can_ask else 0
         self._small.batches_to_ask = 1
         self._pool: ThreadPoolExecutor | None = None
         self._process = os.getpid()
@@ -253,6 +254,7 @@ class _NoSmallReads:
     """Where small batches have no way of their own: without the extension, of compact rows, within a budget."""
 
     batches_to_ask: int
+    batches_after_cold: int
     slow = False
 
     def read(self, row_ids: torch.Tensor) -> None:
