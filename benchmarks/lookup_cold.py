@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import mmap
 import os
+import random
 import time
 from collections.abc import Callable
 from functools import partial
@@ -70,36 +71,44 @@ def ahead(path: Path, scale: Scale) -> dict[str, Any]:
     """Decoding steps of 16 rows for each of two layers, and batches of 4,096 rows as in training."""
     num_rows = path.stat().st_size // PAGE_BYTES
     figures: dict[str, Any] = {}
-    left = torch.randn(512, 512)
+    left, product = torch.randn(192, 192), torch.empty(192, 192)
 
-    def work(seconds: float) -> None:
-        end = time.perf_counter() + seconds
-        while time.perf_counter() < end:
-            torch.mm(left, left)
+    def work(pieces: int) -> None:
+        for _ in range(pieces):
+            torch.mm(left, left, out=product)
 
-    for case, num_ids, steps, between in (("decode", 16, 60, 3e-3), ("train", 4096, 4, 60e-3)):
+    # As much work each time, whatever happens meanwhile.
+    work(200)
+    start = time.perf_counter()
+    work(200)
+    pieces_a_second = 200 / (time.perf_counter() - start)
+
+    order = random.Random(0)
+    for case, num_ids, steps, between in (("decode", 16, 40, 3e-3), ("train", 4096, 4, 60e-3)):
+        pieces = round(between / 2 * pieces_a_second)
         for state in ("cold", "warm"):
             seconds: dict[str, list[float]] = {"off": [], "on": [], "resident": []}
             for turn in range(scale.cold_rounds):
-                for name in ("off", "on", "resident") if turn % 2 else ("resident", "on", "off"):
-                    batches = random_ids(num_rows, num_ids, 2 * steps, seed=turn)
-                    with cold(path) as storage:
-                        if state == "warm":
-                            for batch in batches:
-                                storage(batch)
-                            for batch in [*batches[:20]] * 8:
-                                storage(batch)
-                        start = time.perf_counter()
-                        for step in range(steps):
-                            pair = batches[2 * step : 2 * step + 2]
+                with cold(path) as storage:
+                    drawn = iter(random_ids(num_rows, num_ids, 6 * steps, seed=turn))
+                    pairs = [(next(drawn), next(drawn)) for _ in range(3 * steps)]
+                    if state == "warm":
+                        for batch in [batch for pair in pairs for batch in pair] + [pairs[0][0]] * 80:
+                            storage(batch)
+                    # Step by step, so that a moment in which the machine is slow counts for all.
+                    for step in range(steps):
+                        names = ["off", "on", "resident"]
+                        order.shuffle(names)
+                        for name, pair in zip(names, pairs[3 * step : 3 * step + 3], strict=True):
+                            start = time.perf_counter()
                             if name == "on":
                                 for batch in pair:
                                     storage.prefetch(batch)
                             for batch in pair:
-                                work(between / 2)
+                                work(pieces)
                                 if name != "resident":
                                     storage(batch)
-                        seconds[name].append((time.perf_counter() - start) / steps)
+                            seconds[name].append(time.perf_counter() - start)
             result = {name: spread(values) for name, values in seconds.items()}
             figures[f"{case}, {state}"] = {
                 "off / on": ratio(result, "off", "on"),

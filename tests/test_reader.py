@@ -248,9 +248,9 @@ def test_the_extension_asks_for_small_batches_that_arent_in_memory(tmp_path, mon
             time.sleep(0.001)
     assert opened._small.ask(ids) == 0
     assert opened._small.ask(torch.tensor([1, 800], dtype=torch.int32)) == 1
-    for ids, left in ((ids, ASKED_BATCHES - 1), (torch.tensor([2000, 2001]), ASKED_BATCHES), (ids, ASKED_BATCHES - 1)):
-        np.testing.assert_array_equal(opened.read(ids).numpy(), values[ids.numpy()])
-        assert opened._small.batches_to_ask == left
+    for batch, left in ((ids, -1), (torch.tensor([2000, 2001]), 0), (ids, -1)):
+        np.testing.assert_array_equal(opened.read(batch).numpy(), values[batch.numpy()])
+        assert opened._small.batches_to_ask == ASKED_BATCHES + left
     assert opened._small.ask(torch.tensor([N_ROWS])) is opened._small.ask(torch.tensor([-1])) is None
 
 
