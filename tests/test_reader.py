@@ -246,12 +246,16 @@ def test_the_extension_asks_for_small_batches_that_arent_in_memory(tmp_path, mon
     for deadline in [time.monotonic() + 10]:
         while not opened._pages.in_memory([0, 400 * WIDTH * 4]) and time.monotonic() < deadline:
             time.sleep(0.001)
-    assert opened._small.ask(ids) == 0
-    assert opened._small.ask(torch.tensor([1, 800], dtype=torch.int32)) == 1
     for batch, left in ((ids, -1), (torch.tensor([2000, 2001]), 0), (ids, -1)):
         np.testing.assert_array_equal(opened.read(batch).numpy(), values[batch.numpy()])
         assert opened._small.batches_to_ask == ASKED_BATCHES + left
-    assert opened._small.ask(torch.tensor([N_ROWS])) is opened._small.ask(torch.tensor([-1])) is None
+    opened._small.batches_to_ask = 1
+    assert opened._small.prefetch(ids)
+    assert opened._small.batches_to_ask == 1
+    assert opened._small.prefetch(torch.tensor([1, 3000], dtype=torch.int32))
+    assert opened._small.batches_to_ask == ASKED_BATCHES
+    assert not opened._small.prefetch(torch.tensor([N_ROWS]))
+    assert not opened._small.prefetch(torch.zeros(65, dtype=torch.int64))
 
 
 @needs_compiled

@@ -7,8 +7,8 @@
 
    Lookup.read(row_ids) -> rows, or None
        A small batch in one call: 16 warm rows take about as long as a few calls of Python functions. While
-       `batches_to_ask` isn't 0 the kernel is asked first, as by `ask`: a batch that found all in memory takes one off
-       that number, one that didn't makes it `batches_after_cold`.
+       `batches_to_ask` isn't 0 the kernel is asked first, as by `prefetch`: a batch that found all in memory takes one
+       off that number, one that didn't makes it `batches_after_cold`.
        None for everything else, for which the caller has another way: ids that aren't a contiguous CPU tensor of int64
        or int32, many of them (with `batches_to_ask`, more than a few, or any where `batches_after_cold` is 0), one
        outside of the table, a file that was cut; and every batch while `slow` is set, or one of the dictionaries
@@ -19,8 +19,9 @@
 
    Lookup.looks_cold(row_ids) -> whether one of a few of the rows isn't in memory, or None where that can't be known.
 
-   Lookup.ask(row_ids) -> the number of rows whose pages the kernel now begins to read because they aren't in memory,
-       or None where the ids aren't such ids, one is outside, or the kernel can't be asked.
+   Lookup.prefetch(row_ids) -> whether nothing is left to do: while `batches_to_ask` isn't 0 the kernel begins to read
+       the pages of these rows that aren't in memory; after that all of a small batch is taken to be. False for what
+       `read` has None for.
 
    small_batches_first(class) -> a `__call__` for this class of modules: what `self._lookup.read` of a module that isn't
        training has rows for, it reads; everything else is handed to `self._call`.
@@ -216,16 +217,20 @@ static PyObject *lookup_looks_cold(Lookup *self, PyObject *row_ids) {
     return PyBool_FromLong(!found);
 }
 
-static PyObject *lookup_ask(Lookup *self, PyObject *row_ids) {
+static PyObject *lookup_prefetch(Lookup *self, PyObject *row_ids) {
     DLTensor ids;
     Copy copy;
-    if (!view_ids(self, row_ids, &ids, &copy) || first_outside(&copy, self->num_rows) >= 0) Py_RETURN_NONE;
+    if (self->slow || !view_ids(self, row_ids, &ids, &copy)) Py_RETURN_FALSE;
+    if (copy.num_ids > SMALL_IDS || first_outside(&copy, self->num_rows) >= 0 || was_cut(self, now_ns()))
+        Py_RETURN_FALSE;
+    if (!self->batches_to_ask) Py_RETURN_TRUE;
+    if (copy.num_ids > ASKED_IDS || !self->batches_after_cold) Py_RETURN_FALSE;
     long asked;
     Py_BEGIN_ALLOW_THREADS
     asked = ask_for_rows(&copy);
     Py_END_ALLOW_THREADS
-    if (asked < 0) Py_RETURN_NONE;
-    return PyLong_FromLong(asked);
+    if (asked > 0) self->batches_to_ask = self->batches_after_cold;
+    return PyBool_FromLong(asked >= 0);
 }
 
 static PyObject *lookup_new(PyTypeObject *type, PyObject *arguments, PyObject *keywords) {
@@ -310,7 +315,7 @@ static PyMethodDef lookup_methods[] = {
     {"read", (PyCFunction)(void (*)(void))lookup_read, METH_O, NULL},
     {"gather", (PyCFunction)(void (*)(void))lookup_gather, METH_FASTCALL, NULL},
     {"looks_cold", (PyCFunction)(void (*)(void))lookup_looks_cold, METH_O, NULL},
-    {"ask", (PyCFunction)(void (*)(void))lookup_ask, METH_O, NULL},
+    {"prefetch", (PyCFunction)(void (*)(void))lookup_prefetch, METH_O, NULL},
     {NULL, NULL, 0, NULL},
 };
 

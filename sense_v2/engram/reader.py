@@ -122,8 +122,8 @@ class RowReader:
         num_ids = row_ids.numel()
         asks = False
         if self.reads_the_disk or num_ids >= SAMPLED_IDS:
-            self._small.batches_to_ask = max(0, self._small.batches_to_ask - 1)
             asks = self._ask_where_cold(row_ids)
+            self._small.batches_to_ask = max(0, self._small.batches_to_ask - 1)
         started = time.perf_counter_ns()
         try:
             if self._budget is None:
@@ -184,12 +184,8 @@ class RowReader:
 
     def _ask_where_cold(self, row_ids: torch.Tensor) -> bool:
         """Asks for these rows' pages where they aren't in memory; whether it did."""
-        if row_ids.numel() <= INLINE_IDS and self._pages.tells and self._pages.can_ask:
-            num_asked = self._small.ask(row_ids)
-            if num_asked is not None:
-                if num_asked:
-                    self._small.batches_to_ask = ASKED_BATCHES
-                return num_asked > 0
+        if self._small.prefetch(row_ids):
+            return bool(self._small.batches_to_ask == ASKED_BATCHES)
         if not self._is_cold(row_ids):
             return False
         self._ask(row_ids)
@@ -260,8 +256,8 @@ class _NoSmallReads:
     def read(self, row_ids: torch.Tensor) -> None:
         return None
 
-    def ask(self, row_ids: torch.Tensor) -> None:
-        return None
+    def prefetch(self, row_ids: torch.Tensor) -> bool:
+        return False
 
     def looks_cold(self, row_ids: torch.Tensor) -> None:
         return None

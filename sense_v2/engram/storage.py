@@ -261,7 +261,8 @@ class MMapEmbeddingStorage(nn.Module):
     def prefetch(self, row_ids: torch.Tensor) -> None:
         """Begins to read the rows of `row_ids` [...], int64 or int32, from the disk, and returns at once. What is in
         memory already costs next to nothing, and no row that is read differs. Raises as `forward`."""
-        self._opened_reader().prefetch(self._checked_ids(row_ids))
+        if self._lookup is None or not self._lookup.prefetch(row_ids):
+            self._opened_reader().prefetch(self._checked_ids(row_ids))
 
     @property
     def reads_the_disk(self) -> bool:
