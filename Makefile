@@ -19,8 +19,9 @@ INSTALLED := $(VENV)/.installed
 INSTALLING := $(VENV)/.installing
 TORCH_CONSTRAINTS ?= $(or $(shell sed -n 2p $(INSTALLED) 2>/dev/null),constraints.txt)
 TYPED := sense_v2 $(wildcard scripts/*.py benchmarks/*.py)
-# Two only help the others, and scaling.py has a target of its own: it takes half an hour.
-BENCHMARKS := $(filter-out benchmarks/turns.py benchmarks/resident.py benchmarks/scaling.py, $(wildcard benchmarks/*.py))
+# Some only help the others, and scaling.py has a target of its own: it takes half an hour.
+HELPERS := $(addprefix benchmarks/, turns.py resident.py reading.py lookup_cold.py)
+BENCHMARKS := $(filter-out $(HELPERS) benchmarks/scaling.py, $(wildcard benchmarks/*.py))
 
 .DEFAULT_GOAL := help
 .PHONY: help setup demo test crash fuzz lint format bench scaling clean distclean broken
@@ -87,7 +88,7 @@ endif
 # whole: from nothing as well, unless the make whose number it holds is still at it. An environment that somebody else
 # made and that works is only added to.
 # torch comes first, and the constraints are in every call, or pip would be free to take another build of it.
-$(INSTALLED): pyproject.toml constraints.txt sense_v2/engram/_gather.c
+$(INSTALLED): pyproject.toml constraints.txt $(wildcard sense_v2/engram/_*.[ch])
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' || { echo "$(PYTHON): Python 3.10 or newer is needed; make PYTHON=... names another" >&2; exit 1; }
 	@pid=$$(cat $(INSTALLING) 2>/dev/null); if [ -n "$$pid" ] && kill -0 "$$pid" 2>/dev/null; then echo "another make (process $$pid) is installing into $(VENV); wait for it, or remove $(INSTALLING)" >&2; exit 1; fi
 	@if [ -n "$(STALE)" ] || [ -e $(INSTALLING) ] || ! { $(BIN)/python -m pip --version || $(BIN)/python -m ensurepip; } >/dev/null 2>&1; then echo "making $(VENV)"; rm -rf $(VENV); $(PYTHON) -m venv $(VENV) || { echo "no venv: the system may want python3-venv installed" >&2; exit 1; }; fi
