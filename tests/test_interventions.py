@@ -225,7 +225,7 @@ def test_numbers_of_an_ablation_are_those_of_the_losses(model):
     assert one["change"] == pytest.approx((changed_B - with_memory_B).mean(), abs=1e-6)
     assert one["low"] <= one["change"] <= one["high"]
     off = by_name["memory_off"]
-    assert by_name["gate_shut"]["change"] == off["change"]
+    assert all(by_name["gate_shut"][name] == off[name] for name in ("loss", "change", "low", "high"))
     for one in result["ablations"]:
         assert one["kept"] is None if off["change"] <= 0 else one["kept"] == 1 - one["change"] / off["change"]
 

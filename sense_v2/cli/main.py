@@ -23,6 +23,7 @@ import typer
 
 from sense_v2 import __version__
 from sense_v2.cli.errors import CommandError, explain, one_line
+from sense_v2.cli.pages import finite
 from sense_v2.cli.setup import DEFAULT_OUTPUT, DEFAULT_TOKENIZER
 from sense_v2.core.config import COMPACT_DTYPES, NORMALIZATIONS, ROW_DTYPES, VARIANT_NAMES, Config
 
@@ -44,6 +45,11 @@ CorpusOption = Annotated[
 ]
 LayersOption = Annotated[str | None, typer.Option(metavar="1,15", help="Layers that get memory, counted from 0.")]
 TableSizeOption = Annotated[int | None, typer.Option(help="Rows of the table, all heads together.")]
+AllFilesOption = Annotated[
+    bool, typer.Option("--all-files", help="Read all of the corpus, not the part that train holds out.")
+]
+SequencesOption = Annotated[int | None, typer.Option(min=1, help="Sequences to read; as in training.")]
+SequenceLengthOption = Annotated[int | None, typer.Option(min=2, help="Tokens of each; as in training.")]
 WithoutMemoryOption = Annotated[bool, typer.Option("--without-memory", help="The memory taken off.")]
 
 
@@ -97,16 +103,7 @@ def _echo(as_json: bool) -> Callable[[str], Any]:
 
 
 def _print_json(values: Any) -> None:
-    print(json.dumps(_finite(values), indent=2, allow_nan=False, default=str))
-
-
-def _finite(values: Any) -> Any:
-    """JSON has no nan and no infinity: null."""
-    if isinstance(values, dict):
-        return {name: _finite(value) for name, value in values.items()}
-    if isinstance(values, (list, tuple)):
-        return [_finite(value) for value in values]
-    return None if isinstance(values, float) and not math.isfinite(values) else values
+    print(json.dumps(finite(values), indent=2, allow_nan=False, default=str))
 
 
 def _numbers(option: str, text: str | None) -> list[int] | None:
@@ -427,17 +424,40 @@ def evaluate(
     without_memory: Annotated[
         bool, typer.Option("--without-memory", help="Beside it, the same with the memory taken off.")
     ] = False,
-    all_files: Annotated[
-        bool, typer.Option("--all-files", help="Read all of the corpus, not the part that train holds out.")
-    ] = False,
-    sequences: Annotated[int | None, typer.Option(min=1, help="Sequences to read; as in training.")] = None,
-    sequence_length: Annotated[int | None, typer.Option(min=2, help="Tokens of each; as in training.")] = None,
+    all_files: AllFilesOption = False,
+    sequences: SequencesOption = None,
+    sequence_length: SequenceLengthOption = None,
+    tasks: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="NAME|FILE.yaml", help="Run this task of lm-evaluation-harness (extra: eval); repeatable."
+        ),
+    ] = None,
+    include_path: Annotated[
+        Path | None, typer.Option(metavar="FOLDER", help="Where --tasks finds tasks of your own by name.")
+    ] = None,
+    limit: Annotated[int | None, typer.Option(min=1, help="Only the first samples of each task.")] = None,
     as_json: JsonOption = False,
 ) -> None:
-    """Measure perplexity and bits per byte of a trained model on a corpus.
+    """Measure perplexity and bits per byte of a trained model on a corpus; or, with --tasks, run tasks of
+    lm-evaluation-harness.
 
     Example: sense-engram eval runs/train --corpus other_texts/ --all-files --without-memory
     """
+    if tasks:
+        from sense_v2.cli.tasks import run_tasks
+
+        result = run_tasks(
+            folder,
+            tasks,
+            include_path=include_path,
+            limit=limit,
+            without_memory=without_memory,
+            echo=_echo(as_json),
+        )
+        if as_json:
+            _print_json(result)
+        return
     from sense_v2.cli.evaluate import run_eval
 
     result = run_eval(
@@ -447,6 +467,43 @@ def evaluate(
         sequence_length=sequence_length,
         all_files=all_files,
         without_memory=without_memory,
+        echo=_echo(as_json),
+    )
+    if as_json:
+        _print_json(result)
+
+
+@app.command()
+def ablate(
+    folder: Annotated[Path, typer.Argument(help="What train, or demo (runs/demo/model), has saved.")],
+    corpus: CorpusOption = None,
+    output: Annotated[Path, typer.Option(metavar="FILE.html", help="The report; its JSON goes beside it.")] = Path(
+        "ablation.html"
+    ),
+    all_files: AllFilesOption = False,
+    sequences: SequencesOption = None,
+    sequence_length: SequenceLengthOption = None,
+    no_heads: Annotated[bool, typer.Option("--no-heads", help="Leave out single heads, which take longest.")] = False,
+    resamples: Annotated[int, typer.Option(min=100, help="Of the sequences, for the intervals.")] = 10_000,
+    seed: Annotated[int, typer.Option(min=0, help="Of the shuffling, the noise and the resamples.")] = 0,
+    as_json: JsonOption = False,
+) -> None:
+    """Say whether the memory helps, and where: the loss with one part of it changed at a time.
+
+    Example: sense-engram ablate runs/train --corpus my_texts/ --output ablation.html
+    """
+    from sense_v2.cli.ablate import run_ablate
+
+    result = run_ablate(
+        folder,
+        output,
+        corpus=corpus,
+        sequences=sequences,
+        sequence_length=sequence_length,
+        all_files=all_files,
+        single_heads=not no_heads,
+        resamples=resamples,
+        seed=seed,
         echo=_echo(as_json),
     )
     if as_json:

@@ -131,12 +131,12 @@ def ablate(
         return np.concatenate(parts)
 
     with_memory_B = losses()
-    found = []
-    for number, ablation in enumerate(ablations(memory, token_ids_BT, seed=seed, single_heads=single_heads)):
+    found: list[dict[str, Any]] = []
+    for ablation in ablations(memory, token_ids_BT, seed=seed, single_heads=single_heads):
         with ablation.change():
             changed_B = losses()
-        # A generator each: an ablation's interval doesn't depend on which others ran.
-        low, high = paired_bootstrap(changed_B - with_memory_B, resamples=resamples, seed=[seed, number])
+        # The same resamples for all, so that their intervals compare and don't depend on which others ran.
+        low, high = paired_bootstrap(changed_B - with_memory_B, resamples=resamples, seed=seed)
         found.append(
             {
                 "name": ablation.name,
