@@ -474,6 +474,39 @@ def evaluate(
 
 
 @app.command()
+def analyze(
+    folder: Annotated[Path, typer.Argument(help="What train, or demo (runs/demo/model), has saved.")],
+    corpus: CorpusOption = None,
+    output: Annotated[Path, typer.Option(metavar="FILE.html", help="The report; its JSON goes beside it.")] = Path(
+        "analysis.html"
+    ),
+    all_files: AllFilesOption = False,
+    sequences: SequencesOption = None,
+    sequence_length: SequenceLengthOption = None,
+    text_tokens: Annotated[int, typer.Option(min=1, help="Tokens of the first sequence to show coloured.")] = 320,
+    as_json: JsonOption = False,
+) -> None:
+    """Show what the memory does: gates over the text, n-grams it leans on, where it helps, how rows are used.
+
+    Example: sense-engram analyze runs/train --corpus my_texts/ --output analysis.html
+    """
+    from sense_v2.cli.analyze import run_analyze
+
+    result = run_analyze(
+        folder,
+        output,
+        corpus=corpus,
+        sequences=sequences,
+        sequence_length=sequence_length,
+        all_files=all_files,
+        text_tokens=text_tokens,
+        echo=_echo(as_json),
+    )
+    if as_json:
+        _print_json(result)
+
+
+@app.command()
 def ablate(
     folder: Annotated[Path, typer.Argument(help="What train, or demo (runs/demo/model), has saved.")],
     corpus: CorpusOption = None,
