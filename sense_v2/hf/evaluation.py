@@ -92,7 +92,7 @@ def count_text_bytes(token_ids_BT: torch.Tensor, tokenizer: Any) -> int:
     tokens' bytes are added up. Only other tokenizers, of words say, are asked to decode.
     """
     backend = getattr(tokenizer, "backend_tokenizer", tokenizer)
-    kinds = _decoder_kinds(getattr(backend, "decoder", None))
+    kinds = decoder_kinds(getattr(backend, "decoder", None))
     if not kinds & {"ByteLevel", "ByteFallback", "Metaspace"}:
         return sum(len(backend.decode(row, skip_special_tokens=True).encode()) for row in token_ids_BT.tolist())
     is_byte_level = "ByteLevel" in kinds
@@ -107,7 +107,7 @@ def count_text_bytes(token_ids_BT: torch.Tensor, tokenizer: Any) -> int:
     return total
 
 
-def _decoder_kinds(decoder: Any) -> set[str]:
+def decoder_kinds(decoder: Any) -> set[str]:
     """The names of a `tokenizers` decoder's parts; none for anything else."""
     if decoder is None or not type(decoder).__module__.startswith("tokenizers"):
         return set()

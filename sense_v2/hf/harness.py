@@ -14,11 +14,13 @@ hub or from what the machine has cached; one in a file needs no network if its d
 from __future__ import annotations
 
 import copy
+import io
 import logging
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, nullcontext, redirect_stderr
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TextIO
 
 from tokenizers import Tokenizer
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, PreTrainedTokenizerFast
@@ -38,24 +40,8 @@ def harness_model(model: PreTrainedModel, tokenizer: Any, *, batch_size: int = B
     """The model as the harness takes it; `tokenizer` is of transformers or a `tokenizers.Tokenizer`, and isn't
     changed. Raises `ImportError` without lm_eval, `ValueError` where no token ends a text."""
     lm_eval = _lm_eval()
-
-    class QuietHFLM(lm_eval.HFLM):  # type: ignore[name-defined]
-        """Without bars where nobody sees them move."""
-
-        def loglikelihood(self, requests: Any, disable_tqdm: bool = False) -> Any:
-            return super().loglikelihood(requests, disable_tqdm or not sys.stderr.isatty())
-
-        def loglikelihood_rolling(self, requests: Any, disable_tqdm: bool = False) -> Any:
-            return super().loglikelihood_rolling(requests, disable_tqdm or not sys.stderr.isatty())
-
-        def generate_until(self, requests: Any, disable_tqdm: bool = False) -> Any:
-            return super().generate_until(requests, disable_tqdm or not sys.stderr.isatty())
-
-        def _loglikelihood_tokens(self, requests: Any, disable_tqdm: bool = False, **more: Any) -> Any:
-            return super()._loglikelihood_tokens(requests, disable_tqdm or not sys.stderr.isatty(), **more)
-
     with _quiet():
-        return QuietHFLM(
+        return lm_eval.HFLM(
             pretrained=model, tokenizer=_with_padding(tokenizer), backend="causal", batch_size=batch_size
         )
 
@@ -154,13 +140,34 @@ class _lm_eval:
         self.simple_evaluate, self.HFLM, self.TaskManager = simple_evaluate, HFLM, TaskManager
 
 
-class _quiet:
-    """The harness warns of a model passed as an object, of padding set and the like, each time."""
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Without the harness's advice (a model passed as an object, padding that was set), and where no terminal shows
+    them move, without its bars."""
+    logger = logging.getLogger("lm_eval")
+    level = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        with nullcontext() if sys.stderr.isatty() else redirect_stderr(_WithoutBars(sys.stderr)):
+            yield
+    finally:
+        logger.setLevel(level)
 
-    def __enter__(self) -> None:
-        self._logger = logging.getLogger("lm_eval")
-        self._level = self._logger.level
-        self._logger.setLevel(logging.ERROR)
 
-    def __exit__(self, *error: object) -> None:
-        self._logger.setLevel(self._level)
+class _WithoutBars(io.TextIOBase):
+    """Passes on what is written, but for lines that a bar draws over each other."""
+
+    def __init__(self, stream: TextIO) -> None:
+        self._stream = stream
+        self._in_bar = False
+
+    def write(self, text: str) -> int:
+        if not (text.startswith("\r") or (self._in_bar and not text.strip())):
+            self._stream.write(text)
+            self._in_bar = False
+        else:
+            self._in_bar = text.startswith("\r")
+        return len(text)
+
+    def flush(self) -> None:
+        self._stream.flush()

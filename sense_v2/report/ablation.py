@@ -252,6 +252,7 @@ def _rows(results: dict[str, Any]) -> list[dict[str, Any]]:
             "label": label(one, with_layer=several),
             "description": LABELS.get(one["name"], ("", ""))[1],
             "perplexity": _exp(one["loss"]),
+            "kept_text": percent(one["kept"]) if is_finite(one["kept"]) else "–",
         }
         for one in results["ablations"]
     ]
@@ -271,6 +272,8 @@ def _exp(loss: float | None) -> float:
 
 def _change(one: dict[str, Any], results: dict[str, Any]) -> str:
     """ "the loss rises by 0.51 nats a token (95 % interval 0.47 to 0.55)" """
+    if not is_finite(one["change"]):
+        return "the loss is no finite number"
     verb = "rises" if one["change"] > 0 else "falls"
     told = f"the loss {verb} by {decimals(abs(one['change']), 3)} nats a token"
     if not is_finite(one["low"]):

@@ -178,7 +178,7 @@ def coloured(text: dict[str, Any]) -> Markup:
         facts: list[tuple[str, str]] = [
             ("token id", f"{token['token_id']}, compressed {token['compressed_id']}"),
         ]
-        if token["loss_with"] is not None:
+        if is_finite(token["loss_with"]) and is_finite(token["loss_without"]):
             gain = token["loss_without"] - token["loss_with"]
             facts.append(
                 (
@@ -236,7 +236,8 @@ def frequencies(found: list[dict[str, Any]]) -> list[dict[str, Any]]:
                 drawn = is_finite(one["gain"])
                 width = round(50 * abs(one["gain"]) / largest, 2) if drawn else 0
                 left = 50.0 if not drawn or one["gain"] >= 0 else round(50 - width, 2)
-                bars.append({**one, "label": span(one), "width": width, "left": left})
+                effect = "harms" if left < 50 else "helps"
+                bars.append({**one, "label": span(one), "width": width, "left": left, "effect": effect})
         groups.append({"order": order, "bars": bars})
     return groups
 
