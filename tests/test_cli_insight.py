@@ -12,7 +12,8 @@ from test_cli import content, corpus, quiet, run, run_json, trained  # noqa: F40
 from test_harness import QUESTIONS
 from test_report import HOSTILE, NAN, Page
 
-from sense_v2.cli.pages import finite
+from sense_v2.cli import output
+from sense_v2.cli.output import finite
 from sense_v2.report import ablation, analysis, charts, page
 
 
@@ -36,11 +37,11 @@ def results(trained, corpus, tmp_path_factory):  # noqa: F811
 
 
 def test_both_write_a_page_and_its_numbers(results):
-    *found, output, said = results
+    *found, folder, said = results
     for one, name in zip(found, ("analysis", "ablation"), strict=True):
-        assert json.loads((output / f"{name}.json").read_text()) == json.loads(json.dumps(finite(one)))
-        assert (output / f"{name}.html").stat().st_size > 10_000
-    assert f"report  {output / 'ablation.html'}, its numbers in {output / 'ablation.json'}" in said
+        assert json.loads((folder / f"{name}.json").read_text()) == json.loads(json.dumps(finite(one)))
+        assert (folder / f"{name}.html").stat().st_size > 10_000
+    assert f"report  {folder / 'ablation.html'}, its numbers in {folder / 'ablation.json'}" in said
     assert any(line.startswith("memory off") for line in said)
 
 
@@ -315,6 +316,6 @@ def test_the_analysis_tells_collisions_from_chance(results):
     assert "a larger table would part them" in told
 
 
-@pytest.mark.parametrize("module", [analysis, ablation, charts, page])
+@pytest.mark.parametrize("module", [analysis, ablation, charts, page, output])
 def test_examples_in_docstrings(module):
     assert doctest.testmod(module).failed == 0

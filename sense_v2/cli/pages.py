@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import json
-import math
 from pathlib import Path
 from typing import Any
 
 from sense_v2.cli.errors import CommandError
+from sense_v2.cli.output import finite
 
 
 def report_paths(output: str | Path) -> tuple[Path, Path]:
@@ -18,19 +18,6 @@ def report_paths(output: str | Path) -> tuple[Path, Path]:
     if path.is_dir():
         raise CommandError(f"--output {path}: that is a folder", "name a file that ends in .html")
     return path, path.with_suffix(".json")
-
-
-def finite(values: Any) -> Any:
-    """JSON has no nan and no infinity: null.
-
-    >>> finite({"loss": float("nan"), "gates": (0.5, float("inf"))})
-    {'loss': None, 'gates': [0.5, None]}
-    """
-    if isinstance(values, dict):
-        return {name: finite(value) for name, value in values.items()}
-    if isinstance(values, (list, tuple)):
-        return [finite(value) for value in values]
-    return None if isinstance(values, float) and not math.isfinite(values) else values
 
 
 def write_json(values: dict[str, Any], path: Path) -> None:
