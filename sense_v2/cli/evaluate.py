@@ -8,11 +8,12 @@ from pathlib import Path
 from typing import Any
 
 from sense_v2.cli.errors import CommandError
-from sense_v2.cli.models import max_positions, open_corpus, open_trained, separator_id
+from sense_v2.cli.models import max_positions, open_corpus, open_trained, token_stream
+from sense_v2.cli.progress import ByteProgress
 from sense_v2.core.config import Config, TrainConfig
 from sense_v2.hf.attach import attached_memory, detach_engram
-from sense_v2.hf.corpus import Batches, encode
-from sense_v2.hf.evaluation import evaluate
+from sense_v2.hf.corpus import Batches
+from sense_v2.hf.evaluation import Evaluation, evaluate
 from sense_v2.report import wording
 
 WITH, WITHOUT = "with_memory", "without_memory"
@@ -48,7 +49,7 @@ def run_eval(
         )
     text = open_corpus(corpus, settings)
     texts = [*text.train_texts, *text.held_out_texts] if all_files else text.held_out_texts
-    token_ids = encode(texts, tokenizer, separator_id=separator_id(tokenizer))
+    token_ids = token_stream(texts, tokenizer, echo=echo)
     what = "text" if all_files else "held-out text"
     if len(token_ids) < length:
         raise CommandError(
@@ -57,14 +58,18 @@ def run_eval(
         )
     blocks_BT = Batches(token_ids, batch_size=1, sequence_length=length, seed=0).sample(sequences)
 
+    def measure(label: str) -> Evaluation:
+        with ByteProgress(label, blocks_BT.numel(), unit="tokens", echo=echo) as advance:
+            return evaluate(model, blocks_BT, tokenizer=tokenizer, advance=advance)
+
     found = {}
     has_memory = attached_memory(model) is not None
     if has_memory:
-        found[WITH] = evaluate(model, blocks_BT, tokenizer=tokenizer)
+        found[WITH] = measure("with memory")
         if without_memory:
             detach_engram(model)
     if without_memory or not has_memory:
-        found[WITHOUT] = evaluate(model, blocks_BT, tokenizer=tokenizer)
+        found[WITHOUT] = measure("without memory")
     result = {
         "model": str(folder),
         "corpus": {"name": text.name, "files": len(texts), "held_out": not all_files, "tokens": len(token_ids)},
@@ -72,8 +77,8 @@ def run_eval(
         "sequence_length": length,
         "tokens": blocks_BT.numel(),
         **{
-            measure: {name: getattr(one, measure) for name, one in found.items()}
-            for measure in ("loss", "perplexity", "bits_per_byte")
+            quantity: {name: getattr(one, quantity) for name, one in found.items()}
+            for quantity in ("loss", "perplexity", "bits_per_byte")
         },
         "seconds": time.perf_counter() - started,
     }

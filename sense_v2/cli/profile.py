@@ -17,7 +17,7 @@ import torch
 
 from sense_v2.cli.errors import CommandError
 from sense_v2.cli.folders import new_folders
-from sense_v2.cli.models import saved_tokenizer, separator_id
+from sense_v2.cli.models import saved_tokenizer, token_stream
 from sense_v2.cli.progress import ByteProgress
 from sense_v2.core.config import Config, EngramConfig, TrainConfig
 from sense_v2.engram.format import Manifest, row_dtype
@@ -26,7 +26,7 @@ from sense_v2.engram.hot import HotRows, RowCounts, identity, save
 from sense_v2.engram.model import compressed_pad_id
 from sense_v2.engram.opening import TableFiles, read_manifest
 from sense_v2.engram.tokenizer import EngramTokenizer
-from sense_v2.hf.corpus import encode, read_corpus
+from sense_v2.hf.corpus import read_corpus
 from sense_v2.hf.pretrained import CONFIG_FILE, MEMORY_FOLDER, memory_paths
 from sense_v2.report import wording
 
@@ -57,10 +57,7 @@ def run_profile(
     length = (Config.load(settings).train if settings.is_file() else TrainConfig()).sequence_length
     tokenizer = saved_tokenizer(folder)
     text = read_corpus(corpus or None)
-    streams = [
-        encode(texts, tokenizer, separator_id=separator_id(tokenizer))
-        for texts in (text.train_texts, text.held_out_texts)
-    ]
+    streams = [token_stream(texts, tokenizer, echo=echo) for texts in (text.train_texts, text.held_out_texts)]
     counted = [RowCounts(), RowCounts()]
     with ByteProgress("counting", sum(map(len, streams)), unit="tokens", echo=echo) as advance:
         for stream, counts in zip(streams, counted, strict=True):

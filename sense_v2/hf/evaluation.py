@@ -55,10 +55,16 @@ def evaluating(model: PreTrainedModel) -> Iterator[None]:
 
 
 def evaluate(
-    model: PreTrainedModel, token_ids_BT: torch.Tensor, *, tokenizer: Any = None, batch_size: int = 8
+    model: PreTrainedModel,
+    token_ids_BT: torch.Tensor,
+    *,
+    tokenizer: Any = None,
+    batch_size: int = 8,
+    advance: Callable[[int], Any] | None = None,
 ) -> Evaluation:
     """The model's loss on blocks of tokens, each block on its own. `tokenizer` (of `tokenizers` or transformers)
-    counts the bytes, see `count_text_bytes`; without one `text_bytes` is 0.
+    counts the bytes, see `count_text_bytes`; without one `text_bytes` is 0. `advance` is told the tokens of every
+    `batch_size` blocks once they are done.
 
     Raises `ValueError` where there is no token to predict.
     """
@@ -74,6 +80,8 @@ def evaluate(
             targets_BT = block_BT[:, 1:].to(logits_BTV.device)
             total += float(F.cross_entropy(logits_BTV.flatten(0, 1).float(), targets_BT.flatten(), reduction="sum"))
             count += targets_BT.numel()
+            if advance is not None:
+                advance(block_BT.numel())
     if tokenizer is not None:
         text_bytes = count_text_bytes(token_ids_BT[:, 1:], tokenizer)
     return Evaluation(total / count, count, text_bytes)
