@@ -164,7 +164,7 @@ def tokenize(
     ray: RayOption = None,
     as_json: JsonOption = False,
 ) -> None:
-    """Write a corpus's token ids to Parquet files, read by profile, and by PackedStream in training, without the text.
+    """Write a corpus's token ids to Parquet files, which profile and PackedStream (in training) read.
 
     Example: sense-engram tokenize --corpus my_texts/ --tokenizer runs/train --output my_tokens/ --processes 8
     """
