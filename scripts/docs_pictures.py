@@ -39,7 +39,7 @@ DARK = {
     "run-plain": "#c3cad2",
     "run-engram": "#6cb3ff",
     "run-random_rows": "#f0a050",
-    "run-shuffled": "#f08cc6",
+    "run-shuffled": "#a56bff",
 }
 """The dark colours of sense_v2/report/style.css."""
 FONT = 'system-ui, -apple-system, "Segoe UI", Roboto, "Noto Sans", "Liberation Sans", Arial, sans-serif'
