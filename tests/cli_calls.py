@@ -20,7 +20,7 @@ def parse(words: list[str]) -> None:
     """
     name, *arguments = words
     if name.startswith("--"):  # an option of the program itself
-        assert name in {option for parameter in PROGRAM.params for option in parameter.opts}
+        assert name in {"--help", *(option for parameter in PROGRAM.params for option in parameter.opts)}
         return
     assert name in COMMANDS, f"sense-engram has no command {name!r}"
     command = COMMANDS[name]
