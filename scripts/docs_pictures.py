@@ -15,6 +15,7 @@ import re
 import sys
 import tempfile
 from pathlib import Path
+from typing import Any
 
 import matplotlib
 import numpy as np
@@ -43,7 +44,7 @@ DARK = {
 }
 """The dark colours of sense_v2/report/style.css."""
 FONT = 'system-ui, -apple-system, "Segoe UI", Roboto, "Noto Sans", "Liberation Sans", Arial, sans-serif'
-STYLE = {
+STYLE: Any = {
     "font.family": "DejaVu Sans",
     "font.size": 11,
     "text.color": PALETTE["ink"],
@@ -111,7 +112,7 @@ def sharing() -> Figure:
     rng = np.random.default_rng(0)
     vocabulary, num_ngrams = 99_092, 100_000
     pairs = np.unique(rng.integers(0, vocabulary, (2 * num_ngrams, 2)), axis=0)
-    pairs = torch.from_numpy(rng.permutation(pairs)[:num_ngrams])
+    compressed_U2 = torch.from_numpy(rng.permutation(pairs)[:num_ngrams])
     rows_per_head = np.logspace(3.5, 7.5, 9).astype(int)
     one, every = [], []
     for rows in rows_per_head:
@@ -119,7 +120,7 @@ def sharing() -> Figure:
             table_size=int(rows) * 8, num_heads=8, ngram_orders=[2], layer_indices=[1], engram_dim=64
         )
         hasher = NgramHasher.from_config(config, layer_id=1, compressed_vocab_size=vocabulary, pad_id=0)
-        ids_UH = hasher(pairs)[:, -1].numpy()
+        ids_UH = hasher(compressed_U2)[:, -1].numpy()
         shared_UH = np.empty(ids_UH.shape, dtype=bool)
         for head in range(8):
             _, inverse, counts = np.unique(ids_UH[:, head], return_inverse=True, return_counts=True)
