@@ -89,7 +89,13 @@ class ByteProgress:
         self.done = 0
         self.started = self.told = time.perf_counter()
         self.bar = tqdm(
-            total=total, desc=label, unit=unit, unit_scale=True, disable=not sys.stderr.isatty(), leave=False, delay=2
+            total=total,
+            desc=label,
+            unit=unit if unit == "B" else f" {unit}",
+            unit_scale=True,
+            disable=not sys.stderr.isatty(),
+            leave=False,
+            delay=2,
         )
 
     def __enter__(self) -> ByteProgress:
