@@ -23,7 +23,6 @@ from sense_v2.cli.options import (
     one_of,
     settings_of,
     table_or_model_path,
-    table_path,
     table_path_of,
 )
 from sense_v2.cli.output import lines_to, print_json
@@ -100,7 +99,10 @@ def create(
 
 def verify(
     table: Annotated[
-        Path, typer.Argument(callback=table_path, help="The table's file, its manifest, or the folder it is in.")
+        Path,
+        typer.Argument(
+            callback=table_path_of, help="The table's file, its manifest, its folder, or a model's folder."
+        ),
     ],
     repair: Annotated[
         bool,
