@@ -23,6 +23,7 @@ from sense_v2.cli.options import (
     one_of,
     settings_of,
     table_or_model_path,
+    table_path,
     table_path_of,
 )
 from sense_v2.cli.output import lines_to, print_json
