@@ -29,7 +29,7 @@ from typing import Annotated, Any
 import typer
 
 from sense_v2 import __version__
-from sense_v2.cli.commands import deltas, models, released, tables
+from sense_v2.cli.commands import deltas, insight, models, released, tables
 from sense_v2.cli.errors import FAILED, INTERRUPTED, WRONG_CALL, explain, one_line
 
 PROGRAM = "sense-engram"
@@ -41,8 +41,12 @@ COMMANDS: dict[str, dict[str, Callable[..., None]]] = {
         "train": models.train,
         "eval": models.evaluate,
         "generate": models.generate,
-        "play": models.play,
         "serve": models.serve,
+    },
+    "See what a memory does": {
+        "analyze": insight.analyze,
+        "ablate": insight.ablate,
+        "play": insight.play,
     },
     "Make tables, and care for them": {
         "setup": tables.setup,

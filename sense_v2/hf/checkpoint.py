@@ -37,9 +37,9 @@ def write_checkpoint(memory: EngramMemory, checkpoint: Path, *, table: str, stat
     states out: good for going back to these rows, not for training on."""
     folder = checkpoint / MEMORY_FOLDER
     (folder / CONFIG_FILE).unlink(missing_ok=True)
-    # A table under an overlay is the same in all checkpoints.
-    is_overlay = memory.table is not memory.storage
-    save_memory(memory, folder, table="stay" if is_overlay else table, states=states)
+    # A table under an overlay, or a released one, is the same in all checkpoints.
+    stays = memory.is_released or memory.table is not memory.storage
+    save_memory(memory, folder, table="stay" if stays else table, states=states)
 
 
 def restore_rows(memory: EngramMemory, checkpoint: Path) -> None:

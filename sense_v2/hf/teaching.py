@@ -4,10 +4,14 @@
     taught = teach(model, tokenizer, " Lutz.", prompt="The capital of Zubrowka is")
     taught.undo()
 
-Only rows change, and only those that the text looks up, in an overlay (`engram/overlay.py`): backbone, fusion layers
-and table stay as they are, bit for bit. The loss is the model's own on the text; Adam's moments live for one call, so
-what a fact costs is a few forwards and backwards of one short sequence. A row is shared by all n-grams that hash to
-it and by every text in which its n-gram stands, so what else the model says can change with it: look at that too.
+Only rows change, in an overlay (`engram/overlay.py`): backbone, fusion layers and table are the same bits afterwards.
+And only rows of positions whose next token is learned: the n-grams that end with the prompt, and those of the text.
+Rows at the prompt's other positions could help as well, through attention, but they are those of phrases that other
+texts share; leaving them alone costs nothing that was measured (benchmarks/LOG.md).
+
+The loss is the model's own on the text; Adam's moments live for one call, so what a fact costs is a few forwards and
+backwards of one short sequence. A row is shared by all n-grams that hash to it and by every text in which its n-gram
+stands, so what else the model says can change with it: look at that too.
 
 U rows of the text, D row width, T tokens.
 """
@@ -63,7 +67,7 @@ def teach(
     lr: float = 0.02,
     stop_below: float = 0.1,
 ) -> Taught:
-    """Moves the rows that `prompt` and `text` look up until the model goes on from `prompt` with `text`.
+    """Moves rows that `text`, behind `prompt`, looks up until the model goes on from `prompt` with `text`.
 
     `tokenizer` is the model's. `prompt` is context: how it itself goes on isn't learned. `lr` is Adam's, in units of
     a row's values. It ends after `steps`, or once the loss is below `stop_below`. A model without an overlay gets one
@@ -81,12 +85,16 @@ def teach(
     token_ids_1T, labels_1T = _tokens(model, tokenizer, prompt, text)
     overlay = memory.storage if isinstance(memory.storage, OverlayStorage) else add_overlay(model)
     with _rows_alone(model, memory, overlay):
-        return _descend(model, overlay, token_ids_1T, labels_1T, steps=steps, lr=lr, stop_below=stop_below)
+        learned_T = labels_1T[0, 1:] != -100  # whose next token is learned
+        row_ids_LBTH = memory.hash_tokens(token_ids_1T, None, None, None)[1]
+        row_ids_U = row_ids_LBTH[:, 0, :-1][:, learned_T.to(row_ids_LBTH.device)].unique().cpu()
+        return _descend(model, overlay, row_ids_U, token_ids_1T, labels_1T, steps=steps, lr=lr, stop_below=stop_below)
 
 
 def _descend(
     model: PreTrainedModel,
     overlay: OverlayStorage,
+    row_ids_U: torch.Tensor,
     token_ids_1T: torch.Tensor,
     labels_1T: torch.Tensor,
     *,
@@ -95,7 +103,7 @@ def _descend(
     stop_below: float,
 ) -> Taught:
     losses = [_loss(model, token_ids_1T, labels_1T)]
-    row_ids_U, grads_UD = _taken(overlay)
+    grads_UD = _taken(overlay, row_ids_U)
     before_UD = overlay(row_ids_U).detach()
     were_changed_U = torch.isin(row_ids_U, overlay.changed_ids)
     # Kept in float32 between the steps, so that a step too small for the table's type still counts.
@@ -108,7 +116,7 @@ def _descend(
             row_adam(rows_UD, grads_UD, *moments, step=step, lr=lr, betas=(0.9, 0.999), eps=1e-8)
             overlay.write(row_ids_U, rows_UD)
             losses.append(_loss(model, token_ids_1T, labels_1T))
-            grads_UD = _taken(overlay)[1]
+            grads_UD = _taken(overlay, row_ids_U)
     except BaseException:
         overlay.write(row_ids_U, before_UD)
         overlay.forget(row_ids_U[~were_changed_U])
@@ -137,11 +145,13 @@ def _loss(model: PreTrainedModel, token_ids_1T: torch.Tensor, labels_1T: torch.T
     return loss.item()
 
 
-def _taken(overlay: OverlayStorage) -> tuple[torch.Tensor, torch.Tensor]:
+def _taken(overlay: OverlayStorage, row_ids_U: torch.Tensor) -> torch.Tensor:
+    """The gradients of these rows, all of which the text looks up, ascending."""
     gradients = overlay.gradients()
     assert gradients is not None
     overlay.clear_gradients()
-    return gradients
+    ids, grads = gradients
+    return grads[torch.searchsorted(ids, row_ids_U)]
 
 
 def _tokens(model: PreTrainedModel, tokenizer: Any, prompt: str, text: str) -> tuple[torch.Tensor, torch.Tensor]:
