@@ -160,7 +160,7 @@ def rows_touched(model: PreTrainedModel, batches: Iterable[torch.Tensor]) -> lis
     counts = []
     for layer in memory:
         layout = layer.hasher.layout
-        position = layout.layer_ids.index(layer.layer_id)
+        position = layout.layer_ids.index(layer.hasher.layer_id)
         heads = zip(layout.primes_LH[position], layout.offsets_LH[position], strict=True)
         for number, (rows, first) in enumerate(heads):
             counts.append(
