@@ -18,18 +18,12 @@ import sys
 from pathlib import Path
 
 import pytest
-import torch
 import yaml
-from checkpoints import deepseek_config, deepseek_rows, write_checkpoint
 from cli_calls import COMMANDS, calls, parse
-from qwen_generate import write_model
 from test_cli import write_corpus
-from test_qwen import text_config
 
 from sense_v2.cli import main
 from sense_v2.core.config import Config
-from sense_v2.engram.hashing import HeadLayout
-from sense_v2.engram.released import released_config
 
 ROOT = Path(__file__).parents[1]
 DOCS = ROOT / "docs"
@@ -38,6 +32,7 @@ TEXTS = {name: (DOCS / name).read_text(encoding="utf-8") for name in PAGES}
 RUN_ELSEWHERE = {
     "huggingface.md": "test_guides.py",
     "preparing.md": "test_guides.py",
+    "released.md": "test_released_guide.py",
     "training.md": "test_training_guide.py",
 }
 """Pages whose Python runs as a process of its own in another file of tests."""
@@ -52,7 +47,6 @@ SHORTER = {
 BEGINS_WITH = {
     "corpus.md": ("my_texts", "more", "my_model"),
     "small-machines.md": ("my_texts", "runs"),
-    "released.md": ("DeepSeek-V4.1-Flash", "Qwen3.8-Flash-Next"),
 }
 """What lies in the folder where a page's code runs; else only a text."""
 PARSED_ONLY = ("demo", "serve")
@@ -133,15 +127,6 @@ def made(tmp_path_factory):
     common = ("--corpus", str(corpus), "--steps", "2", *SMALL)
     for output, more in (("runs/train", ()), ("my_model", ("--no-memory",))):
         assert main.main(["train", *common, "--output", str(folder / output), *more, "--json"]) == 0
-    rows = list(HeadLayout.from_config(released_config(deepseek_config(5, [0, 0]))).num_rows_L)
-    codes, scales = deepseek_rows(rows[0])
-    tensors = {
-        "layers.1.engram.embed.weight": ("F8_E4M3", codes.shape, codes.tobytes()),
-        "layers.1.engram.embed.scale": ("F8_E8M0", scales.shape, scales.tobytes()),
-    }
-    config = deepseek_config(5, rows, engram_compressed_vocab_size=33, engram_pad_token_id=0)
-    write_checkpoint(folder / "DeepSeek-V4.1-Flash", {"model.safetensors": tensors}, config)
-    write_model(folder / "Qwen3.8-Flash-Next", text_config(ple_layer_ids=[2]), dtype=torch.bfloat16)
     return folder
 
 
