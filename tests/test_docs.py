@@ -30,6 +30,7 @@ DOCS = ROOT / "docs"
 PAGES = sorted(path.name for path in DOCS.glob("*.md"))
 TEXTS = {name: (DOCS / name).read_text(encoding="utf-8") for name in PAGES}
 RUN_ELSEWHERE = {
+    "delta.md": "test_delta_guide.py",
     "huggingface.md": "test_guides.py",
     "preparing.md": "test_guides.py",
     "released.md": "test_released_guide.py",
@@ -95,6 +96,8 @@ def test_the_program_takes_its_calls(path):
                 parse([word for word in words if word != "--json"])
     # In a sentence a call may be a part of one; its options are those of the command.
     for name, rest in re.findall(r"`sense-engram ([a-z]+)\b([^`]*)`", text):
+        if name not in COMMANDS and rest.split():
+            name = f"{name} {rest.split()[0]}"
         assert name in COMMANDS, f"{path.name}: sense-engram has no command {name!r}"
         known = {option for parameter in COMMANDS[name].params for option in parameter.opts}
         assert {word for word in rest.split() if word.startswith("--")} <= known | {"--help"}
