@@ -14,7 +14,6 @@ What was attached lies in `model.engram` (`EngramMemory`): one table, one shadow
 from __future__ import annotations
 
 import inspect
-import types
 import warnings
 from functools import partial
 from pathlib import Path
@@ -36,9 +35,9 @@ from sense_v2.hf.inputs import (
     cache_in,
     engram_inputs,
     is_plain_mask,
-    prepare_inputs_with_memory,
 )
 from sense_v2.hf.memory import EngramMemory, attached_memory, memory_of
+from sense_v2.hf.methods import replace_methods
 
 # An embedding is often padded to a round number of rows; more than this many rows without a token is another
 # tokenizer's map.
@@ -109,12 +108,7 @@ def attach_engram(
     for layer_id, layer in enumerate(layers):
         hook = partial(_add_memory, memory, layer_id, depth, *fusions.get(layer_id, (None, None)))
         memory._undo.append(layer.register_forward_pre_hook(hook, with_kwargs=True))
-    for name, function in (
-        ("prepare_inputs_for_generation", prepare_inputs_with_memory),
-        ("init_continuous_batching", _refuse_continuous_batching),
-    ):
-        if hasattr(model, name):
-            memory._undo.append(_OwnMethod(model, name, function))
+    memory._undo += replace_methods(model)
     return model
 
 
@@ -204,33 +198,6 @@ def _check_vocabulary(shadow_map: EngramTokenizer, num_embeddings: int, config: 
             f"the shadow map {config.shadow_map_path} covers {shadow_map.vocab_size} token ids, the model embeds "
             f"{num_embeddings}: it was made from another tokenizer; make one with `sense-engram setup --tokenizer …`"
         )
-
-
-class _OwnMethod:
-    """A method on one object in place of its class's; `remove()` takes it off again, as a hook's handle does."""
-
-    def __init__(self, owner: Any, name: str, function: Any) -> None:
-        self.owner, self.name = owner, name
-        # generate asks the signature which arguments it may pass on.
-        theirs = inspect.signature(getattr(type(owner), name)).parameters
-        ours = [p for p in inspect.signature(function).parameters.values() if p.kind is p.KEYWORD_ONLY]
-        named = [p for p in theirs.values() if p.kind is not p.VAR_KEYWORD]
-        rest = [p for p in theirs.values() if p.kind is p.VAR_KEYWORD]
-        function = types.FunctionType(function.__code__, function.__globals__, function.__name__)
-        function.__kwdefaults__ = {p.name: None for p in ours}
-        function.__signature__ = inspect.Signature([*named, *ours, *rest])
-        setattr(owner, name, types.MethodType(function, owner))
-
-    def remove(self) -> None:
-        self.owner.__dict__.pop(self.name, None)
-
-
-def _refuse_continuous_batching(model: Any, *args: Any, **kwargs: Any) -> Any:
-    """Before it starts: an error in its thread would only be logged, and every answer empty."""
-    raise ValueError(
-        "continuous batching keeps tokens in a paged cache, which has no place for what the memory must know of "
-        "earlier ones: use model.generate, a batch at a time, or detach_engram(model)"
-    )
 
 
 def _carry_ids(

@@ -196,19 +196,25 @@ class EngramCallback(TrainerCallback):
             self._resume(args, state, model)
         self._handles += [layer.gate.register_forward_hook(self._gate_hook(layer.layer_id)) for layer in self.memory]
 
+    def on_step_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+        self.memory.checkpoint = None
+
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         self._step = state.global_step
+        self.memory.checkpoint = _checkpoint_folder(args, state.global_step)
         due = self.commit_steps and state.global_step % self.commit_steps == 0
         # By reference a checkpoint holds while no commit follows it.
         if due and self.writes and self.checkpoints == "copy":
             self._commit(state)
 
-    def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+    def on_save(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, model: Any = None, **_: Any
+    ) -> None:
         if self.writes:
             self._commit(state)
         if args.should_save:
             folder = _checkpoint_folder(args, state.global_step)
-            write_checkpoint(self.memory, folder, table=self.checkpoints, states=not args.save_only_model)
+            write_checkpoint(model, folder, table=self.checkpoints, states=not args.save_only_model)
 
     def on_log(
         self,
@@ -229,6 +235,7 @@ class EngramCallback(TrainerCallback):
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, model: Any = None, **_: Any
     ) -> None:
         self._stop_listening()
+        self.memory.checkpoint = None
         self.memory.storage.clear_gradients()
         if args.load_best_model_at_end and state.best_model_checkpoint is not None:
             best = Path(state.best_model_checkpoint)

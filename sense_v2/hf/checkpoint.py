@@ -14,13 +14,17 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from transformers import PreTrainedModel
+
 from sense_v2.engram.snapshot import restore_table
-from sense_v2.hf.attach import EngramMemory
+from sense_v2.hf.backbone import backbone_facts
+from sense_v2.hf.memory import EngramMemory, memory_of
 from sense_v2.hf.pretrained import (
     CONFIG_FILE,
     MEMORY_FOLDER,
     REFERENCE_FILE,
     TABLE_FILE,
+    describe_backbone,
     read_reference,
     save_memory,
 )
@@ -28,12 +32,15 @@ from sense_v2.hf.pretrained import (
 TABLES = ("copy", "reference")
 
 
-def write_checkpoint(memory: EngramMemory, checkpoint: Path, *, table: str, states: bool = True) -> None:
-    """Writes `checkpoint/engram`; the table must have nothing uncommitted. `states` False leaves the optimizer
-    states out: good for going back to these rows, not for training on."""
+def write_checkpoint(model: PreTrainedModel, checkpoint: Path, *, table: str, states: bool = True) -> None:
+    """Writes `checkpoint/engram`, and says in the config.json there that the model has memory; the table must have
+    nothing uncommitted. `states` False leaves the optimizer states out: good for going back to these rows, not for
+    training on."""
     folder = checkpoint / MEMORY_FOLDER
     (folder / CONFIG_FILE).unlink(missing_ok=True)
-    save_memory(memory, folder, table=table, states=states)
+    if (checkpoint / "config.json").is_file():  # else it holds an adapter alone
+        describe_backbone(model, checkpoint, backbone_facts(model))
+    save_memory(memory_of(model), folder, table=table, states=states)
 
 
 def restore_rows(memory: EngramMemory, checkpoint: Path) -> None:
