@@ -1,40 +1,15 @@
 """`sense-engram inspect` and `lookup`: what they print of a released checkpoint, the JSON, errors in two lines."""
 
-import json
-
 import pytest
 import torch
 from checkpoints import deepseek_config, deepseek_rows, slow_deepseek_rows, write_checkpoint, write_shard
 from tiny import tiny_tokenizer
 
-from sense_v2.cli import main
 from sense_v2.engram.hashing import HeadLayout
 from sense_v2.engram.released import released_config
 
 TEXT = "Only Alexander the Great could tame the horse Bucephalus."
 WEIGHT, SCALE = "layers.1.engram.embed.weight", "layers.1.engram.embed.scale"
-
-
-@pytest.fixture
-def run(capfd):
-    """run("inspect", …) -> (exit status, stdout, stderr)"""
-
-    def call(*arguments):
-        capfd.readouterr()
-        status = main.main([str(argument) for argument in arguments])
-        return status, *capfd.readouterr()
-
-    return call
-
-
-@pytest.fixture
-def run_json(run):
-    def call(*arguments):
-        status, out, error = run(*arguments, "--json")
-        assert status == 0, error
-        return json.loads(out)
-
-    return call
 
 
 @pytest.fixture

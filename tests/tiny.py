@@ -1,4 +1,4 @@
-"""Small things made on the spot: a tokenizer, models of several architectures, a memory configuration."""
+"""Small things made on the spot: a tokenizer, models of several architectures, a memory configuration, a corpus."""
 
 import torch
 from tokenizers import Tokenizer, models, pre_tokenizers
@@ -133,3 +133,12 @@ def wake(memory, scale: float = 0.3) -> None:
             layer.W_v.weight.normal_(0, scale, generator=generator)
             layer.conv.weight.normal_(0, scale, generator=generator)
         memory.storage.weight.mul_(50)
+
+
+def write_corpus(folder, files: int = 12):
+    """Programs that say much the same, so that a few steps learn something and the BPE stays small."""
+    folder.mkdir(parents=True)
+    for number in range(files):
+        lines = [f"def function_{number}_{line}(value):\n    return value + {line}\n" for line in range(60)]
+        (folder / f"module_{number}.py").write_text("\n".join(lines))
+    return folder

@@ -22,6 +22,7 @@ def run_eval(
     folder: str | Path,
     *,
     corpus: Sequence[str | Path] | None = None,
+    text_column: str = "text",
     sequences: int | None = None,
     sequence_length: int | None = None,
     all_files: bool = False,
@@ -30,7 +31,8 @@ def run_eval(
 ) -> dict[str, Any]:
     """Perplexity and bits per byte of the model in `folder`; returns one dictionary that JSON can hold.
 
-    Reads the files of the corpus that `train` holds out, or all of them; `sequences` and `sequence_length` are by
+    Reads the files of the corpus that `train` holds out, or all of them (of a corpus that is read while it is trained
+    on, a part); `sequences` and `sequence_length` are by
     default those that the model was trained with. Nothing in `folder` changes.
 
     Raises `CommandError`, and what loading the model and reading the corpus raise.
@@ -46,7 +48,7 @@ def run_eval(
         raise CommandError(
             f"--sequence-length {length}, but {folder} takes {limit} tokens at most", f"{limit}, or less"
         )
-    text = open_corpus(corpus, settings)
+    text = open_corpus(corpus, settings, text_column=text_column)
     texts = [*text.train_texts, *text.held_out_texts] if all_files else text.held_out_texts
     token_ids = encode(texts, tokenizer, separator_id=separator_id(tokenizer))
     what = "text" if all_files else "held-out text"

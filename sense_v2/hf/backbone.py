@@ -147,10 +147,10 @@ def _weights_digest(model: PreTrainedModel, state_dict: Mapping[str, torch.Tenso
     if getattr(model, "hf_quantizer", None) is not None:
         return None
     digest = hashlib.sha256()
-    for name, value in sorted(model.named_parameters(), key=lambda item: item[0]):
+    for name, parameter in sorted(model.named_parameters(), key=lambda item: item[0]):
         if name.startswith("engram."):
             continue
-        value = state_dict.get(name, value)
+        value = state_dict.get(name, parameter)
         if value.is_meta:
             return None
         flat = value.detach().reshape(-1)
