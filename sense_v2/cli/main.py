@@ -48,6 +48,7 @@ COMMANDS: dict[str, dict[str, Callable[..., None]]] = {
         "create": tables.create,
         "verify": tables.verify,
         "convert": tables.convert,
+        "tokenize": tables.tokenize,
         "profile": tables.profile,
         "warm": tables.warm,
     },

@@ -56,6 +56,13 @@ VariantOption = Annotated[
     str | None,
     typer.Option(metavar="|".join(VARIANT_NAMES), help="Which architecture.", autocompletion=one_of(*VARIANT_NAMES)),
 ]
+ProcessesOption = Annotated[
+    int | None, typer.Option(min=1, metavar="N", help="Work in N processes, a document at a time.")
+]
+RayOption = Annotated[
+    str | None,
+    typer.Option(metavar="ADDRESS", help="Work on a Ray cluster: auto (the running one), HOST:PORT, or local."),
+]
 FolderArgument = Annotated[Path, typer.Argument(help="What train, or demo (runs/demo/model), has saved.")]
 
 

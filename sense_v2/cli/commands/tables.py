@@ -1,4 +1,4 @@
-"""Commands that make tables and care for them: setup, create, verify, convert, profile, warm."""
+"""Commands that make tables and care for them: setup, create, verify, convert, tokenize, profile, warm."""
 
 from __future__ import annotations
 
@@ -14,6 +14,8 @@ from sense_v2.cli.options import (
     FolderArgument,
     JsonOption,
     LayersOption,
+    ProcessesOption,
+    RayOption,
     TableSizeOption,
     TokenizerOption,
     VariantOption,
@@ -151,6 +153,28 @@ def convert(
         print_json(result)
 
 
+def tokenize(
+    corpus: Annotated[
+        list[Path],
+        typer.Option(metavar="PATH|NAME", help="Text, JSON lines or Parquet, repeatable; or a dataset of the hub."),
+    ],
+    output: Annotated[Path, typer.Option(metavar="FOLDER", help="The new folder for the files.")],
+    tokenizer: TokenizerOption = DEFAULT_TOKENIZER,
+    processes: ProcessesOption = None,
+    ray: RayOption = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Write a corpus's token ids to Parquet files, read by profile and by PackedStream in training, without the text.
+
+    Example: sense-engram tokenize --corpus my_texts/ --tokenizer runs/train --output my_tokens/ --processes 8
+    """
+    from sense_v2.cli.tokenize import run_tokenize
+
+    result = run_tokenize(corpus, tokenizer, output, processes=processes, ray=ray, echo=lines_to(as_json))
+    if as_json:
+        print_json(result)
+
+
 def profile(
     folder: FolderArgument,
     corpus: CorpusOption = None,
@@ -158,6 +182,8 @@ def profile(
         "hot_rows.npy"
     ),
     share: Annotated[float, typer.Option(help="How many of the table's rows to write, at most.")] = 0.2,
+    processes: ProcessesOption = None,
+    ray: RayOption = None,
     as_json: JsonOption = False,
 ) -> None:
     """Count which rows a corpus looks up, write the hottest, and say how much of held-out text they serve.
@@ -166,7 +192,9 @@ def profile(
     """
     from sense_v2.cli.profile import run_profile
 
-    result = run_profile(folder, output, corpus=corpus, share=share, echo=lines_to(as_json))
+    result = run_profile(
+        folder, output, corpus=corpus, share=share, processes=processes, ray=ray, echo=lines_to(as_json)
+    )
     if as_json:
         print_json(result)
 
