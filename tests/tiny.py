@@ -17,6 +17,10 @@ from transformers import (
     Lfm2ForCausalLM,
     LlamaConfig,
     LlamaForCausalLM,
+    Mamba2Config,
+    Mamba2ForCausalLM,
+    MambaConfig,
+    MambaForCausalLM,
     MistralConfig,
     MistralForCausalLM,
     Qwen3Config,
@@ -94,6 +98,12 @@ def tiny_model(name: str, *, layers: int = 3, hidden: int = 32, vocabulary: int 
             **extra,
         )
         model = BertForMaskedLM(config)
+    elif name == "mamba":
+        sizes = {"hidden_size": hidden, "num_hidden_layers": layers, "state_size": 8}
+        model = MambaForCausalLM(MambaConfig(**sizes, **common, **extra))
+    elif name == "mamba2":
+        sizes = {"hidden_size": hidden, "num_hidden_layers": layers, "state_size": 8, "num_heads": 8, "head_dim": 8}
+        model = Mamba2ForCausalLM(Mamba2Config(**sizes, n_groups=2, chunk_size=8, **common, **extra))
     else:
         config_type, model_type = {
             "llama": (LlamaConfig, LlamaForCausalLM),
