@@ -402,6 +402,11 @@ def test_demo(run, run_json, corpus, tmp_path, monkeypatch):
     assert not re.findall(r"""(?:src|href)=["'](?!#|data:)[^"']*|@import|url\((?!["']?(?:data:|#))""", report)
     assert "<script src" not in report
 
+    card = (output / "model" / "README.md").read_text().splitlines()
+    assert "| tokens | 192 |" in card
+    assert f"| perplexity, with memory | {numbers['perplexity']['engram']:.4g} |" in card
+    assert f"| perplexity, without memory, another model | {numbers['perplexity']['plain']:.4g} |" in card
+
     found = run_json("eval", output / "model", "--corpus", corpus, "--sequence-length", 32, "--sequences", 4)
     assert found["perplexity"]["with_memory"] == pytest.approx(numbers["perplexity"]["engram"], rel=1e-6)
     assert run_json("generate", output / "model", "def", "--max-new-tokens", 2)["tokens"] == 2

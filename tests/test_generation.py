@@ -528,8 +528,13 @@ def test_a_window_that_was_left_behind_is_not_rolled_back_into():
 # --- caches that change the numbers ---
 
 
+# quanto: its groups divide the tiny heads.
+QUANTIZED = {"fp8": {}, "quanto": {"nbits": 4, "q_group_size": 4, "residual_length": 2}}
+
+
+@pytest.mark.parametrize("backend", QUANTIZED)
 @pytest.mark.parametrize("name", ["llama", "gpt2"])
-def test_a_quantized_cache(name):
+def test_a_quantized_cache(name, backend):
     """It changes attention's numbers, so the full forward is no measure. Its own attention beside a memory computed
     anew at each call from all hidden states of the stream is one."""
     remembered, plain = remembering(name), copy.deepcopy(bare_model(name))
@@ -549,14 +554,15 @@ def test_a_quantized_cache(name):
     layers = plain.base_model.h if name == "gpt2" else plain.base_model.layers
     for layer_id in seen:
         layers[layer_id].register_forward_pre_hook(hook(layer_id))
-    cache, expected = QuantizedCache("fp8", plain.config), []
+    cache, expected = QuantizedCache(backend, plain.config, **QUANTIZED[backend]), []
     for start, stop in ((0, 5), (5, 6), (6, 10), (10, 13)):
         given.append(ids[:, start:stop])
         expected.append(forward(plain, cache, ids[:, start:stop]))
     expected = torch.cat(expected, 1)
-    found = in_parts(remembered, QuantizedCache("fp8", remembered.config), ids, (5, 1, 4))
+    cache = QuantizedCache(backend, remembered.config, **QUANTIZED[backend])
+    found = in_parts(remembered, cache, ids, (5, 1, 4))
     assert_same(found, expected)
-    assert (found - full_logits(remembered, ids)).abs().max() > 1e-3  # fp8 shows
+    assert (found - full_logits(remembered, ids)).abs().max() > 1e-3  # it shows
 
 
 def test_generate_with_a_quantized_cache():

@@ -15,12 +15,14 @@ A checkpoint commits the table and keeps what is needed to come back to it (`che
 from __future__ import annotations
 
 import math
+import sys
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers.trainer_callback import CallbackHandler
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from sense_v2.core.config import DURABILITIES, ROW_OPTIMIZERS
@@ -136,6 +138,7 @@ class EngramCallback(TrainerCallback):
     ) -> None:
         self._memory = memory_of(model)
         self._num_ranks = args.world_size
+        _before_reporters(self, sys._getframe(1).f_locals.get("self"))
         storage = self._memory.storage
         if storage.rows_require_grad and not (self.writes or self._num_ranks > 1):
             raise ValueError(
@@ -224,7 +227,7 @@ class EngramCallback(TrainerCallback):
         logs: dict[str, float] | None = None,
         **_: Any,
     ) -> None:
-        # EngramTrainer has added them before anybody saw the logs. Here, reporters that come first have missed them.
+        # EngramTrainer has added them already.
         if logs is not None and "loss" in logs and not any(name.startswith("engram/") for name in logs):
             metrics = self.take_metrics()
             logs.update(metrics)
@@ -324,6 +327,16 @@ class EngramCallback(TrainerCallback):
             handle.remove()
         self._handles = []
         self._rows = None
+
+
+def _before_reporters(callback: EngramCallback, caller: Any) -> None:
+    """Moves the callback to the front of the Trainer's list: what it adds to the logs reaches only those behind it,
+    and a Trainer puts the callbacks of `report_to` before a user's. Nobody but the list's holder, which is calling,
+    knows the list; where somebody else calls, the metrics are in the Trainer's state alone."""
+    if isinstance(caller, CallbackHandler) and callback in caller.callbacks:
+        # While it is gone through: nobody is left out or called twice, since what moves is what is being called.
+        caller.callbacks.remove(callback)
+        caller.callbacks.insert(0, callback)
 
 
 def _choose_weights(model: Any, memory: EngramMemory, train_backbone: bool) -> None:

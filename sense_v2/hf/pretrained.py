@@ -117,6 +117,11 @@ def save_pretrained(
             "save_pretrained: this model is wrapped in a PEFT adapter, whose weights wouldn't be saved in a form "
             "that loads; save model.merge_and_unload()"
         )
+    if getattr(model, "_hf_peft_config_loaded", False):
+        raise ValueError(
+            "save_pretrained: this model has adapters (add_adapter), and transformers would save those alone; "
+            "model.delete_adapter(…) first, or use peft.get_peft_model and save model.merge_and_unload()"
+        )
     memory = attached_memory(model)
     if memory is None and target.exists():
         raise FileExistsError(
