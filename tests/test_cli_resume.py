@@ -94,7 +94,9 @@ def test_a_run_that_failed_is_resumed(run, run_json, settings, corpus, documents
     assert "holds no run that could go on: the model there took all its steps" in error
 
 
-def test_a_run_that_was_stopped_is_a_model_and_is_resumed(run, run_json, settings, corpus, tmp_path, ends):
+def test_a_run_that_was_stopped_is_a_model_and_is_resumed(
+    run, run_json, settings, corpus, tmp_path, ends, monkeypatch
+):
     run_json("train", "--corpus", corpus, *settings, "--output", tmp_path / "whole")
     cut = tmp_path / "cut"
     ends(3, lambda: signal.raise_signal(signal.SIGINT))
@@ -112,6 +114,10 @@ def test_a_run_that_was_stopped_is_a_model_and_is_resumed(run, run_json, setting
     status, _, error = run("train", "--resume", "--steps", 9, "--output", cut)
     assert status == 2
     assert "the run goes on with the settings it began with: leave --steps out" in error
+    assert content(cut) == before
+    with monkeypatch.context() as patch:
+        patch.setattr(train, "open_corpus", lambda *_, **__: fail())
+        assert run("train", "--resume", "--output", cut)[0] == 1
     assert content(cut) == before
 
     found = run_json("train", "--resume", "--output", cut)

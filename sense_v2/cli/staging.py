@@ -14,7 +14,7 @@ import os
 import shutil
 import tempfile
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -64,24 +64,30 @@ def staged_folder(output: Path, *, force: bool) -> Iterator[Path]:
             f"can't write to {output}: {error.strerror} ({error.filename})",
             "choose another --output, or make that one writable",
         ) from error
-    with _published(staging, output, made):
-        yield staging
+    try:
+        with _published(staging):
+            yield staging
+    finally:
+        if not _steps(staging):
+            shutil.rmtree(staging, ignore_errors=True)
+        remove_empty(made)
 
 
 @contextmanager
 def resumed_folder(output: Path) -> Iterator[Path]:
-    """Gives the folder inside `output` in which a run that ended early can go on; else as `staged_folder`.
+    """Gives the folder inside `output` in which a run that ended early can go on; when the block ends well, its
+    content takes its place in `output`.
 
     A run that was stopped and saved is taken out of `output` for that: until it is saved again, no model is there.
     Raises `CommandError` where there is no such run, or several.
     """
     staging = output / RESUMED
-    if (output / STATE_FOLDER / RUN_FILE).is_file():
+    parts = (_MODEL, MEMORY_FOLDER, STATE_FOLDER)
+    was_saved = (output / STATE_FOLDER / RUN_FILE).is_file()
+    if was_saved:
         staging.mkdir(exist_ok=True)
         # The state comes last: a kill in between leaves it where the next call looks for it.
-        for name in (_MODEL, MEMORY_FOLDER, STATE_FOLDER):
-            if (output / name).exists():
-                os.replace(output / name, staging / name)
+        _move(parts, output, staging)
     found = [path.parent.parent for path in output.glob(f"{PREFIX}*/{STATE_FOLDER}/{RUN_FILE}")]
     if not found:
         raise CommandError(
@@ -94,20 +100,34 @@ def resumed_folder(output: Path) -> Iterator[Path]:
             f"{output} holds {len(found)} runs that ended early: {', '.join(sorted(path.name for path in found))}",
             "remove all but the one to go on with",
         )
-    with _published(found[0], output, []):
-        yield found[0]
+    began = _steps(found[0])
+    try:
+        with _published(found[0]):
+            yield found[0]
+    except BaseException:  # what is there isn't removed: another process may be at work on it
+        if was_saved and _steps(found[0]) == began:  # it got no further, so the model that is there can stay
+            _move(parts[::-1], found[0], output)
+            shutil.rmtree(found[0], ignore_errors=True)
+        raise
+
+
+def _move(names: Iterable[str], source: Path, target: Path) -> None:
+    for name in names:
+        if (source / name).exists():
+            os.replace(source / name, target / name)
+
+
+def _steps(staging: Path) -> list[str]:
+    """The checkpoints of a run."""
+    return sorted(path.name for path in staging.glob(f"{STATE_FOLDER}/step-*.safetensors"))
 
 
 @contextmanager
-def _published(staging: Path, output: Path, made: list[Path]) -> Iterator[None]:
-    try:
-        yield
-        _publish(staging, output)
-        shutil.rmtree(staging, ignore_errors=True)
-    finally:
-        if not any(staging.glob(f"{STATE_FOLDER}/step-*.safetensors")):
-            shutil.rmtree(staging, ignore_errors=True)
-        remove_empty(made)
+def _published(staging: Path) -> Iterator[None]:
+    """Moves the content of `staging` to the folder that it is in, when the block ends well."""
+    yield
+    _publish(staging, staging.parent)
+    shutil.rmtree(staging, ignore_errors=True)
 
 
 def reserve(staging: Path, size_bytes: int, output: Path) -> Path:
