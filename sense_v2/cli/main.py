@@ -29,7 +29,7 @@ from typing import Annotated, Any
 import typer
 
 from sense_v2 import __version__
-from sense_v2.cli.commands import models, released, tables
+from sense_v2.cli.commands import insight, models, released, tables
 from sense_v2.cli.errors import FAILED, INTERRUPTED, WRONG_CALL, explain, one_line
 
 PROGRAM = "sense-engram"
@@ -42,6 +42,10 @@ COMMANDS: dict[str, dict[str, Callable[..., None]]] = {
         "eval": models.evaluate,
         "generate": models.generate,
         "serve": models.serve,
+    },
+    "See what a memory does": {
+        "analyze": insight.analyze,
+        "ablate": insight.ablate,
     },
     "Make tables, and care for them": {
         "setup": tables.setup,

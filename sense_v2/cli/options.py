@@ -43,6 +43,11 @@ TextColumnOption = Annotated[
 ]
 LayersOption = Annotated[str | None, typer.Option(metavar="1,15", help="Layers that get memory, counted from 0.")]
 TableSizeOption = Annotated[int | None, typer.Option(help="Rows of the table, all heads together.")]
+AllFilesOption = Annotated[
+    bool, typer.Option("--all-files", help="Read all of the corpus, not the part that train holds out.")
+]
+SequencesOption = Annotated[int | None, typer.Option(min=1, help="Sequences to read; as in training.")]
+SequenceLengthOption = Annotated[int | None, typer.Option(min=2, help="Tokens of each; as in training.")]
 WithoutMemoryOption = Annotated[bool, typer.Option("--without-memory", help="The memory taken off.")]
 TokenizerOption = Annotated[
     str,

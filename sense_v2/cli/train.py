@@ -21,12 +21,19 @@ from pathlib import Path
 from types import FrameType
 from typing import Any
 
-import numpy as np
 import torch
 from transformers import PreTrainedModel
 
 from sense_v2.cli.errors import CommandError, one_line
-from sense_v2.cli.models import Backbone, max_positions, named_backbone, new_backbone, open_corpus, separator_id
+from sense_v2.cli.models import (
+    Backbone,
+    max_positions,
+    named_backbone,
+    new_backbone,
+    open_corpus,
+    separator_id,
+    token_stream,
+)
 from sense_v2.cli.progress import TrainingProgress
 from sense_v2.cli.staging import RUN_FILE, STATE_FOLDER, reserve, resumed_folder, staged_folder
 from sense_v2.core.config import Config, EngramConfig, TrainConfig
@@ -34,7 +41,7 @@ from sense_v2.engram.tokenizer import EngramTokenizerBuilder
 from sense_v2.hf.attach import attach_engram, decoder_layers, memory_of
 from sense_v2.hf.backbone import backbone_facts
 from sense_v2.hf.card import CARD_FILE
-from sense_v2.hf.corpus import Batches, Corpus, encode, find_files
+from sense_v2.hf.corpus import Batches, Corpus, find_files
 from sense_v2.hf.evaluation import Evaluation, evaluate
 from sense_v2.hf.fresh import small_memory
 from sense_v2.hf.large_corpus import is_hub_dataset
@@ -132,7 +139,7 @@ def _train(
     text = open_corpus(run.corpus, config.train, text_column=run.text_column)
     echo(f"corpus   {_corpus_line(text)}")
     backbone = _backbone(run.model, text, config.train)
-    batches, held_out_BT = _batches(text, backbone, config.train)
+    batches, held_out_BT = _batches(text, backbone, config.train, echo)
     config = dataclasses.replace(config, engram=_engram_config(config.engram, backbone, staging))
     began = dataclasses.replace(
         run, weights=backbone_facts(backbone.model)["weights"], text=_text_digest(run, text, held_out_BT)
@@ -286,13 +293,15 @@ def _backbone(model: str | None, text: Corpus, settings: TrainConfig) -> Backbon
     return backbone
 
 
-def _batches(text: Corpus, backbone: Backbone, settings: TrainConfig) -> tuple[Batches | StreamBatches, torch.Tensor]:
+def _batches(
+    text: Corpus, backbone: Backbone, settings: TrainConfig, echo: Callable[[str], Any]
+) -> tuple[Batches | StreamBatches, torch.Tensor]:
     """What is trained on, and held_out_BT."""
     shape = {"batch_size": settings.batch_size, "sequence_length": settings.sequence_length, "seed": settings.seed}
     found = []
     parts = [("text to train on", text.train_texts), ("held-out text", text.held_out_texts)]
     for name, texts in parts if text.documents is None else parts[1:]:
-        token_ids: np.ndarray = encode(texts, backbone.tokenizer, separator_id=separator_id(backbone.tokenizer))
+        token_ids = token_stream(texts, backbone.tokenizer, echo=echo)
         if len(token_ids) < settings.sequence_length:
             raise CommandError(
                 f"corpus {text.name}: the {name} has {len(token_ids)} tokens, less than one sequence of "

@@ -38,9 +38,10 @@ def write_checkpoint(model: PreTrainedModel, checkpoint: Path, *, table: str, st
     training on."""
     folder = checkpoint / MEMORY_FOLDER
     (folder / CONFIG_FILE).unlink(missing_ok=True)
+    memory = memory_of(model)
     if (checkpoint / "config.json").is_file():  # else it holds an adapter alone
         describe_backbone(model, checkpoint, backbone_facts(model))
-    save_memory(memory_of(model), folder, table=table, states=states)
+    save_memory(memory, folder, table="stay" if memory.is_released else table, states=states)
 
 
 def restore_rows(memory: EngramMemory, checkpoint: Path) -> None:

