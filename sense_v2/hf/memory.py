@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import uuid
 from collections.abc import Iterator, Mapping
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -61,6 +62,8 @@ class EngramMemory(nn.Module):
         )
         self.id = uuid.uuid4().hex
         """Says in a cache whose tokens it holds; a copy of the memory has the same."""
+        self.checkpoint: Path | None = None
+        """The folder of a Trainer's checkpoint that is about to be saved, to which its callback adds the memory."""
         self._undo: list[Any] = []
         self._handle = operators.handle_of(self)
 
