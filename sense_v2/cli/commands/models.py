@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
 
@@ -93,43 +93,39 @@ def train(
             )
         from sense_v2.cli.train import resume_train
 
-        _show_training(resume_train(output, echo=lines_to(as_json)), as_json)
-        return
-    if steps is not None and tokens is not None:
-        raise typer.BadParameter("--steps and --tokens say the same thing; give one of them")
-    from sense_v2.cli.train import default_config, run_train
+        result = resume_train(output, echo=lines_to(as_json))
+    else:
+        if steps is not None and tokens is not None:
+            raise typer.BadParameter("--steps and --tokens say the same thing; give one of them")
+        from sense_v2.cli.train import default_config, run_train
 
-    engram = {
-        "table_size": table_size,
-        "layer_indices": numbers("--layers", layers),
-        "seed": seed,
-        "enabled": False if no_memory else None,
-    }
-    train = {
-        "steps": steps,
-        "batch_size": batch_size,
-        "sequence_length": sequence_length,
-        "learning_rate": learning_rate,
-        "row_learning_rate": row_learning_rate,
-        "train_backbone": False if freeze_backbone else None,
-        "seed": seed,
-    }
-    settings = settings_of(config, default_config(model), engram, train)
-    if tokens is not None:
-        settings.train.steps = math.ceil(tokens / (settings.train.batch_size * settings.train.sequence_length))
-    result = run_train(
-        settings,
-        model=model,
-        corpus=corpus,
-        text_column=text_column,
-        output=output,
-        force=force,
-        echo=lines_to(as_json),
-    )
-    _show_training(result, as_json)
-
-
-def _show_training(result: dict[str, Any], as_json: bool) -> None:
+        engram = {
+            "table_size": table_size,
+            "layer_indices": numbers("--layers", layers),
+            "seed": seed,
+            "enabled": False if no_memory else None,
+        }
+        train = {
+            "steps": steps,
+            "batch_size": batch_size,
+            "sequence_length": sequence_length,
+            "learning_rate": learning_rate,
+            "row_learning_rate": row_learning_rate,
+            "train_backbone": False if freeze_backbone else None,
+            "seed": seed,
+        }
+        settings = settings_of(config, default_config(model), engram, train)
+        if tokens is not None:
+            settings.train.steps = math.ceil(tokens / (settings.train.batch_size * settings.train.sequence_length))
+        result = run_train(
+            settings,
+            model=model,
+            corpus=corpus,
+            text_column=text_column,
+            output=output,
+            force=force,
+            echo=lines_to(as_json),
+        )
     if as_json:
         print_json(result)
     if result["stopped"]:
