@@ -39,7 +39,8 @@ def write_checkpoint(model: PreTrainedModel, checkpoint: Path, *, table: str, st
     folder = checkpoint / MEMORY_FOLDER
     (folder / CONFIG_FILE).unlink(missing_ok=True)
     memory = memory_of(model)
-    if (checkpoint / "config.json").is_file():  # else it holds an adapter alone
+    # Else it holds an adapter alone, or no table.
+    if (checkpoint / "config.json").is_file() and not memory.is_released:
         describe_backbone(model, checkpoint, backbone_facts(model))
     save_memory(memory, folder, table="stay" if memory.is_released else table, states=states)
 
