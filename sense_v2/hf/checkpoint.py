@@ -43,7 +43,8 @@ def write_checkpoint(model: PreTrainedModel, checkpoint: Path, *, table: str, st
     folder = checkpoint / MEMORY_FOLDER
     (folder / CONFIG_FILE).unlink(missing_ok=True)
     memory = memory_of(model)
-    if (checkpoint / "config.json").is_file():  # else it holds an adapter alone
+    # Else it holds an adapter alone, or no table.
+    if (checkpoint / "config.json").is_file() and not memory.is_released:
         describe_backbone(model, checkpoint, backbone_facts(model))
     # A table under an overlay, or a released one, is the same in all checkpoints.
     stays = memory.is_released or memory.table is not memory.storage

@@ -11,6 +11,7 @@ The class and its other objects stay as they are.
 from __future__ import annotations
 
 import inspect
+import warnings
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -74,7 +75,15 @@ def _save_with_memory(
             "distributed_checkpoint=True writes a format that holds no memory; save without it, or "
             "detach_engram(model) and save the backbone alone"
         )
-    if memory_of(model).checkpoint == Path(save_directory):
+    memory = memory_of(model)
+    if memory.is_released:
+        warnings.warn(
+            "the tables of a released checkpoint stay there; what is saved are the weights, the fusion layers' among "
+            "them (engram.layers.…): attach the tables again to load these",
+            UserWarning,
+            stacklevel=2,
+        )
+    if memory.is_released or memory.checkpoint == Path(save_directory):
         # EngramCallback adds the memory when the Trainer is done, and the Trainer resumes from all weights in one.
         own(model, save_directory, is_main_process=is_main_process, state_dict=state_dict, **options)
         return
