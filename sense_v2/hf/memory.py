@@ -94,6 +94,9 @@ class EngramMemory(nn.Module):
     @property
     def storages(self) -> list[Any]:
         """The tables, each once."""
+        one = getattr(self, "storage", None)
+        if one is not None:
+            return [one]
         return list({id(fusion.storage): fusion.storage for fusion in self}.values())
 
     @property
@@ -146,9 +149,11 @@ class EngramMemory(nn.Module):
         """As `prefetch`, of rows that are known already."""
         if torch.compiler.is_compiling():
             return
+        one = getattr(self, "storage", None)
         for fusion, row_ids_BTH in zip(self, row_ids_LBTH, strict=True):
-            if fusion.storage.reads_the_disk:
-                fusion.storage.prefetch(row_ids_BTH)
+            storage = fusion.storage if one is None else one
+            if storage.reads_the_disk:
+                storage.prefetch(row_ids_BTH)
 
     def __iter__(self) -> Iterator[EngramFusionLayer]:
         return iter(self.layers.values())  # type: ignore[arg-type]  # a ModuleDict doesn't know its modules' type
