@@ -54,6 +54,7 @@ def run_ablate(
         sequences=sequences,
         sequence_length=sequence_length,
         all_files=all_files,
+        echo=echo,
     )
     blocks_BT = blocks.token_ids_BT
     passes = num_passes(memory, single_heads=single_heads)

@@ -70,6 +70,7 @@ def run_analyze(
         sequences=sequences,
         sequence_length=sequence_length,
         all_files=all_files,
+        echo=echo,
     )
     blocks_BT = blocks.token_ids_BT
     echo(f"model   {folder}")

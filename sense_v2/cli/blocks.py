@@ -3,7 +3,7 @@ that training holds out, as many and as long as its evaluation took."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -12,9 +12,9 @@ import torch
 from transformers import PreTrainedModel
 
 from sense_v2.cli.errors import CommandError
-from sense_v2.cli.models import max_positions, open_corpus, separator_id
+from sense_v2.cli.models import max_positions, open_corpus, token_stream
 from sense_v2.core.config import Config, TrainConfig
-from sense_v2.hf.corpus import Batches, Corpus, encode
+from sense_v2.hf.corpus import Batches, Corpus
 
 
 @dataclass
@@ -56,6 +56,7 @@ def read_blocks(
     sequences: int | None,
     sequence_length: int | None,
     all_files: bool,
+    echo: Callable[[str], Any],
 ) -> Blocks:
     """Blocks evenly spread over the corpus; without numbers, those that the model in `folder` was trained with.
 
@@ -71,7 +72,7 @@ def read_blocks(
         )
     text = open_corpus(corpus, settings)
     texts = [*text.train_texts, *text.held_out_texts] if all_files else text.held_out_texts
-    token_ids = encode(texts, tokenizer, separator_id=separator_id(tokenizer))
+    token_ids = token_stream(texts, tokenizer, echo=echo)
     if len(token_ids) < length:
         what = "text" if all_files else "held-out text"
         raise CommandError(

@@ -9,8 +9,9 @@ from typing import Any
 
 from sense_v2.cli.blocks import read_blocks
 from sense_v2.cli.models import open_trained
+from sense_v2.cli.progress import ByteProgress
 from sense_v2.hf.attach import attached_memory, detach_engram
-from sense_v2.hf.evaluation import evaluate
+from sense_v2.hf.evaluation import Evaluation, evaluate
 from sense_v2.report import wording
 
 WITH, WITHOUT = "with_memory", "without_memory"
@@ -44,17 +45,22 @@ def run_eval(
         sequences=sequences,
         sequence_length=sequence_length,
         all_files=all_files,
+        echo=echo,
     )
     blocks_BT = blocks.token_ids_BT
+
+    def measure(label: str) -> Evaluation:
+        with ByteProgress(label, blocks_BT.numel(), unit="tokens", echo=echo) as advance:
+            return evaluate(model, blocks_BT, tokenizer=tokenizer, advance=advance)
 
     found = {}
     has_memory = attached_memory(model) is not None
     if has_memory:
-        found[WITH] = evaluate(model, blocks_BT, tokenizer=tokenizer)
+        found[WITH] = measure("with memory")
         if without_memory:
             detach_engram(model)
     if without_memory or not has_memory:
-        found[WITHOUT] = evaluate(model, blocks_BT, tokenizer=tokenizer)
+        found[WITHOUT] = measure("without memory")
     result = {
         "model": str(folder),
         "corpus": blocks.description(),
@@ -62,8 +68,8 @@ def run_eval(
         "sequence_length": blocks_BT.shape[1],
         "tokens": blocks_BT.numel(),
         **{
-            measure: {name: getattr(one, measure) for name, one in found.items()}
-            for measure in ("loss", "perplexity", "bits_per_byte")
+            quantity: {name: getattr(one, quantity) for name, one in found.items()}
+            for quantity in ("loss", "perplexity", "bits_per_byte")
         },
         "seconds": time.perf_counter() - started,
     }

@@ -34,7 +34,7 @@ PALETTE = {
     "run-plain": "#3d444d",
     "run-engram": "#0a5fb8",
     "run-random_rows": "#b45309",
-    "run-shuffled": "#a62b78",
+    "run-shuffled": "#811bf3",
 }
 """The light colours, as in style.css, which has the dark ones too."""
 

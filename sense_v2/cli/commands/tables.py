@@ -100,7 +100,10 @@ def create(
 
 def verify(
     table: Annotated[
-        Path, typer.Argument(callback=table_path, help="The table's file, its manifest, or the folder it is in.")
+        Path,
+        typer.Argument(
+            callback=table_path_of, help="The table's file, its manifest, its folder, or a model's folder."
+        ),
     ],
     repair: Annotated[
         bool,
