@@ -33,8 +33,10 @@ from torch import nn
 
 from sense_v2.core.config import EngramConfig
 from sense_v2.engram import operators
+from sense_v2.engram.exchange import Ranks
 from sense_v2.engram.hashing import HeadLayout, NgramHasher, boundary_mask
 from sense_v2.engram.released import ReleasedTable
+from sense_v2.engram.sharding import ShardedTable
 from sense_v2.engram.storage import MMapEmbeddingStorage
 from sense_v2.engram.tokenizer import EngramTokenizer
 from sense_v2.engram.variants import VARIANTS
@@ -45,22 +47,39 @@ def open_table(config: EngramConfig, tokenizer: EngramTokenizer, *, mode: str = 
 
     Raises `ValueError` naming what differs between the table's manifest and `config` or the shadow map.
     """
-    layout = HeadLayout.from_config(config)
+    settings = table_settings(config, tokenizer, HeadLayout.from_config(config))
+    return MMapEmbeddingStorage(path=config.storage_path, mode=mode, **settings)
+
+
+def open_sharded_table(
+    config: EngramConfig, tokenizer: EngramTokenizer, ranks: Ranks, *, layout: str, mode: str = "r+"
+) -> ShardedTable:
+    """`open_table` for a table that all ranks share, by all of them; `layout` as `ShardedTable` has it."""
+    heads = HeadLayout.from_config(config)
+    settings = table_settings(config, tokenizer, heads)
+    num_rows, width = settings.pop("num_embeddings"), settings.pop("embedding_dim")
+    head_rows = [row for offsets_H in heads.offsets_LH for row in offsets_H]
+    return ShardedTable(
+        num_rows, width, config.storage_path, ranks=ranks, layout=layout, head_rows=head_rows, mode=mode, **settings
+    )
+
+
+def table_settings(config: EngramConfig, tokenizer: EngramTokenizer, layout: HeadLayout) -> dict[str, Any]:
+    """What the table of `config` is opened with, but for its path and mode. Raises `ValueError` for a variant whose
+    layers don't share a table."""
     if len(set(layout.num_rows_L)) != 1 or not VARIANTS[config.variant].one_table:
         raise ValueError(
             f"EngramConfig.variant = {config.variant!r} keeps one table per layer; a table for all layers has the "
             f"variants {', '.join(name for name, rules in VARIANTS.items() if rules.one_table)}"
         )
-    return MMapEmbeddingStorage(
-        layout.num_rows_L[0],
-        config.row_dim,
-        config.storage_path,
-        dtype=config.dtype,
-        mode=mode,
-        seed=config.seed,
-        init_std=config.init_std,
-        sparse=config.sparse,
-        provenance={
+    return {
+        "num_embeddings": layout.num_rows_L[0],
+        "embedding_dim": config.row_dim,
+        "dtype": config.dtype,
+        "seed": config.seed,
+        "init_std": config.init_std,
+        "sparse": config.sparse,
+        "provenance": {
             "variant": config.variant,
             "seed": config.seed,
             "layout": layout.to_dict(),
@@ -68,7 +87,7 @@ def open_table(config: EngramConfig, tokenizer: EngramTokenizer, *, mode: str = 
             "shadow_map_sha256": tokenizer.sha256,
             "tokenizer_name": config.tokenizer_name or tokenizer.tokenizer_name,
         },
-    )
+    }
 
 
 def packed_documents(position_ids_BT: torch.Tensor) -> torch.Tensor | None:
@@ -160,7 +179,7 @@ class EngramFusionLayer(nn.Module):
         layer_id: int,
         *,
         tokenizer: EngramTokenizer | None = None,
-        storage: MMapEmbeddingStorage | ReleasedTable | None = None,
+        storage: MMapEmbeddingStorage | ReleasedTable | ShardedTable | None = None,
         pad_token_id: int | None = None,
     ) -> None:
         super().__init__()
@@ -177,7 +196,7 @@ class EngramFusionLayer(nn.Module):
                 f"{config.variant!r} has no centre; use variant 'sense'"
             )
         self.tokenizer = EngramTokenizer(config.shadow_map_path) if tokenizer is None else tokenizer
-        self.storage: MMapEmbeddingStorage | ReleasedTable = (
+        self.storage: MMapEmbeddingStorage | ReleasedTable | ShardedTable = (
             open_table(config, self.tokenizer) if storage is None else storage
         )
         self.hasher = NgramHasher.from_config(
@@ -228,7 +247,7 @@ class EngramFusionLayer(nn.Module):
         """The identity: the convolution at zero, and W_v, or the rows behind it. W_k keeps nn.Linear's noise."""
         self.W_k.reset_parameters()
         if (
-            isinstance(self.storage, MMapEmbeddingStorage)
+            isinstance(self.storage, (MMapEmbeddingStorage, ShardedTable))
             and self.storage.is_new
             and self.storage.manifest.init_std == 0
         ):

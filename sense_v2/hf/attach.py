@@ -26,6 +26,7 @@ from transformers import Cache, PreTrainedModel
 
 from sense_v2.core.config import EngramConfig
 from sense_v2.engram.model import EngramFusionLayer
+from sense_v2.engram.sharding import ShardedTable
 from sense_v2.engram.tokenizer import EngramTokenizer, EngramTokenizerBuilder
 from sense_v2.hf.cache import EngramState, state_in
 from sense_v2.hf.inputs import (
@@ -46,14 +47,20 @@ MAX_PADDED_ROWS = 1024
 
 
 def attach_engram(
-    model: PreTrainedModel, config: EngramConfig, tokenizer: Any = None, *, mode: str = "r+"
+    model: PreTrainedModel,
+    config: EngramConfig,
+    tokenizer: Any = None,
+    *,
+    mode: str = "r+",
+    storage: ShardedTable | None = None,
 ) -> PreTrainedModel:
     """Puts memory before the decoder layers named by `config.layer_indices`, in place; returns `model`.
 
     `tokenizer` is whatever `EngramTokenizerBuilder` takes (a tokenizer, a hub name, a folder, a tokenizer.json). It
     makes the shadow map where `config.shadow_map_path` doesn't exist yet, and is checked against it where it does.
     A table that doesn't exist yet is created; one that does is checked against its manifest. With mode "r" it is only
-    read: nothing on disk changes, and its folder may be one that can't be written to.
+    read: nothing on disk changes, and its folder may be one that can't be written to. `storage` is a table that is
+    open already, of several processes (`sense_v2.hf.ranks` makes it).
 
     The fusion layers get the backbone's dtype and device. A fresh memory changes no output. A KV cache also keeps
     what the memory needs of earlier tokens; one that the model filled without this memory is refused.
@@ -68,7 +75,7 @@ def attach_engram(
     config.validate()
     wrapped = _wrapped_by_peft(model)
     if wrapped is not None:
-        attach_engram(wrapped, config, tokenizer, mode=mode)
+        attach_engram(wrapped, config, tokenizer, mode=mode, storage=storage)
         return model
     if attached_memory(model) is not None:
         raise ValueError("this model has memory attached already; call detach_engram(model) first")
@@ -90,12 +97,13 @@ def attach_engram(
             "them; this model type isn't supported"
         )
 
-    shadow_map = _shadow_map(config, tokenizer)
+    shadow_map = shadow_map_of(config, tokenizer)
     embedding = model.get_input_embeddings()
     num_embeddings = _rows(embedding)
     _check_vocabulary(shadow_map, num_embeddings, config)
     pad_token_id = getattr(model.config, "pad_token_id", None)
-    memory = EngramMemory(config, int(model.config.get_text_config().hidden_size), shadow_map, pad_token_id, mode)
+    hidden_size = int(model.config.get_text_config().hidden_size)
+    memory = EngramMemory(config, hidden_size, shadow_map, pad_token_id, mode, storage)
     weight = next(layers[config.layer_indices[0]].parameters())
     memory.to(device=weight.device, dtype=weight.dtype)
     memory.train(model.training)
@@ -162,7 +170,7 @@ def decoder_layers(model: PreTrainedModel) -> nn.ModuleList:
     return next(iter(outer.values()))
 
 
-def _shadow_map(config: EngramConfig, tokenizer: Any) -> EngramTokenizer:
+def shadow_map_of(config: EngramConfig, tokenizer: Any) -> EngramTokenizer:
     """The map at `config.shadow_map_path`, made from `tokenizer` where there is none, checked against it else."""
     path = Path(config.shadow_map_path)
     if isinstance(tokenizer, EngramTokenizer):

@@ -14,6 +14,8 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from sense_v2.engram import range_copy
+from sense_v2.engram.sharding import ShardedTable
 from sense_v2.engram.snapshot import restore_table
 from sense_v2.hf.attach import EngramMemory
 from sense_v2.hf.pretrained import (
@@ -49,7 +51,10 @@ def restore_rows(memory: EngramMemory, checkpoint: Path) -> None:
             "cut off. Resume from an earlier one: trainer.train(resume_from_checkpoint=FOLDER)"
         )
     if not (folder / REFERENCE_FILE).is_file():
-        restore_table(memory.storage, folder / TABLE_FILE)
+        if isinstance(memory.storage, ShardedTable):
+            range_copy.restore_table(memory.storage, folder / TABLE_FILE)
+        else:
+            restore_table(memory.storage, folder / TABLE_FILE)
         return
     named, manifest = read_reference(folder / REFERENCE_FILE), memory.storage.manifest
     if named["commit"] != manifest.commit or memory.storage.updates != manifest.updates:

@@ -15,6 +15,8 @@ from torch import nn
 from sense_v2.core.config import EngramConfig
 from sense_v2.engram import operators
 from sense_v2.engram.model import EngramFusionLayer, open_table
+from sense_v2.engram.sharding import ShardedTable
+from sense_v2.engram.storage import MMapEmbeddingStorage
 from sense_v2.engram.tokenizer import EngramTokenizer
 
 
@@ -28,11 +30,13 @@ class EngramMemory(nn.Module):
         tokenizer: EngramTokenizer,
         pad_token_id: int | None,
         mode: str = "r+",
+        storage: ShardedTable | None = None,
     ) -> None:
         super().__init__()
         self.config = config
         self.tokenizer = tokenizer
-        self.storage = open_table(config, tokenizer, mode=mode)
+        # Both have what a model needs; their common type would be a list of that.
+        self.storage: Any = open_table(config, tokenizer, mode=mode) if storage is None else storage
         self.layers = nn.ModuleDict(
             {
                 str(layer_id): EngramFusionLayer(
@@ -89,6 +93,29 @@ class EngramMemory(nn.Module):
         compressed_BT = self.tokenizer(token_ids_BT)
         masks = {"attention_mask": valid_BT, "sequence_ids": documents_BT, "history": history_BP}
         return compressed_BT, torch.stack([fusion.hasher(compressed_BT, **masks) for fusion in self])
+
+    @property
+    def own_storage(self) -> MMapEmbeddingStorage:
+        """The file that this process stores to: the whole table, or a rank's shard of it."""
+        storage: MMapEmbeddingStorage = self.storage.own if isinstance(self.storage, ShardedTable) else self.storage
+        return storage
+
+    @property
+    def whole_table(self) -> MMapEmbeddingStorage:
+        """The file that has all rows. Raises `ValueError` where no file has: a table in shards."""
+        if isinstance(self.storage, ShardedTable) and self.storage.layout == "shards":
+            raise ValueError(
+                f"{self.storage.path} lies in shards, so there is no file to copy: copy_table(table, path) of "
+                "sense_v2.engram.range_copy makes one, on all ranks"
+            )
+        return self.own_storage
+
+    def begin_rows(self, row_ids_LBTH: torch.Tensor, valid_BT: torch.Tensor | None) -> None:
+        """A forward needs these rows, but for those of masked positions: they begin to come."""
+        if not isinstance(self.storage, ShardedTable):
+            self.prefetch_rows(row_ids_LBTH)
+        elif not torch.compiler.is_compiling():
+            self.storage.begin(row_ids_LBTH if valid_BT is None else row_ids_LBTH[:, valid_BT])
 
     def prefetch(self, token_ids_BT: torch.Tensor) -> None:
         """Begins to read the rows of these token ids [B, T], the first layer's first, and returns at once. Does
