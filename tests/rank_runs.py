@@ -38,7 +38,7 @@ from sense_v2.engram.exchange import Ranks
 from sense_v2.engram.optim import RowAdam, RowWiseAdagrad
 from sense_v2.engram.sharding import ShardedTable
 
-HANGS_AFTER_SECONDS = 100.0
+HANGS_AFTER_SECONDS = 150.0
 ROWS, WIDTH = 97, 8
 # First rows of eight heads.
 HEADS = (0, 13, 24, 35, 48, 60, 71, 83)
@@ -338,7 +338,7 @@ class Server:
 
     def results(self, call: str, num_ranks: int, folder: Path, **arguments: Any) -> list[Any]:
         """What each rank returned, of a run that nobody disturbs."""
-        answers = self.ask(call, num_ranks, folder, **arguments)
+        answers = self.ask(call, num_ranks, folder, timeout_seconds=90.0, **arguments)
         for answer in answers:
             assert "result" in answer, answer.get("trace", answer)
         return [answer["result"] for answer in answers]

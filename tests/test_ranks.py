@@ -67,3 +67,37 @@ def test_two_processes_resume_bit_for_bit(tmp_path, together):
     for path in (tmp_path / "again").glob("rank*.json"):
         path.unlink()
     assert train(tmp_path / "again", *ACCELERATE, batch_size=2, resume=True) == expected
+
+
+# --- the example, which torchrun starts again ---
+
+
+def test_after_a_crash_torchrun_goes_on_and_ends_with_the_bits_of_one_process(tmp_path):
+    """Rank 1 is killed in step 5, after the commit of step 4."""
+    script = Path(__file__).parents[1] / "examples" / "train_torchrun.py"
+    settings = ["--steps=6", "--commit-every=2"]
+
+    def run(*arguments):
+        return subprocess.run(
+            [sys.executable, *map(str, arguments)],
+            cwd=tmp_path,
+            env={**os.environ, "OMP_NUM_THREADS": "1"},
+            capture_output=True,
+            text=True,
+            timeout=400,
+            check=False,
+        )
+
+    alone = run(script, *settings, "--output=alone")
+    assert alone.returncode == 0, alone.stderr
+    dies = Path(__file__).with_name("torchrun_dies.py")
+    done = run(*TORCHRUN, "--max-restarts=1", dies, 5, script, *settings, "--output=two")
+    assert done.returncode == 0, done.stderr
+    last = [out.stdout.splitlines()[-1].split(";")[0] for out in (alone, done)]
+    assert last[0] == last[1]
+    assert last[0].startswith("step 6: loss ")
+    for name in ("engram_table.dat", "engram_table.adagrad.dat"):
+        assert (tmp_path / "two/engram" / name).read_bytes() == (tmp_path / "alone/engram" / name).read_bytes()
+    assert sorted(path.name for path in (tmp_path / "two").glob("weights-*")) == ["weights-6"]
+    # What torchrun says of the one that was killed.
+    assert "rank      : 1" in done.stderr or "local_rank: 1" in done.stderr

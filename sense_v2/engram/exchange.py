@@ -15,6 +15,7 @@ W ranks.
 from __future__ import annotations
 
 import contextlib
+import os
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from datetime import timedelta
@@ -26,6 +27,30 @@ import torch.distributed as dist
 from sense_v2.engram.watch import RankFailure, Watch
 
 T = TypeVar("T")
+
+
+def start_ranks(*, backend: str = "gloo", timeout_seconds: float = 300.0, beat_seconds: float = 1.0) -> Ranks:
+    """The process group that torchrun's environment describes, and its `Ranks`; without one this process is alone.
+
+    It is `init_process_group(backend)`, but for a restart by `torchrun --max-restarts`: torchrun keeps the store of
+    the attempt before, in which gloo finds addresses of processes that are gone (pytorch/pytorch#135712). Where there
+    is one torchrun, each attempt's keys get their own prefix. Several count attempts apart, and have to be started
+    with TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1, which gives each attempt a store; `RuntimeError` where that is missing.
+    """
+    if "WORLD_SIZE" in os.environ and not dist.is_initialized():
+        timeout = timedelta(seconds=timeout_seconds)
+        restart = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
+        keeps_store = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
+        if keeps_store and restart != "0" and os.environ.get("GROUP_WORLD_SIZE", "1") != "1":
+            raise RuntimeError(
+                "torchrun has started this again, on several hosts, with the store of the attempt before: start all "
+                "of them with TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 torchrun …"
+            )
+        store, rank, num_ranks = next(dist.rendezvous("env://", timeout=timeout))
+        if keeps_store:
+            store = dist.PrefixStore(f"attempt{restart}", store)
+        dist.init_process_group(backend, store=store, rank=rank, world_size=num_ranks, timeout=timeout)
+    return Ranks(timeout_seconds=timeout_seconds, beat_seconds=beat_seconds)
 
 
 class Ranks:

@@ -12,6 +12,7 @@ While nothing is slow, a rank writes one short value a beat and reads nothing.
 
 from __future__ import annotations
 
+import contextlib
 import threading
 import time
 from dataclasses import dataclass
@@ -60,8 +61,8 @@ class Watch:
         self._looking = threading.Event()
         self._stopped = threading.Event()
         self._looks = 0
-        self._store_error = ""
-        # A store that doesn't answer must not hold anybody up for its usual five minutes.
+        self._store_answered = time.monotonic()
+        # A store that doesn't answer must not hold the thread up for its usual five minutes.
         store.set_timeout(timedelta(seconds=max(1.0, SILENT_BEATS * beat_seconds)))
         self._beat(0)
         self._thread = threading.Thread(target=self._run, name="sense-v2-watch", daemon=True)
@@ -105,7 +106,8 @@ class Watch:
                 return sign.verdict
         silent_after = SILENT_BEATS * self.beat_seconds
         silent = [rank for rank, sign in self._others.items() if now - sign.changed > silent_after]
-        if silent and len(silent) == len(self._others) and (self._store_error or len(silent) > 1):
+        store_is_silent = now - self._store_answered > silent_after
+        if silent and len(silent) == len(self._others) and (store_is_silent or len(silent) > 1):
             names = ", ".join(map(str, silent))
             return (
                 f"no sign of life of any other rank ({names}) for {silent_after:.1f} s: the host of rank 0, which "
@@ -132,25 +134,22 @@ class Watch:
                 self._look()
             else:
                 # Unknown is not silent.
-                now = time.monotonic()
+                self._store_answered = now = time.monotonic()
                 for sign in self._others.values():
                     sign.changed = now
             self._looks += 1
 
     def _beat(self, beat: int) -> None:
-        try:
+        # A store that is gone shows in what is read.
+        with contextlib.suppress(Exception):
             self._store.set(str(self._rank), f"{beat} {self._entered} {self._phase}\n{self._verdict}")
-            self._store_error = ""
-        except Exception as error:
-            self._store_error = str(error)
 
     def _look(self) -> None:
         try:
             texts = self._store.multi_get([str(rank) for rank in self._others])
-        except Exception as error:
-            self._store_error = str(error)
+        except Exception:
             return
-        now = time.monotonic()
+        self._store_answered = now = time.monotonic()
         for sign, raw in zip(self._others.values(), texts, strict=True):
             text = raw.decode()
             if text != sign.text:
