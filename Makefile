@@ -23,7 +23,7 @@ TYPED := sense_v2 $(wildcard scripts/*.py benchmarks/*.py)
 BENCHMARKS := $(filter-out benchmarks/turns.py benchmarks/resident.py benchmarks/scaling.py, $(wildcard benchmarks/*.py))
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test crash fuzz lint format bench scaling clean distclean broken
+.PHONY: help setup demo test crash ranks fuzz lint format bench scaling clean distclean broken
 
 help: ## this list
 	@sed -n 's/^\([a-z]*\):.*## /\1|/p' Makefile | while IFS='|' read -r target text; do printf '  make %-10s %s\n' "$$target" "$$text"; done
@@ -40,6 +40,10 @@ test: $(INSTALLED) ## all tests (ARGS="-k name" for some)
 # tests/test_crash.py says what is done how often.
 crash: $(INSTALLED) ## kill a trainer 500 times, cut the power, fail every call (ten minutes)
 	SENSE_CRASH_KILLS=$${SENSE_CRASH_KILLS:-500} OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(JOBS) $(ARGS) tests/test_crash.py tests/test_power_cut.py tests/test_io_errors.py
+
+# tests/test_global_commit.py says what is killed.
+ranks: $(INSTALLED) ## kill one of 2 to 4 ranks 60 times, at random moments and at calls of a commit (ten minutes)
+	SENSE_RANK_KILLS=$${SENSE_RANK_KILLS:-15} OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(JOBS) --dist loadscope $(ARGS) tests/test_global_commit.py tests/test_hosts.py
 
 # What is found is left as crash-*, which the script repeats when it is given that file.
 fuzz: $(INSTALLED) ## damaged and mixed folders of a table, for FUZZ_SECONDS (ten minutes)

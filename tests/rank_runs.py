@@ -60,9 +60,10 @@ def open_table(ranks: Ranks, folder: Path, layout: str, **settings: Any) -> Shar
 
 
 def micro_batch(step: int, number: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """Row ids [5, 3] with repetitions, some of them of no row that another micro-batch has; targets [5, WIDTH]."""
+    """Row ids [5, 3] with repetitions, some of them of no row that another micro-batch has; targets [5, WIDTH]. In
+    step 3 all rows are of the first head, which one rank owns."""
     chance = np.random.default_rng((step, number))
-    ids = chance.integers(0, ROWS, (5, 3))
+    ids = chance.integers(0, HEADS[1] if step == 3 else ROWS, (5, 3))
     return torch.from_numpy(ids), torch.from_numpy(chance.normal(size=(5, WIDTH)).astype(np.float32))
 
 
@@ -152,11 +153,52 @@ def count_calls(ranks: Ranks, folder: Path, *, event: Callable[[str], None], **a
     return calls
 
 
+def overlap(ranks: Ranks, folder: Path, *, event: Callable[[str], None]) -> dict[str, Any]:
+    """Rank 1 begins late; when rank 0 gets its rows, and when `begin` let it go on."""
+    table = open_table(ranks, folder, "shards", dtype="bfloat16")
+    ranks.barrier("start")
+    if ranks.rank == 1:
+        time.sleep(0.5)
+    started = time.monotonic()
+    row_ids = torch.tensor([0, 96, 50])
+    table.begin(row_ids)
+    begun = time.monotonic() - started
+    rows = table(row_ids)
+    got = time.monotonic() - started
+    assert rows.dtype == torch.bfloat16
+    return {"begun_seconds": begun, "got_seconds": got, "rows": rows.tolist()}
+
+
+def refusals(ranks: Ranks, folder: Path, *, event: Callable[[str], None]) -> dict[str, str]:
+    """What is said of a forward without `begin`, of an id outside, of unequal numbers of micro-batches."""
+    table = open_table(ranks, folder, "shards")
+    told = {}
+    table.begin(torch.tensor([3]))
+    for name, call in (
+        ("forward", lambda: table(torch.tensor([3, 4]))),
+        ("outside", lambda: table.begin(torch.tensor([ROWS]))),
+    ):
+        try:
+            call()
+        except (ValueError, IndexError) as error:
+            told[name] = str(error)
+    table.clear_gradients()
+    # An evaluation is no micro-batch.
+    for training in (True, ranks.rank == 0):
+        table.train(training)
+        table.begin(torch.tensor([3]))
+    try:
+        table.exchange_gradients()
+    except RuntimeError as error:
+        told["numbers"] = str(error)
+    return told
+
+
 def come_late(ranks: Ranks, folder: Path, *, layout: str, event: Callable[[str], None]) -> None:
     """Rank 1 does something else for longer than the others wait."""
     table = open_table(ranks, folder, layout)
     if ranks.rank == 1:
-        time.sleep(5)
+        time.sleep(3)
     table.commit(1)
 
 

@@ -25,7 +25,7 @@ def test_a_guides_code_runs(tmp_path, name):
     assert (tmp_path / "data/engram_table.dat").exists()
 
 
-@pytest.mark.parametrize("name", ["huggingface.md", "architecture.md", "format.md", "released.md"])
+@pytest.mark.parametrize("name", ["huggingface.md", "architecture.md", "format.md", "released.md", "distributed.md"])
 def test_a_guides_links_lead_somewhere(name):
     text = (ROOT / "docs" / name).read_text(encoding="utf-8")
     for target in re.findall(r"\]\(((?!https?://)[^)#]+)", text):

@@ -15,6 +15,8 @@ W ranks.
 from __future__ import annotations
 
 import contextlib
+import itertools
+import math
 import os
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
@@ -24,9 +26,11 @@ from typing import Any, TypeVar
 import torch
 import torch.distributed as dist
 
-from sense_v2.engram.watch import RankFailure, Watch
+from sense_v2.engram.watch import SILENT_BEATS, RankFailure, Watch
 
 T = TypeVar("T")
+# All ranks make their `Ranks` in the same order, so a number is the same one on each.
+_numbers = itertools.count()
 
 
 def start_ranks(*, backend: str = "gloo", timeout_seconds: float = 300.0, beat_seconds: float = 1.0) -> Ranks:
@@ -71,9 +75,13 @@ class Ranks:
             self._group = dist.new_group(backend="gloo", timeout=timedelta(seconds=timeout_seconds))
             # The only way to the store that the ranks met at.
             store = dist.distributed_c10d._get_default_store()
-            if hasattr(store, "clone"):  # a connection of its own: no call of another thread waits for the watch's
+            if hasattr(store, "clone"):
+                # A connection of its own: no call of another thread waits for the watch's. One that the store doesn't
+                # answer must not hold it up for the usual five minutes.
                 store = store.clone()
-            self._watch = Watch(dist.PrefixStore("sense_v2", store), self.rank, self.num_ranks, beat_seconds)
+                store.set_timeout(timedelta(seconds=max(1.0, SILENT_BEATS * beat_seconds)))
+            prefix = f"sense_v2/{next(_numbers)}"
+            self._watch = Watch(dist.PrefixStore(prefix, store), self.rank, self.num_ranks, beat_seconds)
             self.barrier("meeting")
 
     def all_to_all(
@@ -84,11 +92,12 @@ class Ranks:
         if self.num_ranks == 1:
             return values
         # As bytes: gloo lacks bfloat16.
-        raw = values.contiguous().reshape(len(values), -1).view(torch.uint8)
+        width = math.prod(values.shape[1:])
+        raw = values.contiguous().reshape(len(values), width).view(torch.uint8)
         received = raw.new_empty((sum(their_counts), raw.shape[1]))
         with self._in(phase, raw.shape[1] * (sum(counts) - counts[self.rank])):
             dist.all_to_all_single(received, raw, list(their_counts), list(counts), group=self._group)
-        return received.view(values.dtype).reshape(-1, *values.shape[1:])
+        return received.view(values.dtype).reshape(len(received), *values.shape[1:])
 
     def swap_counts(self, phase: str, counts_WK: torch.Tensor) -> torch.Tensor:
         """Row r of the result is what rank r has in its row for this rank; int64 [W, K] both."""
@@ -122,7 +131,7 @@ class Ranks:
             return value
         values = [value]
         with self._in(phase, 0):
-            dist.broadcast_object_list(values, group=self._group, group_src=0)
+            dist.broadcast_object_list(values, src=0, group=self._group)
         return values[0]
 
     def barrier(self, phase: str) -> None:

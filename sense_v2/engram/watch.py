@@ -12,11 +12,11 @@ While nothing is slow, a rank writes one short value a beat and reads nothing.
 
 from __future__ import annotations
 
+import atexit
 import contextlib
 import threading
 import time
 from dataclasses import dataclass
-from datetime import timedelta
 from typing import Any
 
 # So many beats without a sign are no accident of scheduling.
@@ -62,11 +62,11 @@ class Watch:
         self._stopped = threading.Event()
         self._looks = 0
         self._store_answered = time.monotonic()
-        # A store that doesn't answer must not hold the thread up for its usual five minutes.
-        store.set_timeout(timedelta(seconds=max(1.0, SILENT_BEATS * beat_seconds)))
         self._beat(0)
         self._thread = threading.Thread(target=self._run, name="sense-v2-watch", daemon=True)
         self._thread.start()
+        # A thread that is in a call of torch's when the interpreter ends would take the process down with an error.
+        atexit.register(self.close)
 
     def enter(self, phase: str) -> None:
         """From here on this rank is in that phase."""
@@ -97,7 +97,9 @@ class Watch:
 
     def close(self) -> None:
         self._stopped.set()
-        self._thread.join()
+        # One that waits for a store that is gone isn't waited for.
+        self._thread.join(timeout=2 * self.beat_seconds)
+        atexit.unregister(self.close)
 
     def _cause(self) -> str:
         now = time.monotonic()
