@@ -19,14 +19,15 @@ INSTALLED := $(VENV)/.installed
 INSTALLING := $(VENV)/.installing
 TORCH_CONSTRAINTS ?= $(or $(shell sed -n 2p $(INSTALLED) 2>/dev/null),constraints.txt)
 TYPED := sense_v2 $(wildcard scripts/*.py benchmarks/*.py)
-# Two only help the others, and scaling.py has a target of its own: it takes half an hour.
-BENCHMARKS := $(filter-out benchmarks/turns.py benchmarks/resident.py benchmarks/scaling.py, $(wildcard benchmarks/*.py))
+# Some only help the others, and scaling.py has a target of its own: it takes half an hour.
+HELPERS := $(addprefix benchmarks/, turns.py resident.py reading.py lookup_cold.py)
+BENCHMARKS := $(filter-out $(HELPERS) benchmarks/scaling.py, $(wildcard benchmarks/*.py))
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test crash ranks fuzz lint format bench scaling clean distclean broken
+.PHONY: help setup demo test crash ranks fuzz docs docs-pictures lint format bench scaling clean distclean broken
 
 help: ## this list
-	@sed -n 's/^\([a-z]*\):.*## /\1|/p' Makefile | while IFS='|' read -r target text; do printf '  make %-10s %s\n' "$$target" "$$text"; done
+	@sed -n 's/^\([a-z-]*\):.*## /\1|/p' Makefile | while IFS='|' read -r target text; do printf '  make %-14s %s\n' "$$target" "$$text"; done
 
 setup: $(INSTALLED) ## .venv with everything; the targets below do it by themselves
 
@@ -44,6 +45,15 @@ crash: $(INSTALLED) ## kill a trainer 500 times, cut the power, fail every call 
 # tests/test_global_commit.py says what is killed.
 ranks: $(INSTALLED) ## kill one of 2 to 4 ranks 60 times, at random moments and at calls of a commit (ten minutes)
 	SENSE_RANK_KILLS=$${SENSE_RANK_KILLS:-15} OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(JOBS) --dist loadscope $(ARGS) tests/test_global_commit.py tests/test_hosts.py
+
+# Nothing but packages is downloaded, and the site asks for nothing: scripts/check_site.py holds that.
+docs: $(INSTALLED) ## the site of docs/, in site/index.html
+	@$(BIN)/python -c 'import material, mkdocstrings_handlers.python' 2>/dev/null || $(BIN)/python -m pip install --quiet -c $(TORCH_CONSTRAINTS) -e ".[docs]"
+	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --quiet --strict
+	$(BIN)/python scripts/check_site.py site
+
+docs-pictures: $(INSTALLED) ## draw the pictures of docs/ again
+	$(BIN)/python scripts/docs_pictures.py
 
 # What is found is left as crash-*, which the script repeats when it is given that file.
 fuzz: $(INSTALLED) ## damaged and mixed folders of a table, for FUZZ_SECONDS (ten minutes)
@@ -66,7 +76,7 @@ scaling: $(INSTALLED) ## train with tables of 10^4 to 10^8 rows and draw docs/sc
 	$(BIN)/python benchmarks/scaling.py $(if $(filter-out 0,$(QUICK)),--quick)
 
 clean: ## remove what was built and the demo's output; data/ and .venv stay
-	rm -rf build dist *.egg-info runs/demo .pytest_cache .mypy_cache .ruff_cache .hypothesis .fuzz
+	rm -rf build dist *.egg-info site runs/demo .pytest_cache .mypy_cache .ruff_cache .hypothesis .fuzz
 	find $(wildcard sense_v2 tests scripts benchmarks examples) -name __pycache__ -type d -prune -exec rm -rf {} +
 
 distclean: clean ## clean, and remove .venv
@@ -91,7 +101,7 @@ endif
 # whole: from nothing as well, unless the make whose number it holds is still at it. An environment that somebody else
 # made and that works is only added to.
 # torch comes first, and the constraints are in every call, or pip would be free to take another build of it.
-$(INSTALLED): pyproject.toml constraints.txt sense_v2/engram/_gather.c
+$(INSTALLED): pyproject.toml constraints.txt $(wildcard sense_v2/engram/_*.[ch])
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' || { echo "$(PYTHON): Python 3.10 or newer is needed; make PYTHON=... names another" >&2; exit 1; }
 	@pid=$$(cat $(INSTALLING) 2>/dev/null); if [ -n "$$pid" ] && kill -0 "$$pid" 2>/dev/null; then echo "another make (process $$pid) is installing into $(VENV); wait for it, or remove $(INSTALLING)" >&2; exit 1; fi
 	@if [ -n "$(STALE)" ] || [ -e $(INSTALLING) ] || ! { $(BIN)/python -m pip --version || $(BIN)/python -m ensurepip; } >/dev/null 2>&1; then echo "making $(VENV)"; rm -rf $(VENV); $(PYTHON) -m venv $(VENV) || { echo "no venv: the system may want python3-venv installed" >&2; exit 1; }; fi

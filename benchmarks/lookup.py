@@ -1,9 +1,11 @@
 """How fast rows are read, warm and cold, against NumPy, against a table in RAM, and against the machine.
 
 The physics. A warm row is a random access: its cache lines come from memory, with the TLB miss in front of them, and
-the result goes back to memory; the ceiling is a C probe (benchmarks/probe.c, the best of memcpy and stores past the
-cache, with and without fetching ahead, one thread and two), measured on the same batches. A cold row is a random read
-of 4 KiB; the ceiling is what the disk gives past the page cache with two times 64 reads in flight.
+the result goes back to memory; the ceiling is a C probe (benchmarks/probe.c, the best of memcpy, rows asked for ahead
+and rows side by side, stored to the cache or past it, one thread and two), measured on the same batches and into one
+buffer. A result of ours that the caller has dropped is the next one's buffer, too; NumPy's and `F.embedding`'s is new
+each time. A cold row is a random read of 4 KiB; the ceiling is what the disk gives past the page cache with two times
+64 reads in flight.
 
 Parts (`--parts`), each through the public `storage(row_ids)`, bounds checked:
 
@@ -17,127 +19,53 @@ shared  memory of N processes that read one file (PSS).
 
     python benchmarks/lookup.py [--quick] [--parts warm,o1,cold,ahead,shared] [--folder data]
 
-All ways of a case take turns in each round, in an order that changes; figures are medians over rounds, with the
-tenth and ninetieth percentile in the JSON. The last line of stdout is JSON. Needs Linux and a C compiler.
+The last line of stdout is JSON. Needs Linux and a C compiler that knows OpenMP.
 """
 
 from __future__ import annotations
 
 import argparse
-import contextlib
-import ctypes
+import dataclasses
 import json
 import mmap
 import multiprocessing
-import os
 import shutil
-import subprocess
 import tempfile
-import time
-import warnings
-from collections.abc import Callable, Iterator
-from functools import partial
 from pathlib import Path
 from typing import Any
 
+import lookup_cold
 import numpy as np
 import torch
 import torch.nn.functional as F
-from turns import drop_from_cache, machine, spread
+from reading import (
+    FULL,
+    PAGE_BYTES,
+    QUICK,
+    TINY,
+    Probe,
+    Scale,
+    Ways,
+    in_turns,
+    open_rows,
+    random_ids,
+    ratio,
+    reads_of,
+    say,
+    touch,
+    write_rows,
+)
+from turns import machine
 
 from sense_v2.engram import gather
 from sense_v2.engram.storage import MMapEmbeddingStorage
 
-PAGE_BYTES = 4096
-Ways = dict[str, Callable[[int], Any]]
-
-
-class Probe:
-    """benchmarks/probe.c, compiled here."""
-
-    def __init__(self, folder: Path) -> None:
-        library = folder / "probe.so"
-        source = Path(__file__).with_name("probe.c")
-        subprocess.run(["cc", "-O3", "-shared", "-fPIC", "-o", library, source, "-lpthread"], check=True)
-        self._library = ctypes.CDLL(str(library))
-        self._library.probe_reads.restype = ctypes.c_double
-
-    def gather(
-        self, table: np.ndarray, ids: np.ndarray, out: torch.Tensor, threads: int, stream: int, ahead: int
-    ) -> None:
-        self._library.probe_gather(
-            ctypes.c_void_p(table.ctypes.data),
-            ctypes.c_long(table.shape[1] * table.itemsize),
-            ctypes.c_void_p(ids.ctypes.data),
-            ctypes.c_long(len(ids)),
-            ctypes.c_void_p(out.data_ptr()),
-            threads,
-            stream,
-            ahead,
-        )
-
-    def reads(self, path: Path, depth: int, jobs: int, seconds: float = 1.0) -> float:
-        size = ctypes.c_int64(path.stat().st_size)
-        return float(self._library.probe_reads(str(path).encode(), size, depth, jobs, ctypes.c_double(seconds)))
-
-
-def write_rows(path: Path, num_bytes: int) -> None:
-    """Random bytes that are no NaN, written and synced: a hole, or space that is only reserved, is never read."""
-    values = np.random.default_rng(0).standard_normal(4 << 20, dtype=np.float32)
-    with open(path, "wb") as file:
-        for start in range(0, num_bytes, values.nbytes):
-            file.write(values.data.cast("B")[: min(values.nbytes, num_bytes - start)])
-        file.flush()
-        os.fsync(file.fileno())
-
-
-def open_rows(path: Path, row_bytes: int) -> MMapEmbeddingStorage:
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # it has no manifest
-        return MMapEmbeddingStorage(path.stat().st_size // row_bytes, row_bytes // 4, path, mode="r").eval()
-
-
-def in_turns(ways: Ways, calls: int, rounds: int) -> dict[str, dict[str, float]]:
-    """Seconds a call: each round runs `calls` calls of one way, then of the next."""
-    names = list(ways)
-    seconds: dict[str, list[float]] = {name: [] for name in names}
-    for turn in range(-1, rounds):
-        first = turn % len(names)
-        for name in names[first:] + names[:first]:
-            way = ways[name]
-            start = time.perf_counter()
-            for call in range(calls):
-                way(call)
-            taken = (time.perf_counter() - start) / calls
-            if turn >= 0:
-                seconds[name].append(taken)
-    return {name: spread(values) for name, values in seconds.items()}
-
-
-def ratio(result: dict[str, dict[str, float]], peer: str, ours: str = "storage") -> float:
-    return round(result[peer]["median"] / result[ours]["median"], 2)
-
-
-def touch(rows: np.ndarray) -> int:
-    """Reads a byte of every page."""
-    return int(np.asarray(rows).reshape(-1).view(np.uint8)[::PAGE_BYTES].max())
-
-
-def random_ids(num_rows: int, num_ids: int, batches: int, seed: int = 0) -> list[torch.Tensor]:
-    generator = np.random.default_rng(seed)
-    return [torch.from_numpy(generator.integers(0, num_rows, (1, 1, num_ids))) for _ in range(batches)]
-
-
-def say(case: str, figures: dict[str, Any]) -> None:
-    print(f"  {case}: " + ", ".join(f"{name} {value}" for name, value in figures.items()), flush=True)
-
-
 # Warm
 
 
-def warm(probe: Probe, folder: Path, quick: bool) -> dict[str, Any]:
+def warm(probe: Probe, folder: Path, scale: Scale) -> dict[str, Any]:
     path = folder / "warm.dat"
-    write_rows(path, (1 if quick else 2) << 30)
+    write_rows(path, scale.warm_bytes)
     cases = {}
     for row_bytes in (256, 2048, 4096):
         storage = open_rows(path, row_bytes)
@@ -150,7 +78,7 @@ def warm(probe: Probe, folder: Path, quick: bool) -> dict[str, Any]:
             touch(storage.mmap)
             touch(memmap)
             for num_ids in (16, 24, 32_768):
-                figures = _warm_case(probe, storage, memmap, resident, num_ids, quick)
+                figures = _warm_case(probe, storage, memmap, resident, num_ids, scale)
                 cases[f"{num_ids} x {row_bytes} B"] = figures
                 say(f"{num_ids} rows of {row_bytes} B", {k: v for k, v in figures.items() if k != "seconds"})
             del resident
@@ -161,10 +89,15 @@ def warm(probe: Probe, folder: Path, quick: bool) -> dict[str, Any]:
 
 
 def _warm_case(
-    probe: Probe, storage: MMapEmbeddingStorage, memmap: np.ndarray, resident: torch.Tensor, num_ids: int, quick: bool
+    probe: Probe,
+    storage: MMapEmbeddingStorage,
+    memmap: np.ndarray,
+    resident: torch.Tensor,
+    num_ids: int,
+    scale: Scale,
 ) -> dict[str, Any]:
     large = num_ids > 1024
-    batches = random_ids(len(memmap), num_ids, 4 if large else 2000)
+    batches = random_ids(len(memmap), num_ids, 4 if large else scale.small_calls)
     numbers = [batch.numpy() for batch in batches]
     flat = [batch.reshape(-1) for batch in batches]
     out = torch.empty(num_ids, memmap.shape[1])
@@ -177,17 +110,14 @@ def _warm_case(
     }
 
     def add_probe(*way: int) -> None:
-        name = " ".join(map(str, ("probe", *way)))
-        ways[name] = lambda call: probe.gather(memmap, numbers[call].reshape(-1), out, *way)
+        ways[probe.name(*way)] = lambda call: probe.gather(memmap, numbers[call].reshape(-1), out, *way)
 
     if large:
-        for threads in (1, 2):
-            for stream in (0, 1):
-                for ahead in (0, 4):
-                    add_probe(threads, stream, ahead)
+        for way in Probe.WAYS:
+            add_probe(*way)
     assert torch.equal(storage(batches[1]), F.embedding(batches[1], resident))
     with torch.no_grad():
-        result = in_turns(ways, len(batches), (3 if quick else 7) if large else (5 if quick else 15))
+        result = in_turns(ways, len(batches), scale.large_rounds if large else scale.small_rounds)
     figures: dict[str, Any] = {
         "M rows/s": round(num_ids / result["storage"]["median"] / 1e6, 2),
         "x numpy": ratio(result, "numpy"),
@@ -199,15 +129,17 @@ def _warm_case(
         best = min((name for name in result if name.startswith("probe")), key=lambda name: result[name]["median"])
         figures["of the best probe"] = ratio(result, best)
         figures["best probe M rows/s"] = round(num_ids / result[best]["median"] / 1e6, 2)
+        figures["best probe"] = best.removeprefix("probe, ")
+        figures["best probe x numpy"] = ratio(result, "numpy", best)
     return {**figures, "seconds": result}
 
 
-def o1(folder: Path, quick: bool) -> dict[str, Any]:
+def o1(folder: Path, scale: Scale) -> dict[str, Any]:
     """Ids on 4,096 pages that are spread over the table evenly, whatever its size."""
     storages = {}
     batches: dict[str, list[torch.Tensor]] = {}
     generator = np.random.default_rng(0)
-    for millions in (1, 100, 768):
+    for millions in scale.millions:
         name = f"{millions} M"
         storages[name] = MMapEmbeddingStorage(
             millions * 1_000_000, 64, folder / f"o1_{millions}" / "engram_table.dat", sparse=True
@@ -217,13 +149,13 @@ def o1(folder: Path, quick: bool) -> dict[str, Any]:
         pages = np.linspace(0, num_pages - 1, 4096).astype(np.int64)
         rows = pages * (PAGE_BYTES // 256) + generator.integers(0, PAGE_BYTES // 256, len(pages))
         storages[name](torch.from_numpy(rows))
-        batches[name] = [torch.from_numpy(generator.choice(rows, (1, 1, 16))) for _ in range(2000)]
+        batches[name] = [torch.from_numpy(generator.choice(rows, (1, 1, 16))) for _ in range(scale.small_calls)]
         large = [torch.from_numpy(generator.permutation(rows)) for _ in range(20)]
         batches[name + " large"] = large
     figures: dict[str, Any] = {}
-    for suffix, calls in (("", 2000), (" large", 20)):
+    for suffix, calls in (("", scale.small_calls), (" large", 20)):
         result = in_turns(
-            {name: _reads_of(storages[name], batches[name + suffix]) for name in storages}, calls, 5 if quick else 21
+            {name: reads_of(storages[name], batches[name + suffix]) for name in storages}, calls, scale.small_rounds
         )
         figures["4,096 rows" if suffix else "16 rows"] = {
             **{name: ratio(result, name, "1 M") for name in storages},
@@ -235,169 +167,6 @@ def o1(folder: Path, quick: bool) -> dict[str, Any]:
     for case, values in figures.items():
         say(case, {f"{name} rows of the time at 1 M": values[name] for name in storages})
     return figures
-
-
-def _reads_of(storage: MMapEmbeddingStorage, batches: list[torch.Tensor]) -> Callable[[int], torch.Tensor]:
-    return lambda call: storage(batches[call])
-
-
-# Cold
-
-
-@contextlib.contextmanager
-def cold(path: Path) -> Iterator[MMapEmbeddingStorage]:
-    drop_from_cache(path)
-    storage = open_rows(path, PAGE_BYTES)
-    yield storage
-    storage.close()
-
-
-def cold_part(probe: Probe, path: Path, quick: bool) -> dict[str, Any]:
-    rounds = 3 if quick else 7
-    num_rows = path.stat().st_size // PAGE_BYTES
-    ceilings = {f"{jobs} x {depth}": probe.reads(path, depth, jobs) for jobs, depth in ((1, 1), (1, 64), (2, 64))}
-    say("disk, random 4-KiB reads/s past the cache", {name: round(value) for name, value in ceilings.items()})
-    figures: dict[str, Any] = {"ceiling reads/s": ceilings}
-
-    def mapped(advice: int | None) -> Callable[[list[torch.Tensor]], None]:
-        def read(batches: list[torch.Tensor]) -> None:
-            memmap = np.memmap(path, "<f4", "r", shape=(num_rows, PAGE_BYTES // 4))
-            if advice is not None:
-                memmap._mmap.madvise(advice)  # type: ignore[attr-defined]  # NumPy's own name for the mapping
-            for batch in batches:
-                memmap.take(batch.numpy().reshape(-1), 0, None, "clip")
-
-        return read
-
-    def ours(batches: list[torch.Tensor]) -> None:
-        storage = opened[0]
-        for batch in batches:
-            storage(batch)
-
-    opened: list[MMapEmbeddingStorage] = []
-    for num_ids, calls in ((16, 24), (16_384, 1)):
-        ways = {"default": mapped(None), "MADV_RANDOM": mapped(mmap.MADV_RANDOM), "storage": ours}
-        if num_ids > 1024:
-            del ways["default"]  # minutes
-        seconds: dict[str, list[float]] = {name: [] for name in ways}
-        for turn in range(rounds):
-            names = list(ways)[turn % len(ways) :] + list(ways)[: turn % len(ways)]
-            for name in names:
-                some = 2 if name == "default" else calls
-                batches = random_ids(num_rows, num_ids, some, seed=turn)
-                with cold(path) as storage:
-                    opened[:] = [storage]
-                    start = time.perf_counter()
-                    ways[name](batches)
-                    seconds[name].append((time.perf_counter() - start) / some)
-                    opened.clear()
-        result = {name: spread(values) for name, values in seconds.items()}
-        case: dict[str, Any] = {"rows/s": round(num_ids / result["storage"]["median"])}
-        case |= {f"x {name}": ratio(result, name) for name in ways if name != "storage"}
-        case["of the disk, 2 x 64"] = round(case["rows/s"] / ceilings["2 x 64"], 2)
-        say(f"{num_ids} cold rows", case)
-        figures[f"{num_ids} rows"] = {**case, "seconds": result}
-    return figures
-
-
-def ahead(path: Path, quick: bool) -> dict[str, Any]:
-    """Decoding steps of 16 rows for each of two layers, and batches of 4,096 rows as in training."""
-    num_rows = path.stat().st_size // PAGE_BYTES
-    figures: dict[str, Any] = {}
-    left = torch.randn(512, 512)
-
-    def work(seconds: float) -> None:
-        end = time.perf_counter() + seconds
-        while time.perf_counter() < end:
-            torch.mm(left, left)
-
-    for case, num_ids, steps, between in (("decode", 16, 60, 3e-3), ("train", 4096, 4, 60e-3)):
-        for state in ("cold", "warm"):
-            seconds: dict[str, list[float]] = {"off": [], "on": [], "resident": []}
-            for turn in range(3 if quick else 7):
-                for name in ("off", "on", "resident") if turn % 2 else ("resident", "on", "off"):
-                    batches = random_ids(num_rows, num_ids, 2 * steps, seed=turn)
-                    with cold(path) as storage:
-                        if state == "warm":
-                            for batch in batches:
-                                storage(batch)
-                            for batch in [*batches[:20]] * 8:
-                                storage(batch)
-                        start = time.perf_counter()
-                        for step in range(steps):
-                            pair = batches[2 * step : 2 * step + 2]
-                            if name == "on":
-                                for batch in pair:
-                                    storage.prefetch(batch)
-                            for batch in pair:
-                                work(between / 2)
-                                if name != "resident":
-                                    storage(batch)
-                        seconds[name].append((time.perf_counter() - start) / steps)
-            result = {name: spread(values) for name, values in seconds.items()}
-            figures[f"{case}, {state}"] = {
-                "off / on": ratio(result, "off", "on"),
-                "without rows / on": ratio(result, "resident", "on"),
-                "without rows / off": ratio(result, "resident", "off"),
-                "seconds": result,
-            }
-            say(f"{case} steps, {state}", {k: v for k, v in figures[f"{case}, {state}"].items() if k != "seconds"})
-    return figures
-
-
-# The peer
-
-
-def peer(path: Path, quick: bool) -> dict[str, Any]:
-    """`engramdb.Store.fetch` on the same file, warm, and its io_uring page reader, cold."""
-    import engramdb  # type: ignore[import-not-found]
-
-    row_bytes, figures = 256, {}
-    shards = path.with_suffix(".shards")
-    shards.mkdir()
-    os.link(path, shards / "shard_000.bin")
-    num_rows = path.stat().st_size // row_bytes
-    # Its width is counted in bytes.
-    store, storage = engramdb.Store(str(shards), 1, num_rows, row_bytes), open_rows(path, row_bytes)
-    for num_ids, calls, rounds in ((16, 500, 5 if quick else 15), (32_768, 2, 3 if quick else 7)):
-        # A million rows, which stay in memory.
-        batches = random_ids(1 << 20, num_ids, calls)
-        lists = [batch.reshape(-1).tolist() for batch in batches]
-        assert storage(batches[0]).numpy().tobytes() == bytes(store.fetch(lists[0]))
-        ways: Ways = {"engramdb": partial(_fetch, store, lists), "storage": _reads_of(storage, batches)}
-        result = in_turns(ways, calls, rounds)
-        figures[f"warm, {num_ids} rows"] = {"x engramdb": ratio(result, "engramdb"), "seconds": result}
-    storage.close()
-    del store
-    reader = engramdb.IoUringPageReader(PAGE_BYTES)
-    with open(path, "rb") as file:
-        for num_ids, calls in ((16, 24), (16_384, 1)):
-            seconds: dict[str, list[float]] = {"engramdb": [], "storage": []}
-            for turn in range(3 if quick else 7):
-                batches = random_ids(path.stat().st_size // PAGE_BYTES, num_ids, calls, seed=turn)
-                for name in ("engramdb", "storage") if turn % 2 else ("storage", "engramdb"):
-                    with cold(path) as opened:
-                        start = time.perf_counter()
-                        for batch in batches:
-                            if name == "storage":
-                                opened(batch)
-                            else:
-                                offsets = (batch.reshape(-1) * PAGE_BYTES).tolist()
-                                reader.read_pages([file.fileno()] * num_ids, offsets)
-                        seconds[name].append((time.perf_counter() - start) / calls)
-            result = {name: spread(values) for name, values in seconds.items()}
-            figures[f"cold, {num_ids} rows"] = {
-                "x engramdb": ratio(result, "engramdb"),
-                "backend": str(reader.backend),
-                "seconds": result,
-            }
-    for case, values in figures.items():
-        say(case, {"x engramdb": values["x engramdb"]})
-    return figures
-
-
-def _fetch(store: Any, lists: list[list[int]], call: int) -> Any:
-    return store.fetch(lists[call])
 
 
 # Sharing
@@ -461,14 +230,18 @@ OPTIONAL_PARTS = ("peer",)
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--quick", action="store_true", help="smaller files, fewer rounds: a look, no measurement")
+    parser.add_argument("--tiny", action="store_true", help="nothing but a proof that it runs")
     parser.add_argument("--parts", default=",".join(PARTS))
     parser.add_argument("--folder", type=Path, default=Path("."), help="a folder on the disk to measure")
-    parser.add_argument("--gigabytes", type=int, default=8, help="of the cold table")
+    parser.add_argument("--gigabytes", type=int, help="of the cold table")
     parser.add_argument("--plain", action="store_true", help="without the compiled extension")
     arguments = parser.parse_args()
     parts = arguments.parts.split(",")
     if unknown := set(parts) - {*PARTS, *OPTIONAL_PARTS}:
-        raise SystemExit(f"no part {', '.join(sorted(unknown))}: there are {', '.join(PARTS)}")
+        raise SystemExit(f"no part {', '.join(sorted(unknown))}: there are {', '.join((*PARTS, *OPTIONAL_PARTS))}")
+    scale = TINY if arguments.tiny else QUICK if arguments.quick else FULL
+    if arguments.gigabytes:
+        scale = dataclasses.replace(scale, cold_bytes=arguments.gigabytes << 30)
     if arguments.plain:
         gather.compiled = None
     result: dict[str, Any] = {"benchmark": "lookup", "compiled": gather.compiled is not None, "machine": machine()}
@@ -477,22 +250,22 @@ def main() -> None:
         probe = Probe(folder)
         if "warm" in parts:
             print("warm", flush=True)
-            result["warm"] = warm(probe, folder, arguments.quick)
+            result["warm"] = warm(probe, folder, scale)
         if "o1" in parts:
-            print("tables of three sizes, 4,096 warm pages of each", flush=True)
-            result["o1"] = o1(folder, arguments.quick)
+            print("tables of several sizes, 4,096 warm pages of each", flush=True)
+            result["o1"] = o1(folder, scale)
         if {"cold", "ahead", "peer", "shared"} & set(parts):
             path = folder / "cold.dat"
-            write_rows(path, (2 if arguments.quick else arguments.gigabytes) << 30)
+            write_rows(path, scale.cold_bytes)
             if "cold" in parts:
                 print("cold", flush=True)
-                result["cold"] = cold_part(probe, path, arguments.quick)
+                result["cold"] = lookup_cold.cold_part(probe, path, scale)
             if "ahead" in parts:
                 print("prefetch", flush=True)
-                result["ahead"] = ahead(path, arguments.quick)
+                result["ahead"] = lookup_cold.ahead(path, scale)
             if "peer" in parts:
                 print("engramdb", flush=True)
-                result["peer"] = peer(path, arguments.quick)
+                result["peer"] = lookup_cold.peer(path, scale)
             if "shared" in parts:
                 print("sharing", flush=True)
                 result["shared"] = shared(path)

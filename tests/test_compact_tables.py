@@ -13,7 +13,7 @@ from safetensors.torch import load_file
 from tables import manifest, names, on_disk, slow_sums
 
 from sense_v2.core.config import COMPACT_DTYPES, EngramConfig
-from sense_v2.engram import convert, disk
+from sense_v2.engram import disk, transfer
 from sense_v2.engram.check import check_table
 from sense_v2.engram.convert import convert_table
 from sense_v2.engram.format import Manifest, file_bytes
@@ -175,7 +175,7 @@ def test_verify_counts_what_is_no_number(source, tmp_path, dtype, at, new, num_n
 
 @pytest.mark.parametrize("dtype", [*COMPACT_DTYPES, "float16", "bfloat16", "float32"])
 def test_a_converted_table_is_what_the_source_was(source, tmp_path, dtype, monkeypatch):
-    monkeypatch.setattr(convert, "PART_VALUES", 7 * D)
+    monkeypatch.setattr(transfer, "PART_VALUES", 7 * D)
     before = source.read_bytes()
     path = tmp_path / "to" / "new.dat"
     done = convert_table(source, path, dtype)
@@ -228,8 +228,8 @@ def test_holes_stay_holes(tmp_path):
 
 def ended_early(source, output, dtype, monkeypatch, parts):
     """A conversion whose process dies after that many parts: nothing is tidied up."""
-    monkeypatch.setattr(convert, "PART_VALUES", 10 * D)
-    monkeypatch.setattr(convert, "SAVE_BYTES", 1)
+    monkeypatch.setattr(transfer, "PART_VALUES", 10 * D)
+    monkeypatch.setattr(transfer, "SAVE_BYTES", 1)
     write_at, calls = disk.write_at, []
 
     class Killed(BaseException):
@@ -328,8 +328,8 @@ def test_killed_at_random_it_ends_with_the_same_bytes(source, tmp_path):
     convert_table(source, whole, "int8")
     path = tmp_path / "new.dat"
     code = (
-        "import sys; from sense_v2.engram import convert\n"
-        f"convert.PART_VALUES, convert.SAVE_BYTES = {D}, 1\n"
+        "import sys; from sense_v2.engram import convert, transfer\n"
+        f"transfer.PART_VALUES, transfer.SAVE_BYTES = {D}, 1\n"
         "print('begins', flush=True)\n"
         "done = convert.convert_table(sys.argv[1], sys.argv[2], 'int8')\n"
         "print(done.resumed_rows)"

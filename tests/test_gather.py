@@ -13,9 +13,11 @@ from sense_v2.engram.format import row_dtype
 from sense_v2.engram.gather import MANY_IDS, REUSED_BYTES, OutOfRangeError, ReusedBuffer, RowGather
 
 N = 3000
+needs_compiled = pytest.mark.skipif(gather_module.compiled is None, reason="no _gather")
 WAYS = [
     "plain",
-    pytest.param("compiled", marks=pytest.mark.skipif(gather_module.compiled is None, reason="no _gather")),
+    pytest.param("compiled", marks=needs_compiled),
+    pytest.param("compiled, an older PyTorch", marks=needs_compiled),
 ]
 
 
@@ -23,6 +25,8 @@ WAYS = [
 def way(request, monkeypatch) -> str:
     if request.param == "plain":
         monkeypatch.setattr(gather_module, "compiled", None)
+    elif request.param != "compiled":
+        monkeypatch.setattr(gather_module, "_exchange", None)
     return request.param
 
 

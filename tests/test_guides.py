@@ -25,7 +25,15 @@ def test_a_guides_code_runs(tmp_path, name):
     assert (tmp_path / "data/engram_table.dat").exists()
 
 
-@pytest.mark.parametrize("name", ["huggingface.md", "architecture.md", "format.md", "released.md", "distributed.md"])
+def test_the_preparing_guides_code_runs(tmp_path):
+    text = (ROOT / "docs" / "preparing.md").read_text(encoding="utf-8")
+    (block,) = re.findall(r"```python\n(.*?)```", text, flags=re.DOTALL)
+    assert "serve nan" not in run("-c", block, folder=tmp_path)
+
+
+@pytest.mark.parametrize(
+    "name", ["huggingface.md", "architecture.md", "format.md", "released.md", "preparing.md", "distributed.md"]
+)
 def test_a_guides_links_lead_somewhere(name):
     text = (ROOT / "docs" / name).read_text(encoding="utf-8")
     for target in re.findall(r"\]\(((?!https?://)[^)#]+)", text):

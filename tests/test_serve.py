@@ -1,5 +1,6 @@
 """`sense-engram serve` in a process of its own, asked by OpenAI's client."""
 
+import json
 import os
 import socket
 import subprocess
@@ -45,10 +46,10 @@ def client(saved):
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
-    command = [sys.executable, "-m", "sense_v2.cli.main", "serve", str(saved), "--port", str(port)]
+    command = [sys.executable, "-m", "sense_v2.cli.main", "serve", str(saved), "--port", str(port), "--json"]
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
-    with open(saved.parent / "log", "w+") as log:
-        server = subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT, env=environment)
+    with open(saved.parent / "log", "w+") as log, open(saved.parent / "out", "w") as out:
+        server = subprocess.Popen(command, stdout=out, stderr=log, env=environment)
         try:
             deadline = time.monotonic() + 120
             while True:
@@ -75,6 +76,15 @@ def expected(model, prompt: str, max_tokens: int) -> str:
 
 def test_the_folder_is_the_only_model(client, saved):
     assert [model.id for model in client.models.list()] == [str(saved)]
+
+
+def test_json_says_where_it_is_served_and_is_all_of_stdout(client, saved):
+    client.models.list()  # a request, which the server logs
+    assert "GET /v1/models" in (saved.parent / "log").read_text()
+    told = json.loads((saved.parent / "out").read_text())
+    assert told == {"model": str(saved), "url": str(client.base_url).rstrip("/"), "host": "127.0.0.1"} | {
+        "port": client.base_url.port
+    }
 
 
 def test_answers_are_those_of_generate(client, saved):

@@ -10,6 +10,7 @@ import pickle
 import subprocess
 import sys
 import unicodedata
+import warnings
 from pathlib import Path
 
 import hypothesis.extra.numpy as arrays
@@ -27,6 +28,7 @@ from sense_v2.engram.tokenizer import (
     EngramTokenizer,
     EngramTokenizerBuilder,
     text_normalizer,
+    write_identity_map,
 )
 
 # --- The oracle: the published rule from its words, sharing nothing with the code -------------------------------
@@ -745,3 +747,19 @@ def test_examples_in_docstrings():
     result = doctest.testmod(module)
     assert result.attempted > 0
     assert result.failed == 0
+
+
+def test_the_map_of_an_architecture_that_compresses_nothing(tmp_path):
+    path = tmp_path / "identity.npy"
+    write_identity_map(path, 1000, name="some/model")
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        tokenizer = EngramTokenizer(path)
+    assert np.array_equal(np.load(path), np.arange(1000))
+    assert (tokenizer.vocab_size, tokenizer.compressed_vocab_size) == (1000, 1000)
+    assert (tokenizer.normalization, tokenizer.tokenizer_name) == ("identity", "some/model")
+    ids = torch.tensor([[0, 999, 5]])
+    assert torch.equal(tokenizer(ids), ids)
+    with pytest.raises(IndexError):
+        tokenizer(torch.tensor([1000]))
+    assert sorted(file.name for file in tmp_path.iterdir()) == ["identity.json", "identity.npy"]

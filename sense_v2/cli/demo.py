@@ -26,15 +26,16 @@ import torch
 from tokenizers import Tokenizer
 from transformers import PreTrainedModel
 
+from sense_v2.cli.models import token_stream
 from sense_v2.cli.progress import TrainingProgress
 from sense_v2.cli.setup import shared_spellings
 from sense_v2.core.config import Config, EngramConfig, TrainConfig
 from sense_v2.engram.tokenizer import DEEPSEEK_PACKAGE, EngramTokenizerBuilder
 from sense_v2.hf.attach import attach_engram, detach_engram, memory_of
 from sense_v2.hf.controls import freeze_rows, permute_rows
-from sense_v2.hf.corpus import Batches, encode, read_corpus
+from sense_v2.hf.corpus import Batches, read_corpus
 from sense_v2.hf.evaluation import Evaluation, evaluate, gate_strengths, rows_touched
-from sense_v2.hf.fresh import END_OF_TEXT_ID, fresh_backbone, small_memory, train_bpe
+from sense_v2.hf.fresh import fresh_backbone, small_memory, train_bpe
 from sense_v2.hf.pretrained import save_pretrained
 from sense_v2.hf.training import History, train
 from sense_v2.report.training import terminal_table, write_picture, write_report
@@ -105,8 +106,8 @@ def run_demo(
     builder = EngramTokenizerBuilder(tokenizer)
     demo_compression = compression(builder, config.engram.tokenizer_name or "demo BPE")
     echo(_compression_line(demo_compression))
-    train_ids = encode(text.train_texts, tokenizer, separator_id=END_OF_TEXT_ID)
-    held_out_ids = encode(text.held_out_texts, tokenizer, separator_id=END_OF_TEXT_ID)
+    train_ids = token_stream(text.train_texts, tokenizer, echo=echo)
+    held_out_ids = token_stream(text.held_out_texts, tokenizer, echo=echo)
     settings = config.train
     shape = {"batch_size": settings.batch_size, "sequence_length": settings.sequence_length, "seed": settings.seed}
     batches = Batches(train_ids, **shape)

@@ -9,6 +9,9 @@ from __future__ import annotations
 import errno
 import re
 
+# Exit statuses, as `sense-engram --help` says; the last is what a shell reports of a program that SIGINT has ended.
+FAILED, WRONG_CALL, INTERRUPTED = 1, 2, 130
+
 NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 NOT_WRITABLE = (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EEXIST, errno.EISDIR, errno.ENOENT)
 

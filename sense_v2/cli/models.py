@@ -2,19 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from tokenizers import Tokenizer
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerFast
 
 from sense_v2.cli.errors import CommandError, one_line
+from sense_v2.cli.progress import ByteProgress
 from sense_v2.core.config import TrainConfig
 from sense_v2.engram.tokenizer import EngramTokenizerBuilder
-from sense_v2.hf.corpus import Corpus, read_corpus
+from sense_v2.hf.corpus import Corpus, encode, read_corpus
 from sense_v2.hf.fresh import END_OF_TEXT, fresh_backbone, train_bpe
 from sense_v2.hf.pretrained import MEMORY_FOLDER, from_pretrained
 
@@ -88,6 +90,12 @@ def separator_id(tokenizer: Any) -> int | None:
         found: int | None = tokenizer.token_to_id(END_OF_TEXT)
         return found
     return tokenizer.eos_token_id
+
+
+def token_stream(texts: Sequence[str], tokenizer: Any, *, echo: Callable[[str], Any]) -> np.ndarray:
+    """All texts as one int32 stream of token ids, the model's separator between them; shows how far it is."""
+    with ByteProgress("tokenising", sum(map(len, texts)), unit="characters", echo=echo) as advance:
+        return encode(texts, tokenizer, separator_id=separator_id(tokenizer), advance=advance)
 
 
 def max_positions(model: PreTrainedModel) -> int | None:

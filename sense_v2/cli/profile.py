@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -17,17 +18,16 @@ import torch
 
 from sense_v2.cli.errors import CommandError
 from sense_v2.cli.folders import new_folders
-from sense_v2.cli.models import saved_tokenizer, separator_id
+from sense_v2.cli.models import saved_tokenizer, separator_id, token_stream
 from sense_v2.cli.progress import ByteProgress
-from sense_v2.core.config import Config, EngramConfig, TrainConfig
-from sense_v2.engram.format import Manifest, row_dtype
-from sense_v2.engram.hashing import NgramHasher
+from sense_v2.cli.tokenize import source_of
+from sense_v2.cli.workers import chosen_workers
+from sense_v2.core.config import Config, TrainConfig
+from sense_v2.engram.format import row_dtype
 from sense_v2.engram.hot import HotRows, RowCounts, identity, save
-from sense_v2.engram.model import compressed_pad_id
-from sense_v2.engram.opening import TableFiles, read_manifest
-from sense_v2.engram.tokenizer import EngramTokenizer
-from sense_v2.hf.corpus import encode, read_corpus
-from sense_v2.hf.pretrained import CONFIG_FILE, MEMORY_FOLDER, memory_paths
+from sense_v2.hf.corpus import read_corpus, standard_library
+from sense_v2.hf.preparing import memory_hashers, profile_rows, read_memory
+from sense_v2.hf.workers import Processes, RayCluster
 from sense_v2.report import wording
 
 SHARES = (0.01, 0.05, 0.2)
@@ -41,10 +41,15 @@ def run_profile(
     *,
     corpus: Sequence[str | Path] | None = None,
     share: float = max(SHARES),
+    processes: int | None = None,
+    ray: str | None = None,
     echo: Callable[[str], Any] = print,
 ) -> dict[str, Any]:
     """Counts, and writes the hottest `share` of the table's rows (as far as they were looked up) to `output`;
     returns one dictionary that JSON can hold.
+
+    With `processes` or `ray` (a cluster's address) that many workers count, a document at a time, and a tenth of the
+    documents is held out; else the corpus is read as training reads it, in sequences that go on into the next text.
 
     Raises `CommandError`, and what reading the model's memory and the corpus raise.
     """
@@ -52,22 +57,17 @@ def run_profile(
     folder, output = Path(folder), Path(output)
     if not 0 < share <= 1:
         raise CommandError(f"--share {share}: a share of the table's rows", "above 0, and 1 at most")
-    manifest, hash_rows = _memory(folder)
-    settings = folder / "config.yaml"
-    length = (Config.load(settings).train if settings.is_file() else TrainConfig()).sequence_length
-    tokenizer = saved_tokenizer(folder)
-    text = read_corpus(corpus or None)
-    streams = [
-        encode(texts, tokenizer, separator_id=separator_id(tokenizer))
-        for texts in (text.train_texts, text.held_out_texts)
-    ]
-    counted = [RowCounts(), RowCounts()]
-    with ByteProgress("counting", sum(map(len, streams)), unit="tokens", echo=echo) as advance:
-        for stream, counts in zip(streams, counted, strict=True):
-            for token_ids_BT in _blocks(stream, length):
-                counts.add(hash_rows(torch.from_numpy(token_ids_BT)).numpy())
-                advance(token_ids_BT.size)
-    train, held_out = counted
+    try:
+        _, _, manifest = read_memory(folder)
+    except FileNotFoundError:
+        raise CommandError(
+            f"{folder}: no model with memory there", "name a folder that `sense-engram train` wrote"
+        ) from None
+    if processes is None and ray is None:
+        counted = _count_as_trained(folder, corpus, echo)
+    else:
+        counted = _count_by_workers(folder, corpus, chosen_workers(processes, ray))
+    train, held_out = counted.train, counted.held_out
     ids_R, counts_R = train.hottest()
     row_bytes = row_dtype(manifest.dtype).row_bytes(manifest.width)
     sets = []
@@ -83,7 +83,7 @@ def run_profile(
         )
     kept = math.ceil(share * manifest.rows)
     hot = HotRows(
-        ids_R[:kept], counts_R[:kept], manifest.rows, identity(manifest), text.name, train.lookups, len(ids_R)
+        ids_R[:kept], counts_R[:kept], manifest.rows, identity(manifest), counted.corpus, train.lookups, len(ids_R)
     )
     with new_folders(output.parent):
         save(hot, output)
@@ -92,9 +92,9 @@ def run_profile(
         "rows": len(hot.row_ids),
         "table_rows": manifest.rows,
         "rows_met": len(ids_R),
-        "corpus": text.name,
-        "tokens": len(streams[0]),
-        "held_out_tokens": len(streams[1]),
+        "corpus": counted.corpus,
+        "tokens": counted.tokens,
+        "held_out_tokens": counted.held_out_tokens,
         "lookups": train.lookups,
         "held_out_lookups": held_out.lookups,
         "hot_sets": sets,
@@ -105,29 +105,47 @@ def run_profile(
     return result
 
 
-def _memory(folder: Path) -> tuple[Manifest, Callable[[torch.Tensor], torch.Tensor]]:
-    """The table's manifest, and token ids [B, T] -> row ids of all memory layers, [layers, B, T, H]."""
-    config_path = folder / MEMORY_FOLDER / CONFIG_FILE
-    if not config_path.is_file():
-        raise CommandError(f"{folder}: no model with memory there", "name a folder that `sense-engram train` wrote")
-    config = EngramConfig.load(config_path)
-    table, map_path = memory_paths(folder)
-    shadow_map = EngramTokenizer(map_path)
-    hashers = [
-        NgramHasher.from_config(
-            config,
-            layer_id=layer_id,
-            compressed_vocab_size=shadow_map.compressed_vocab_size,
-            pad_id=compressed_pad_id(config, shadow_map, None),
-        )
-        for layer_id in config.layer_indices
-    ]
+@dataclass
+class Counted:
+    corpus: str
+    tokens: int
+    train: RowCounts
+    held_out_tokens: int
+    held_out: RowCounts
 
-    def hash_rows(token_ids_BT: torch.Tensor) -> torch.Tensor:
-        compressed_BT = shadow_map(token_ids_BT)
-        return torch.stack([hasher(compressed_BT) for hasher in hashers])
 
-    return read_manifest(TableFiles(table).manifest), hash_rows
+def _count_as_trained(folder: Path, corpus: Sequence[str | Path] | None, echo: Callable[[str], Any]) -> Counted:
+    """In this process; whole files are held out, as in training."""
+    config, shadow_map, _ = read_memory(folder)
+    hashers = memory_hashers(config, shadow_map)
+    settings = folder / "config.yaml"
+    length = (Config.load(settings).train if settings.is_file() else TrainConfig()).sequence_length
+    tokenizer = saved_tokenizer(folder)
+    text = read_corpus(corpus or None)
+    streams = [token_stream(texts, tokenizer, echo=echo) for texts in (text.train_texts, text.held_out_texts)]
+    counted = [RowCounts(), RowCounts()]
+    with ByteProgress("counting", sum(map(len, streams)), unit="tokens", echo=echo) as advance:
+        for stream, counts in zip(streams, counted, strict=True):
+            for token_ids_BT in _blocks(stream, length):
+                compressed_BT = shadow_map(torch.from_numpy(token_ids_BT))
+                for hasher in hashers:
+                    counts.add(hasher(compressed_BT).numpy())
+                advance(token_ids_BT.size)
+    return Counted(text.name, len(streams[0]), counted[0], len(streams[1]), counted[1])
+
+
+def _count_by_workers(folder: Path, corpus: Sequence[str | Path] | None, workers: Processes | RayCluster) -> Counted:
+    """By many workers; documents are held out."""
+    tokenizer = saved_tokenizer(folder)
+    source = source_of(corpus) if corpus else standard_library()
+    found = profile_rows(source, folder, tokenizer, workers=workers, separator_id=separator_id(tokenizer))
+    if not found.trained.lookups:
+        raise CommandError(f"{source}: no token of it is looked up", "name files with more text")
+    config, _, _ = read_memory(folder)
+    per_token = len(config.layer_indices) * len(config.ngram_orders) * config.num_heads
+    name = ", ".join(Path(path).name for path in corpus) if corpus else "Python standard library"
+    trained, held_out = found.trained, found.held_out
+    return Counted(name, trained.lookups // per_token, trained, held_out.lookups // per_token, held_out)
 
 
 def _blocks(stream: np.ndarray, length: int) -> Iterator[np.ndarray]:

@@ -7,6 +7,8 @@ paged cache, which has no place for the memory's.
 
 from __future__ import annotations
 
+import contextlib
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -26,8 +28,10 @@ def run_serve(
     device: str = "cpu",
     dtype: str = "auto",
     echo: Callable[[str], Any] = print,
+    tell: Callable[[dict[str, Any]], Any] | None = None,
 ) -> None:
-    """Serves the model in the folder `model` until it is interrupted.
+    """Serves the model in the folder `model` until it is interrupted. `tell` gets one dictionary that JSON can hold
+    right before that, and from then on the server's own lines go to stderr.
 
     Raises `CommandError` where the folder is one that transformers would open without its memory or where packages
     of the server are missing, and what is wrong with the folder.
@@ -53,4 +57,8 @@ def run_serve(
     name = str(folder)
     echo(f"model    {name}, by this name; `curl http://{host}:{port}/v1/models` lists it")
     echo(f"serving  http://{host}:{port}/v1 until Ctrl-C")
-    Serve(force_model=name, continuous_batching=False, host=host, port=port, device=device, dtype=dtype)
+    with contextlib.ExitStack() as stack:
+        if tell is not None:
+            tell({"model": name, "url": f"http://{host}:{port}/v1", "host": host, "port": port})
+            stack.enter_context(contextlib.redirect_stdout(sys.stderr))
+        Serve(force_model=name, continuous_batching=False, host=host, port=port, device=device, dtype=dtype)

@@ -19,18 +19,17 @@ from pathlib import Path
 from types import FrameType
 from typing import Any
 
-import numpy as np
 from transformers import PreTrainedModel
 
 from sense_v2.cli.errors import CommandError, one_line
-from sense_v2.cli.models import Backbone, max_positions, named_backbone, new_backbone, open_corpus, separator_id
+from sense_v2.cli.models import Backbone, max_positions, named_backbone, new_backbone, open_corpus, token_stream
 from sense_v2.cli.progress import TrainingProgress
 from sense_v2.cli.staging import reserve, staged_folder
 from sense_v2.core.config import Config, EngramConfig, TrainConfig
 from sense_v2.engram.tokenizer import EngramTokenizerBuilder
 from sense_v2.hf.attach import attach_engram, decoder_layers, memory_of
 from sense_v2.hf.card import CARD_FILE
-from sense_v2.hf.corpus import Batches, Corpus, encode
+from sense_v2.hf.corpus import Batches, Corpus
 from sense_v2.hf.evaluation import Evaluation, evaluate
 from sense_v2.hf.fresh import small_memory
 from sense_v2.hf.pretrained import memory_paths, save_pretrained
@@ -71,7 +70,7 @@ def run_train(
         text = open_corpus(corpus, config.train)
         echo(f"corpus   {text.name}, {len(text.train_texts)} files, and {len(text.held_out_texts)} held out")
         backbone = _backbone(model, text, config.train)
-        batches, held_out_BT = _batches(text, backbone, config.train)
+        batches, held_out_BT = _batches(text, backbone, config.train, echo)
         config = dataclasses.replace(config, engram=_engram_config(config.engram, backbone, staging))
         if config.engram.enabled:
             builder = EngramTokenizerBuilder(backbone.tokenizer, config.engram.normalization)
@@ -165,12 +164,14 @@ def _backbone(model: str | None, text: Corpus, settings: TrainConfig) -> Backbon
     return backbone
 
 
-def _batches(text: Corpus, backbone: Backbone, settings: TrainConfig) -> tuple[Batches, Any]:
+def _batches(
+    text: Corpus, backbone: Backbone, settings: TrainConfig, echo: Callable[[str], Any]
+) -> tuple[Batches, Any]:
     """What is trained on, and held_out_BT."""
     shape = {"batch_size": settings.batch_size, "sequence_length": settings.sequence_length, "seed": settings.seed}
     found = []
     for name, texts in (("text to train on", text.train_texts), ("held-out text", text.held_out_texts)):
-        token_ids: np.ndarray = encode(texts, backbone.tokenizer, separator_id=separator_id(backbone.tokenizer))
+        token_ids = token_stream(texts, backbone.tokenizer, echo=echo)
         if len(token_ids) < settings.sequence_length:
             raise CommandError(
                 f"corpus {text.name}: the {name} has {len(token_ids)} tokens, less than one sequence of "

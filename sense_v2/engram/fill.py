@@ -104,6 +104,40 @@ def fill_normal(
             thread.result()
 
 
+class InitialNoise:
+    """The values that `fill_normal` wrote, drawn again wherever they are asked for.
+
+    >>> noise = InitialNoise(seed=3, std=0.02, dtype="float32")
+    >>> noise.values(first=5, count=3).shape
+    torch.Size([3])
+    """
+
+    def __init__(self, seed: int, std: float, dtype: str) -> None:
+        self.seed, self.std = seed, std
+        self._dtype = row_dtype(dtype).torch
+        self._quantiles = _normal_quantiles(std)
+        self._drawn = np.empty(CHUNK_VALUES, dtype=np.float32)
+        self._chunk = -1
+        self._noise = torch.empty(CHUNK_VALUES, dtype=torch.float32)
+
+    def values(self, first: int, count: int) -> torch.Tensor:
+        """Those from the file's value `first` on, in the table's dtype, [count]. Front to back is fastest: a chunk is
+        kept until another is asked for."""
+        found = torch.empty(count, dtype=self._dtype)
+        if self.std == 0:
+            return found.zero_()
+        done = 0
+        while done < count:
+            chunk, at = divmod(first + done, CHUNK_VALUES)
+            if chunk != self._chunk:
+                _normal_chunk(self._quantiles, self.seed, chunk, self._drawn, self._noise.numpy())
+                self._chunk = chunk
+            taken = min(count - done, CHUNK_VALUES - at)
+            found[done : done + taken].copy_(self._noise[at : at + taken])
+            done += taken
+        return found
+
+
 def _normal_quantiles(std: float) -> np.ndarray[Any, Any]:
     """Normal quantiles in the middle of 65,536 equal parts, so that the sum of two has `std`."""
     middles = (torch.arange(1 << 16, dtype=torch.float64, device="cpu") + 0.5) / (1 << 16)

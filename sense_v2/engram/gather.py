@@ -1,16 +1,16 @@
 """Row ids -> rows of an array in memory: one copy a row, bounds checked, into memory that is used again.
 
 The array is usually a mapped file whose pages are in memory. A small call is dominated by what Python does around
-it, a large one by memory: page faults of a fresh result cost more than the copies. So a small result is an ordinary
-new array, and a large one lies in a buffer that is kept and filled again as soon as nothing refers to it.
+it, a large one by memory: page faults of a fresh result cost more than the copies. So a result's memory is filled
+again as soon as nothing refers to it: no tensor, no view of one, no array made from it, no operation that saved it
+for its backward.
 
-**When that is,** is asked of CPython: PyTorch holds a reference to the array that a tensor was made from until its
-storage is freed, that is, while the tensor, a view of it, an array made from it, or an operation that saved it for
-its backward exists. So the buffer's reference count says it. Who takes the buffer takes it off the list first, so
-two threads never fill one.
-
-Where `_gather.c` was compiled (an optional extension), it copies; else NumPy and PyTorch do, to the same bytes.
-benchmarks/lookup.py measures both.
+Where `_gather.c` was compiled (an optional extension), it copies and holds that memory; PyTorch tells it when a
+tensor's storage is freed (`_results.h`). Else NumPy and PyTorch copy, to the same bytes, small results are ordinary
+new arrays, and whether a large one's buffer is free is asked of CPython: PyTorch holds a reference to the array that
+a tensor was made from until its storage is freed. Who takes the buffer takes it off the list first, so two threads
+never fill one. An older PyTorch (before 2.10) can't be handed memory without an array: there the extension copies,
+and the buffers are Python's. benchmarks/lookup.py measures all of it.
 
 N rows, D row width.
 """
@@ -39,6 +39,30 @@ REUSED_BYTES = 64 << 10
 # From here on PyTorch's index_select, which has threads, is faster than NumPy's take.
 MANY_IDS = 1024
 _ID_BYTES = {torch.int64: 8, torch.int32: 4}
+# PyTorch's table of C functions that turn memory into tensors: DLPack's, for whoever has no header of PyTorch's.
+_exchange = getattr(torch.Tensor, "__dlpack_c_exchange_api__", None)
+# DLPack's numbers of the types that rows have.
+_DLPACK_CODES = {torch.uint8: 1, torch.float16: 2, torch.float32: 2, torch.bfloat16: 4}
+
+
+def lookup_of(
+    rows_ND: np.ndarray[Any, Any],
+    dtype: torch.dtype,
+    *,
+    fd: int = -1,
+    file_bytes: int = 0,
+    slow_ns: int = 0,
+    slow_ns_per_row: int = 0,
+) -> Any:
+    """`_gather.c`'s Lookup of an array whose rows are of `dtype`; None where it can't be made: no extension, an older
+    PyTorch, or another DLPack."""
+    if compiled is None or _exchange is None or dtype not in _DLPACK_CODES:
+        return None
+    of_rows = (rows_ND, *rows_ND.shape, _DLPACK_CODES[dtype], 8 * dtype.itemsize)
+    try:
+        return compiled.Lookup(*of_rows, _exchange, torch.Tensor, fd, file_bytes, slow_ns, slow_ns_per_row)
+    except NotImplementedError:
+        return None
 
 
 class OutOfRangeError(IndexError):
@@ -88,6 +112,7 @@ class RowGather:
         self.numpy_dtype, self._torch = rows_ND.dtype, dtype.torch
         self.viewed = self._tensor_ND.dtype != dtype.torch
         self._buffer = ReusedBuffer()
+        self._lookup = lookup_of(rows_ND, dtype.torch)
 
     def __call__(self, row_ids: torch.Tensor, *, out: torch.Tensor | None = None) -> torch.Tensor:
         """row_ids [...] of int64 or int32, on the CPU -> rows [..., D].
@@ -99,6 +124,13 @@ class RowGather:
         if not row_ids.is_contiguous():
             row_ids = row_ids.contiguous()
         num_ids = row_ids.numel()
+        num_threads = torch.get_num_threads() if num_ids >= MANY_IDS else 1
+        if out is None and self._lookup is not None:
+            found = self._lookup.gather(row_ids, num_threads)
+            if isinstance(found, torch.Tensor):
+                return found
+            if found is not None:
+                raise self._out_of_range(row_ids, found)
         if out is None:
             shape = (*row_ids.shape, self.width)
             if num_ids * self.row_bytes <= REUSED_BYTES:
@@ -118,14 +150,17 @@ class RowGather:
                 num_ids,
                 _ID_BYTES[row_ids.dtype],
                 array,
-                torch.get_num_threads() if num_ids >= MANY_IDS else 1,
+                num_threads,
             )
             if bad >= 0:
-                raise OutOfRangeError(int(row_ids.reshape(-1)[bad]), self.num_rows)
+                raise self._out_of_range(row_ids, bad)
         if out is not None:
             return out
         rows = torch.from_numpy(array)
         return rows.view(self._torch) if self.viewed else rows
+
+    def _out_of_range(self, row_ids: torch.Tensor, position: int) -> OutOfRangeError:
+        return OutOfRangeError(int(row_ids.reshape(-1)[position]), self.num_rows)
 
     def _plain(self, row_ids: torch.Tensor, array: np.ndarray[Any, Any], num_ids: int) -> None:
         ids = row_ids.reshape(-1)

@@ -54,6 +54,7 @@ class RowCounts:
         self._ids_R = np.empty(0, dtype=np.int64)
         self._counts_R = np.empty(0, dtype=np.int64)
         self._pending: list[np.ndarray[Any, Any]] = []
+        self._counted: list[tuple[np.ndarray[Any, Any], np.ndarray[Any, Any]]] = []
         self._num_pending = 0
 
     def add(self, row_ids: np.ndarray[Any, Any]) -> None:
@@ -64,15 +65,25 @@ class RowCounts:
         if self._num_pending >= PENDING_IDS:
             self._sort_in()
 
+    def add_counted(self, row_ids_R: np.ndarray[Any, Any], counts_R: np.ndarray[Any, Any]) -> None:
+        """Rows that somebody else has counted: each id, in any order, with the number of its lookups."""
+        self._counted.append((row_ids_R.astype(np.int64), counts_R.astype(np.int64)))
+        self._num_pending += len(row_ids_R)
+        self.lookups += int(counts_R.sum())
+        if self._num_pending >= PENDING_IDS:
+            self._sort_in()
+
     def _sort_in(self) -> None:
-        if not self._pending:
+        if self._pending:
+            self._counted.append(np.unique(np.concatenate(self._pending), return_counts=True))
+        if not self._counted:
             return
-        ids_U, counts_U = np.unique(np.concatenate(self._pending), return_counts=True)
-        ids, inverse = np.unique(np.concatenate([self._ids_R, ids_U]), return_inverse=True)
+        parts = [(self._ids_R, self._counts_R), *self._counted]
+        ids, inverse = np.unique(np.concatenate([ids for ids, _ in parts]), return_inverse=True)
         counts = np.zeros(len(ids), dtype=np.int64)
-        np.add.at(counts, inverse, np.concatenate([self._counts_R, counts_U]))
+        np.add.at(counts, inverse, np.concatenate([counts for _, counts in parts]))
         self._ids_R, self._counts_R = ids, counts
-        self._pending, self._num_pending = [], 0
+        self._pending, self._counted, self._num_pending = [], [], 0
 
     def hottest(self) -> tuple[np.ndarray[Any, Any], np.ndarray[Any, Any]]:
         """(ids_R, counts_R), int64, the most looked up first, of equals the lower id."""

@@ -42,38 +42,50 @@ from sense_v2.engram.tokenizer import EngramTokenizer
 from sense_v2.engram.variants import VARIANTS
 
 
-def open_table(config: EngramConfig, tokenizer: EngramTokenizer, *, mode: str = "r+") -> MMapEmbeddingStorage:
+def open_table(
+    config: EngramConfig, tokenizer: EngramTokenizer, *, layer: int | None = None, mode: str = "r+"
+) -> MMapEmbeddingStorage:
     """The table that `config` describes: created where there is none yet (mode r+), else checked against it.
+
+    In a variant with a table for each layer, `layer` says which of `config.layer_indices` it is of, where there are
+    several; `config.storage_path` is that table's.
 
     Raises `ValueError` naming what differs between the table's manifest and `config` or the shadow map.
     """
-    settings = table_settings(config, tokenizer, HeadLayout.from_config(config))
-    return MMapEmbeddingStorage(path=config.storage_path, mode=mode, **settings)
+    return MMapEmbeddingStorage(path=config.storage_path, mode=mode, **table_settings(config, tokenizer, layer=layer))
 
 
 def open_sharded_table(
     config: EngramConfig, tokenizer: EngramTokenizer, ranks: Ranks, *, layout: str, mode: str = "r+"
 ) -> ShardedTable:
     """`open_table` for a table that all ranks share, by all of them; `layout` as `ShardedTable` has it."""
-    heads = HeadLayout.from_config(config)
-    settings = table_settings(config, tokenizer, heads)
+    settings = table_settings(config, tokenizer)
     num_rows, width = settings.pop("num_embeddings"), settings.pop("embedding_dim")
-    head_rows = [row for offsets_H in heads.offsets_LH for row in offsets_H]
+    head_rows = [row for offsets_H in HeadLayout.from_config(config).offsets_LH for row in offsets_H]
     return ShardedTable(
         num_rows, width, config.storage_path, ranks=ranks, layout=layout, head_rows=head_rows, mode=mode, **settings
     )
 
 
-def table_settings(config: EngramConfig, tokenizer: EngramTokenizer, layout: HeadLayout) -> dict[str, Any]:
-    """What the table of `config` is opened with, but for its path and mode. Raises `ValueError` for a variant whose
-    layers don't share a table."""
-    if len(set(layout.num_rows_L)) != 1 or not VARIANTS[config.variant].one_table:
-        raise ValueError(
-            f"EngramConfig.variant = {config.variant!r} keeps one table per layer; a table for all layers has the "
-            f"variants {', '.join(name for name, rules in VARIANTS.items() if rules.one_table)}"
-        )
+def table_settings(config: EngramConfig, tokenizer: EngramTokenizer, *, layer: int | None = None) -> dict[str, Any]:
+    """What the table of `config` is opened with, but for its path and mode; arguments and errors as `open_table`."""
+    layout = HeadLayout.from_config(config)
+    place, of_layer = 0, {}
+    if not VARIANTS[config.variant].one_table:
+        if layer is None and len(layout.layer_ids) == 1:
+            layer = layout.layer_ids[0]
+        if layer not in layout.layer_ids:
+            raise ValueError(
+                f"EngramConfig.variant = {config.variant!r} keeps one table per layer, {list(layout.layer_ids)}, and "
+                f"layer {layer} was asked for: open_table(…, layer=…) opens one; a table for all layers has the "
+                f"variants {', '.join(name for name, rules in VARIANTS.items() if rules.one_table)}"
+            )
+        place = layout.layer_ids.index(layer)
+        # What the released layouts' config.json needs of it (`sense_v2.engram.to_released`).
+        of_layer = {"layer": layer, "table_size": config.table_size}
+        of_layer |= {} if config.pad_token_id is None else {"pad_token_id": config.pad_token_id}
     return {
-        "num_embeddings": layout.num_rows_L[0],
+        "num_embeddings": layout.num_rows_L[place],
         "embedding_dim": config.row_dim,
         "dtype": config.dtype,
         "seed": config.seed,
@@ -81,6 +93,7 @@ def table_settings(config: EngramConfig, tokenizer: EngramTokenizer, layout: Hea
         "sparse": config.sparse,
         "provenance": {
             "variant": config.variant,
+            **of_layer,
             "seed": config.seed,
             "layout": layout.to_dict(),
             "compressed_vocab_size": tokenizer.compressed_vocab_size,
@@ -167,7 +180,8 @@ class EngramFusionLayer(nn.Module):
 
     `tokenizer` and `storage` are shared between layers; where they aren't given, they are opened from the paths in
     `config` (the table is created if there is none). `pad_token_id` is a token id, used where the configuration
-    names none. `layer_id` must be one of `config.layer_indices`.
+    names none. `layer_id` must be one of `config.layer_indices`; `place` is the model's layer where that is another,
+    as it is with a released table in a model of one's own.
 
     `config.enabled=False` makes a layer that passes hidden states through and opens no file.
     """
@@ -181,11 +195,13 @@ class EngramFusionLayer(nn.Module):
         tokenizer: EngramTokenizer | None = None,
         storage: MMapEmbeddingStorage | ReleasedTable | ShardedTable | None = None,
         pad_token_id: int | None = None,
+        place: int | None = None,
     ) -> None:
         super().__init__()
         config.validate()
         self.config = config
-        self.layer_id = layer_id
+        self.layer_id = layer_id if place is None else place
+        """The layer of the model that it stands before."""
         self.enabled = config.enabled
         if not self.enabled:
             return

@@ -63,7 +63,7 @@ class Pages:
     """What the kernel is asked about one mapping, which begins at `address`."""
 
     def __init__(self, mapping: mmap.mmap, address: int, num_bytes: int, *, tells: bool = True) -> None:
-        self.mapping, self.address, self.num_bytes, self._tells = mapping, address, num_bytes, tells
+        self.mapping, self.address, self.num_bytes, self.tells = mapping, address, num_bytes, tells
         self.can_ask = hasattr(mmap, "MADV_WILLNEED")
 
     def will_need(self, runs_R2: np.ndarray[Any, Any]) -> None:
@@ -90,7 +90,7 @@ class Pages:
     def in_memory(self, offsets: list[int]) -> bool | None:
         """Whether the pages at all of these offsets are in memory; None where the kernel can't be asked."""
         mincore = _mincore()
-        if mincore is None or not self._tells:
+        if mincore is None or not self.tells:
             return None
         found = ctypes.c_ubyte()
         for offset in offsets:

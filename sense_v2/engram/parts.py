@@ -5,8 +5,9 @@ at any byte of a file, with other tensors around them, and their codes, their sc
 thousand may be in different files. Each file is mapped once, read-only, and nothing is copied or converted: a gather
 takes the rows' bytes from where they are.
 
-Warm and cold are told apart as the reader does it: by how long a gather took, and by a look at a few pages of a large
-batch. All pages of a cold batch, in all parts, are asked for before the first is touched.
+Warm and cold are told apart as the reader does it, by its own limits and counters: by how long a gather took and
+whether the disk was read meanwhile, and by a look at a few pages of a large batch. All pages of a cold batch, in all
+parts, are asked for before the first is touched.
 
 N rows of the table, U row ids of a call.
 """
@@ -37,6 +38,8 @@ from sense_v2.engram.reader import (
     SHARE_THAT_FITS,
     SLOW_NS,
     SLOW_NS_PER_ROW,
+    _disk_reads,
+    _may_be_told,
     usable_memory_bytes,
 )
 from sense_v2.engram.shards import TensorSpan
@@ -59,7 +62,8 @@ class MappedFiles:
                 with contextlib.suppress(OSError):  # it is advice; a file system may not take it
                     mapping.madvise(mmap.MADV_RANDOM)
             whole = np.frombuffer(mapping, dtype=np.uint8)
-            self._files[path] = mapping, whole, Pages(mapping, int(whole.ctypes.data), len(mapping))
+            pages = Pages(mapping, int(whole.ctypes.data), len(mapping), tells=_may_be_told(path))
+            self._files[path] = mapping, whole, pages
         return self._files[path]
 
 
@@ -139,6 +143,7 @@ class PartsReader:
     def __init__(self, tensors: Sequence[RowParts]) -> None:
         self.tensors = list(tensors)
         self._batches_to_ask = 1
+        self._disk_reads = _disk_reads() or 0
         self._pool: ThreadPoolExecutor | None = None
         self._process = os.getpid()
 
@@ -153,8 +158,8 @@ class PartsReader:
                 self._ask(ids_U.numpy())
         started = time.perf_counter_ns()
         rows = [tensor.gather(ids_U) for tensor in self.tensors]
-        if asks or time.perf_counter_ns() - started > SLOW_NS + num_ids * SLOW_NS_PER_ROW:
-            self._batches_to_ask = ASKED_BATCHES
+        if time.perf_counter_ns() - started > SLOW_NS + num_ids * SLOW_NS_PER_ROW:
+            self._look_after_slow(asks)
         return rows
 
     def prefetch(self, ids_U: torch.Tensor) -> None:
@@ -178,6 +183,13 @@ class PartsReader:
         if self._pool is not None and self._process == os.getpid():
             self._pool.shutdown(cancel_futures=True)
         self._pool = None
+
+    def _look_after_slow(self, asked: bool) -> None:
+        """As `RowReader`'s: was it the disk, or other work on the machine?"""
+        reads = _disk_reads()
+        if asked or reads is None or reads > self._disk_reads:
+            self._batches_to_ask = ASKED_BATCHES
+        self._disk_reads = reads or 0
 
     def _is_cold(self, ids_U: np.ndarray[Any, Any]) -> bool:
         sample = ids_U[:: max(1, len(ids_U) // NUM_SAMPLES)][:NUM_SAMPLES]

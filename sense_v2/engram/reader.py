@@ -23,7 +23,6 @@ from __future__ import annotations
 import contextlib
 import mmap
 import os
-import struct
 import time
 import weakref
 from concurrent.futures import ThreadPoolExecutor
@@ -35,7 +34,7 @@ import torch
 
 from sense_v2.engram import devices
 from sense_v2.engram.format import RowDtype
-from sense_v2.engram.gather import REUSED_BYTES, CompactGather, OutOfRangeError, RowGather, compiled
+from sense_v2.engram.gather import CompactGather, OutOfRangeError, RowGather, lookup_of
 from sense_v2.engram.pages import Pages, page_runs
 
 try:
@@ -56,10 +55,6 @@ INLINE_IDS = 64
 # What one fault maps at most: the kernel may keep a file in pages of 2 MiB, and maps one whole whatever the advice.
 FAULT_BYTES = 2 << 20
 MIN_RESIDENT_BYTES = 4 * FAULT_BYTES
-# What `_gather.read` says of a file that is shorter than it was.
-COMPILED_CUT = -2
-# `struct Plan` there.
-PLAN = "7q"
 
 
 class RowReader:
@@ -82,19 +77,21 @@ class RowReader:
             )
         self.path = path
         self._dtype = dtype
-        plain = None if dtype.is_compact else RowGather(rows_ND, dtype)
-        assert plain is not None or width is not None, "bytes don't say how many values a compact row has"
-        self._gather = plain or CompactGather(rows_ND, dtype, width or 0)
+        assert not dtype.is_compact or width is not None, "bytes don't say how many values a compact row has"
+        self._gather = CompactGather(rows_ND, dtype, width or 0) if dtype.is_compact else RowGather(rows_ND, dtype)
         self._mapping: mmap.mmap = rows_ND._mmap  # type: ignore[attr-defined]  # NumPy's own name for the mapping
         self._num_bytes = rows_ND.nbytes
         self._pages = Pages(self._mapping, self._gather.address, rows_ND.nbytes, tells=_may_be_told(path))
-        self._batches_to_ask = 1
         self._disk_reads = _disk_reads() or 0
         self._fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
         self._close_fd = weakref.finalize(self, os.close, self._fd)
-        self._small = plain if compiled is not None and max_resident_bytes is None else None
-        limits = (self._fd, self._num_bytes, SLOW_NS, SLOW_NS_PER_ROW)
-        self._plan = struct.pack(PLAN, self._gather.address, self._gather.num_rows, self._gather.row_bytes, *limits)
+        file = {"fd": self._fd, "file_bytes": self._num_bytes, "slow_ns": SLOW_NS, "slow_ns_per_row": SLOW_NS_PER_ROW}
+        small = None
+        if max_resident_bytes is None and not dtype.is_compact:
+            small = lookup_of(rows_ND, dtype.torch, **file)
+        self._small: Any = small or _NoSmallReads()
+        self._small.batches_after_cold = ASKED_BATCHES if self._pages.tells and self._pages.can_ask else 0
+        self._small.batches_to_ask = 1
         self._pool: ThreadPoolExecutor | None = None
         self._process = os.getpid()
         self._budget = None if max_resident_bytes is None else _Budget(max_resident_bytes, self._pages)
@@ -104,28 +101,19 @@ class RowReader:
 
         Raises `IndexError` for an id outside 0 … N - 1, `OSError` where the file was cut since it was opened.
         """
-        num_ids = row_ids.numel()
-        # What a small warm batch needs and nothing else: here Python costs more than the rows.
-        gather = self._small
-        if gather is not None and num_ids < SAMPLED_IDS and out is None and not self._batches_to_ask:
-            num_bytes = num_ids * gather.row_bytes
-            if num_bytes <= REUSED_BYTES and row_ids.is_contiguous():
-                array = np.empty((*row_ids.shape, gather.width), gather.numpy_dtype)
-                id_bytes = 8 if row_ids.dtype is torch.int64 else 4
-                result = compiled.read(self._plan, row_ids.data_ptr(), num_ids, id_bytes, array)
-                if result != -1:
-                    self._explain(result, row_ids)
-                rows = torch.from_numpy(array)
-                return rows.view(self._dtype.torch) if gather.viewed else rows
+        if out is None:
+            rows: torch.Tensor | None = self._small.read(row_ids)
+            if rows is not None:
+                return rows
         return self._read_any(row_ids, out)
 
-    def _explain(self, result: int, row_ids: torch.Tensor) -> None:
-        """Of `_gather.read`: an id outside, a file that was cut, or rows that came slowly."""
-        if result >= 0:
-            raise self._out_of_range(int(row_ids.reshape(-1)[result]))
-        if result == COMPILED_CUT:
-            self._refuse_cut_file()
-        self._look_after_slow(False)
+    def lookup(self, hooks: tuple[dict[int, Any], ...]) -> Any:
+        """What reads small batches of a warm table, if anything: `_gather.c`'s Lookup. It hands them back while one
+        of these dictionaries has anything in it."""
+        if isinstance(self._small, _NoSmallReads):
+            return None
+        self._small.hooks = hooks
+        return self._small
 
     def _read_any(self, row_ids: torch.Tensor, out: torch.Tensor | None) -> torch.Tensor:
         # A touch of a page behind the file's end is a SIGBUS, which nobody could explain.
@@ -133,11 +121,9 @@ class RowReader:
             self._refuse_cut_file()
         num_ids = row_ids.numel()
         asks = False
-        if self._batches_to_ask or num_ids >= SAMPLED_IDS:
-            self._batches_to_ask = max(0, self._batches_to_ask - 1)
-            asks = self._is_cold(row_ids)
-            if asks:
-                self._ask(row_ids)
+        if self.reads_the_disk or num_ids >= SAMPLED_IDS:
+            asks = self._ask_where_cold(row_ids)
+            self._small.batches_to_ask = max(0, self._small.batches_to_ask - 1)
         started = time.perf_counter_ns()
         try:
             if self._budget is None:
@@ -158,7 +144,10 @@ class RowReader:
     @property
     def reads_the_disk(self) -> bool:
         """Whether batches came from the disk lately, so that asking ahead pays. At first that isn't known: True."""
-        return self._batches_to_ask > 0
+        if self._small.slow:
+            self._small.slow = False
+            self._look_after_slow(False)
+        return self._small.batches_to_ask > 0
 
     def prefetch(self, row_ids: torch.Tensor) -> None:
         """Begins to read these rows' pages and returns at once; does nothing where reads find them in memory.
@@ -173,11 +162,11 @@ class RowReader:
         outside = (ids < 0) | (ids >= self._gather.num_rows)
         if outside.any():
             raise self._out_of_range(int(ids[np.argmax(outside)]))
-        if not (self._batches_to_ask or len(ids) >= SAMPLED_IDS) or not self._is_cold(row_ids):
+        if not (self.reads_the_disk or len(ids) >= SAMPLED_IDS):
             return
         if len(ids) <= INLINE_IDS:
-            self._ask(row_ids)
-        else:
+            self._ask_where_cold(row_ids)
+        elif self._is_cold(row_ids):
             # The caller may change its ids afterwards.
             self._thread().submit(self._ask, row_ids.clone())
 
@@ -193,6 +182,15 @@ class RowReader:
         self._pool = None
         self._close_fd()
 
+    def _ask_where_cold(self, row_ids: torch.Tensor) -> bool:
+        """Asks for these rows' pages where they aren't in memory; whether it did."""
+        if self._small.prefetch(row_ids):
+            return bool(self._small.batches_to_ask == ASKED_BATCHES)
+        if not self._is_cold(row_ids):
+            return False
+        self._ask(row_ids)
+        return True
+
     def _ask(self, row_ids: torch.Tensor) -> None:
         ids = row_ids.reshape(-1).numpy()
         if not len(ids) or int(ids.min()) < 0 or int(ids.max()) >= self._gather.num_rows:
@@ -202,18 +200,21 @@ class RowReader:
         self._pages.will_need(runs_R2)
         # Pages in memory take 1 us. What was read ahead makes the gather itself fast: it has to be seen here.
         if time.perf_counter_ns() - started > SLOW_NS + len(runs_R2) * SLOW_NS_PER_ROW:
-            self._batches_to_ask = ASKED_BATCHES
+            self._small.batches_to_ask = ASKED_BATCHES
 
     def _look_after_slow(self, asked: bool) -> None:
         """After a gather that took long: was it the disk, or other work on the machine? A page that was asked for
         and isn't there yet doesn't count as a read by who touches it."""
         reads = _disk_reads()
         if asked or reads is None or reads > self._disk_reads:
-            self._batches_to_ask = ASKED_BATCHES
+            self._small.batches_to_ask = ASKED_BATCHES
         self._disk_reads = reads or 0
 
     def _is_cold(self, row_ids: torch.Tensor) -> bool:
         """Whether one of a few rows isn't in memory, or that can't be known."""
+        cold: bool | None = self._small.looks_cold(row_ids) if self._pages.tells else None
+        if cold is not None:
+            return cold
         ids = row_ids.reshape(-1)
         sample = ids[:: max(1, len(ids) // NUM_SAMPLES)][:NUM_SAMPLES].tolist()
         offsets = [row_id * self._gather.row_bytes for row_id in sample if 0 <= row_id < self._gather.num_rows]
@@ -243,6 +244,23 @@ class RowReader:
             f"{self.path}: expected {self._num_bytes} bytes, found {self._mapping.size()}: the file was cut while it "
             "was open. Put a copy back and open it again"
         )
+
+
+class _NoSmallReads:
+    """Where small batches have no way of their own: without the extension, of compact rows, within a budget."""
+
+    batches_to_ask: int
+    batches_after_cold: int
+    slow = False
+
+    def read(self, row_ids: torch.Tensor) -> None:
+        return None
+
+    def prefetch(self, row_ids: torch.Tensor) -> bool:
+        return False
+
+    def looks_cold(self, row_ids: torch.Tensor) -> None:
+        return None
 
 
 class _Budget:

@@ -36,6 +36,7 @@ from torch import nn
 from sense_v2.core.config import EngramConfig
 from sense_v2.engram import devices
 from sense_v2.engram.compact import BLOCK_VALUES, decode
+from sense_v2.engram.format import Manifest
 from sense_v2.engram.hashing import HeadLayout, round_up
 from sense_v2.engram.parts import MappedFiles, PartsReader, RowParts
 from sense_v2.engram.shards import Checkpoint, TensorSpan, find_tensors
@@ -98,6 +99,25 @@ class TableFacts:
     unchecked: list[str] = field(default_factory=list)
 
 
+@dataclass
+class ReleasedTensors:
+    """A table's tensors in a checkpoint's files, and what is known of it."""
+
+    path: Path
+    """What was opened: a folder, an index or a file."""
+    weights: list[TensorSpan]
+    """The rows' codes, in their order."""
+    scales: list[TensorSpan]
+    facts: TableFacts
+    scale: torch.Tensor | None = None
+    """Of an F8_E4M3 table with one for all rows, [1]."""
+    config: EngramConfig | None = None
+    """Whose layout the rows have: the caller's, else config.json's."""
+    compressed_vocab_size: int | None = None
+    map_sha256: str | None = None
+    """Of the tokenizer's map that the rows belong to."""
+
+
 class ReleasedTable(nn.Module):
     """Rows of a released checkpoint; only read. Made by `open_released_table`.
 
@@ -110,14 +130,27 @@ class ReleasedTable(nn.Module):
     collects_gradients = False
     rows_require_grad = False
 
-    def __init__(self, path: Path, facts: TableFacts, reader: PartsReader, scale: torch.Tensor | None) -> None:
+    def __init__(self, tensors: ReleasedTensors, reader: PartsReader) -> None:
         super().__init__()
-        self.path, self.facts = path, facts
-        self.num_embeddings, self.embedding_dim = facts.num_rows, facts.width
+        self.tensors, self.path, self.facts = tensors, tensors.path, tensors.facts
+        self.num_embeddings, self.embedding_dim = self.facts.num_rows, self.facts.width
         self._reader = reader
-        self._scale = None if scale is None else scale.clone()
-        self.dtype = torch.bfloat16 if scale is None else scale.dtype
+        self._scale = None if tensors.scale is None else tensors.scale.clone()
+        self.dtype = torch.bfloat16 if self._scale is None else self._scale.dtype
         """Of the rows that are looked up."""
+
+    @property
+    def config(self) -> EngramConfig | None:
+        """The memory that the rows belong to, as far as the checkpoint's config.json, or who opened it, says: for
+        `attach_engram`."""
+        return self.tensors.config
+
+    @property
+    def manifest(self) -> Manifest:
+        """What a table of ours would say of itself."""
+        known = {"variant": self.facts.variant, "layer": self.facts.layer}
+        name = str(self.dtype).removeprefix("torch.")
+        return Manifest(self.num_embeddings, self.embedding_dim, name, provenance=known)
 
     def forward(self, row_ids: torch.Tensor) -> torch.Tensor:
         """row_ids [...] of int64 or int32 -> rows [..., D] of `dtype`, on the ids' device.
@@ -125,17 +158,27 @@ class ReleasedTable(nn.Module):
         Raises `IndexError` for an id outside 0 … N - 1, `TypeError` for other dtypes, `OSError` where a file was cut
         since it was opened.
         """
-        ids_U = self._checked_ids(row_ids)
-        rows_UD = self._rows(ids_U)
+        return self.rows_as(row_ids, self.dtype)
+
+    def rows_as(self, row_ids: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+        """As `forward`, with rows of `dtype`. Of a table with one scale the product is computed in it, as it is in a
+        model of transformers of that type."""
+        rows_UD = self._rows(self._checked_ids(row_ids), dtype)
         return devices.move(rows_UD.view(*row_ids.shape, self.embedding_dim), row_ids.device)
 
     def gather(self, row_ids_U: torch.Tensor) -> torch.Tensor:
         """Rows as float32 [U, D] in memory of their own."""
-        return self._rows(self._checked_ids(row_ids_U)).float()
+        return self._rows(self._checked_ids(row_ids_U), self.dtype).float()
 
     def prefetch(self, row_ids: torch.Tensor) -> None:
         """Begins to read the rows of `row_ids` [...] from the disk, and returns at once. Raises as `forward`."""
         self._reader.prefetch(self._checked_ids(row_ids))
+
+    def gradients(self) -> None:
+        """As a trainer asks: rows that are only read have none."""
+
+    def clear_gradients(self) -> None:
+        """There are none."""
 
     @property
     def reads_the_disk(self) -> bool:
@@ -171,15 +214,17 @@ class ReleasedTable(nn.Module):
                 raise IndexError(f"row id {outside}: {self.path} has rows 0 to {self.num_embeddings - 1}")
         return ids_U
 
-    def _rows(self, ids_U: torch.Tensor) -> torch.Tensor:
+    def _rows(self, ids_U: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
         codes_UB, *scales_UK = self._reader.read(ids_U)
         if scales_UK:
             rows_UD = torch.empty(len(ids_U), self.embedding_dim, dtype=self.dtype, device="cpu")
-            return decode(codes_UB.view(torch.float8_e4m3fn), scales_UK[0], rows_UD) if len(ids_U) else rows_UD
+            if len(ids_U):
+                decode(codes_UB.view(torch.float8_e4m3fn), scales_UK[0], rows_UD)
+            return rows_UD.to(dtype)
         if self._scale is not None:
-            # Each code as a number of the scale's type is exact; the product is rounded once.
-            return codes_UB.view(torch.float8_e4m3fn).to(self.dtype).mul_(self._scale)
-        return codes_UB.view(self.dtype)
+            # Each code as a number of that type is exact; the product is rounded once.
+            return codes_UB.view(torch.float8_e4m3fn).to(dtype).mul_(self._scale.to(dtype))
+        return codes_UB.view(self.dtype).to(dtype)
 
 
 def open_released_table(
@@ -199,6 +244,25 @@ def open_released_table(
     Raises `FileNotFoundError` or `ValueError` naming the file or the tensor, before anything is mapped. What could
     not be checked is a `UserWarning`.
     """
+    tensors = find_released_table(place, layer, variant=variant, config=config, tokenizer=tokenizer)
+    facts, files = tensors.facts, MappedFiles()
+    warn_unchecked(tensors, stacklevel=3)
+    width = facts.width
+    parts = [RowParts(tensors.weights, width * (2 if facts.dtype == "BF16" else 1), files)]
+    if tensors.scale is None and tensors.scales:
+        parts.append(RowParts(tensors.scales, width // BLOCK_VALUES, files))
+    return ReleasedTable(tensors, PartsReader(parts))
+
+
+def find_released_table(
+    place: str | os.PathLike[str],
+    layer: int,
+    *,
+    variant: str | None = None,
+    config: EngramConfig | None = None,
+    tokenizer: EngramTokenizer | None = None,
+) -> ReleasedTensors:
+    """Where the table that `open_released_table` opens lies, and what is known of it, checked in the same way."""
     checkpoint = find_tensors(place, lambda name: any(names.tensor.fullmatch(name) for names in _NAMES.values()))
     tables = _tables(checkpoint)
     found = [key for key in tables if key[1] == layer and variant in (None, key[0])]
@@ -209,24 +273,23 @@ def open_released_table(
             "counted from 0"
         )
     tensors = _checked_tensors(checkpoint, *found[0], tables[found[0]])
+    _check_layout(tensors, checkpoint, config, tokenizer)
+    if tensors.scales and _NAMES[tensors.facts.variant].scale_kind == "table":
+        tensors.scale = _read_number(tensors.scales[0])
+    return tensors
+
+
+def warn_unchecked(tensors: ReleasedTensors, *, stacklevel: int) -> None:
+    """Says what of a table couldn't be checked, if anything."""
     facts = tensors.facts
-    _check_layout(facts, checkpoint, config, tokenizer)
     if facts.unchecked:
         warnings.warn(
-            f"{checkpoint.path}, layer {layer}: not checked, because nothing there says what they must be: "
+            f"{tensors.path}, layer {facts.layer}: not checked, because nothing there says what they must be: "
             f"{', '.join(facts.unchecked)}. Pass config=EngramConfig and tokenizer=EngramTokenizer, or open the "
             "whole checkpoint",
             UserWarning,
-            stacklevel=2,
+            stacklevel=stacklevel,
         )
-    files = MappedFiles()
-    width = facts.width
-    parts = [RowParts(tensors.weights, width * (2 if facts.dtype == "BF16" else 1), files)]
-    if tensors.scales and _NAMES[facts.variant].scale_kind == "block":
-        parts.append(RowParts(tensors.scales, width // BLOCK_VALUES, files))
-        return ReleasedTable(checkpoint.path, facts, PartsReader(parts), None)
-    scale = _read_number(tensors.scales[0]) if tensors.scales else None
-    return ReleasedTable(checkpoint.path, facts, PartsReader(parts), scale)
 
 
 def released_tables(place: str | os.PathLike[str]) -> list[TableFacts]:
@@ -234,9 +297,9 @@ def released_tables(place: str | os.PathLike[str]) -> list[TableFacts]:
     checkpoint = find_tensors(place, lambda name: any(names.tensor.fullmatch(name) for names in _NAMES.values()))
     found = []
     for (variant, layer), tensors in sorted(_tables(checkpoint).items()):
-        facts = _checked_tensors(checkpoint, variant, layer, tensors).facts
-        _check_layout(facts, checkpoint, None, None)
-        found.append(facts)
+        one = _checked_tensors(checkpoint, variant, layer, tensors)
+        _check_layout(one, checkpoint, None, None)
+        found.append(one.facts)
     return found
 
 
@@ -259,6 +322,7 @@ def released_config(config: Mapping[str, Any]) -> EngramConfig | None:
                 layer_indices=sorted(text["engram_layer_ids"]),
                 pad_token_id=text.get("engram_pad_token_id", VARIANTS["deepseek_v41"].defaults["pad_token_id"]),
                 seed=text.get("engram_seed", 0),
+                num_streams=text.get("hc_mult", 1),
             )
         if text.get("ple_layer_ids"):
             orders = list(range(2, text.get("ngram_size", 3) + 1))
@@ -280,13 +344,6 @@ def released_config(config: Mapping[str, Any]) -> EngramConfig | None:
     return None
 
 
-@dataclass
-class _Tensors:
-    weights: list[TensorSpan]
-    scales: list[TensorSpan]
-    facts: TableFacts
-
-
 def _tables(checkpoint: Checkpoint) -> dict[tuple[str, int], dict[str, list[TensorSpan]]]:
     """(variant, layer) -> the tensors of that table."""
     tables: dict[tuple[str, int], dict[str, list[TensorSpan]]] = {}
@@ -300,7 +357,7 @@ def _tables(checkpoint: Checkpoint) -> dict[tuple[str, int], dict[str, list[Tens
 
 def _checked_tensors(
     checkpoint: Checkpoint, variant: str, layer: int, tensors: Mapping[str, list[TensorSpan]]
-) -> _Tensors:
+) -> ReleasedTensors:
     names = _NAMES[variant]
     where = f"{checkpoint.path}, {variant} layer {layer}"
     weights = _in_order(where, names, tensors, "weight")
@@ -336,7 +393,7 @@ def _checked_tensors(
     num_bytes = sum(span.num_bytes for span in (*weights, *scales))
     facts = TableFacts(variant, layer, num_rows, width, first.dtype, len(weights), num_bytes)
     facts.checked += ["types", "shapes", "bytes", "parts"]
-    return _Tensors(weights, scales, facts)
+    return ReleasedTensors(checkpoint.path, weights, scales, facts)
 
 
 def _check_block_scales(scales: list[TensorSpan], num_rows: int, width: int) -> None:
@@ -381,8 +438,9 @@ def _in_order(
 
 
 def _check_layout(
-    facts: TableFacts, checkpoint: Checkpoint, config: EngramConfig | None, tokenizer: EngramTokenizer | None
+    tensors: ReleasedTensors, checkpoint: Checkpoint, config: EngramConfig | None, tokenizer: EngramTokenizer | None
 ) -> None:
+    facts = tensors.facts
     where = f"{checkpoint.path}, {facts.variant} layer {facts.layer}"
     theirs = checkpoint.config or {}
     text = theirs.get("text_config") or theirs
@@ -391,6 +449,7 @@ def _check_layout(
         if layout_config is not None:
             multiple = text.get("make_ngram_vocab_size_divisible_by") if facts.variant == "qwen_ple" else None
             facts.layout = _fitting_layout(facts, where, source, layout_config, multiple)
+            tensors.config = layout_config
     if facts.layout is None:
         facts.unchecked.append("the number of rows against the layout")
     else:
@@ -403,7 +462,10 @@ def _check_layout(
             raise ValueError(
                 f"{where}: {facts.num_rows} rows, but config.json says engram_num_embeddings = {declared}"
             )
-    _check_map(facts, where, text, tokenizer)
+    if VARIANTS[facts.variant].compresses:
+        _check_map(tensors, where, text, tokenizer)
+    else:
+        tensors.compressed_vocab_size = text.get("vocab_size")
 
 
 def _fitting_layout(
@@ -428,25 +490,29 @@ def _fitting_layout(
     return layout
 
 
-def _check_map(facts: TableFacts, where: str, text: Mapping[str, Any], tokenizer: EngramTokenizer | None) -> None:
-    if not VARIANTS[facts.variant].compresses:
-        return
-    name = tokenizer and (tokenizer.tokenizer_name or tokenizer.path)
+def _check_map(
+    tensors: ReleasedTensors, where: str, text: Mapping[str, Any], tokenizer: EngramTokenizer | None
+) -> None:
+    facts = tensors.facts
     size, ids = text.get("engram_compressed_vocab_size"), text.get("engram_tokenizer_map")
-    if tokenizer is None:
-        facts.unchecked.append("the tokenizer's map")
-        return
-    if size is not None and tokenizer.compressed_vocab_size != size:
+    if tokenizer is not None and size is not None and tokenizer.compressed_vocab_size != size:
+        name = tokenizer.tokenizer_name or tokenizer.path
         raise ValueError(
             f"{where}: {name} has {tokenizer.compressed_vocab_size} compressed ids, config.json says "
             f"{size}. Make the map from the checkpoint's own tokenizer"
         )
-    known = _RELEASED_MAPS.get((facts.variant, size or tokenizer.compressed_vocab_size))
+    if size is None and tokenizer is not None:
+        size = tokenizer.compressed_vocab_size
+    known = _RELEASED_MAPS.get((facts.variant, size)) if isinstance(size, int) else None
     if isinstance(ids, list):
         known = map_sha256(np.array(ids, dtype=np.int64))
-    if known is None:
+    tensors.compressed_vocab_size, tensors.map_sha256 = size, known
+    if tokenizer is None or known is None:
         facts.unchecked.append("the tokenizer's map")
+        if tokenizer is not None:
+            tensors.map_sha256 = tokenizer.sha256
     elif known != tokenizer.sha256:
+        name = tokenizer.tokenizer_name or tokenizer.path
         raise ValueError(
             f"{where}: the map of {name} is that of another tokenizer, or of another revision (SHA-256 "
             f"{tokenizer.sha256[:12]}…, expected {known[:12]}…). Make it from the checkpoint's own tokenizer"

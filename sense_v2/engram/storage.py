@@ -33,10 +33,10 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import nn
-from torch.nn.modules.module import _has_any_global_hook
+from torch.nn.modules import module as nn_module
 
 from sense_v2.core.config import DURABILITIES
-from sense_v2.engram import disk, opening
+from sense_v2.engram import disk, gather, opening
 from sense_v2.engram.checksums import from_hex, to_hex
 from sense_v2.engram.disk import SyncError, WriterLock, has_holes, new_file
 from sense_v2.engram.format import Manifest, StateEntry, as_json_object, row_dtype
@@ -188,6 +188,7 @@ class MMapEmbeddingStorage(nn.Module):
         except BaseException:
             self._let_go()
             raise
+        self._lookup = self._reader.lookup(_hooks_of(self))
         rows = shared_tensor(self._mmap)
         self._weight: torch.Tensor | None = rows if self._row_dtype.is_compact else rows.view(self._row_dtype.torch)
         self._updates = self._manifest.updates
@@ -240,22 +241,9 @@ class MMapEmbeddingStorage(nn.Module):
         assert self._mmap is not None
         return self._mmap
 
-    def __call__(self, row_ids: torch.Tensor) -> torch.Tensor:
-        """As `forward`. `nn.Module`'s own call looks for hooks, and takes as long as the rows of a small batch; it is
-        used where there are any."""
-        if (
-            self._forward_pre_hooks
-            or self._forward_hooks
-            or self._backward_hooks
-            or self._backward_pre_hooks
-            or _has_any_global_hook()
-        ):
-            return super().__call__(row_ids)
-        reader = self._reader
-        # What `forward` comes to for most small batches.
-        if self.training or reader is None or type(row_ids) is not torch.Tensor:
-            return self.forward(row_ids)
-        return reader.read(row_ids) if row_ids.dtype is torch.int64 and row_ids.is_cpu else self.forward(row_ids)
+    def _call(self, *arguments: Any, **keywords: Any) -> Any:
+        """`nn.Module`'s own call, for what the extension's (below) hands back."""
+        return super().__call__(*arguments, **keywords)
 
     def forward(self, row_ids: torch.Tensor) -> torch.Tensor:
         """row_ids [...] of int64 or int32 -> rows [..., D] in the table's dtype, on the ids' device.
@@ -281,7 +269,8 @@ class MMapEmbeddingStorage(nn.Module):
     def prefetch(self, row_ids: torch.Tensor) -> None:
         """Begins to read the rows of `row_ids` [...], int64 or int32, from the disk, and returns at once. What is in
         memory already costs next to nothing, and no row that is read differs. Raises as `forward`."""
-        self._opened_reader().prefetch(self._checked_ids(row_ids))
+        if self._lookup is None or not self._lookup.prefetch(row_ids):
+            self._opened_reader().prefetch(self._checked_ids(row_ids))
 
     @property
     def reads_the_disk(self) -> bool:
@@ -598,6 +587,7 @@ class MMapEmbeddingStorage(nn.Module):
         if self._reader is not None:
             self._reader.close()
         self._mmap = self._weight = self._reader = None
+        self._lookup = None
         self._states, self._state_maps = {}, {}
         self.clear_gradients()
 
@@ -631,6 +621,19 @@ class MMapEmbeddingStorage(nn.Module):
         return (
             f"{self.num_embeddings}, {self.embedding_dim}, {str(self.path)!r}, dtype={self.dtype}, mode={self.mode!r}"
         )
+
+
+def _hooks_of(module: nn.Module) -> tuple[dict[int, Any], ...]:
+    """What `nn.Module`'s own call looks into: the module's hooks and those of all modules, each a dictionary that is
+    filled and emptied in place."""
+    own = (module._forward_pre_hooks, module._forward_hooks, module._backward_pre_hooks, module._backward_hooks)
+    forward = (nn_module._global_forward_pre_hooks, nn_module._global_forward_hooks)
+    return (*own, *forward, nn_module._global_backward_pre_hooks, nn_module._global_backward_hooks)
+
+
+if gather.compiled is not None:
+    # `nn.Module`'s own call, and what `forward` asks, take several times as long as a small batch's rows.
+    MMapEmbeddingStorage.__call__ = gather.compiled.small_batches_first(MMapEmbeddingStorage)  # type: ignore[method-assign]
 
 
 def _reopen(num_embeddings: int, embedding_dim: int, path: str, dtype: str, training: bool) -> MMapEmbeddingStorage:

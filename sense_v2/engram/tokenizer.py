@@ -164,25 +164,8 @@ class EngramTokenizerBuilder:
         ...     EngramTokenizerBuilder(tokenizer).build_mapping(Path(folder) / "shadow_map.npy")
         array([0, 1, 0])
         """
-        path = Path(output_path)
-        check_output_path(path)
-        map_V, description = self.mapping(), self.description()
-        path.parent.mkdir(parents=True, exist_ok=True)
-        json_path = description_path(path)
-        parts = {json_path: _temporary(json_path), path: _temporary(path)}
-        try:
-            with open(parts[json_path], "xb") as file:
-                file.write(description.to_json().encode())
-                _sync(file)
-            with open(parts[path], "xb") as file:
-                np.save(file, map_V.astype("<i8"), allow_pickle=False)
-                _sync(file)
-            for target, part in parts.items():
-                os.replace(part, target)
-                _sync_folder(path.parent)
-        finally:
-            for part in parts.values():
-                part.unlink(missing_ok=True)
+        map_V = self.mapping()
+        _write_map(Path(output_path), map_V, self.description())
         return map_V
 
     def _keys(self) -> Iterator[Hashable]:
@@ -254,6 +237,10 @@ def _special_ids(tokenizer: Any, fast: Any) -> dict[str, int]:
     return {name: token_id for name, token_id in ids.items() if token_id is not None}
 
 
+# What the description of a map that folds nothing has as its normalization.
+IDENTITY = "identity"
+
+
 @dataclass(frozen=True)
 class ShadowMapDescription:
     """The JSON beside a map."""
@@ -293,6 +280,34 @@ class ShadowMapDescription:
             if not absent and (not isinstance(value, expected) or isinstance(value, bool)):
                 raise ValueError(f"{path}: {name} = {value!r} is not of type {expected.__name__}: {rebuild}")
         return cls(**known)
+
+
+def write_identity_map(output_path: str | os.PathLike[str], vocab_size: int, *, name: str | None = None) -> None:
+    """Writes the map of an architecture that compresses nothing: each of `vocab_size` token ids is its own compressed
+    id. `name` is the tokenizer's. As `EngramTokenizerBuilder.build_mapping`."""
+    map_V = np.arange(vocab_size, dtype=np.int64)
+    description = ShadowMapDescription(name, IDENTITY, vocab_size, vocab_size, None, None, map_sha256(map_V))
+    _write_map(Path(output_path), map_V, description)
+
+
+def _write_map(path: Path, map_V: np.ndarray, description: ShadowMapDescription) -> None:
+    check_output_path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    json_path = description_path(path)
+    parts = {json_path: _temporary(json_path), path: _temporary(path)}
+    try:
+        with open(parts[json_path], "xb") as file:
+            file.write(description.to_json().encode())
+            _sync(file)
+        with open(parts[path], "xb") as file:
+            np.save(file, map_V.astype("<i8"), allow_pickle=False)
+            _sync(file)
+        for target, part in parts.items():
+            os.replace(part, target)
+            _sync_folder(path.parent)
+    finally:
+        for part in parts.values():
+            part.unlink(missing_ok=True)
 
 
 def description_path(map_path: Path) -> Path:

@@ -16,6 +16,7 @@ from __future__ import annotations
 import inspect
 import types
 import warnings
+from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -26,8 +27,8 @@ from transformers import Cache, PreTrainedModel
 
 from sense_v2.core.config import EngramConfig
 from sense_v2.engram.model import EngramFusionLayer
-from sense_v2.engram.sharding import ShardedTable
 from sense_v2.engram.tokenizer import EngramTokenizer, EngramTokenizerBuilder
+from sense_v2.engram.variants import VARIANTS
 from sense_v2.hf.cache import EngramState, state_in
 from sense_v2.hf.inputs import (
     CARRIER,
@@ -40,6 +41,7 @@ from sense_v2.hf.inputs import (
     prepare_inputs_with_memory,
 )
 from sense_v2.hf.memory import EngramMemory, attached_memory, memory_of
+from sense_v2.hf.tables import identity_map, placed_tables, refuse_another_map
 
 # An embedding is often padded to a round number of rows; more than this many rows without a token is another
 # tokenizer's map.
@@ -52,15 +54,20 @@ def attach_engram(
     tokenizer: Any = None,
     *,
     mode: str = "r+",
-    storage: ShardedTable | None = None,
+    storage: Any = None,
 ) -> PreTrainedModel:
     """Puts memory before the decoder layers named by `config.layer_indices`, in place; returns `model`.
 
     `tokenizer` is whatever `EngramTokenizerBuilder` takes (a tokenizer, a hub name, a folder, a tokenizer.json). It
     makes the shadow map where `config.shadow_map_path` doesn't exist yet, and is checked against it where it does.
     A table that doesn't exist yet is created; one that does is checked against its manifest. With mode "r" it is only
-    read: nothing on disk changes, and its folder may be one that can't be written to. `storage` is a table that is
-    open already, of several processes (`sense_v2.hf.ranks` makes it).
+    read: nothing on disk changes, and its folder may be one that can't be written to.
+
+    `storage` is a table that is open already, in place of the one at `config.storage_path`, or, where each layer has
+    its own, {layer of the model: table}: `open_released_table`'s, above all, whose rows are only read while the
+    fusion layers are trained. A released table may stand before any layer of the model, whichever it was trained for;
+    `config` is then what it was trained with (`table.config`), with `num_streams` as the model has them. Who opened
+    it closes it. (`sense_v2.hf.tables` checks that they belong together.)
 
     The fusion layers get the backbone's dtype and device. A fresh memory changes no output. A KV cache also keeps
     what the memory needs of earlier tokens; one that the model filled without this memory is refused.
@@ -84,11 +91,19 @@ def attach_engram(
         return model
     layers = decoder_layers(model)
     depth = len(layers)
-    for layer_id in config.layer_indices:
-        if layer_id >= depth:
+    text_config = model.config.get_text_config()
+    if config.num_streams > 1 and not (getattr(text_config, "hc_mult", 0) or getattr(text_config, "hc_count", 0)):
+        raise ValueError(
+            f"EngramConfig.num_streams = {config.num_streams}, and {type(model).__name__} has one residual stream; "
+            "pass dataclasses.replace(config, num_streams=1)"
+        )
+    given = None if storage is None else placed_tables(storage, config)
+    places = config.layer_indices if given is None else sorted(given)
+    for layer_id in places:
+        if not 0 <= layer_id < depth:
+            where = "EngramConfig.layer_indices" if given is None else "storage"
             raise ValueError(
-                f"EngramConfig.layer_indices holds {layer_id}, but this {type(model).__name__} has {depth} layers "
-                f"(0 to {depth - 1})"
+                f"{where} holds {layer_id}, but this {type(model).__name__} has {depth} layers (0 to {depth - 1})"
             )
     base = model.base_model
     if not any(p.kind is p.VAR_KEYWORD for p in inspect.signature(base.forward).parameters.values()):
@@ -97,14 +112,15 @@ def attach_engram(
             "them; this model type isn't supported"
         )
 
-    shadow_map = shadow_map_of(config, tokenizer)
-    embedding = model.get_input_embeddings()
-    num_embeddings = _rows(embedding)
+    tables = [] if given is None else [table for _, table in given.values()]
+    num_embeddings = _rows(model.get_input_embeddings())
+    shadow_map = shadow_map_of(config, tokenizer, tables, num_embeddings)
     _check_vocabulary(shadow_map, num_embeddings, config)
     pad_token_id = getattr(model.config, "pad_token_id", None)
+    refuse_another_map(tables, shadow_map)
     hidden_size = int(model.config.get_text_config().hidden_size)
-    memory = EngramMemory(config, hidden_size, shadow_map, pad_token_id, mode, storage)
-    weight = next(layers[config.layer_indices[0]].parameters())
+    memory = EngramMemory(config, hidden_size, shadow_map, pad_token_id, mode, given)
+    weight = next(layers[places[0]].parameters())
     memory.to(device=weight.device, dtype=weight.dtype)
     memory.train(model.training)
 
@@ -137,12 +153,14 @@ def detach_engram(model: PreTrainedModel) -> PreTrainedModel:
     if wrapped is not None:
         detach_engram(wrapped)
         return model
-    if memory.storage.mode == "r+":
-        memory.storage.flush()
+    for storage in memory.storages:
+        if storage.mode == "r+":
+            storage.flush()
     for change in memory._undo:
         change.remove()
     del model.engram
-    memory.storage.close()
+    if memory.owns_tables:
+        memory.storage.close()
     return model
 
 
@@ -170,11 +188,15 @@ def decoder_layers(model: PreTrainedModel) -> nn.ModuleList:
     return next(iter(outer.values()))
 
 
-def shadow_map_of(config: EngramConfig, tokenizer: Any) -> EngramTokenizer:
+def shadow_map_of(
+    config: EngramConfig, tokenizer: Any, tables: Sequence[Any], num_embeddings: int
+) -> EngramTokenizer:
     """The map at `config.shadow_map_path`, made from `tokenizer` where there is none, checked against it else."""
     path = Path(config.shadow_map_path)
     if isinstance(tokenizer, EngramTokenizer):
         return tokenizer
+    if not VARIANTS[config.variant].compresses:
+        return identity_map(config, tables, num_embeddings)
     if not path.exists():
         if tokenizer is None:
             raise FileNotFoundError(

@@ -35,7 +35,7 @@ def write_checkpoint(memory: EngramMemory, checkpoint: Path, *, table: str, stat
     states out: good for going back to these rows, not for training on."""
     folder = checkpoint / MEMORY_FOLDER
     (folder / CONFIG_FILE).unlink(missing_ok=True)
-    save_memory(memory, folder, table=table, states=states)
+    save_memory(memory, folder, table="stay" if memory.is_released else table, states=states)
 
 
 def restore_rows(memory: EngramMemory, checkpoint: Path) -> None:

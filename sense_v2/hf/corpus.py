@@ -16,7 +16,7 @@ import hashlib
 import os
 import sysconfig
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -217,9 +217,16 @@ def _cut_end(text: str, fraction: float, name: str) -> tuple[str, str]:
     )
 
 
-def encode(texts: Sequence[str], tokenizer: Any, *, separator_id: int | None, batch: int = 256) -> np.ndarray:
+def encode(
+    texts: Sequence[str],
+    tokenizer: Any,
+    *,
+    separator_id: int | None,
+    batch: int = 256,
+    advance: Callable[[int], Any] | None = None,
+) -> np.ndarray:
     """All texts as one int32 stream of token ids, `separator_id` after each. `tokenizer`: a `tokenizers.Tokenizer`
-    or a transformers tokenizer.
+    or a transformers tokenizer. `advance` is told the characters of every `batch` texts once they are done.
 
     No token is added, padded or truncated, whatever the tokenizer is set to. A text that holds a special token's
     spelling gives that token, as everywhere in transformers: corpora separate their documents so.
@@ -236,6 +243,8 @@ def encode(texts: Sequence[str], tokenizer: Any, *, separator_id: int | None, ba
                 "input_ids"
             ]
         pieces += [np.array(list(one) + tail, dtype=np.int32) for one in ids]
+        if advance is not None:
+            advance(sum(map(len, chunk)))
     return np.concatenate(pieces) if pieces else np.empty(0, dtype=np.int32)
 
 

@@ -6,7 +6,7 @@ L layers with memory, B batch, T sequence, P positions of history, H rows a posi
 from __future__ import annotations
 
 import uuid
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
@@ -15,6 +15,7 @@ from torch import nn
 from sense_v2.core.config import EngramConfig
 from sense_v2.engram import operators
 from sense_v2.engram.model import EngramFusionLayer, open_table
+from sense_v2.engram.released import ReleasedTable
 from sense_v2.engram.sharding import ShardedTable
 from sense_v2.engram.storage import MMapEmbeddingStorage
 from sense_v2.engram.tokenizer import EngramTokenizer
@@ -30,24 +31,32 @@ class EngramMemory(nn.Module):
         tokenizer: EngramTokenizer,
         pad_token_id: int | None,
         mode: str = "r+",
-        storage: ShardedTable | None = None,
+        given: Mapping[int, tuple[int, MMapEmbeddingStorage | ReleasedTable | ShardedTable]] | None = None,
     ) -> None:
+        """`given`: by layer of the model, the layer of `config` whose rows it reads, and the table that has them;
+        without it `config`'s table is opened."""
         super().__init__()
         self.config = config
         self.tokenizer = tokenizer
-        # Both have what a model needs; their common type would be a list of that.
-        self.storage: Any = open_table(config, tokenizer, mode=mode) if storage is None else storage
+        self.owns_tables = given is None
+        if given is None:
+            table = open_table(config, tokenizer, mode=mode)
+            given = {layer_id: (layer_id, table) for layer_id in config.layer_indices}
+        if len({id(table) for _, table in given.values()}) == 1:
+            # Tables of their own for several layers are `storages` alone.
+            self.storage: Any = next(iter(given.values()))[1]
         self.layers = nn.ModuleDict(
             {
-                str(layer_id): EngramFusionLayer(
+                str(place): EngramFusionLayer(
                     config,
                     hidden_size,
                     layer_id,
                     tokenizer=tokenizer,
-                    storage=self.storage,
+                    storage=table,
                     pad_token_id=pad_token_id,
+                    place=place,
                 )
-                for layer_id in config.layer_indices
+                for place, (layer_id, table) in sorted(given.items())
             }
         )
         self.id = uuid.uuid4().hex
@@ -58,6 +67,25 @@ class EngramMemory(nn.Module):
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
         self._handle = operators.handle_of(self)
+
+    def __getattr__(self, name: str) -> Any:
+        if name == "storage" and name not in self.__dict__.get("_modules", {}):
+            raise AttributeError(
+                f"this memory has a table for each of its layers, {', '.join(self.layers)}: "
+                "model.engram.layers[…].storage is one of them, model.engram.storages all. What saves or trains rows "
+                "takes a memory of one table"
+            )
+        return super().__getattr__(name)
+
+    @property
+    def storages(self) -> list[Any]:
+        """The tables, each once."""
+        return list({id(fusion.storage): fusion.storage for fusion in self}.values())
+
+    @property
+    def is_released(self) -> bool:
+        """Whether a table is a released checkpoint's, by itself or under an overlay: nobody's to copy."""
+        return any(isinstance(getattr(storage, "base", storage), ReleasedTable) for storage in self.storages)
 
     @property
     def reach(self) -> int:
@@ -112,22 +140,25 @@ class EngramMemory(nn.Module):
 
     def begin_rows(self, row_ids_LBTH: torch.Tensor, valid_BT: torch.Tensor | None) -> None:
         """A forward needs these rows, but for those of masked positions: they begin to come."""
-        if not isinstance(self.storage, ShardedTable):
+        table = self.storages[0]
+        if not isinstance(table, ShardedTable):
             self.prefetch_rows(row_ids_LBTH)
         elif not torch.compiler.is_compiling():
-            self.storage.begin(row_ids_LBTH if valid_BT is None else row_ids_LBTH[:, valid_BT])
+            table.begin(row_ids_LBTH if valid_BT is None else row_ids_LBTH[:, valid_BT])
 
     def prefetch(self, token_ids_BT: torch.Tensor) -> None:
         """Begins to read the rows of these token ids [B, T], the first layer's first, and returns at once. Does
         nothing where rows were in memory lately."""
-        if self.storage.reads_the_disk:
+        if any(storage.reads_the_disk for storage in self.storages):
             self.prefetch_rows(self.hash_tokens(token_ids_BT, None, None, None)[1])
 
     def prefetch_rows(self, row_ids_LBTH: torch.Tensor) -> None:
         """As `prefetch`, of rows that are known already."""
-        if not torch.compiler.is_compiling() and self.storage.reads_the_disk:
-            for row_ids_BTH in row_ids_LBTH:
-                self.storage.prefetch(row_ids_BTH)
+        if torch.compiler.is_compiling():
+            return
+        for fusion, row_ids_BTH in zip(self, row_ids_LBTH, strict=True):
+            if fusion.storage.reads_the_disk:
+                fusion.storage.prefetch(row_ids_BTH)
 
     def __iter__(self) -> Iterator[EngramFusionLayer]:
         return iter(self.layers.values())  # type: ignore[arg-type]  # a ModuleDict doesn't know its modules' type

@@ -46,7 +46,7 @@ class EmbeddingOnDisk(nn.Module):
         if self.table is None:
             raise ValueError("this model was built without its n-gram table; call offload_ngram_table(model, folder)")
         layer: Any = self._layer[0]
-        return self.table(row_ids).to(layer.norm_key.weight.dtype)
+        return self.table.rows_as(row_ids, layer.norm_key.weight.dtype)
 
 
 def offload_ngram_table(model: PreTrainedModel, folder: str | os.PathLike[str]) -> PreTrainedModel:

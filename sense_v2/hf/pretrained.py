@@ -119,6 +119,12 @@ def save_pretrained(
             f"{target} is another model's memory, and this one, which has none, would be loaded with it; "
             "remove it, or choose another folder"
         )
+    if memory is not None and memory.is_released:
+        raise ValueError(
+            "save_pretrained: this memory reads tables of a released checkpoint, which stay there; save "
+            "model.engram.layers.state_dict() and the backbone by themselves, and attach the tables again to load "
+            "them. sense-engram convert makes a table of ours from each"
+        )
     in_place = memory is not None and _is_same_file(memory.storage.path, target / TABLE_FILE)
     if table == "reference" and not in_place and (target / TABLE_FILE).exists():
         raise FileExistsError(
@@ -303,6 +309,18 @@ def convert_trained(
         if file.is_file():
             copy_file(file, output / file.name)
     return conversion
+
+
+def memory_parts(folder: str | Path) -> tuple[EngramConfig, Path, dict[int, dict[str, torch.Tensor]]]:
+    """(configuration, table, weights of the fusion layers by layer) of the model that was saved to `folder`, to write
+    them in another form. Raises as `from_pretrained`."""
+    memory = Path(folder) / MEMORY_FOLDER
+    table = _table_of(memory)
+    fusion: dict[int, dict[str, torch.Tensor]] = {}
+    for name, value in load_file(memory / FUSION_FILE).items():
+        layer, _, rest = name.partition(".")
+        fusion.setdefault(int(layer), {})[rest] = value
+    return EngramConfig.load(memory / CONFIG_FILE), table, fusion
 
 
 def _found_folder(name: str | Path, download: dict[str, Any], mode: str) -> Path:

@@ -62,11 +62,14 @@ def attach_on_every_rank(
             "keeps each rank's rows on its own host"
         )
     ranks = Ranks() if ranks is None else ranks
+    num_tokens = model.get_input_embeddings().weight.shape[0]
     # One rank makes it where all see it; a host that sees none makes its own.
-    ranks.together("shadow map", lambda: shadow_map_of(config, tokenizer), only=0)
-    shadow_map = ranks.together("shadow map: others", lambda: shadow_map_of(config, tokenizer))
+    ranks.together("shadow map", lambda: shadow_map_of(config, tokenizer, (), num_tokens), only=0)
+    shadow_map = ranks.together("shadow map: others", lambda: shadow_map_of(config, tokenizer, (), num_tokens))
     table = open_sharded_table(config, shadow_map, ranks, layout=layout, mode=mode)
-    return attach_engram(model, config, shadow_map, mode=mode, storage=table)
+    attach_engram(model, config, shadow_map, mode=mode, storage=table)
+    memory_of(model).owns_tables = True
+    return model
 
 
 def table_of(model: nn.Module) -> ShardedTable:

@@ -35,6 +35,8 @@ FORMATS = {".jsonl": "json", ".json": "json", ".parquet": "parquet"}
 BLOCKS_BETWEEN_STATES = 256
 STATES_KEPT = 8
 STREAM_FILE = "stream.safetensors"
+# Beside files of tokens, and no corpus itself: what they are (sense_v2.hf.preparing).
+TOKENS_FILE = "tokens.json"
 
 
 def open_documents(source: str | Path | Sequence[str | Path], *, split: str = "train", **options: Any) -> Any:
@@ -49,21 +51,30 @@ def open_documents(source: str | Path | Sequence[str | Path], *, split: str = "t
         import datasets
     except ImportError as error:
         raise ImportError("streaming a corpus needs the package datasets: pip install 'sense-v2[stream]'") from error
-    paths = [source] if isinstance(source, (str, Path)) else list(source)
-    if len(paths) == 1 and isinstance(source, str) and not Path(source).exists():
+    found = files_of_one_kind(source)
+    if found is None:
         return datasets.load_dataset(source, split=split, streaming=True, **options)
+    kind, files = found
+    if kind == "text":
+        options.setdefault("sample_by", "document")
+    return datasets.load_dataset(kind, data_files={split: files}, split=split, streaming=True, **options)
+
+
+def files_of_one_kind(source: str | Path | Sequence[str | Path]) -> tuple[str, list[str]] | None:
+    """(kind, files) of a corpus, the kind as `datasets` calls it; None where `source` is a name on the hub.
+
+    Raises `ValueError` for files of different kinds and folders without files, `FileNotFoundError`.
+    """
+    if isinstance(source, str) and not Path(source).exists():
+        return None
+    paths = [source] if isinstance(source, (str, Path)) else list(source)
     files = [file for path in paths for file in _files(Path(path))]
     kinds = {FORMATS.get(file.suffix, "text") for file in files}
     if len(kinds) != 1:
         raise ValueError(
             f"a corpus is files of one kind; {', '.join(map(str, paths))} has {', '.join(sorted(kinds)) or 'none'}"
         )
-    (kind,) = kinds
-    if kind == "text":
-        options.setdefault("sample_by", "document")
-    return datasets.load_dataset(
-        kind, data_files={split: [str(file) for file in files]}, split=split, streaming=True, **options
-    )
+    return kinds.pop(), [str(file) for file in files]
 
 
 def _files(path: Path) -> list[Path]:
@@ -72,7 +83,7 @@ def _files(path: Path) -> list[Path]:
     if path.is_file():
         return [path]
     hidden = (".", "__pycache__")
-    below = (file for file in path.rglob("*") if file.is_file())
+    below = (file for file in path.rglob("*") if file.is_file() and file.name != TOKENS_FILE)
     return sorted(f for f in below if not any(part.startswith(hidden) for part in f.relative_to(path).parts))
 
 

@@ -56,6 +56,15 @@ def decimals(value: float | None, digits: int = 3) -> str:
     return f"{value:.{digits}f}".replace("-", "−") if value is not None and is_finite(value) else NOT_FINITE
 
 
+def signed(value: float | None, digits: int = 4) -> str:
+    """A difference, with its sign.
+
+    >>> signed(0.51234), signed(-0.5, 2), signed(0.0)
+    ('+0.5123', '−0.50', '0.0000')
+    """
+    return ("+" if is_finite(value) and round(float(value or 0), digits) > 0 else "") + decimals(value, digits)
+
+
 def perplexity(value: float | None) -> str:
     """
     >>> perplexity(12.3081), perplexity(1503.2), perplexity(float("inf"))

