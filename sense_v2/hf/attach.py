@@ -122,7 +122,7 @@ def attach_engram(
 
     tables = [] if given is None else [table for _, table in given.values()]
     num_embeddings = _rows(model.get_input_embeddings())
-    shadow_map = _shadow_map(config, tokenizer, tables, num_embeddings)
+    shadow_map = shadow_map_of(config, tokenizer, tables, num_embeddings)
     _check_vocabulary(shadow_map, num_embeddings, config)
     pad_token_id = getattr(model.config, "pad_token_id", None)
     refuse_another_map(tables, shadow_map)
@@ -196,7 +196,9 @@ def decoder_layers(model: PreTrainedModel) -> nn.ModuleList:
     return next(iter(outer.values()))
 
 
-def _shadow_map(config: EngramConfig, tokenizer: Any, tables: Sequence[Any], num_embeddings: int) -> EngramTokenizer:
+def shadow_map_of(
+    config: EngramConfig, tokenizer: Any, tables: Sequence[Any], num_embeddings: int
+) -> EngramTokenizer:
     """The map at `config.shadow_map_path`, made from `tokenizer` where there is none, checked against it else."""
     path = Path(config.shadow_map_path)
     if isinstance(tokenizer, EngramTokenizer):

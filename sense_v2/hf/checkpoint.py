@@ -18,7 +18,9 @@ from typing import Any
 
 from transformers import PreTrainedModel
 
+from sense_v2.engram import range_copy
 from sense_v2.engram.overlay import OverlayStorage
+from sense_v2.engram.sharding import ShardedTable
 from sense_v2.engram.snapshot import restore_table
 from sense_v2.hf.backbone import backbone_facts
 from sense_v2.hf.memory import EngramMemory, memory_of
@@ -68,7 +70,10 @@ def restore_rows(memory: EngramMemory, checkpoint: Path) -> None:
         storage.restore(folder / OVERLAY_FILE)
         return
     if not (folder / REFERENCE_FILE).is_file():
-        restore_table(memory.storage, folder / TABLE_FILE)
+        if isinstance(memory.storage, ShardedTable):
+            range_copy.restore_table(memory.storage, folder / TABLE_FILE)
+        else:
+            restore_table(memory.storage, folder / TABLE_FILE)
         return
     named, manifest = read_reference(folder / REFERENCE_FILE), memory.storage.manifest
     if named["commit"] != manifest.commit or memory.storage.updates != manifest.updates:

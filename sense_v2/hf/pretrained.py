@@ -45,6 +45,7 @@ from sense_v2.engram.disk import WriterLock, copy_file, new_file
 from sense_v2.engram.format import journal_name, lock_name, manifest_name
 from sense_v2.engram.opening import read_manifest
 from sense_v2.engram.overlay import OverlayStorage
+from sense_v2.engram.sharding import ShardedTable
 from sense_v2.engram.snapshot import copy_table
 from sense_v2.engram.storage import MMapEmbeddingStorage
 from sense_v2.engram.tokenizer import description_path
@@ -157,7 +158,8 @@ def save_pretrained(
         if tokenizer is not None:
             tokenizer = _save_tokenizer(tokenizer, model, folder)
         if memory is not None:
-            if memory.storage.mode == "r+":
+            # Several processes commit together, and one of them may save alone what was committed.
+            if memory.storage.mode == "r+" and not isinstance(memory.storage, ShardedTable):
                 memory.storage.flush()
             # What is recorded of a tokenizer that isn't saved again still holds.
             facts = {
@@ -210,7 +212,7 @@ def save_memory(
     """
     target.mkdir(parents=True, exist_ok=True)
     if table == "reference":
-        _write_reference(memory.table, target)
+        _write_reference(memory.whole_table, target)
     else:
         (target / REFERENCE_FILE).unlink(missing_ok=True)
         if table != "stay":
@@ -557,7 +559,7 @@ def _portable_config(memory: EngramMemory) -> EngramConfig:
 
 def _copy_table(memory: EngramMemory, target: Path, states: bool, *, reflink_only: bool) -> None:
     """The table and its manifest. State that an earlier table left there would be taken for its own."""
-    copy_table(memory.table, target / TABLE_FILE, states=states, reflink_only=reflink_only)
+    copy_table(memory.whole_table, target / TABLE_FILE, states=states, reflink_only=reflink_only)
     kept = {entry.file for entry in read_manifest(target / manifest_name(TABLE_FILE)).states.values()}
     for path in target.glob("engram_table.*.dat"):
         is_table = path.with_name(manifest_name(path.name)).exists() or _is_same_file(path, memory.table.path)
