@@ -48,7 +48,7 @@ from sense_v2.core.config import EngramConfig
 from sense_v2.engram.hashing import NgramHasher
 from sense_v2.engram.optim import RowWiseAdagrad
 from sense_v2.engram.tokenizer import EngramTokenizer
-from sense_v2.report.plots import PALETTE, _style
+from sense_v2.report.plots import PALETTE, style
 
 WORLD_SIZES = (1, 2, 4)
 MICRO_BATCHES = 4
@@ -320,7 +320,7 @@ def draw(path: Path, strong: dict[int, dict[str, Any]], model: dict[str, Any]) -
     unique = strong[1]["unique_rows"] / MICRO_BATCHES
     curve = [sum(predicted_bytes(unique, width, WIDTH).values()) / 1e6 for width in widths]
     measured = {w: sum(found["sent_bytes"].values()) / (MICRO_BATCHES // w) / 1e6 for w, found in strong.items()}
-    with matplotlib.rc_context(_style(10)):
+    with matplotlib.rc_context(style(10)):
         figure = Figure(figsize=(10, 4), dpi=150, facecolor=PALETTE["page"], layout="constrained")
         left, right = figure.subplots(1, 2)
         left.plot(widths, curve, color=COLOURS[0], label="by the model")
