@@ -19,9 +19,10 @@ INSTALLED := $(VENV)/.installed
 INSTALLING := $(VENV)/.installing
 TORCH_CONSTRAINTS ?= $(or $(shell sed -n 2p $(INSTALLED) 2>/dev/null),constraints.txt)
 TYPED := sense_v2 $(wildcard scripts/*.py benchmarks/*.py)
-# Some only help the others, and scaling.py has a target of its own: it takes half an hour.
+# Some only help the others; scaling.py has a target of its own, since it takes half an hour, and teaching.py needs a
+# model that has learned.
 HELPERS := $(addprefix benchmarks/, turns.py resident.py reading.py lookup_cold.py)
-BENCHMARKS := $(filter-out $(HELPERS) benchmarks/scaling.py, $(wildcard benchmarks/*.py))
+BENCHMARKS := $(filter-out $(HELPERS) benchmarks/scaling.py benchmarks/teaching.py, $(wildcard benchmarks/*.py))
 
 .DEFAULT_GOAL := help
 .PHONY: help setup demo test crash ranks fuzz docs docs-pictures lint format bench scaling clean distclean broken

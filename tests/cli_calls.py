@@ -10,7 +10,18 @@ from typer.main import get_command
 from sense_v2.cli import main
 
 PROGRAM = get_command(main.app)
-COMMANDS = PROGRAM.commands
+
+
+def _flat(group, before: tuple[str, ...] = ()) -> dict:
+    """Whole name ("delta show") -> command, of a group and the groups in it."""
+    found = {}
+    for name, command in group.commands.items():
+        names = (*before, name)
+        found |= _flat(command, names) if hasattr(command, "commands") else {" ".join(names): command}
+    return found
+
+
+COMMANDS = _flat(PROGRAM)
 
 
 def parse(words: list[str]) -> None:
@@ -19,6 +30,8 @@ def parse(words: list[str]) -> None:
     Paths needn't be there: the callbacks of arguments, which look for them, don't run.
     """
     name, *arguments = words
+    if arguments and name not in COMMANDS and f"{name} {arguments[0]}" in COMMANDS:
+        name = f"{name} {arguments.pop(0)}"
     if name.startswith("--"):  # an option of the program itself
         assert name in {"--help", *(option for parameter in PROGRAM.params for option in parameter.opts)}
         return

@@ -91,7 +91,7 @@ def content(folder):
 def test_help_shows_an_example_of_each_command_and_loads_no_model_library():
     code = (
         "import sys; from sense_v2.cli.main import main\n"
-        f"for command in {COMMANDS!r}: assert main([command, '--help']) == 0\n"
+        f"for command in {COMMANDS!r}: assert main([*command.split(), '--help']) == 0\n"
         "assert main(['--help']) == main(['--version']) == main([]) == 0\n"
         "print('LOADED', sorted({'torch', 'numpy', 'transformers', 'tokenizers'} & set(sys.modules)))"
     )

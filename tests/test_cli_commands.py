@@ -86,7 +86,7 @@ def test_it_has_json(name):
 
 @every_command
 def test_an_unknown_option_is_a_wrong_call_in_two_lines(run, name):
-    status, out, error = run(name, "--no-such-option")
+    status, out, error = run(*name.split(), "--no-such-option")
     assert (status, out) == (2, "")
     assert_two_lines(error)
     assert f"`sense-engram {name} --help` lists what there is" in error
@@ -104,7 +104,7 @@ def test_what_is_not_there_is_refused_in_two_lines_without_a_traceback(run, name
             nowhere = str(tmp_path / f"nowhere_{number}" / "file")
             is_option = parameter.param_type_name == "option"
             arguments += [parameter.opts[0], nowhere] if is_option else [nowhere]
-    status, out, error = run(name, *arguments, "--json")
+    status, out, error = run(*name.split(), *arguments, "--json")
     assert (status, out) in ((1, ""), (2, "")), error
     assert_two_lines(error)
     assert list(tmp_path.iterdir()) == [], "something was left behind"

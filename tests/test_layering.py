@@ -42,6 +42,7 @@ ORDER = (
     "engram.gather",
     "engram.pages",
     "engram.devices",
+    "engram.gradients",
     "engram.reader",
     "engram.rounding",
     "engram.storage",
@@ -61,13 +62,15 @@ ORDER = (
     "engram.shards",
     "engram.parts",
     "engram.released",
+    "engram.delta",
+    "engram.overlay",
+    "engram.patch",
     "engram.fusion_names",
     "engram.from_released",
     "engram.released_layouts",
     "engram.to_released",
     "engram.operators",
     "engram.model",
-    "engram.delta",
 )
 # Which of the packages on top each may use, itself included.
 ON_TOP = {"hf": {"hf"}, "report": {"report"}, "cli": {"cli", "hf", "report"}}

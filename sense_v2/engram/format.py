@@ -241,7 +241,7 @@ class Manifest:
     @classmethod
     def from_json(cls, text: str) -> Manifest:
         """Reads what `to_json` wrote; anything else is a `ValueError` that names the field."""
-        values = _load_json(text)
+        values = load_json(text)
         if not isinstance(values, dict):
             raise ValueError(f"a manifest is a JSON object, not {_shorten(values)}")
         # The version first: a newer one may have other fields, and that is what to tell.
@@ -324,7 +324,7 @@ def as_json_object(provenance: Mapping[str, Any] | None) -> dict[str, Any]:
     {'orders': [2, 3]}
     """
     try:
-        values = _load_json(json.dumps(dict(provenance or {}), allow_nan=False))
+        values = load_json(json.dumps(dict(provenance or {}), allow_nan=False))
     except (TypeError, ValueError, RecursionError) as error:
         raise ValueError(f"provenance must be a JSON object: {error}") from None
     return dict(values)
@@ -369,7 +369,7 @@ def merge_provenance(recorded: Mapping[str, Any], given: Mapping[str, Any]) -> d
     return merged
 
 
-def _load_json(text: str) -> Any:
+def load_json(text: str) -> Any:
     """JSON as the RFC has it, without what Python's reader lets through: NaN, infinities, a name twice (of which
     another reader may see the other value). Raises `ValueError`."""
     try:

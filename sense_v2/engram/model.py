@@ -35,7 +35,7 @@ from sense_v2.core.config import EngramConfig
 from sense_v2.engram import operators
 from sense_v2.engram.exchange import Ranks
 from sense_v2.engram.hashing import HeadLayout, NgramHasher, boundary_mask
-from sense_v2.engram.released import ReleasedTable
+from sense_v2.engram.overlay import Storage
 from sense_v2.engram.sharding import ShardedTable
 from sense_v2.engram.storage import MMapEmbeddingStorage
 from sense_v2.engram.tokenizer import EngramTokenizer
@@ -193,7 +193,7 @@ class EngramFusionLayer(nn.Module):
         layer_id: int,
         *,
         tokenizer: EngramTokenizer | None = None,
-        storage: MMapEmbeddingStorage | ReleasedTable | ShardedTable | None = None,
+        storage: Storage | ShardedTable | None = None,
         pad_token_id: int | None = None,
         place: int | None = None,
     ) -> None:
@@ -212,9 +212,7 @@ class EngramFusionLayer(nn.Module):
                 f"{config.variant!r} has no centre; use variant 'sense'"
             )
         self.tokenizer = EngramTokenizer(config.shadow_map_path) if tokenizer is None else tokenizer
-        self.storage: MMapEmbeddingStorage | ReleasedTable | ShardedTable = (
-            open_table(config, self.tokenizer) if storage is None else storage
-        )
+        self.storage: Storage | ShardedTable = open_table(config, self.tokenizer) if storage is None else storage
         self.hasher = NgramHasher.from_config(
             config,
             layer_id=layer_id,

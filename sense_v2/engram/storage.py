@@ -4,9 +4,8 @@ The file is mapped, never loaded: memory follows the rows a batch touches. Nothi
 so `.to()`, `.half()` and `state_dict()` leave it alone.
 
 Reading is `sense_v2.engram.reader`'s. Training gathers the batch's unique rows into a small float32 leaf and
-indexes that, so autograd never sees the table; when the leaf has its gradient, a hook moves it to the storage, from
-where a row optimizer takes it (`gradients`), updates those rows (`gather`, `write`) and clears it. The storage holds
-no leaf: a forward without a backward leaves nothing behind.
+indexes that, so autograd never sees the table. The leaf's gradient comes back to the storage, from where a row
+optimizer takes it (`sense_v2.engram.gradients`), updates those rows (`gather`, `write`) and clears it.
 
 What is written is visible at once to every process that maps the file, and kept by `commit`: rows, optimizer states
 and step together. Until then its old bytes are in a journal, and whatever ends the process, the next opening goes
@@ -31,7 +30,6 @@ from typing import Any
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from torch import nn
 from torch.nn.modules import module as nn_module
 
@@ -41,6 +39,7 @@ from sense_v2.engram.checksums import from_hex, to_hex
 from sense_v2.engram.disk import SyncError, WriterLock, has_holes, new_file
 from sense_v2.engram.format import Manifest, StateEntry, as_json_object, row_dtype
 from sense_v2.engram.gather import shared_tensor
+from sense_v2.engram.gradients import GradientCollector
 from sense_v2.engram.journal import Journal
 from sense_v2.engram.opening import Share
 from sense_v2.engram.reader import RowReader, map_rows
@@ -64,7 +63,7 @@ class RowState:
     """Steps taken; goes to the manifest with the next commit."""
 
 
-class MMapEmbeddingStorage(nn.Module):
+class MMapEmbeddingStorage(GradientCollector):
     """A table of `num_embeddings` rows of `embedding_dim` values in the file at `path`.
 
     With mode "r+", a table that isn't there is made: normal noise of `init_std`, the same bytes from the same `seed`
@@ -133,9 +132,6 @@ class MMapEmbeddingStorage(nn.Module):
         self.num_embeddings, self.embedding_dim = operator.index(num_embeddings), operator.index(embedding_dim)
         self.path, self.mode = Path(path), mode
         self._row_dtype = row_dtype(dtype)
-        self._pending: list[tuple[torch.Tensor, torch.Tensor]] = []
-        self._pending_lock = threading.Lock()
-        self.rows_require_grad = True
         self.collects_gradients = mode == "r+"
         """Whether training collects the rows' gradients. True with mode "r" is for a process that hands them to the
         one that writes."""
@@ -261,9 +257,7 @@ class MMapEmbeddingStorage(nn.Module):
         ids_U, inverse = torch.unique(row_ids.detach().cpu().reshape(-1), return_inverse=True)
         self._refuse_ids(ids_U)
         self.protect_soon(ids_U.to(torch.int64))
-        leaf_UD = reader.read_to(ids_U, row_ids.device).to(torch.float32).requires_grad_()
-        leaf_UD.register_post_accumulate_grad_hook(self._gradient_hook(ids_U))
-        rows = F.embedding(inverse.to(row_ids.device), leaf_UD).to(self.dtype)
+        rows = self._rows_with_gradient(ids_U, inverse, reader.read_to(ids_U, row_ids.device), self.dtype)
         return rows.reshape(*row_ids.shape, self.embedding_dim)
 
     def prefetch(self, row_ids: torch.Tensor) -> None:
@@ -310,52 +304,10 @@ class MMapEmbeddingStorage(nn.Module):
 
     # Training
 
-    def requires_grad_(self, requires_grad: bool = True) -> MMapEmbeddingStorage:
-        """False freezes the rows: lookups carry no gradient. The table has no parameters to say so for it."""
-        self.rows_require_grad = requires_grad
-        return self
-
-    def _gradient_hook(self, ids_U: torch.Tensor) -> Callable[[torch.Tensor], None]:
-        def move(leaf_UD: torch.Tensor) -> None:
-            if leaf_UD.grad is not None:
-                with self._pending_lock:
-                    self._pending.append((ids_U, leaf_UD.grad.detach()))
-                leaf_UD.grad = None
-
-        return move
-
-    def gradients(self) -> tuple[torch.Tensor, torch.Tensor] | None:
-        """(ids_U ascending, int64; grads_UD, float32), both on the CPU, of every backward since the last clear.
-
-        None where there was none. The tensors are the stored ones: scaling grads_UD in place (clipping) counts.
-        """
-        with self._pending_lock:
-            if not self._pending:
-                return None
-            if len(self._pending) > 1:
-                ids_U, inverse = torch.unique(torch.cat([ids for ids, _ in self._pending]), return_inverse=True)
-                grads = torch.cat([grads.cpu() for _, grads in self._pending])
-                shape = (len(ids_U), self.embedding_dim)
-                grads_UD = torch.zeros(shape, dtype=torch.float32, device="cpu").index_add_(0, inverse, grads)
-            else:
-                ids_U, grads_UD = self._pending[0]
-            self._pending = [(ids_U.to(torch.int64), grads_UD.cpu())]
-            return self._pending[0]
-
-    def replace_gradients(self, row_ids_U: torch.Tensor, grads_UD: torch.Tensor) -> None:
-        """Puts gradients that were summed over several processes in place of this one's own. None for no row at all
-        is a gradient: an optimizer then counts the step, as it does where it updates rows."""
-        with self._pending_lock:
-            self._pending = [(row_ids_U, grads_UD)]
-
     def protect_soon(self, row_ids_U: torch.Tensor) -> None:
         """Begins to make these rows (unique, int64) ready to be stored to, and returns at once."""
         if self.mode == "r+" and self._process == os.getpid() and not self._failed:
             self._undo.protect_soon(row_ids_U)
-
-    def clear_gradients(self) -> None:
-        with self._pending_lock:
-            self._pending = []
 
     def protect(self, row_ids_U: torch.Tensor) -> None:
         """Makes these rows ready to be stored to, in the table and in all open states, or raises `OSError` before
@@ -384,6 +336,11 @@ class MMapEmbeddingStorage(nn.Module):
             rows_UD = stochastic_bfloat16(rows_UD.detach().cpu(), self._manifest.init_seed or 0, self._updates)
         self._store(self.path.name, self.weight, ids_U, rows_UD.detach().to("cpu", self.dtype))
         self._updates += 1
+
+    def read_state(self, state: RowState, row_ids_U: torch.Tensor) -> torch.Tensor:
+        """Rows of an optimizer state [U, width], in memory of their own."""
+        self._refuse_closed()
+        return state.values.index_select(0, row_ids_U)
 
     def write_state(self, state: RowState, row_ids_U: torch.Tensor, values_UW: torch.Tensor) -> None:
         """Stores rows of an optimizer state, [U, width]; as `write`."""

@@ -3,7 +3,8 @@
     checkpoint-N/              what the Trainer writes: weights, optimizer, schedule, random states
     checkpoint-N/engram/       what is written here, as in a saved model (`pretrained.py`); with the table
         engram_table.*         copied ("copy"), or
-        table_reference.json   named by the commit it had then ("reference")
+        table_reference.json   named by the commit it had then ("reference"), or
+        overlay.safetensors    where an overlay is trained: its rows and their optimizer states, and no table
 
 The table has one state, and training goes on in it. A copy can be gone back to at any time. A reference takes no
 room, and holds only as long as its commit is the table's last: it is refused once another one has followed, never
@@ -13,14 +14,17 @@ taken for the rows it named.
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 from sense_v2.engram import range_copy
+from sense_v2.engram.overlay import OverlayStorage
 from sense_v2.engram.sharding import ShardedTable
 from sense_v2.engram.snapshot import restore_table
 from sense_v2.hf.attach import EngramMemory
 from sense_v2.hf.pretrained import (
     CONFIG_FILE,
     MEMORY_FOLDER,
+    OVERLAY_FILE,
     REFERENCE_FILE,
     TABLE_FILE,
     read_reference,
@@ -35,7 +39,9 @@ def write_checkpoint(memory: EngramMemory, checkpoint: Path, *, table: str, stat
     states out: good for going back to these rows, not for training on."""
     folder = checkpoint / MEMORY_FOLDER
     (folder / CONFIG_FILE).unlink(missing_ok=True)
-    save_memory(memory, folder, table="stay" if memory.is_released else table, states=states)
+    # A table under an overlay, or a released one, is the same in all checkpoints.
+    stays = memory.is_released or memory.table is not memory.storage
+    save_memory(memory, folder, table="stay" if stays else table, states=states)
 
 
 def restore_rows(memory: EngramMemory, checkpoint: Path) -> None:
@@ -50,6 +56,10 @@ def restore_rows(memory: EngramMemory, checkpoint: Path) -> None:
             f"{folder / CONFIG_FILE} isn't there: the checkpoint was saved without an EngramCallback, or saving was "
             "cut off. Resume from an earlier one: trainer.train(resume_from_checkpoint=FOLDER)"
         )
+    storage: Any = memory.storage
+    if isinstance(storage, OverlayStorage):
+        storage.restore(folder / OVERLAY_FILE)
+        return
     if not (folder / REFERENCE_FILE).is_file():
         if isinstance(memory.storage, ShardedTable):
             range_copy.restore_table(memory.storage, folder / TABLE_FILE)

@@ -15,6 +15,7 @@ from torch import nn
 from sense_v2.core.config import EngramConfig
 from sense_v2.engram import operators
 from sense_v2.engram.model import EngramFusionLayer, open_table
+from sense_v2.engram.overlay import OverlayStorage, Storage
 from sense_v2.engram.released import ReleasedTable
 from sense_v2.engram.sharding import ShardedTable
 from sense_v2.engram.storage import MMapEmbeddingStorage
@@ -67,6 +68,17 @@ class EngramMemory(nn.Module):
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
         self._handle = operators.handle_of(self)
+
+    def use_storage(self, storage: Storage) -> None:
+        """Looks up, and trains, through another storage of the same rows from here on."""
+        self.storage = storage
+        for fusion in self:
+            fusion.storage = storage
+
+    @property
+    def table(self) -> Any:
+        """The table itself: what the storage is, or what its overlay lies on."""
+        return self.storage.base if isinstance(self.storage, OverlayStorage) else self.storage
 
     def __getattr__(self, name: str) -> Any:
         if name == "storage" and name not in self.__dict__.get("_modules", {}):
@@ -125,7 +137,7 @@ class EngramMemory(nn.Module):
     @property
     def own_storage(self) -> MMapEmbeddingStorage:
         """The file that this process stores to: the whole table, or a rank's shard of it."""
-        storage: MMapEmbeddingStorage = self.storage.own if isinstance(self.storage, ShardedTable) else self.storage
+        storage: MMapEmbeddingStorage = self.storage.own if isinstance(self.storage, ShardedTable) else self.table
         return storage
 
     @property

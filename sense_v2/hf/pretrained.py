@@ -8,6 +8,7 @@
     folder/engram/fusion.safetensors             the fusion layers' weights
     folder/engram/engram_table.dat, .json        the table and its manifest, or
     folder/engram/table_reference.json           where the table is, and its commit
+    folder/engram/overlay.safetensors            rows that were changed on top of the table, where any were
     folder/engram/shadow_map.npy, .json          the shadow map
     folder/engram/backbone.json                  what the memory was trained on (`backbone.py`)
 
@@ -43,6 +44,7 @@ from sense_v2.engram.convert import Conversion, convert_table
 from sense_v2.engram.disk import WriterLock, copy_file, new_file
 from sense_v2.engram.format import journal_name, lock_name, manifest_name
 from sense_v2.engram.opening import read_manifest
+from sense_v2.engram.overlay import OverlayStorage
 from sense_v2.engram.sharding import ShardedTable
 from sense_v2.engram.snapshot import copy_table
 from sense_v2.engram.storage import MMapEmbeddingStorage
@@ -59,6 +61,7 @@ from sense_v2.hf.backbone import (
     tokenizer_file_differs,
 )
 from sense_v2.hf.card import write_card
+from sense_v2.hf.overlay import add_overlay
 
 TABLES = ("copy", "reflink", "reference")
 MEMORY_FOLDER = "engram"
@@ -66,6 +69,7 @@ CONFIG_FILE = "config.json"
 FUSION_FILE = "fusion.safetensors"
 TABLE_FILE = "engram_table.dat"
 REFERENCE_FILE = "table_reference.json"
+OVERLAY_FILE = "overlay.safetensors"
 MAP_FILE = "shadow_map.npy"
 
 # Weights that could run code when they are read: never downloaded.
@@ -74,6 +78,8 @@ _HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
 
 # Optimizer state of a table of that name, as sense_v2.engram.format calls it.
 _STATE_FILE = re.compile(r"engram_table\.[A-Za-z0-9_-]{1,64}\.dat")
+# That, and what `sense-engram delta apply` keeps: of no use to a table of other bytes.
+_OF_THIS_TABLE = re.compile(rf"{_STATE_FILE.pattern}|engram_table\.undo-[0-9a-f]{{12}}\.safetensors")
 
 
 def memory_paths(folder: str | Path) -> tuple[Path, Path]:
@@ -125,7 +131,7 @@ def save_pretrained(
             "model.engram.layers.state_dict() and the backbone by themselves, and attach the tables again to load "
             "them. sense-engram convert makes a table of ours from each"
         )
-    in_place = memory is not None and _is_same_file(memory.storage.path, target / TABLE_FILE)
+    in_place = memory is not None and _is_same_file(memory.table.path, target / TABLE_FILE)
     if table == "reference" and not in_place and (target / TABLE_FILE).exists():
         raise FileExistsError(
             f"{target / TABLE_FILE} is there already, and a reference would leave it without a use; remove it, or "
@@ -169,7 +175,7 @@ def save_memory(memory: EngramMemory, target: Path, *, table: str, states: bool)
     """Writes what of a model is memory to the folder `target`, as above, its configuration last.
 
     `table`: "copy" and "reflink" copy the table of the last commit, with its optimizer states where `states`;
-    "reference" names it; "stay" is for one that lies there already.
+    "reference" names it; "stay" is for one that lies there already. An overlay's rows are written beside it.
     """
     target.mkdir(parents=True, exist_ok=True)
     if table == "reference":
@@ -178,6 +184,7 @@ def save_memory(memory: EngramMemory, target: Path, *, table: str, states: bool)
         (target / REFERENCE_FILE).unlink(missing_ok=True)
         if table != "stay":
             _copy_table(memory, target, states, reflink_only=table == "reflink")
+    _save_overlay(memory, target / OVERLAY_FILE, states)
     map_path = memory.tokenizer.path
     if description_path(map_path).exists():
         copy_file(description_path(map_path), description_path(target / MAP_FILE))
@@ -189,6 +196,14 @@ def save_memory(memory: EngramMemory, target: Path, *, table: str, states: bool)
         file.write(to_safetensors(weights, metadata={"format": "pt"}))
     with _replaced(target / CONFIG_FILE) as file:
         file.write(_portable_config(memory).to_json().encode())
+
+
+def _save_overlay(memory: EngramMemory, path: Path, states: bool) -> None:
+    overlay: Any = memory.storage
+    if not isinstance(overlay, OverlayStorage):
+        path.unlink(missing_ok=True)  # of another memory
+    elif overlay.path is None or not _is_same_file(overlay.path, path):
+        overlay.export(path, states=states)
 
 
 def load_fusion(memory: EngramMemory, folder: Path) -> None:
@@ -214,6 +229,7 @@ def from_pretrained(
     name: str | Path,
     *,
     mode: str = "r",
+    overlay: str | Path | None = None,
     backbone: PreTrainedModel | None = None,
     tokenizer: Any = None,
     config: EngramModelConfig | None = None,
@@ -230,25 +246,30 @@ def from_pretrained(
     cache by `revision`, `cache_dir`, `token`, `local_files_only`. With mode "r" its rows can't be trained, and
     nothing in the folder changes; "r+" trains them in place, a referenced table where it lies.
 
+    `overlay` is a delta that was made on this table: rows that it has are looked up there, and with mode "r+" all
+    that is trained goes there (it is made, if it isn't there yet), while the table is only read. A folder that was
+    saved with an overlay has its own.
+
     `backbone` is a model to attach the memory to, in place of the saved one. `tokenizer` is compared with the one
     that the memory was trained with. `config` and `options` (`dtype`, `device_map`, `attn_implementation`,
     …) are those of the backbone's own `from_pretrained`. Only safetensors are read.
 
     Warns where backbone, tokenizer or versions aren't those that were saved. Raises `FileNotFoundError` where the
     folder or a part of it is missing, `ValueError` where parts don't belong together, the fusion layers' weights are
-    damaged, a reference's table has gone on, or backbone or tokenizer can't do.
+    damaged, a reference's table has gone on, the overlay is another table's, or backbone or tokenizer can't do.
     """
     if options.pop("use_safetensors", True) is False:
         raise ValueError("from_pretrained: use_safetensors = False: only safetensors are read; leave it out")
     folder = _found_folder(
         name,
         {"revision": revision, "cache_dir": cache_dir, "token": token, "local_files_only": local_files_only},
-        mode,
+        mode if overlay is None else "r",
     )
     memory_folder = folder / MEMORY_FOLDER
     has_memory = memory_folder.is_dir()
     if has_memory:
         storage_path = _table_of(memory_folder)
+    overlay = _overlay_of(memory_folder, overlay)
     loading_info: Any = None
     if backbone is None:
         backbone, loading_info = _load_backbone(folder, config, options)
@@ -270,8 +291,10 @@ def from_pretrained(
                 check_tokenizer(facts, tokenizer, memory_folder / MAP_FILE, memory_config.normalization)
             except OSError as error:
                 raise ValueError(f"{folder}: the tokenizer can't be loaded: {error}; copy its files again") from error
-        attach_engram(backbone, memory_config, mode=mode)
+        attach_engram(backbone, memory_config, mode=mode if overlay is None else "r")
         load_fusion(memory_of(backbone), memory_folder)
+        if overlay is not None:
+            add_overlay(backbone, overlay, mode=mode)
     model = backbone.eval()
     return (model, loading_info) if output_loading_info else model
 
@@ -291,6 +314,11 @@ def convert_trained(
     folder, output = Path(folder), Path(output)
     memory, target = folder / MEMORY_FOLDER, output / MEMORY_FOLDER
     config = EngramConfig.load(memory / CONFIG_FILE)
+    if (memory / OVERLAY_FILE).exists():
+        raise ValueError(
+            f"{folder} was saved with an overlay, which is of the table as it is and of no other. Put it into the "
+            f"table first: sense-engram delta apply {memory / OVERLAY_FILE} {folder}, and remove it"
+        )
     if (output / CONFIG_FILE).exists() and not (target / TABLE_FILE).exists():
         raise FileExistsError(f"{output} holds another model already; choose another --output")
     is_reference = (memory / REFERENCE_FILE).is_file()
@@ -300,7 +328,7 @@ def convert_trained(
     of_table.add(REFERENCE_FILE)
     for file in sorted(memory.iterdir()):
         if file.is_file() and not (
-            file.name in of_table or file.suffix == ".tmp" or _STATE_FILE.fullmatch(file.name)
+            file.name in of_table or file.suffix == ".tmp" or _OF_THIS_TABLE.fullmatch(file.name)
         ):
             copy_file(file, target / file.name)
     with _replaced(target / CONFIG_FILE) as to:
@@ -309,6 +337,18 @@ def convert_trained(
         if file.is_file():
             copy_file(file, output / file.name)
     return conversion
+
+
+def _overlay_of(memory_folder: Path, given: str | Path | None) -> Path | None:
+    saved = memory_folder / OVERLAY_FILE
+    if given is not None and not memory_folder.is_dir():
+        raise ValueError(f"{memory_folder.parent} has no memory that {given} could be an overlay of; leave it out")
+    if given is not None and saved.is_file():
+        raise ValueError(
+            f"{memory_folder.parent} was saved with an overlay, and {given} would be a second one. Make them one: "
+            f"sense-engram delta merge {saved} {given} --output FILE, and put that in its place"
+        )
+    return Path(given) if given is not None else saved if saved.is_file() else None
 
 
 def memory_parts(folder: str | Path) -> tuple[EngramConfig, Path, dict[int, dict[str, torch.Tensor]]]:
@@ -469,7 +509,7 @@ def _copy_table(memory: EngramMemory, target: Path, states: bool, *, reflink_onl
     copy_table(memory.whole_table, target / TABLE_FILE, states=states, reflink_only=reflink_only)
     kept = {entry.file for entry in read_manifest(target / manifest_name(TABLE_FILE)).states.values()}
     for path in target.glob("engram_table.*.dat"):
-        is_table = path.with_name(manifest_name(path.name)).exists() or _is_same_file(path, memory.storage.path)
+        is_table = path.with_name(manifest_name(path.name)).exists() or _is_same_file(path, memory.table.path)
         if _STATE_FILE.fullmatch(path.name) and not is_table and path.name not in kept:
             path.unlink()
 

@@ -58,14 +58,19 @@ def gate_text(
     for number, layer in enumerate(layers):
         if len(layers) > 1:
             parts.append(Markup('<p class="gate-layer">Layer {}</p>').format(layer))
-        spans = []
-        for token in tokens:
-            gate = token.gates[number]
-            own = token.layer_facts[number] if token.layer_facts else ()
-            facts = [("gate", wording.decimals(gate)), *token.facts, *own]
-            spans.append(token_span(token.text, facts, css_class=gate_class(gate, low, high)))
-        parts.append(Markup('<pre class="gate-text">{}</pre>').format(Markup("").join(spans)))
+        parts.append(layer_text(tokens, number, low, high))
     return Markup("\n").join(parts)
+
+
+def layer_text(tokens: Sequence[GateToken], number: int, low: float, high: float) -> Markup:
+    """The text of one layer alone: the `number`-th of each token's gates, on a scale from `low` to `high`."""
+    spans = []
+    for token in tokens:
+        gate = token.gates[number]
+        own = token.layer_facts[number] if token.layer_facts else ()
+        facts = [("gate", wording.decimals(gate)), *token.facts, *own]
+        spans.append(token_span(token.text, facts, css_class=gate_class(gate, low, high)))
+    return Markup('<pre class="gate-text">{}</pre>').format(Markup("").join(spans))
 
 
 def gate_range(
@@ -102,9 +107,12 @@ def gate_scale(low: float, high: float) -> Markup:
     ).format(ends[0], steps, ends[1])
 
 
-def token_span(text: str, facts: Facts, *, css_class: str = "") -> Markup:
-    """One token of a `<pre class="gate-text">`: its text, white space made visible, and the facts that open on it."""
+def token_span(text: str, facts: Facts, *, css_class: str = "", breaks: bool = True) -> Markup:
+    """One token of a `<pre class="gate-text">`: its text, white space made visible, and the facts that open on it.
+    Without `breaks` its line breaks are shown and not made."""
     rows = Markup("").join(Markup("<span>{}</span><span>{}</span>").format(label, value) for label, value in facts)
     shown = wording.visible(text, inline=True)
     tip = Markup('<span class="tip" role="tooltip"><b>{}</b>{}</span>').format(shown, rows)
-    return Markup('<span class="{}" tabindex="0">{}{}</span>').format(css_class, tip, wording.visible(text))
+    return Markup('<span class="{}" tabindex="0">{}{}</span>').format(
+        css_class, tip, wording.visible(text) if breaks else shown
+    )

@@ -89,6 +89,21 @@ def percent(fraction: float | None) -> str:
     return text.replace("-", "−") + " %"
 
 
+def chance(probability: float | None) -> str:
+    """A probability as a percentage that never says 0 or 100 where it isn't.
+
+    >>> chance(0.412), chance(0.00001), chance(0.9999), chance(1.0), chance(float("nan"))
+    ('41 %', '< 0.1 %', '> 99.9 %', '100 %', 'not finite')
+    """
+    if probability is None or not is_finite(probability):
+        return NOT_FINITE
+    if 0 < probability < 0.001:
+        return "< 0.1 %"
+    if 0.999 < probability < 1:
+        return "> 99.9 %"
+    return percent(probability)
+
+
 def change(new: float, old: float) -> str:
     """How `new` compares with `old`, both finite and above 0; past ten times as high a percentage says little.
 

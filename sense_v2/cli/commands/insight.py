@@ -1,4 +1,4 @@
-"""Commands that look into a trained memory: analyze, ablate."""
+"""Commands that look into a trained memory: analyze, ablate, play."""
 
 from __future__ import annotations
 
@@ -84,3 +84,21 @@ def ablate(
     )
     if as_json:
         print_json(result)
+
+
+def play(
+    folder: FolderArgument,
+    port: Annotated[int, typer.Option(min=0, max=65535, help="Port to listen on; 0: any free one.")] = 7860,
+    save_to: Annotated[
+        Path, typer.Option(metavar="FOLDER", help="Where what you teach the model goes, if you save it.")
+    ] = Path("deltas"),
+    as_json: JsonOption = False,
+) -> None:
+    """Open a page on this machine that shows what a model's memory does, and lets you teach it something.
+
+    Example: sense-engram play runs/demo/model
+    """
+    from sense_v2.cli.play import run_play
+
+    tell = print_json if as_json else None
+    run_play(folder, port=port, save_to=save_to, tell=tell, echo=lines_to(as_json))
