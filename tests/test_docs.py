@@ -165,6 +165,15 @@ def test_its_code_runs(name, made, tmp_path, monkeypatch, capsys):
 # What is drawn and built
 
 
+def test_the_site_lists_every_command_with_its_options():
+    text = runpy.run_path(str(ROOT / "scripts" / "docs_commands.py"))["commands"]()
+    for name, command in COMMANDS.items():
+        assert f"\n### sense-engram {name}\n" in text
+        assert f"(#sense-engram-{name.replace(' ', '-')})" in text
+        for parameter in command.params:
+            assert parameter.name == "help" or parameter.opts[0] in text or parameter.param_type_name == "argument"
+
+
 def test_the_pictures_are_those_that_the_code_draws(tmp_path):
     """By their texts, among them every id and label: lines and curves depend on the version of matplotlib."""
     runpy.run_path(str(ROOT / "scripts" / "docs_pictures.py"))["main"](tmp_path)
