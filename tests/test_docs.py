@@ -117,6 +117,12 @@ def test_the_error_that_is_shown_is_the_programs_own(tmp_path, monkeypatch, caps
     assert capsys.readouterr().err == shown
 
 
+def test_the_benchmarks_that_are_named_are_there():
+    named = set(re.findall(r"python (benchmarks/\w+\.py)", TEXTS["benchmarks.md"]))
+    assert len(named) >= 6
+    assert all((ROOT / path).exists() for path in named)
+
+
 # What a page does
 
 
