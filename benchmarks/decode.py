@@ -61,7 +61,11 @@ TINY = Size(560 << 20, 1, 2, 1 << 18)
 
 
 def memory_config(text: Text, folder: Path, rows: int, layers: int) -> EngramConfig:
-    where = {"layer_indices": [1, layers // 2], "engram_dim": HEADS * ROW_BYTES // 4, "num_heads": HEADS // 2}
+    where: dict[str, Any] = {
+        "layer_indices": [1, layers // 2],
+        "engram_dim": HEADS * ROW_BYTES // 4,
+        "num_heads": HEADS // 2,
+    }
     return text.memory(folder, rows, init_std=0.02, **where)
 
 
@@ -99,7 +103,7 @@ def child(spec: dict[str, Any]) -> None:
     print("ready", flush=True)
     for line in sys.stdin:
         kind, block, on = json.loads(line)
-        memory.prefetch_rows = prefetch if on else lambda row_ids: None  # type: ignore[method-assign]
+        memory.prefetch_rows = prefetch if on else lambda row_ids: None  # type: ignore[method-assign,assignment]
         length = PROMPT + spec["tokens"]
         if kind == "text":
             start = block * length % (len(held_out) - length)

@@ -117,8 +117,8 @@ def test_an_inspected_text_opens_its_rows_and_says_which_were_taught():
     text = "".join(Read(playground.inspection(found)).texts).replace("\xa0", " ")
     assert "token id101compressed id12-gramabexpected with memory25 %expected without memory25 %" in text
     assert (
-        "rows, 2-gram11 12their norms1.00 2.00they add, of the hidden state12 %rows, 3-gram13 14their norms3.00 4.00they add, of the hidden state50 %"
-        in text
+        "rows, 2-gram11 12their norms1.00 2.00they add, of the hidden state12 %"
+        "rows, 3-gram13 14their norms3.00 4.00they add, of the hidden state50 %" in text
     )
     assert text.count("taught here2 of these 4 rows") == 1
     assert "token id100compressed id0rows, 2-gram" in text  # nothing was expected before the first token

@@ -40,7 +40,7 @@ def run_teach(
     model = from_pretrained(folder, overlay=output, mode="r+")
     try:
         tokenizer = saved_tokenizer(folder)
-        given = {name: value for name, value in (("steps", steps), ("lr", lr)) if value is not None}
+        given: dict[str, Any] = {name: value for name, value in (("steps", steps), ("lr", lr)) if value is not None}
         before = _continuation(model, tokenizer, prompt)
         started = time.perf_counter()
         taught = teach(model, tokenizer, text, prompt=prompt, **given)

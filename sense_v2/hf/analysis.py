@@ -321,7 +321,7 @@ def hot_sets(
 
 def zipf(ngrams: Sequence[Ngrams], *, points: int = 40) -> list[dict[str, Any]]:
     """Of each order: how often the n-gram of each rank is in the counted text, at ranks evenly spread on a log
-    scale, and the rows of a head would be looked up without collisions."""
+    scale."""
     found = []
     for own in ngrams:
         counts = np.sort(own.counted_U[own.counted_U > 0])[::-1]

@@ -58,14 +58,19 @@ def gate_text(
     for number, layer in enumerate(layers):
         if len(layers) > 1:
             parts.append(Markup('<p class="gate-layer">Layer {}</p>').format(layer))
-        spans = []
-        for token in tokens:
-            gate = token.gates[number]
-            own = token.layer_facts[number] if token.layer_facts else ()
-            facts = [("gate", wording.decimals(gate)), *token.facts, *own]
-            spans.append(token_span(token.text, facts, css_class=gate_class(gate, low, high)))
-        parts.append(Markup('<pre class="gate-text">{}</pre>').format(Markup("").join(spans)))
+        parts.append(layer_text(tokens, number, low, high))
     return Markup("\n").join(parts)
+
+
+def layer_text(tokens: Sequence[GateToken], number: int, low: float, high: float) -> Markup:
+    """The text of one layer alone: the `number`-th of each token's gates, on a scale from `low` to `high`."""
+    spans = []
+    for token in tokens:
+        gate = token.gates[number]
+        own = token.layer_facts[number] if token.layer_facts else ()
+        facts = [("gate", wording.decimals(gate)), *token.facts, *own]
+        spans.append(token_span(token.text, facts, css_class=gate_class(gate, low, high)))
+    return Markup('<pre class="gate-text">{}</pre>').format(Markup("").join(spans))
 
 
 def gate_range(

@@ -101,9 +101,7 @@ def create(
 def verify(
     table: Annotated[
         Path,
-        typer.Argument(
-            callback=table_path_of, help="The table's file, its manifest, its folder, or a model's folder."
-        ),
+        typer.Argument(callback=table_path_of, help="A table: its file, its manifest, its folder, a model's folder."),
     ],
     repair: Annotated[
         bool,
