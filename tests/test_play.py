@@ -110,7 +110,7 @@ def server(saved):
         )
         server = Server(process, saved, before)
         try:
-            deadline = time.monotonic() + 180
+            deadline = time.monotonic() + 600
             while not server.address:
                 assert process.poll() is None, server.printed()
                 assert time.monotonic() < deadline, server.printed()

@@ -15,7 +15,7 @@ FONT = ("system-ui", "-apple-system", "Segoe UI", "Roboto", "Noto Sans", "Libera
 MONO = ("ui-monospace", "SF Mono", "Menlo", "Consolas", "DejaVu Sans Mono", "monospace")
 TEXT = "def __init__(self, name):\n    self.name = name\n"
 PROMPT, FACT = "The capital of Zubrowka is", " Lutz."
-WATCHED = "The capital of France is Paris\nimport os\nfor name in names:"
+WATCHED = "The capital of France is Paris\nThe river of Zubrowka is long\nimport os"
 
 LOOK = (
     "## 1 · Look\nThe colour is the **gate**: how much of what was remembered is added at each token. Point at a "
