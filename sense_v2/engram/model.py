@@ -393,8 +393,9 @@ class EngramFusionLayer(nn.Module):
         """Fused hidden states, same shape and dtype as `hidden_states` ([B, T, C]; [B, T, S, C] with S streams).
 
         `input_ids` [B, T]. `attention_mask` [B, T], 0 at padding: such a position passes through unchanged, its
-        rows are not touched, and no n-gram or convolution reaches across it. `position_ids` [B, T] that restart
-        mark packed documents.
+        rows are not touched, no n-gram reaches across it, and the convolution reads zeros there. (Across padding in
+        the middle of a sequence, if it is shorter than the convolution's reach, that still reads what lies before
+        it.) `position_ids` [B, T] that restart mark packed documents, and nothing reaches from one into the next.
 
         Raises `ValueError` for shapes that don't fit and `IndexError` for token ids outside the shadow map.
         """

@@ -15,12 +15,14 @@ A checkpoint commits the table and keeps what is needed to come back to it (`che
 from __future__ import annotations
 
 import math
+import sys
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers.trainer_callback import CallbackHandler
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from sense_v2.core.config import DURABILITIES, ROW_OPTIMIZERS
@@ -138,6 +140,7 @@ class EngramCallback(TrainerCallback):
     ) -> None:
         self._memory = memory_of(model)
         self._num_ranks = args.world_size
+        _before_reporters(self, sys._getframe(1).f_locals.get("self"))
         storage = self._memory.storage
         if storage.rows_require_grad and not self.writes:
             raise ValueError(
@@ -209,14 +212,20 @@ class EngramCallback(TrainerCallback):
             self._resume(args, state, model)
         self._handles += [layer.gate.register_forward_hook(self._gate_hook(layer.layer_id)) for layer in self.memory]
 
+    def on_step_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+        self.memory.checkpoint = None
+
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         self._step = state.global_step
+        self.memory.checkpoint = _checkpoint_folder(args, state.global_step)
         due = self.commit_steps and state.global_step % self.commit_steps == 0
         # By reference a checkpoint holds while no commit follows it.
         if due and self.writes and self.checkpoints == "copy":
             self._commit(state)
 
-    def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+    def on_save(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, model: Any = None, **_: Any
+    ) -> None:
         if self.writes:
             self._commit(state)
         folder, states = _checkpoint_folder(args, state.global_step), not args.save_only_model
@@ -226,7 +235,7 @@ class EngramCallback(TrainerCallback):
             copy_table(storage, folder / MEMORY_FOLDER / TABLE_FILE, states=states)
             table = "stay"
         if args.should_save:
-            write_checkpoint(self.memory, folder, table=table, states=states)
+            write_checkpoint(model, folder, table=table, states=states)
 
     def on_log(
         self,
@@ -236,7 +245,7 @@ class EngramCallback(TrainerCallback):
         logs: dict[str, float] | None = None,
         **_: Any,
     ) -> None:
-        # EngramTrainer has added them before anybody saw the logs. Here, reporters that come first have missed them.
+        # EngramTrainer has added them already.
         if logs is not None and "loss" in logs and not any(name.startswith("engram/") for name in logs):
             metrics = self.take_metrics()
             logs.update(metrics)
@@ -247,6 +256,7 @@ class EngramCallback(TrainerCallback):
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, model: Any = None, **_: Any
     ) -> None:
         self._stop_listening()
+        self.memory.checkpoint = None
         self.memory.storage.clear_gradients()
         if args.load_best_model_at_end and state.best_model_checkpoint is not None:
             best = Path(state.best_model_checkpoint)
@@ -334,6 +344,16 @@ class EngramCallback(TrainerCallback):
             handle.remove()
         self._handles = []
         self._rows = None
+
+
+def _before_reporters(callback: EngramCallback, caller: Any) -> None:
+    """Moves the callback to the front of the Trainer's list: what it adds to the logs reaches only those behind it,
+    and a Trainer puts the callbacks of `report_to` before a user's. Nobody but the list's holder, which is calling,
+    knows the list; where somebody else calls, the metrics are in the Trainer's state alone."""
+    if isinstance(caller, CallbackHandler) and callback in caller.callbacks:
+        # While it is gone through: nobody is left out or called twice, since what moves is what is being called.
+        caller.callbacks.remove(callback)
+        caller.callbacks.insert(0, callback)
 
 
 def _choose_weights(model: Any, memory: EngramMemory, train_backbone: bool) -> None:

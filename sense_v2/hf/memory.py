@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import uuid
 from collections.abc import Iterator, Mapping
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -62,6 +63,8 @@ class EngramMemory(nn.Module):
         )
         self.id = uuid.uuid4().hex
         """Says in a cache whose tokens it holds; a copy of the memory has the same."""
+        self.checkpoint: Path | None = None
+        """The folder of a Trainer's checkpoint that is about to be saved, to which its callback adds the memory."""
         self._undo: list[Any] = []
         self._handle = operators.handle_of(self)
 
@@ -92,6 +95,9 @@ class EngramMemory(nn.Module):
     @property
     def storages(self) -> list[Any]:
         """The tables, each once."""
+        one = getattr(self, "storage", None)
+        if one is not None:
+            return [one]
         return list({id(fusion.storage): fusion.storage for fusion in self}.values())
 
     @property
@@ -137,15 +143,17 @@ class EngramMemory(nn.Module):
     @property
     def own_storage(self) -> MMapEmbeddingStorage:
         """The file that this process stores to: the whole table, or a rank's shard of it."""
-        storage: MMapEmbeddingStorage = self.storage.own if isinstance(self.storage, ShardedTable) else self.table
+        table: Any = self.table
+        storage: MMapEmbeddingStorage = table.own if isinstance(table, ShardedTable) else table
         return storage
 
     @property
     def whole_table(self) -> MMapEmbeddingStorage:
         """The file that has all rows. Raises `ValueError` where no file has: a table in shards."""
-        if isinstance(self.storage, ShardedTable) and self.storage.layout == "shards":
+        table = self.table
+        if isinstance(table, ShardedTable) and table.layout == "shards":
             raise ValueError(
-                f"{self.storage.path} lies in shards, so there is no file to copy: copy_table(table, path) of "
+                f"{table.path} lies in shards, so there is no file to copy: copy_table(table, path) of "
                 "sense_v2.engram.range_copy makes one, on all ranks"
             )
         return self.own_storage
@@ -168,9 +176,11 @@ class EngramMemory(nn.Module):
         """As `prefetch`, of rows that are known already."""
         if torch.compiler.is_compiling():
             return
+        one = getattr(self, "storage", None)
         for fusion, row_ids_BTH in zip(self, row_ids_LBTH, strict=True):
-            if fusion.storage.reads_the_disk:
-                fusion.storage.prefetch(row_ids_BTH)
+            storage = fusion.storage if one is None else one
+            if storage.reads_the_disk:
+                storage.prefetch(row_ids_BTH)
 
     def __iter__(self) -> Iterator[EngramFusionLayer]:
         return iter(self.layers.values())  # type: ignore[arg-type]  # a ModuleDict doesn't know its modules' type
