@@ -19,15 +19,16 @@ INSTALLED := $(VENV)/.installed
 INSTALLING := $(VENV)/.installing
 TORCH_CONSTRAINTS ?= $(or $(shell sed -n 2p $(INSTALLED) 2>/dev/null),constraints.txt)
 TYPED := sense_v2 $(wildcard scripts/*.py benchmarks/*.py)
-# Some only help the others, and scaling.py has a target of its own: it takes half an hour.
+# Some only help the others; scaling.py has a target of its own, since it takes half an hour, and teaching.py needs a
+# model that has learned.
 HELPERS := $(addprefix benchmarks/, turns.py resident.py reading.py lookup_cold.py)
-BENCHMARKS := $(filter-out $(HELPERS) benchmarks/scaling.py, $(wildcard benchmarks/*.py))
+BENCHMARKS := $(filter-out $(HELPERS) benchmarks/scaling.py benchmarks/teaching.py, $(wildcard benchmarks/*.py))
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test crash fuzz lint format bench scaling clean distclean broken
+.PHONY: help setup demo test crash ranks fuzz docs docs-pictures lint format bench scaling clean distclean broken
 
 help: ## this list
-	@sed -n 's/^\([a-z]*\):.*## /\1|/p' Makefile | while IFS='|' read -r target text; do printf '  make %-10s %s\n' "$$target" "$$text"; done
+	@sed -n 's/^\([a-z-]*\):.*## /\1|/p' Makefile | while IFS='|' read -r target text; do printf '  make %-14s %s\n' "$$target" "$$text"; done
 
 setup: $(INSTALLED) ## .venv with everything; the targets below do it by themselves
 
@@ -41,6 +42,19 @@ test: $(INSTALLED) ## all tests (ARGS="-k name" for some)
 # tests/test_crash.py says what is done how often.
 crash: $(INSTALLED) ## kill a trainer 500 times, cut the power, fail every call (ten minutes)
 	SENSE_CRASH_KILLS=$${SENSE_CRASH_KILLS:-500} OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(JOBS) $(ARGS) tests/test_crash.py tests/test_power_cut.py tests/test_io_errors.py
+
+# tests/test_global_commit.py says what is killed.
+ranks: $(INSTALLED) ## kill one of 2 to 4 ranks 60 times, at random moments and at calls of a commit (ten minutes)
+	SENSE_RANK_KILLS=$${SENSE_RANK_KILLS:-15} OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(JOBS) --dist loadscope $(ARGS) tests/test_global_commit.py tests/test_hosts.py
+
+# Nothing but packages is downloaded, and the site asks for nothing: scripts/check_site.py holds that.
+docs: $(INSTALLED) ## the site of docs/, in site/index.html
+	@$(BIN)/python -c 'import material, mkdocstrings_handlers.python' 2>/dev/null || $(BIN)/python -m pip install --quiet -c $(TORCH_CONSTRAINTS) -e ".[docs]"
+	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --quiet --strict
+	$(BIN)/python scripts/check_site.py site
+
+docs-pictures: $(INSTALLED) ## draw the pictures of docs/ again
+	$(BIN)/python scripts/docs_pictures.py
 
 # What is found is left as crash-*, which the script repeats when it is given that file.
 fuzz: $(INSTALLED) ## damaged and mixed folders of a table, for FUZZ_SECONDS (ten minutes)
@@ -63,7 +77,7 @@ scaling: $(INSTALLED) ## train with tables of 10^4 to 10^8 rows and draw docs/sc
 	$(BIN)/python benchmarks/scaling.py $(if $(filter-out 0,$(QUICK)),--quick)
 
 clean: ## remove what was built and the demo's output; data/ and .venv stay
-	rm -rf build dist *.egg-info runs/demo .pytest_cache .mypy_cache .ruff_cache .hypothesis .fuzz
+	rm -rf build dist *.egg-info site runs/demo .pytest_cache .mypy_cache .ruff_cache .hypothesis .fuzz
 	find $(wildcard sense_v2 tests scripts benchmarks examples) -name __pycache__ -type d -prune -exec rm -rf {} +
 
 distclean: clean ## clean, and remove .venv

@@ -39,7 +39,7 @@ from sense_v2.core.config import TrainConfig
 from sense_v2.hf.attach import memory_of
 from sense_v2.hf.evaluation import evaluate
 from sense_v2.hf.training import History, train
-from sense_v2.report.plots import PALETTE, _style
+from sense_v2.report.plots import PALETTE, style
 
 PLAIN = 0
 """In the place of a number of rows: the model without memory."""
@@ -216,7 +216,7 @@ def draw(runs: dict[int, list[dict[str, Any]]], path: Path) -> None:
     least, most = told["sizes"][str(sizes[0])], told["sizes"][str(sizes[-1])]
     num_seeds = len(runs[sizes[0]])
     figure = Figure(figsize=(11.5, 4.7), dpi=170, facecolor=PALETTE["page"])
-    with matplotlib.rc_context(_style(10)):
+    with matplotlib.rc_context(style(10)):
         title = (
             f"From {count(sizes[0])} to {count(sizes[-1])} rows: held-out loss {least['held_out_loss']:.2f} → "
             f"{most['held_out_loss']:.2f}, step time × {told['largest_to_smallest']['step_seconds']:.2f}, "

@@ -10,6 +10,8 @@ import time
 import numpy as np
 import pytest
 import torch
+
+pytest.importorskip("transformers.models.qwen4_exp", reason="a transformers before Qwen4-Exp")
 from checkpoints import (
     bits,
     deepseek_config,
@@ -22,13 +24,16 @@ from checkpoints import (
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from tables import manifest, names
+from test_qwen import text_config as qwen_text_config
 from test_released import DEEPSEEK, QWEN, change_config, qwen_config
+from transformers.models.qwen4_exp.modeling_qwen4_exp import Qwen4ExpTextPLELayer
 
 from sense_v2.engram import disk, transfer
 from sense_v2.engram.check import check_table
 from sense_v2.engram.from_released import import_table
-from sense_v2.engram.fusion_names import decode_blocks, encode_blocks
+from sense_v2.engram.fusion_names import decode_blocks, encode_blocks, ours_from_theirs, theirs_from_ours
 from sense_v2.engram.hashing import HeadLayout
+from sense_v2.engram.model import EngramFusionLayer
 from sense_v2.engram.released import open_released_table, released_config, released_tables
 from sense_v2.engram.storage import MMapEmbeddingStorage
 from sense_v2.engram.to_released import export_tables
@@ -123,6 +128,62 @@ def test_deepseeks_table_is_one_of_ours_with_the_same_bytes(deepseek, tmp_path):
     assert provenance["converted_from"]["dtype"] == "F8_E4M3"
     assert not [finding.text for finding in check_table(tmp_path / "ours.dat").findings if finding.is_wrong]
     assert not [name for name in names(tmp_path) if name.endswith(".tmp")]
+
+
+def test_the_released_rows_look_up_bit_for_bit(golden_folder, tmp_path):
+    import_table(golden_folder / "deepseek_v41_rows_shard.safetensors", 1, tmp_path / "ours.dat")
+    expected = load_file(golden_folder / "deepseek_v41_rows_expected.safetensors")
+    found = opened(tmp_path / "ours.dat", "float8_e4m3fn")(expected["in.row_ids"])
+    assert bits(found) == bits(expected["out.rows"])
+    assert "layout" not in manifest(tmp_path / "ours.dat")["provenance"]  # a bare shard doesn't say it
+
+
+def test_the_released_fusion_by_its_names(golden_folder):
+    """With numbers of float32: the published layer's outputs, from weights that went through both tables of names."""
+    golden = load_file(golden_folder / "deepseek_v41_fusion.safetensors")
+    theirs = {f"engram.{name}": golden[f"param.{name}"] for name in ("wkv.weight", "q_weight", "k_weight")}
+    weights = ours_from_theirs("deepseek_v41", theirs.get)
+    config = variant_config(
+        "deepseek_v41", table_size=5, engram_dim=96, num_heads=2, layer_indices=[1], num_streams=4
+    )
+
+    class Map:
+        compressed_vocab_size, vocab_size, pad_token_id = 1000, 1000, 0
+
+        def __call__(self, ids):
+            return ids
+
+    layer = EngramFusionLayer(config, 32, 1, tokenizer=Map(), storage=torch.nn.Identity()).eval()
+    layer.load_state_dict(weights)
+    hidden, valid = golden["in.hidden_states"], golden["in.token_mask"] != 0
+    out = layer.fuse(hidden, golden["in.embeddings"], valid_BT=valid)
+    torch.testing.assert_close(out, golden["out.hidden_states"], atol=1e-5, rtol=0)
+    back = theirs_from_ours("deepseek_v41", weights)
+    assert {name: (tensor.dtype, tuple(tensor.shape)) for name, tensor in back.items()} == {
+        "engram.q_weight": (torch.bfloat16, (4, 32)),
+        "engram.k_weight": (torch.bfloat16, (4, 32)),
+        "engram.wkv.weight": (torch.float8_e4m3fn, (160, 96)),
+        "engram.wkv.scale": (torch.float8_e8m0fnu, (5, 3)),
+    }
+
+
+def test_qwens_fusion_by_its_names():
+    """Transformers' layer, and what it computes, from weights that went there and back."""
+    config = qwen_text_config()
+    torch.manual_seed(3)
+    layer = Qwen4ExpTextPLELayer(config, 1, 0)
+    with torch.no_grad():
+        for parameter in layer.parameters():
+            parameter.copy_(parameter.normal_(0, 0.5).bfloat16())  # norms less 1 are exact in bfloat16, too
+    theirs = {f"ple.{name}": value for name, value in layer.state_dict().items() if "ngram" not in name}
+    weights = ours_from_theirs("qwen_ple", theirs.get)
+    assert torch.equal(weights["gate.key_norm.weight"], 1 + layer.norm_key.weight.view(config.hc_count, -1))
+    assert torch.equal(weights["W_v.weight"], layer.value_proj.weight)
+    back = theirs_from_ours("qwen_ple", weights)
+    assert set(back) == {name for name in theirs if "ple_embedding" not in name}
+    for name, tensor in back.items():
+        torch.testing.assert_close(tensor.float(), theirs[name], atol=0.004, rtol=0)
+        assert tensor.shape == theirs[name].shape
 
 
 def test_widened_they_are_the_values_that_are_looked_up_and_train(deepseek, tmp_path):

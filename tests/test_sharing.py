@@ -23,6 +23,7 @@ from transformers import (
 )
 
 from sense_v2.engram import disk
+from sense_v2.engram.delta import read_delta
 from sense_v2.hf import from_pretrained, push_to_hub, save_pretrained
 from sense_v2.hf.attach import attached_memory, detach_engram, memory_of
 
@@ -434,6 +435,31 @@ def test_to_the_hub_and_back(tmp_path, hub):
         assert torch.equal(logits(opening("someone/model", **options)), logits(model))
     with pytest.raises(ValueError, match=r"its rows would be trained in the hub's cache"):
         from_pretrained("someone/model", mode="r+", **options)
+
+
+def test_an_overlay_goes_to_the_hub_without_its_optimizer_states_and_lies_on_a_model_from_there(tmp_path, hub):
+    model = in_place(tmp_path / "saved")
+    memory_of(model).storage.flush()
+    save_pretrained(model, tmp_path / "saved")
+    detach_engram(model)
+    model = from_pretrained(tmp_path / "saved", overlay=tmp_path / "facts.safetensors", mode="r+")
+    overlay = memory_of(model).storage
+    overlay.open_state("adagrad", 1)
+    overlay.write(torch.arange(0, 1_500, 2), torch.ones(750, 8))
+    overlay.commit()
+    changed = logits(model.eval())
+    push_to_hub(tmp_path / "saved", "someone/plain")
+    options = {"cache_dir": hub, "local_files_only": True}
+    detach_engram(model)
+    assert torch.equal(
+        logits(from_pretrained("someone/plain", overlay=tmp_path / "facts.safetensors", mode="r+", **options)),
+        changed,
+    )
+    shutil.copy(tmp_path / "facts.safetensors", tmp_path / "saved" / "engram" / "overlay.safetensors")
+    push_to_hub(tmp_path / "saved", "someone/changed")
+    assert torch.equal(logits(from_pretrained("someone/changed", **options)), changed)
+    (uploaded,) = hub.glob("*changed/snapshots/*/engram/overlay.safetensors")
+    assert read_delta(uploaded).states == {}
 
 
 def test_a_name_that_the_hub_does_not_have(hub):

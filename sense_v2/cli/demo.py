@@ -26,15 +26,16 @@ import torch
 from tokenizers import Tokenizer
 from transformers import PreTrainedModel
 
+from sense_v2.cli.models import token_stream
 from sense_v2.cli.progress import TrainingProgress
 from sense_v2.cli.setup import shared_spellings
 from sense_v2.core.config import Config, EngramConfig, TrainConfig
 from sense_v2.engram.tokenizer import DEEPSEEK_PACKAGE, EngramTokenizerBuilder
 from sense_v2.hf.attach import attach_engram, detach_engram, memory_of
 from sense_v2.hf.controls import freeze_rows, permute_rows
-from sense_v2.hf.corpus import Batches, encode, read_corpus
+from sense_v2.hf.corpus import Batches, Corpus, read_corpus
 from sense_v2.hf.evaluation import Evaluation, evaluate, gate_strengths, rows_touched
-from sense_v2.hf.fresh import END_OF_TEXT_ID, fresh_backbone, small_memory, train_bpe
+from sense_v2.hf.fresh import fresh_backbone, small_memory, train_bpe
 from sense_v2.hf.pretrained import save_pretrained
 from sense_v2.hf.training import History, train
 from sense_v2.report.training import terminal_table, write_picture, write_report
@@ -105,8 +106,8 @@ def run_demo(
     builder = EngramTokenizerBuilder(tokenizer)
     demo_compression = compression(builder, config.engram.tokenizer_name or "demo BPE")
     echo(_compression_line(demo_compression))
-    train_ids = encode(text.train_texts, tokenizer, separator_id=END_OF_TEXT_ID)
-    held_out_ids = encode(text.held_out_texts, tokenizer, separator_id=END_OF_TEXT_ID)
+    train_ids = token_stream(text.train_texts, tokenizer, echo=echo)
+    held_out_ids = token_stream(text.held_out_texts, tokenizer, echo=echo)
     settings = config.train
     shape = {"batch_size": settings.batch_size, "sequence_length": settings.sequence_length, "seed": settings.seed}
     batches = Batches(train_ids, **shape)
@@ -136,7 +137,8 @@ def run_demo(
             shutil.rmtree(output / name)
 
     memory = memory_of(remembering)
-    save_pretrained(remembering, output / "model", tokenizer=tokenizer)
+    training, evaluation = _card_facts(text, settings, runs)
+    save_pretrained(remembering, output / "model", tokenizer=tokenizer, training=training, evaluation=evaluation)
     results = {
         "title": "Does memory help?",
         "created": datetime.now(timezone.utc).isoformat(timespec="seconds"),
@@ -184,6 +186,26 @@ def run_demo(
     echo(terminal_table(results))
     echo(f"\nreport: {output / 'report.html'}   numbers: {output / 'metrics.json'}   model: {output / 'model'}")
     return results
+
+
+def _card_facts(
+    text: Corpus, settings: TrainConfig, runs: dict[str, dict[str, Any]]
+) -> tuple[dict[str, Any], dict[str, Any]]:
+    training = {
+        "corpus": text.name,
+        "files": len(text.train_texts),
+        "steps": settings.steps,
+        "tokens": settings.steps * settings.batch_size * settings.sequence_length,
+        "sequence length": settings.sequence_length,
+        "batch size": settings.batch_size,
+        "trained": "backbone and memory",
+        "seed": settings.seed,
+    }
+    evaluation: dict[str, Any] = {"held-out files": len(text.held_out_texts)}
+    for name, run in runs.items():
+        what = f"{LABELS[name][0]}{'' if name == 'engram' else ', another model'}"
+        evaluation |= {f"perplexity, {what}": run["perplexity"], f"bits per byte, {what}": run["bits_per_byte"]}
+    return training, evaluation
 
 
 def metrics(results: dict[str, Any]) -> dict[str, Any]:

@@ -7,12 +7,11 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from sense_v2.cli.errors import CommandError
-from sense_v2.cli.models import max_positions, open_corpus, open_trained, separator_id
-from sense_v2.core.config import Config, TrainConfig
+from sense_v2.cli.blocks import read_blocks
+from sense_v2.cli.models import open_trained
+from sense_v2.cli.progress import ByteProgress
 from sense_v2.hf.attach import attached_memory, detach_engram
-from sense_v2.hf.corpus import Batches, encode
-from sense_v2.hf.evaluation import evaluate
+from sense_v2.hf.evaluation import Evaluation, evaluate
 from sense_v2.report import wording
 
 WITH, WITHOUT = "with_memory", "without_memory"
@@ -22,6 +21,7 @@ def run_eval(
     folder: str | Path,
     *,
     corpus: Sequence[str | Path] | None = None,
+    text_column: str = "text",
     sequences: int | None = None,
     sequence_length: int | None = None,
     all_files: bool = False,
@@ -30,56 +30,54 @@ def run_eval(
 ) -> dict[str, Any]:
     """Perplexity and bits per byte of the model in `folder`; returns one dictionary that JSON can hold.
 
-    Reads the files of the corpus that `train` holds out, or all of them; `sequences` and `sequence_length` are by
-    default those that the model was trained with. Nothing in `folder` changes.
+    Reads the files of the corpus that `train` holds out, or all of them (of a corpus that is read while it is trained
+    on, a part); `sequences` and `sequence_length` are by default those that the model was trained with. Nothing in
+    `folder` changes.
 
     Raises `CommandError`, and what loading the model and reading the corpus raise.
     """
     started = time.perf_counter()
     folder = Path(folder)
     model, tokenizer = open_trained(folder)
-    settings = _settings(folder)
-    sequences = sequences or settings.eval_sequences
-    limit = max_positions(model)
-    length = sequence_length or min(settings.sequence_length, limit or settings.sequence_length)
-    if limit is not None and length > limit:
-        raise CommandError(
-            f"--sequence-length {length}, but {folder} takes {limit} tokens at most", f"{limit}, or less"
-        )
-    text = open_corpus(corpus, settings)
-    texts = [*text.train_texts, *text.held_out_texts] if all_files else text.held_out_texts
-    token_ids = encode(texts, tokenizer, separator_id=separator_id(tokenizer))
-    what = "text" if all_files else "held-out text"
-    if len(token_ids) < length:
-        raise CommandError(
-            f"corpus {text.name}: the {what} has {len(token_ids)} tokens, less than one sequence of {length}",
-            "more text, a shorter --sequence-length" + ("" if all_files else ", or --all-files"),
-        )
-    blocks_BT = Batches(token_ids, batch_size=1, sequence_length=length, seed=0).sample(sequences)
+    blocks = read_blocks(
+        folder,
+        model,
+        tokenizer,
+        corpus=corpus,
+        text_column=text_column,
+        sequences=sequences,
+        sequence_length=sequence_length,
+        all_files=all_files,
+        echo=echo,
+    )
+    blocks_BT = blocks.token_ids_BT
+
+    def measure(label: str) -> Evaluation:
+        with ByteProgress(label, blocks_BT.numel(), unit="tokens", echo=echo) as advance:
+            return evaluate(model, blocks_BT, tokenizer=tokenizer, advance=advance)
 
     found = {}
     has_memory = attached_memory(model) is not None
     if has_memory:
-        found[WITH] = evaluate(model, blocks_BT, tokenizer=tokenizer)
+        found[WITH] = measure("with memory")
         if without_memory:
             detach_engram(model)
     if without_memory or not has_memory:
-        found[WITHOUT] = evaluate(model, blocks_BT, tokenizer=tokenizer)
+        found[WITHOUT] = measure("without memory")
     result = {
         "model": str(folder),
-        "corpus": {"name": text.name, "files": len(texts), "held_out": not all_files, "tokens": len(token_ids)},
+        "corpus": blocks.description(),
         "sequences": len(blocks_BT),
-        "sequence_length": length,
+        "sequence_length": blocks_BT.shape[1],
         "tokens": blocks_BT.numel(),
         **{
-            measure: {name: getattr(one, measure) for name, one in found.items()}
-            for measure in ("loss", "perplexity", "bits_per_byte")
+            quantity: {name: getattr(one, quantity) for name, one in found.items()}
+            for quantity in ("loss", "perplexity", "bits_per_byte")
         },
         "seconds": time.perf_counter() - started,
     }
     echo(f"model   {folder}{'' if has_memory else ', which has no memory'}")
-    files = f"{len(texts)} {'file' if len(texts) == 1 else 'files'}"
-    echo(f"corpus  {text.name}, {what} of {files}; {len(blocks_BT)} sequences of {length} tokens")
+    echo(f"corpus  {blocks.line()}")
     for line in _table(result, list(found)):
         echo(line)
     if len(found) == 2:
@@ -87,12 +85,6 @@ def run_eval(
             "without memory: this backbone, trained with its memory, after it was taken off; not one trained without"
         )
     return result
-
-
-def _settings(folder: Path) -> TrainConfig:
-    """Those that the model was trained with, where `train` has left them."""
-    path = folder / "config.yaml"
-    return Config.load(path).train if path.is_file() else TrainConfig()
 
 
 def _table(result: dict[str, Any], names: list[str]) -> list[str]:

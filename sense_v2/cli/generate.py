@@ -10,6 +10,7 @@ import torch
 
 from sense_v2.cli.errors import CommandError
 from sense_v2.cli.models import max_positions, open_trained
+from sense_v2.cli.progress import TokenProgress
 from sense_v2.hf.attach import attached_memory, detach_engram
 from sense_v2.hf.corpus import encode
 
@@ -45,9 +46,13 @@ def run_generate(
     sampling = {"do_sample": True, "temperature": temperature} if temperature > 0 else {"do_sample": False}
     generate: Any = model.generate
     started = time.perf_counter()
-    with torch.no_grad():
+    with torch.no_grad(), TokenProgress("generating", max_new_tokens) as streamer:
         token_ids_1T = generate(
-            prompt_1T, attention_mask=torch.ones_like(prompt_1T), max_new_tokens=max_new_tokens, **sampling
+            prompt_1T,
+            attention_mask=torch.ones_like(prompt_1T),
+            max_new_tokens=max_new_tokens,
+            streamer=streamer,
+            **sampling,
         )
     seconds = time.perf_counter() - started
     new_token_ids = token_ids_1T[0, num_prompt_tokens:].tolist()

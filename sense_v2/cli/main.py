@@ -29,12 +29,12 @@ from typing import Annotated, Any
 import typer
 
 from sense_v2 import __version__
-from sense_v2.cli.commands import models, released, tables
+from sense_v2.cli.commands import deltas, insight, models, released, tables
 from sense_v2.cli.errors import FAILED, INTERRUPTED, WRONG_CALL, explain, one_line
 
 PROGRAM = "sense-engram"
 
-# Under these headings and in this order they stand in the help.
+# Under these headings and in this order they stand in the help. A name of two words is a command of a group.
 COMMANDS: dict[str, dict[str, Callable[..., None]]] = {
     "Train a model with memory, and use it": {
         "demo": models.demo,
@@ -42,6 +42,11 @@ COMMANDS: dict[str, dict[str, Callable[..., None]]] = {
         "eval": models.evaluate,
         "generate": models.generate,
         "serve": models.serve,
+    },
+    "See what a memory does": {
+        "analyze": insight.analyze,
+        "ablate": insight.ablate,
+        "play": insight.play,
     },
     "Make tables, and care for them": {
         "setup": tables.setup,
@@ -52,10 +57,23 @@ COMMANDS: dict[str, dict[str, Callable[..., None]]] = {
         "profile": tables.profile,
         "warm": tables.warm,
     },
+    "Change rows in small files, and take it back: git for memory": {
+        "delta teach": deltas.teach,
+        "delta export": deltas.export,
+        "delta apply": deltas.apply,
+        "delta revert": deltas.revert,
+        "delta merge": deltas.merge,
+        "delta show": deltas.show,
+    },
     "Look into tables that others have released": {
         "inspect": released.inspect,
         "lookup": released.lookup,
     },
+}
+GROUPS = {
+    "delta": typer.Typer(
+        help="Rows that were changed in a table, as small files: teach, export, apply, revert, merge, show."
+    )
 }
 
 EXIT_STATUS = (
@@ -105,7 +123,8 @@ def _report(error: Exception, arguments: list[str], *, debug: bool) -> int:
         status = WRONG_CALL
     else:
         names = [name for commands in COMMANDS.values() for name in commands]
-        command = " ".join([PROGRAM, *[name for name in arguments if name in names][:1]])
+        words = [word for word in arguments if not word.startswith("-")]
+        command = " ".join([PROGRAM, *[name for name in names if words[: len(name.split())] == name.split()][:1]])
         what, way_out = explain(error, command)
         status = FAILED
         if debug:
@@ -132,8 +151,11 @@ def _root(
 
 
 for _heading, _commands in COMMANDS.items():
+    for _group in dict.fromkeys(_name.rpartition(" ")[0] for _name in _commands if " " in _name):
+        app.add_typer(GROUPS[_group], name=_group, rich_help_panel=_heading)
     for _name, _function in _commands.items():
-        app.command(_name, rich_help_panel=_heading)(_function)
+        _group, _, _last = _name.rpartition(" ")
+        GROUPS.get(_group, app).command(_last, rich_help_panel=None if _group else _heading)(_function)
 
 
 if __name__ == "__main__":

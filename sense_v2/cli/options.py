@@ -30,8 +30,24 @@ CorpusOption = Annotated[
     list[Path] | None,
     typer.Option(metavar="PATH", help="A file or folder of text, repeatable; the Python standard library's source."),
 ]
+DocumentsOption = Annotated[
+    list[Path] | None,
+    typer.Option(
+        metavar="PATH|NAME",
+        help="Files or folders (text, JSON lines, Parquet), repeatable, or USER/DATASET[:CONFIG] of the hub; the "
+        "Python standard library's source.",
+    ),
+]
+TextColumnOption = Annotated[
+    str, typer.Option(metavar="COLUMN", help="Where JSON lines, Parquet or a dataset have their text.")
+]
 LayersOption = Annotated[str | None, typer.Option(metavar="1,15", help="Layers that get memory, counted from 0.")]
 TableSizeOption = Annotated[int | None, typer.Option(help="Rows of the table, all heads together.")]
+AllFilesOption = Annotated[
+    bool, typer.Option("--all-files", help="Read all of the corpus, not the part that train holds out.")
+]
+SequencesOption = Annotated[int | None, typer.Option(min=1, help="Sequences to read; as in training.")]
+SequenceLengthOption = Annotated[int | None, typer.Option(min=2, help="Tokens of each; as in training.")]
 WithoutMemoryOption = Annotated[bool, typer.Option("--without-memory", help="The memory taken off.")]
 TokenizerOption = Annotated[
     str,

@@ -19,13 +19,17 @@ def lines_to(as_json: bool) -> Callable[[str], Any]:
 
 
 def print_json(values: Any) -> None:
-    print(json.dumps(_finite(values), indent=2, allow_nan=False, default=str), flush=True)
+    print(json.dumps(finite(values), indent=2, allow_nan=False, default=str), flush=True)
 
 
-def _finite(values: Any) -> Any:
-    """JSON has no nan and no infinity: null."""
+def finite(values: Any) -> Any:
+    """JSON has no nan and no infinity: null.
+
+    >>> finite({"loss": float("nan"), "gates": (0.5, float("inf"))})
+    {'loss': None, 'gates': [0.5, None]}
+    """
     if isinstance(values, dict):
-        return {name: _finite(value) for name, value in values.items()}
+        return {name: finite(value) for name, value in values.items()}
     if isinstance(values, (list, tuple)):
-        return [_finite(value) for value in values]
+        return [finite(value) for value in values]
     return None if isinstance(values, float) and not math.isfinite(values) else values

@@ -18,14 +18,14 @@ import torch
 
 from sense_v2.cli.errors import CommandError
 from sense_v2.cli.folders import new_folders
-from sense_v2.cli.models import saved_tokenizer, separator_id
+from sense_v2.cli.models import saved_tokenizer, separator_id, token_stream
 from sense_v2.cli.progress import ByteProgress
 from sense_v2.cli.tokenize import source_of
 from sense_v2.cli.workers import chosen_workers
 from sense_v2.core.config import Config, TrainConfig
 from sense_v2.engram.format import row_dtype
 from sense_v2.engram.hot import HotRows, RowCounts, identity, save
-from sense_v2.hf.corpus import encode, read_corpus, standard_library
+from sense_v2.hf.corpus import read_corpus, standard_library
 from sense_v2.hf.preparing import memory_hashers, profile_rows, read_memory
 from sense_v2.hf.workers import Processes, RayCluster
 from sense_v2.report import wording
@@ -122,10 +122,7 @@ def _count_as_trained(folder: Path, corpus: Sequence[str | Path] | None, echo: C
     length = (Config.load(settings).train if settings.is_file() else TrainConfig()).sequence_length
     tokenizer = saved_tokenizer(folder)
     text = read_corpus(corpus or None)
-    streams = [
-        encode(texts, tokenizer, separator_id=separator_id(tokenizer))
-        for texts in (text.train_texts, text.held_out_texts)
-    ]
+    streams = [token_stream(texts, tokenizer, echo=echo) for texts in (text.train_texts, text.held_out_texts)]
     counted = [RowCounts(), RowCounts()]
     with ByteProgress("counting", sum(map(len, streams)), unit="tokens", echo=echo) as advance:
         for stream, counts in zip(streams, counted, strict=True):

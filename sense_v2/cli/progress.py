@@ -9,6 +9,7 @@ from collections.abc import Callable
 from types import TracebackType
 from typing import Any
 
+import torch
 from tqdm import tqdm
 
 from sense_v2.core.config import TrainConfig
@@ -41,7 +42,7 @@ class TrainingProgress:
         rate = step * self.tokens_per_step / history.seconds[-1]
         loss = history.train_loss[-1]
         self.bar.set_postfix_str(f"loss {loss:.3f}, {rate:,.0f} tokens/s", refresh=False)
-        self.bar.update(1)
+        self.bar.update(step - self.bar.n)  # a run that was resumed begins further on
         every = math.ceil(self.settings.steps / LINES)
         if self.bar.disable and (step % every == 0 or step == self.settings.steps):
             left = (self.settings.steps - step) * history.seconds[-1] / step
@@ -50,6 +51,31 @@ class TrainingProgress:
                 f"  {self.label}: step {step}/{self.settings.steps}, loss {loss:.3f}{found}, "
                 f"{rate:,.0f} tokens/s, {left:.0f} s left"
             )
+
+
+class TokenProgress:
+    """The `streamer` of transformers' `generate`: how many of at most `total` new tokens there are. As a context
+    manager; only in a terminal, since the text that comes of it goes to stdout alone."""
+
+    def __init__(self, label: str, total: int) -> None:
+        self.progress = ByteProgress(label, total, unit="tokens", echo=lambda line: None)
+        self.prompt_is_next = True
+
+    def __enter__(self) -> TokenProgress:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.end()
+
+    def put(self, token_ids: torch.Tensor) -> None:
+        if not self.prompt_is_next:
+            self.progress(token_ids.numel())
+        self.prompt_is_next = False
+
+    def end(self) -> None:
+        self.progress.bar.close()
 
 
 class ByteProgress:
@@ -63,7 +89,13 @@ class ByteProgress:
         self.done = 0
         self.started = self.told = time.perf_counter()
         self.bar = tqdm(
-            total=total, desc=label, unit=unit, unit_scale=True, disable=not sys.stderr.isatty(), leave=False, delay=2
+            total=total,
+            desc=label,
+            unit=unit if unit == "B" else f" {unit}",
+            unit_scale=True,
+            disable=not sys.stderr.isatty(),
+            leave=False,
+            delay=2,
         )
 
     def __enter__(self) -> ByteProgress:
@@ -79,7 +111,11 @@ class ByteProgress:
         self.bar.update(count)
         now = time.perf_counter()
         # The first line after two seconds, the next ones ever further apart: a few, however long it takes.
-        if self.bar.disable and now - self.told > max(TELL_SECONDS, 0.5 * (now - self.started)):
+        if (
+            self.bar.disable
+            and self.done < self.total
+            and now - self.told > max(TELL_SECONDS, 0.5 * (now - self.started))
+        ):
             self.told = now
             rate = self.done / (now - self.started)
             per_second = wording.size(rate) if self.unit == "B" else f"{wording.short(rate)} {self.unit}"

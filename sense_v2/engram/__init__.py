@@ -19,6 +19,7 @@ _HOME = {
     "HeadLayout": "hashing",
     "MMapEmbeddingStorage": "storage",
     "NgramHasher": "hashing",
+    "OverlayStorage": "overlay",
     "RowAdam": "optim",
     "RowWiseAdagrad": "optim",
     "open_released_table": "released",

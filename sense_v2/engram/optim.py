@@ -149,7 +149,7 @@ class RowWiseAdagrad(_RowOptimizer):
     def _update(
         self, row_ids_U: torch.Tensor, rows_UD: torch.Tensor, grads_UD: torch.Tensor, group: dict[str, Any]
     ) -> None:
-        sums_U1 = self.state_file.values.index_select(0, row_ids_U)
+        sums_U1 = self.storage.read_state(self.state_file, row_ids_U)
         rowwise_adagrad(rows_UD, grads_UD, sums_U1, lr=group["lr"], eps=group["eps"])
         self.storage.write_state(self.state_file, row_ids_U, sums_U1)
         self.state_file.step += 1
@@ -177,7 +177,7 @@ class RowAdam(_RowOptimizer):
         self, row_ids_U: torch.Tensor, rows_UD: torch.Tensor, grads_UD: torch.Tensor, group: dict[str, Any]
     ) -> None:
         self.state_file.step += 1
-        moments_U2D = self.state_file.values.index_select(0, row_ids_U)
+        moments_U2D = self.storage.read_state(self.state_file, row_ids_U)
         averages_UD, squares_UD = moments_U2D.chunk(2, dim=1)
         row_adam(
             rows_UD,

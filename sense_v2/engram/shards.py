@@ -146,6 +146,11 @@ def _from_files(files: list[Path], wanted: Callable[[str], bool]) -> dict[str, l
 
 def read_header(path: Path) -> dict[str, TensorSpan]:
     """Every tensor of one file. Raises `ValueError` naming the file and what is wrong with it."""
+    return read_header_and_metadata(path)[0]
+
+
+def read_header_and_metadata(path: Path) -> tuple[dict[str, TensorSpan], dict[str, Any]]:
+    """The same, and what the file's `__metadata__` says: an empty object where it has none."""
     with open(path, "rb") as file:
         total = os.fstat(file.fileno()).st_size
         if total < 8:
@@ -166,7 +171,10 @@ def read_header(path: Path) -> dict[str, TensorSpan]:
     if end != total:
         what = "was cut short" if total < end else "has bytes that no tensor owns"
         raise ValueError(f"{path}: expected {end} bytes, found {total}: the file {what}. Fetch it again")
-    return {span.name: span for span in spans}
+    metadata = header.get("__metadata__", {})
+    if not isinstance(metadata, dict):
+        raise ValueError(f"{path}: its __metadata__ is no JSON object. Fetch the file again")
+    return {span.name: span for span in spans}, metadata
 
 
 def _span(path: Path, name: str, entry: Any, start: int) -> TensorSpan:

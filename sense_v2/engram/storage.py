@@ -4,9 +4,8 @@ The file is mapped, never loaded: memory follows the rows a batch touches. Nothi
 so `.to()`, `.half()` and `state_dict()` leave it alone.
 
 Reading is `sense_v2.engram.reader`'s. Training gathers the batch's unique rows into a small float32 leaf and
-indexes that, so autograd never sees the table; when the leaf has its gradient, a hook moves it to the storage, from
-where a row optimizer takes it (`gradients`), updates those rows (`gather`, `write`) and clears it. The storage holds
-no leaf: a forward without a backward leaves nothing behind.
+indexes that, so autograd never sees the table. The leaf's gradient comes back to the storage, from where a row
+optimizer takes it (`sense_v2.engram.gradients`), updates those rows (`gather`, `write`) and clears it.
 
 What is written is visible at once to every process that maps the file, and kept by `commit`: rows, optimizer states
 and step together. Until then its old bytes are in a journal, and whatever ends the process, the next opening goes
@@ -17,20 +16,20 @@ B batch, T sequence, H rows a position, D row width, N rows of the table, U uniq
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import operator
 import os
 import threading
 import warnings
 import weakref
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from torch import nn
 from torch.nn.modules import module as nn_module
 
@@ -40,7 +39,9 @@ from sense_v2.engram.checksums import from_hex, to_hex
 from sense_v2.engram.disk import SyncError, WriterLock, has_holes, new_file
 from sense_v2.engram.format import Manifest, StateEntry, as_json_object, row_dtype
 from sense_v2.engram.gather import shared_tensor
+from sense_v2.engram.gradients import GradientCollector
 from sense_v2.engram.journal import Journal
+from sense_v2.engram.opening import Share
 from sense_v2.engram.reader import RowReader, map_rows
 from sense_v2.engram.rounding import stochastic_bfloat16
 from sense_v2.engram.undo import THREAD_NAME, TrackedFile, UndoLog
@@ -62,7 +63,7 @@ class RowState:
     """Steps taken; goes to the manifest with the next commit."""
 
 
-class MMapEmbeddingStorage(nn.Module):
+class MMapEmbeddingStorage(GradientCollector):
     """A table of `num_embeddings` rows of `embedding_dim` values in the file at `path`.
 
     With mode "r+", a table that isn't there is made: normal noise of `init_std`, the same bytes from the same `seed`
@@ -82,6 +83,10 @@ class MMapEmbeddingStorage(nn.Module):
 
     `max_resident_bytes` bounds what of the table stays mapped into this process's memory, for machines where memory
     is short or shared with a GPU: pages that were read are let go of, and mapped again when they are read again.
+
+    `share` is for one of several processes that store to one table, each to its own rows; `first_row` for a table
+    that holds the rows of a larger one from there on, whose initial noise it gets. `sense_v2.engram.sharding` uses
+    both.
 
     Mode "r+" makes this process the table's only writer until `close`, or until the storage is collected
     (`BlockingIOError` names the process that writes already). A forked child may read; its writes are refused.
@@ -118,6 +123,8 @@ class MMapEmbeddingStorage(nn.Module):
         journal_limit_bytes: int = JOURNAL_LIMIT_BYTES,
         sparse: bool = False,
         max_resident_bytes: int | None = None,
+        share: Share | None = None,
+        first_row: int = 0,
     ) -> None:
         super().__init__()
         if mode not in ("r", "r+"):
@@ -125,9 +132,6 @@ class MMapEmbeddingStorage(nn.Module):
         self.num_embeddings, self.embedding_dim = operator.index(num_embeddings), operator.index(embedding_dim)
         self.path, self.mode = Path(path), mode
         self._row_dtype = row_dtype(dtype)
-        self._pending: list[tuple[torch.Tensor, torch.Tensor]] = []
-        self._pending_lock = threading.Lock()
-        self.rows_require_grad = True
         self.collects_gradients = mode == "r+"
         """Whether training collects the rows' gradients. True with mode "r" is for a process that hands them to the
         one that writes."""
@@ -150,11 +154,12 @@ class MMapEmbeddingStorage(nn.Module):
                 "rounding. Open them with mode='r', or, to train, make a table of others from them: sense-engram "
                 "convert TABLE --dtype float32 --output OTHER"
             )
-        self._files = files = opening.TableFiles(self.path)
+        self._share = share
+        self._files = files = opening.TableFiles(self.path, share.number if share else 0)
         if not self.path.exists():
             if mode == "r":
                 raise FileNotFoundError(f"{self.path}: no table there. mode='r+' makes one; mode='r' only reads")
-            opening.create_table(files, wanted, num_threads, progress, sparse=sparse)
+            opening.create_table(files, wanted, num_threads, progress, sparse=sparse, first_row=first_row)
         lock = opening.lock_table(files, write=mode == "r+")
         self._undo = UndoLog(Journal(files.journal, self.num_embeddings, journal_limit_bytes))
         # Runs when the storage is collected, too; it must not refer to it.
@@ -251,11 +256,8 @@ class MMapEmbeddingStorage(nn.Module):
             return reader.read_to(row_ids.cpu(), row_ids.device)
         ids_U, inverse = torch.unique(row_ids.detach().cpu().reshape(-1), return_inverse=True)
         self._refuse_ids(ids_U)
-        if self.mode == "r+" and self._process == os.getpid() and not self._failed:
-            self._undo.protect_soon(ids_U.to(torch.int64))
-        leaf_UD = reader.read_to(ids_U, row_ids.device).to(torch.float32).requires_grad_()
-        leaf_UD.register_post_accumulate_grad_hook(self._gradient_hook(ids_U))
-        rows = F.embedding(inverse.to(row_ids.device), leaf_UD).to(self.dtype)
+        self.protect_soon(ids_U.to(torch.int64))
+        rows = self._rows_with_gradient(ids_U, inverse, reader.read_to(ids_U, row_ids.device), self.dtype)
         return rows.reshape(*row_ids.shape, self.embedding_dim)
 
     def prefetch(self, row_ids: torch.Tensor) -> None:
@@ -302,47 +304,10 @@ class MMapEmbeddingStorage(nn.Module):
 
     # Training
 
-    def requires_grad_(self, requires_grad: bool = True) -> MMapEmbeddingStorage:
-        """False freezes the rows: lookups carry no gradient. The table has no parameters to say so for it."""
-        self.rows_require_grad = requires_grad
-        return self
-
-    def _gradient_hook(self, ids_U: torch.Tensor) -> Callable[[torch.Tensor], None]:
-        def move(leaf_UD: torch.Tensor) -> None:
-            if leaf_UD.grad is not None:
-                with self._pending_lock:
-                    self._pending.append((ids_U, leaf_UD.grad.detach()))
-                leaf_UD.grad = None
-
-        return move
-
-    def gradients(self) -> tuple[torch.Tensor, torch.Tensor] | None:
-        """(ids_U ascending, int64; grads_UD, float32), both on the CPU, of every backward since the last clear.
-
-        None where there was none. The tensors are the stored ones: scaling grads_UD in place (clipping) counts.
-        """
-        with self._pending_lock:
-            if not self._pending:
-                return None
-            if len(self._pending) > 1:
-                ids_U, inverse = torch.unique(torch.cat([ids for ids, _ in self._pending]), return_inverse=True)
-                grads = torch.cat([grads.cpu() for _, grads in self._pending])
-                shape = (len(ids_U), self.embedding_dim)
-                grads_UD = torch.zeros(shape, dtype=torch.float32, device="cpu").index_add_(0, inverse, grads)
-            else:
-                ids_U, grads_UD = self._pending[0]
-            self._pending = [(ids_U.to(torch.int64), grads_UD.cpu())]
-            return self._pending[0]
-
-    def replace_gradients(self, parts: Sequence[tuple[torch.Tensor, torch.Tensor]]) -> None:
-        """Puts gradients that were gathered from several processes in place of this one's own: parts of (ids_U
-        ascending, grads_UD), which are added up. None at all is no gradient."""
-        with self._pending_lock:
-            self._pending = [part for part in parts if len(part[0])]
-
-    def clear_gradients(self) -> None:
-        with self._pending_lock:
-            self._pending = []
+    def protect_soon(self, row_ids_U: torch.Tensor) -> None:
+        """Begins to make these rows (unique, int64) ready to be stored to, and returns at once."""
+        if self.mode == "r+" and self._process == os.getpid() and not self._failed:
+            self._undo.protect_soon(row_ids_U)
 
     def protect(self, row_ids_U: torch.Tensor) -> None:
         """Makes these rows ready to be stored to, in the table and in all open states, or raises `OSError` before
@@ -350,6 +315,7 @@ class MMapEmbeddingStorage(nn.Module):
         self._refuse_no_writer("write rows")
         ids_U = self._checked_ids(row_ids_U).to(torch.int64)
         self._refuse_ids(ids_U)
+        self._refuse_others_rows(ids_U)
         self._undo.protect(list(self._undo.files), ids_U)
         self._refuse_full_disk(ids_U, [self.weight, *(state.values for state in self._states.values())])
 
@@ -371,6 +337,11 @@ class MMapEmbeddingStorage(nn.Module):
         self._store(self.path.name, self.weight, ids_U, rows_UD.detach().to("cpu", self.dtype))
         self._updates += 1
 
+    def read_state(self, state: RowState, row_ids_U: torch.Tensor) -> torch.Tensor:
+        """Rows of an optimizer state [U, width], in memory of their own."""
+        self._refuse_closed()
+        return state.values.index_select(0, row_ids_U)
+
     def write_state(self, state: RowState, row_ids_U: torch.Tensor, values_UW: torch.Tensor) -> None:
         """Stores rows of an optimizer state, [U, width]; as `write`."""
         self._refuse_no_writer("write to an optimizer state")
@@ -381,11 +352,22 @@ class MMapEmbeddingStorage(nn.Module):
         if not len(ids_U):
             return
         self._refuse_ids(ids_U)
+        self._refuse_others_rows(ids_U)
         self._undo.protect([name], ids_U)
         self._refuse_full_disk(ids_U, [table_ND])
         self._undo.stored = True
         disk.store(table_ND, ids_U, rows_UD)
         self._opened_reader().trim()
+
+    def _refuse_others_rows(self, ids_U: torch.Tensor) -> None:
+        share = self._share
+        if share is not None:
+            others = ids_U[(ids_U < share.first_row) | (ids_U >= share.stop_row)]
+            if len(others):
+                raise PermissionError(
+                    f"row id {int(others[0])}: this process stores to rows {share.first_row} to {share.stop_row - 1} "
+                    f"of {self.path}, its share {share.number}; the others are other processes'"
+                )
 
     def _refuse_full_disk(self, ids_U: torch.Tensor, tables: list[torch.Tensor]) -> None:
         """Asked when the journal has what it needs of the same disk."""
@@ -468,27 +450,60 @@ class MMapEmbeddingStorage(nn.Module):
 
     def _commit(self, step: int | None, extra: Mapping[str, Any] | None, *, durable: bool) -> None:
         self._refuse_no_writer("commit")
+        if self._share is not None:
+            raise ValueError(
+                f"{self.path} is shared by several processes, which commit together: ShardedTable.commit"
+            )
         old = self._manifest
         with self._undo.settled():
             # The thread may just have failed to sync.
             self._refuse_no_writer("commit")
             try:
-                if durable:
-                    self._undo.journal.sync()
-                    disk.sync_mapping(self.mmap, self.path)
-                    for name, mapping in self._state_maps.items():
-                        disk.sync_mapping(mapping, self._states[name].path)
-                sums = {name: file.new_sums() for name, file in self._undo.files.items()}
-                manifest = self._next_manifest(step, extra, sums)
+                manifest = self._synced_manifest(step, extra, durable=durable)
                 with new_file(self._files.manifest, replace=True) as fd:
                     disk.write_at(fd, manifest.to_json().encode(), 0)
-                self._manifest = manifest
-                self._undo.committed(sums, manifest.generation, manifest.commit_number)
+                self._adopt(manifest)
             except BaseException as error:
                 # Before the rename nothing has happened, if it wasn't a sync. After it the commit may or may not be
                 # on the disk, and the journal still belongs to the one before: stores that it protects would stay.
                 self._failed = isinstance(error, SyncError) or not opening.is_committed(self._files, old)
                 raise
+
+    @contextlib.contextmanager
+    def prepared_commit(
+        self, step: int | None, extra: Mapping[str, Any] | None, *, durable: bool
+    ) -> Iterator[tuple[Manifest, Callable[[Manifest], None]]]:
+        """A commit in which somebody else writes the manifest: everything is stored, and synced where `durable`, and
+        the journal still undoes it. Gives the manifest to be, and what to call with the one that was written.
+
+        Whatever ends the block before that call leaves a storage that can't commit any more: what is on disk isn't
+        known to it.
+        """
+        self._refuse_no_writer("commit")
+        with self._undo.settled():
+            self._refuse_no_writer("commit")
+            failed, self._failed = self._failed, True
+            manifest = self._synced_manifest(step, extra, durable=durable)
+            yield manifest, self._adopt
+            if self._manifest.generation != manifest.generation:
+                raise RuntimeError(f"{self.path}: a commit was prepared and not ended")
+            self._failed = failed
+
+    def _synced_manifest(self, step: int | None, extra: Mapping[str, Any] | None, *, durable: bool) -> Manifest:
+        """The manifest of the rows and states as they are now; with `durable` all of it is on the disk."""
+        if durable:
+            self._undo.journal.sync()
+            disk.sync_mapping(self.mmap, self.path)
+            for name, mapping in self._state_maps.items():
+                disk.sync_mapping(mapping, self._states[name].path)
+        return self._next_manifest(step, extra, {name: file.new_sums() for name, file in self._undo.files.items()})
+
+    def _adopt(self, manifest: Manifest) -> None:
+        """This manifest is on the disk: everything from here on is undone to it."""
+        self._manifest = manifest
+        texts = manifest.checksums_of(self.path.name)
+        sums = {name: from_hex(texts[name]) if name in texts else None for name in self._undo.files}
+        self._undo.committed(sums, manifest.generation, manifest.commit_number)
 
     def _next_manifest(
         self, step: int | None, extra: Mapping[str, Any] | None, sums: Mapping[str, np.ndarray[Any, Any] | None]

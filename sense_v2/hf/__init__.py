@@ -11,11 +11,14 @@ from sense_v2.hf.auto import register
 _HOME = {
     "EngramCallback": "callback",
     "EngramTrainer": "trainer",
+    "add_overlay": "overlay",
     "attach_engram": "attach",
     "detach_engram": "attach",
     "from_pretrained": "pretrained",
     "push_to_hub": "hub",
+    "remove_overlay": "overlay",
     "save_pretrained": "pretrained",
+    "teach": "teaching",
 }
 
 __all__ = sorted(_HOME)

@@ -55,28 +55,48 @@ def evaluating(model: PreTrainedModel) -> Iterator[None]:
 
 
 def evaluate(
-    model: PreTrainedModel, token_ids_BT: torch.Tensor, *, tokenizer: Any = None, batch_size: int = 8
+    model: PreTrainedModel,
+    token_ids_BT: torch.Tensor,
+    *,
+    tokenizer: Any = None,
+    batch_size: int = 8,
+    advance: Callable[[int], Any] | None = None,
 ) -> Evaluation:
     """The model's loss on blocks of tokens, each block on its own. `tokenizer` (of `tokenizers` or transformers)
-    counts the bytes, see `count_text_bytes`; without one `text_bytes` is 0.
+    counts the bytes, see `count_text_bytes`; without one `text_bytes` is 0. `advance` is told the tokens of every
+    `batch_size` blocks once they are done.
 
     Raises `ValueError` where there is no token to predict.
     """
+    losses_BT = token_losses(model, token_ids_BT, batch_size=batch_size, advance=advance)
+    text_bytes = 0 if tokenizer is None else count_text_bytes(token_ids_BT[:, 1:], tokenizer)
+    return Evaluation(float(losses_BT.mean()), losses_BT.numel(), text_bytes)
+
+
+def token_losses(
+    model: PreTrainedModel,
+    token_ids_BT: torch.Tensor,
+    *,
+    batch_size: int = 8,
+    advance: Callable[[int], Any] | None = None,
+) -> torch.Tensor:
+    """float64 [B, T - 1]: the loss of each token but each block's first, in nats. `advance`, and what it raises, as
+    `evaluate`."""
     if token_ids_BT.dim() != 2 or len(token_ids_BT) == 0 or token_ids_BT.shape[1] < 2:
         raise ValueError(
             f"token ids of shape {list(token_ids_BT.shape)} have nothing to predict: evaluation takes "
             "[blocks, tokens], at least one block of two tokens"
         )
-    total, count, text_bytes = 0.0, 0, 0
+    losses = []
     with evaluating(model):
         for block_BT in token_ids_BT.split(batch_size):
             logits_BTV = model(input_ids=block_BT.to(model.device), use_cache=False).logits[:, :-1]
             targets_BT = block_BT[:, 1:].to(logits_BTV.device)
-            total += float(F.cross_entropy(logits_BTV.flatten(0, 1).float(), targets_BT.flatten(), reduction="sum"))
-            count += targets_BT.numel()
-    if tokenizer is not None:
-        text_bytes = count_text_bytes(token_ids_BT[:, 1:], tokenizer)
-    return Evaluation(total / count, count, text_bytes)
+            loss = F.cross_entropy(logits_BTV.flatten(0, 1).float(), targets_BT.flatten(), reduction="none")
+            losses.append(loss.view(targets_BT.shape).cpu().double())
+            if advance is not None:
+                advance(block_BT.numel())
+    return torch.cat(losses)
 
 
 def count_text_bytes(token_ids_BT: torch.Tensor, tokenizer: Any) -> int:
@@ -87,7 +107,7 @@ def count_text_bytes(token_ids_BT: torch.Tensor, tokenizer: Any) -> int:
     tokens' bytes are added up. Only other tokenizers, of words say, are asked to decode.
     """
     backend = getattr(tokenizer, "backend_tokenizer", tokenizer)
-    kinds = _decoder_kinds(getattr(backend, "decoder", None))
+    kinds = decoder_kinds(getattr(backend, "decoder", None))
     if not kinds & {"ByteLevel", "ByteFallback", "Metaspace"}:
         return sum(len(backend.decode(row, skip_special_tokens=True).encode()) for row in token_ids_BT.tolist())
     is_byte_level = "ByteLevel" in kinds
@@ -102,7 +122,7 @@ def count_text_bytes(token_ids_BT: torch.Tensor, tokenizer: Any) -> int:
     return total
 
 
-def _decoder_kinds(decoder: Any) -> set[str]:
+def decoder_kinds(decoder: Any) -> set[str]:
     """The names of a `tokenizers` decoder's parts; none for anything else."""
     if decoder is None or not type(decoder).__module__.startswith("tokenizers"):
         return set()

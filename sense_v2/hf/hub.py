@@ -14,12 +14,21 @@ from typing import Any
 
 from huggingface_hub import HfApi
 
-from sense_v2.engram.format import journal_name, manifest_name
-from sense_v2.engram.opening import read_manifest
+from sense_v2.engram.format import manifest_name
+from sense_v2.engram.opening import TableFiles, read_manifest
+from sense_v2.engram.patch import strip_delta
 from sense_v2.engram.tokenizer import description_path
 from sense_v2.hf.backbone import BACKBONE_FILE
 from sense_v2.hf.card import CARD_FILE
-from sense_v2.hf.pretrained import CONFIG_FILE, FUSION_FILE, MAP_FILE, MEMORY_FOLDER, REFERENCE_FILE, TABLE_FILE
+from sense_v2.hf.pretrained import (
+    CONFIG_FILE,
+    FUSION_FILE,
+    MAP_FILE,
+    MEMORY_FOLDER,
+    OVERLAY_FILE,
+    REFERENCE_FILE,
+    TABLE_FILE,
+)
 
 _FILES = (
     "config.json",
@@ -69,8 +78,10 @@ def push_to_hub(
                 f"{memory} lacks {', '.join(missing) or manifest_name(TABLE_FILE)}: it was not saved to its end; "
                 "save it again"
             )
-        journal = memory / journal_name(TABLE_FILE)
-        if journal.is_file() and journal.stat().st_size:
+        files = TableFiles(memory / TABLE_FILE)
+        for journal in (files.journal, *files.other_journals):
+            if not (journal.is_file() and journal.stat().st_size):
+                continue
             raise ValueError(
                 f"{journal}: somebody trains {memory / TABLE_FILE}, or died doing it; commit or close it first, or "
                 "run `sense-engram verify --repair` where nobody does"
@@ -89,7 +100,7 @@ def push_to_hub(
 
 
 def _stage(folder: Path, staging: Path) -> None:
-    """Links to what is uploaded, and a manifest that names no optimizer states."""
+    """Links to what is uploaded, and a manifest and an overlay without optimizer states."""
     for pattern in _FILES:
         for path in folder.glob(pattern):
             link = staging / path.name
@@ -102,5 +113,7 @@ def _stage(folder: Path, staging: Path) -> None:
     for name in _MEMORY_FILES:
         if (memory / name).is_file():
             (staging / MEMORY_FOLDER / name).symlink_to((memory / name).resolve())
+    if (memory / OVERLAY_FILE).is_file():
+        strip_delta(memory / OVERLAY_FILE, staging / MEMORY_FOLDER / OVERLAY_FILE)
     manifest = dataclasses.replace(read_manifest(memory / manifest_name(TABLE_FILE)), states={})
     (staging / MEMORY_FOLDER / manifest_name(TABLE_FILE)).write_text(manifest.to_json(), encoding="utf-8")

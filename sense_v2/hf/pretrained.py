@@ -8,6 +8,7 @@
     folder/engram/fusion.safetensors             the fusion layers' weights
     folder/engram/engram_table.dat, .json        the table and its manifest, or
     folder/engram/table_reference.json           where the table is, and its commit
+    folder/engram/overlay.safetensors            rows that were changed on top of the table, where any were
     folder/engram/shadow_map.npy, .json          the shadow map
     folder/engram/backbone.json                  what the memory was trained on (`backbone.py`)
 
@@ -33,7 +34,7 @@ from typing import Any, BinaryIO
 import torch
 import transformers
 from huggingface_hub import snapshot_download
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
 from safetensors.torch import save as to_safetensors
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerFast
@@ -43,6 +44,8 @@ from sense_v2.engram.convert import Conversion, convert_table
 from sense_v2.engram.disk import WriterLock, copy_file, new_file
 from sense_v2.engram.format import journal_name, lock_name, manifest_name
 from sense_v2.engram.opening import read_manifest
+from sense_v2.engram.overlay import OverlayStorage
+from sense_v2.engram.sharding import ShardedTable
 from sense_v2.engram.snapshot import copy_table
 from sense_v2.engram.storage import MMapEmbeddingStorage
 from sense_v2.engram.tokenizer import description_path
@@ -58,6 +61,7 @@ from sense_v2.hf.backbone import (
     tokenizer_file_differs,
 )
 from sense_v2.hf.card import write_card
+from sense_v2.hf.overlay import add_overlay
 
 TABLES = ("copy", "reflink", "reference")
 MEMORY_FOLDER = "engram"
@@ -65,14 +69,19 @@ CONFIG_FILE = "config.json"
 FUSION_FILE = "fusion.safetensors"
 TABLE_FILE = "engram_table.dat"
 REFERENCE_FILE = "table_reference.json"
+OVERLAY_FILE = "overlay.safetensors"
 MAP_FILE = "shadow_map.npy"
 
+# What the fusion layers' weights are called in the model's own state.
+_FUSION_PREFIX = "engram.layers."
 # Weights that could run code when they are read: never downloaded.
 _PICKLES = ["*.bin", "*.pt", "*.pth", "*.ckpt", "*.pkl", "*.pickle", "*.msgpack", "*.h5"]
 _HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
 
 # Optimizer state of a table of that name, as sense_v2.engram.format calls it.
 _STATE_FILE = re.compile(r"engram_table\.[A-Za-z0-9_-]{1,64}\.dat")
+# That, and what `sense-engram delta apply` keeps: of no use to a table of other bytes.
+_OF_THIS_TABLE = re.compile(rf"{_STATE_FILE.pattern}|engram_table\.undo-[0-9a-f]{{12}}\.safetensors")
 
 
 def memory_paths(folder: str | Path) -> tuple[Path, Path]:
@@ -90,6 +99,8 @@ def save_pretrained(
     training: Mapping[str, Any] | None = None,
     evaluation: Mapping[str, Any] | None = None,
     name: str | None = None,
+    state_dict: Mapping[str, torch.Tensor] | None = None,
+    **options: Any,
 ) -> None:
     """Writes the model, its memory (if any is attached) and its tokenizer to `folder`.
 
@@ -97,7 +108,8 @@ def save_pretrained(
     optimizer states: "copy" (a reflink where the file system has them), "reflink" (refused where it hasn't), or
     "reference", its path and commit. `model` goes on with the table it has. `tokenizer` is a `tokenizers.Tokenizer`
     or a transformers tokenizer. `training` and `evaluation`, names and values, go into the model card, whose title is
-    `name`, by default the folder's.
+    `name`, by default the folder's. `state_dict` is saved in place of the model's own weights, those of the fusion
+    layers included; `options` (`max_shard_size`, `variant`, …) are those of the backbone's own `save_pretrained`.
 
     Raises `FileExistsError` where a model without memory would be saved beside the memory of another, or a reference
     beside a table, `BlockingIOError` where somebody writes to the table whose place would be taken, `ValueError` for
@@ -112,6 +124,11 @@ def save_pretrained(
             "save_pretrained: this model is wrapped in a PEFT adapter, whose weights wouldn't be saved in a form "
             "that loads; save model.merge_and_unload()"
         )
+    if getattr(model, "_hf_peft_config_loaded", False):
+        raise ValueError(
+            "save_pretrained: this model has adapters (add_adapter), and transformers would save those alone; "
+            "model.delete_adapter(…) first, or use peft.get_peft_model and save model.merge_and_unload()"
+        )
     memory = attached_memory(model)
     if memory is None and target.exists():
         raise FileExistsError(
@@ -124,7 +141,7 @@ def save_pretrained(
             "model.engram.layers.state_dict() and the backbone by themselves, and attach the tables again to load "
             "them. sense-engram convert makes a table of ours from each"
         )
-    in_place = memory is not None and _is_same_file(memory.storage.path, target / TABLE_FILE)
+    in_place = memory is not None and _is_same_file(memory.table.path, target / TABLE_FILE)
     if table == "reference" and not in_place and (target / TABLE_FILE).exists():
         raise FileExistsError(
             f"{target / TABLE_FILE} is there already, and a reference would leave it without a use; remove it, or "
@@ -134,12 +151,15 @@ def save_pretrained(
         if not in_place:
             (target / CONFIG_FILE).unlink(missing_ok=True)
         folder.mkdir(parents=True, exist_ok=True)
-        weights = {name: value for name, value in model.state_dict().items() if not name.startswith("engram.")}
-        model.save_pretrained(folder, state_dict=weights)
+        given = model.state_dict() if state_dict is None else state_dict
+        weights = {name: value for name, value in given.items() if not name.startswith("engram.")}
+        # The class's: the object's own is this function, while memory is attached.
+        type(model).save_pretrained(model, folder, state_dict=dict(weights), **options)  # takes it apart
         if tokenizer is not None:
             tokenizer = _save_tokenizer(tokenizer, model, folder)
         if memory is not None:
-            if memory.storage.mode == "r+":
+            # Several processes commit together, and one of them may save alone what was committed.
+            if memory.storage.mode == "r+" and not isinstance(memory.storage, ShardedTable):
                 memory.storage.flush()
             # What is recorded of a tokenizer that isn't saved again still holds.
             facts = {
@@ -147,46 +167,77 @@ def save_pretrained(
                 for name, value in read_facts(target / BACKBONE_FILE).items()
                 if name in ("token_texts", "tokenizer_file") and in_place
             }
-            facts |= backbone_facts(model) | (tokenizer_facts(tokenizer, folder) if tokenizer is not None else {})
-            target.mkdir(parents=True, exist_ok=True)
-            with _replaced(target / BACKBONE_FILE) as file:
-                file.write((json.dumps(facts, indent=2) + "\n").encode())
-            if not announce_memory(folder, model):
-                warnings.warn(
-                    f"{type(model).__name__} is none of transformers' own models with a language head: "
-                    f"sense_v2.hf.from_pretrained({str(folder)!r}) opens what was saved, the Auto classes open it "
-                    "without memory",
-                    UserWarning,
-                    stacklevel=2,
-                )
-            save_memory(memory, target, table="stay" if in_place else table, states=False)
+            facts |= backbone_facts(model, weights) | (
+                tokenizer_facts(tokenizer, folder) if tokenizer is not None else {}
+            )
+            describe_backbone(model, folder, facts)
+            fusion = {
+                name.removeprefix(_FUSION_PREFIX): value
+                for name, value in given.items()
+                if name.startswith(_FUSION_PREFIX)
+            }
+            save_memory(memory, target, table="stay" if in_place else table, states=False, fusion=fusion or None)
         write_card(model, folder, name or folder.resolve().name, training=training or {}, evaluation=evaluation or {})
 
 
-def save_memory(memory: EngramMemory, target: Path, *, table: str, states: bool) -> None:
-    """Writes what of a model is memory to the folder `target`, as above, its configuration last.
+def describe_backbone(model: PreTrainedModel, folder: Path, facts: Mapping[str, Any]) -> None:
+    """Says in `folder`, to which transformers has saved `model`, that it is one with memory, and what the memory was
+    trained on."""
+    (folder / MEMORY_FOLDER).mkdir(parents=True, exist_ok=True)
+    with _replaced(folder / MEMORY_FOLDER / BACKBONE_FILE) as file:
+        file.write((json.dumps(facts, indent=2) + "\n").encode())
+    if not announce_memory(folder, model):
+        warnings.warn(
+            f"{type(model).__name__} is none of transformers' own models with a language head: "
+            f"sense_v2.hf.from_pretrained({str(folder)!r}) opens what was saved, the Auto classes open it "
+            "without memory",
+            UserWarning,
+            stacklevel=3,
+        )
+
+
+def save_memory(
+    memory: EngramMemory,
+    target: Path,
+    *,
+    table: str,
+    states: bool,
+    fusion: Mapping[str, torch.Tensor] | None = None,
+) -> None:
+    """Writes what of a model is memory to the folder `target`, as above, its configuration last. `fusion` are the
+    fusion layers' weights, by default those that they have.
 
     `table`: "copy" and "reflink" copy the table of the last commit, with its optimizer states where `states`;
-    "reference" names it; "stay" is for one that lies there already.
+    "reference" names it; "stay" is for one that lies there already. An overlay's rows are written beside it.
     """
     target.mkdir(parents=True, exist_ok=True)
     if table == "reference":
-        _write_reference(memory.storage, target)
+        _write_reference(memory.whole_table, target)
     else:
         (target / REFERENCE_FILE).unlink(missing_ok=True)
         if table != "stay":
             _copy_table(memory, target, states, reflink_only=table == "reflink")
+    _save_overlay(memory, target / OVERLAY_FILE, states)
     map_path = memory.tokenizer.path
     if description_path(map_path).exists():
         copy_file(description_path(map_path), description_path(target / MAP_FILE))
     else:
         description_path(target / MAP_FILE).unlink(missing_ok=True)  # of another map
     copy_file(map_path, target / MAP_FILE)
-    weights = {name: value.contiguous() for name, value in memory.layers.state_dict().items()}
+    fusion = memory.layers.state_dict() if fusion is None else fusion
+    weights = {name: value.contiguous() for name, value in fusion.items()}
     with _replaced(target / FUSION_FILE) as file:
         file.write(to_safetensors(weights, metadata={"format": "pt"}))
     with _replaced(target / CONFIG_FILE) as file:
         file.write(_portable_config(memory).to_json().encode())
+
+
+def _save_overlay(memory: EngramMemory, path: Path, states: bool) -> None:
+    overlay: Any = memory.storage
+    if not isinstance(overlay, OverlayStorage):
+        path.unlink(missing_ok=True)  # of another memory
+    elif overlay.path is None or not _is_same_file(overlay.path, path):
+        overlay.export(path, states=states)
 
 
 def load_fusion(memory: EngramMemory, folder: Path) -> None:
@@ -212,6 +263,7 @@ def from_pretrained(
     name: str | Path,
     *,
     mode: str = "r",
+    overlay: str | Path | None = None,
     backbone: PreTrainedModel | None = None,
     tokenizer: Any = None,
     config: EngramModelConfig | None = None,
@@ -228,25 +280,30 @@ def from_pretrained(
     cache by `revision`, `cache_dir`, `token`, `local_files_only`. With mode "r" its rows can't be trained, and
     nothing in the folder changes; "r+" trains them in place, a referenced table where it lies.
 
+    `overlay` is a delta that was made on this table: rows that it has are looked up there, and with mode "r+" all
+    that is trained goes there (it is made, if it isn't there yet), while the table is only read. A folder that was
+    saved with an overlay has its own.
+
     `backbone` is a model to attach the memory to, in place of the saved one. `tokenizer` is compared with the one
     that the memory was trained with. `config` and `options` (`dtype`, `device_map`, `attn_implementation`,
     …) are those of the backbone's own `from_pretrained`. Only safetensors are read.
 
     Warns where backbone, tokenizer or versions aren't those that were saved. Raises `FileNotFoundError` where the
     folder or a part of it is missing, `ValueError` where parts don't belong together, the fusion layers' weights are
-    damaged, a reference's table has gone on, or backbone or tokenizer can't do.
+    damaged, a reference's table has gone on, the overlay is another table's, or backbone or tokenizer can't do.
     """
     if options.pop("use_safetensors", True) is False:
         raise ValueError("from_pretrained: use_safetensors = False: only safetensors are read; leave it out")
     folder = _found_folder(
         name,
         {"revision": revision, "cache_dir": cache_dir, "token": token, "local_files_only": local_files_only},
-        mode,
+        mode if overlay is None else "r",
     )
     memory_folder = folder / MEMORY_FOLDER
     has_memory = memory_folder.is_dir()
     if has_memory:
         storage_path = _table_of(memory_folder)
+    overlay = _overlay_of(memory_folder, overlay)
     loading_info: Any = None
     if backbone is None:
         backbone, loading_info = _load_backbone(folder, config, options)
@@ -268,8 +325,10 @@ def from_pretrained(
                 check_tokenizer(facts, tokenizer, memory_folder / MAP_FILE, memory_config.normalization)
             except OSError as error:
                 raise ValueError(f"{folder}: the tokenizer can't be loaded: {error}; copy its files again") from error
-        attach_engram(backbone, memory_config, mode=mode)
+        attach_engram(backbone, memory_config, mode=mode if overlay is None else "r")
         load_fusion(memory_of(backbone), memory_folder)
+        if overlay is not None:
+            add_overlay(backbone, overlay, mode=mode)
     model = backbone.eval()
     return (model, loading_info) if output_loading_info else model
 
@@ -289,6 +348,11 @@ def convert_trained(
     folder, output = Path(folder), Path(output)
     memory, target = folder / MEMORY_FOLDER, output / MEMORY_FOLDER
     config = EngramConfig.load(memory / CONFIG_FILE)
+    if (memory / OVERLAY_FILE).exists():
+        raise ValueError(
+            f"{folder} was saved with an overlay, which is of the table as it is and of no other. Put it into the "
+            f"table first: sense-engram delta apply {memory / OVERLAY_FILE} {folder}, and remove it"
+        )
     if (output / CONFIG_FILE).exists() and not (target / TABLE_FILE).exists():
         raise FileExistsError(f"{output} holds another model already; choose another --output")
     is_reference = (memory / REFERENCE_FILE).is_file()
@@ -298,7 +362,7 @@ def convert_trained(
     of_table.add(REFERENCE_FILE)
     for file in sorted(memory.iterdir()):
         if file.is_file() and not (
-            file.name in of_table or file.suffix == ".tmp" or _STATE_FILE.fullmatch(file.name)
+            file.name in of_table or file.suffix == ".tmp" or _OF_THIS_TABLE.fullmatch(file.name)
         ):
             copy_file(file, target / file.name)
     with _replaced(target / CONFIG_FILE) as to:
@@ -307,6 +371,18 @@ def convert_trained(
         if file.is_file():
             copy_file(file, output / file.name)
     return conversion
+
+
+def _overlay_of(memory_folder: Path, given: str | Path | None) -> Path | None:
+    saved = memory_folder / OVERLAY_FILE
+    if given is not None and not memory_folder.is_dir():
+        raise ValueError(f"{memory_folder.parent} has no memory that {given} could be an overlay of; leave it out")
+    if given is not None and saved.is_file():
+        raise ValueError(
+            f"{memory_folder.parent} was saved with an overlay, and {given} would be a second one. Make them one: "
+            f"sense-engram delta merge {saved} {given} --output FILE, and put that in its place"
+        )
+    return Path(given) if given is not None else saved if saved.is_file() else None
 
 
 def memory_parts(folder: str | Path) -> tuple[EngramConfig, Path, dict[int, dict[str, torch.Tensor]]]:
@@ -428,10 +504,29 @@ def _load_backbone(
             setattr(found, name, options.pop(name))
     names = found.architectures or [""]
     model_class: Any = getattr(transformers, names[0], AutoModelForCausalLM)
-    model, loading_info = model_class.from_pretrained(
+    is_checkpoint = _holds_fusion_weights(folder) and issubclass(model_class, PreTrainedModel)
+    model, loading_info = (_without_fusion(model_class) if is_checkpoint else model_class).from_pretrained(
         str(folder), config=found, local_files_only=True, use_safetensors=True, output_loading_info=True, **options
     )
+    if is_checkpoint:
+        model.__class__ = model_class
     return model.eval(), loading_info
+
+
+def _holds_fusion_weights(folder: Path) -> bool:
+    """Whether the fusion layers' weights are among the backbone's, as in a checkpoint that a Trainer resumes from."""
+    for path in folder.glob("model*.safetensors"):
+        with contextlib.suppress(SafetensorError), safe_open(path, framework="pt") as file:
+            if any(name.startswith(_FUSION_PREFIX) for name in file.keys()):  # noqa: SIM118  # no mapping
+                return True
+    return False
+
+
+def _without_fusion(model_class: type[PreTrainedModel]) -> Any:
+    """The class, whose models don't report weights of fusion layers that lie among their own as unexpected."""
+    ignored = [*(model_class._keys_to_ignore_on_load_unexpected or ()), rf"^{re.escape(_FUSION_PREFIX)}"]
+    fields = {"__module__": model_class.__module__, "_keys_to_ignore_on_load_unexpected": ignored}
+    return type(model_class.__name__, (model_class,), fields)
 
 
 def _save_tokenizer(tokenizer: Any, model: PreTrainedModel, folder: Path) -> Any:
@@ -464,10 +559,10 @@ def _portable_config(memory: EngramMemory) -> EngramConfig:
 
 def _copy_table(memory: EngramMemory, target: Path, states: bool, *, reflink_only: bool) -> None:
     """The table and its manifest. State that an earlier table left there would be taken for its own."""
-    copy_table(memory.storage, target / TABLE_FILE, states=states, reflink_only=reflink_only)
+    copy_table(memory.whole_table, target / TABLE_FILE, states=states, reflink_only=reflink_only)
     kept = {entry.file for entry in read_manifest(target / manifest_name(TABLE_FILE)).states.values()}
     for path in target.glob("engram_table.*.dat"):
-        is_table = path.with_name(manifest_name(path.name)).exists() or _is_same_file(path, memory.storage.path)
+        is_table = path.with_name(manifest_name(path.name)).exists() or _is_same_file(path, memory.table.path)
         if _STATE_FILE.fullmatch(path.name) and not is_table and path.name not in kept:
             path.unlink()
 

@@ -33,7 +33,18 @@ def render(template: str, **values: Any) -> str:
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    formats = ("count", "decimals", "duration", "moment", "percent", "perplexity", "setting", "size")
+    formats = (
+        "chance",
+        "count",
+        "decimals",
+        "duration",
+        "moment",
+        "percent",
+        "perplexity",
+        "setting",
+        "signed",
+        "size",
+    )
     environment.filters.update({name: getattr(wording, name) for name in (*formats, "typeset", "visible")})
     style = Markup((FOLDER / "style.css").read_text(encoding="utf-8"))
     return environment.get_template(template).render(style=style, **values)

@@ -34,7 +34,7 @@ PALETTE = {
     "run-plain": "#3d444d",
     "run-engram": "#0a5fb8",
     "run-random_rows": "#b45309",
-    "run-shuffled": "#a62b78",
+    "run-shuffled": "#811bf3",
 }
 """The light colours, as in style.css, which has the dark ones too."""
 
@@ -62,11 +62,13 @@ def loss_panels(results: dict[str, Any]) -> list[dict[str, Any]]:
             lines = lines_of(results, over)
             caption = f"{kind} loss over {over}"
             figure = Figure(figsize=(460 / 72, 300 / 72), dpi=72)
-            with matplotlib.rc_context(_style(13)):
+            with matplotlib.rc_context(style(13)):
                 axes = figure.add_axes((0.1, 0.15, 0.6, 0.83))
                 seconds = (results["same_seconds"] or {}).get("seconds") if over == "seconds" else None
                 _draw(axes, lines, over, markers=kind == "Validation", seconds=seconds)
-                panels.append({"caption": caption, "svg": _svg(figure, caption.lower().replace(" ", "-"), lines)})
+                panels.append(
+                    {"caption": caption, "svg": svg_of(figure, caption.lower().replace(" ", "-"), _told(lines))}
+                )
     return panels
 
 
@@ -76,7 +78,7 @@ def write_picture(results: dict[str, Any], path: str | Path) -> None:
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     figure = Figure(figsize=(8, 4.5), dpi=200, facecolor=PALETTE["page"])
-    with matplotlib.rc_context(_style(11)):
+    with matplotlib.rc_context(style(11)):
         axes = figure.add_axes((0.075, 0.13, 0.7, 0.68))
         _draw(axes, lines, "steps", markers=True, log=True, format_value=wording.perplexity)
         title = _balanced(wording.typeset(verdict.headline(results)), 74)
@@ -145,7 +147,8 @@ def _floats(values: list[Any]) -> np.ndarray:
     return np.array([float(value) if wording.is_finite(value) else np.nan for value in values], dtype=np.float64)
 
 
-def _style(font_size: float) -> Any:
+def style(font_size: float) -> Any:
+    """What every plot shares, for `matplotlib.rc_context`."""
     return {
         "font.family": "DejaVu Sans",
         "font.size": font_size,
@@ -309,8 +312,14 @@ def _bottom(members: list[int], middles: list[float], heights: list[float]) -> f
     return min(max(wanted, 0.0), max(1.0 - total, 0.0))
 
 
-def _svg(figure: Figure, name: str, lines: list[Line]) -> Markup:
-    """The figure as an SVG element that can stand in a page: own ids, no metadata, colours as CSS variables."""
+def _told(lines: list[Line]) -> str:
+    values = [f"{line.label} {wording.decimals(line.y[-1]) if len(line.y) else 'no value'}" for line in lines]
+    return f"at the end: {', '.join(values)}"
+
+
+def svg_of(figure: Figure, name: str, told: str) -> Markup:
+    """The figure as an SVG element that can stand in a page: own ids, no metadata, colours as CSS variables. `told`
+    says in words what is drawn."""
     file = io.StringIO()
     metadata = {"Date": None, "Creator": None, "Format": None, "Type": None}
     figure.savefig(file, format="svg", transparent=True, metadata=metadata)
@@ -322,6 +331,5 @@ def _svg(figure: Figure, name: str, lines: list[Line]) -> Markup:
     svg = re.sub(r'(href="#|url\(#)', rf"\g<1>{name}-", svg)
     for variable, color in PALETTE.items():
         svg = svg.replace(color, f"var(--{variable})")
-    values = [f"{line.label} {wording.decimals(line.y[-1]) if len(line.y) else 'no value'}" for line in lines]
-    told = escape(f"{name.replace('-', ' ')}, at the end: {', '.join(values)}")
-    return Markup(re.sub(r"<svg ", lambda _: f'<svg role="img" aria-label="{told}" ', svg, count=1))
+    label = escape(f"{name.replace('-', ' ')}, {told}")
+    return Markup(re.sub(r"<svg ", lambda _: f'<svg role="img" aria-label="{label}" ', svg, count=1))

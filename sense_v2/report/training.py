@@ -43,6 +43,7 @@ from pathlib import Path
 from typing import Any
 
 from sense_v2.report import page, verdict, wording
+from sense_v2.report.gate_text import GateToken, gate_range, gate_scale, layer_text
 
 COLUMNS = 100
 REQUIRED = (
@@ -86,8 +87,7 @@ def write_report(results: dict[str, Any], path: str | Path) -> None:
         window=plots.smoothing_window(len(runs["engram"]["steps"])),
         step_bars=step_bars(results),
         control_bars=control_bars(results),
-        gate_low=low,
-        gate_high=high,
+        gate_scale=gate_scale(low, high),
         gate_layers=layers,
         columns=head_columns(results["rows_touched"]),
         continuation=continuation,
@@ -142,33 +142,26 @@ def terminal_table(results: dict[str, Any]) -> str:
 
 
 def gate_layers(gates: list[dict[str, Any]]) -> tuple[float, float, list[dict[str, Any]]]:
-    """Lowest and highest gate of all layers, and each layer's tokens with their place between the two (0 to 1).
+    """Lowest and highest gate of all layers, and each layer with its coloured text, its mean and where it is widest.
 
-    One scale for all layers, so that their colours compare. A gate that isn't finite has no place (None).
+    One scale for all layers, so that their colours compare.
     """
-    every = [gate for layer in gates for gate in layer["gates"] if wording.is_finite(gate)]
-    low, high = (min(every), max(every)) if every else (math.nan, math.nan)
-    layers = []
     for layer in gates:
         if len(layer["tokens"]) != len(layer["gates"]):
             raise ValueError(
                 f"gates of layer {layer['layer']}: {len(layer['tokens'])} tokens and {len(layer['gates'])} gates"
             )
-        tokens = [
-            {
-                "text": text,
-                "gate": gate,
-                "share": round((gate - low) / (high - low or 1), 3) if wording.is_finite(gate) else None,
-            }
-            for text, gate in zip(layer["tokens"], layer["gates"], strict=True)
-        ]
-        own = sorted((t for t in tokens if t["share"] is not None), key=lambda t: -t["gate"])
+    low, high = gate_range(gate for layer in gates for gate in layer["gates"])
+    layers = []
+    for layer in gates:
+        pairs = list(zip(layer["tokens"], layer["gates"], strict=True))
+        text = layer_text([GateToken(token, [gate]) for token, gate in pairs], 0, low, high)
+        own = sorted(((gate, token) for token, gate in pairs if wording.is_finite(gate)), key=lambda pair: -pair[0])
         summary = (
-            {"low": own[-1]["gate"], "high": own[0]["gate"], "mean": sum(t["gate"] for t in own) / len(own)}
-            if own
-            else {}
+            {"low": own[-1][0], "high": own[0][0], "mean": sum(gate for gate, _ in own) / len(own)} if own else {}
         )
-        layers.append({"layer": layer["layer"], "tokens": tokens, "widest": own[:3], **summary})
+        widest = [{"text": token, "gate": gate} for gate, token in own[:3]]
+        layers.append({"layer": layer["layer"], "text": text, "widest": widest, **summary})
     return low, high, layers
 
 

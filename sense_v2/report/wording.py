@@ -56,6 +56,15 @@ def decimals(value: float | None, digits: int = 3) -> str:
     return f"{value:.{digits}f}".replace("-", "−") if value is not None and is_finite(value) else NOT_FINITE
 
 
+def signed(value: float | None, digits: int = 4) -> str:
+    """A difference, with its sign.
+
+    >>> signed(0.51234), signed(-0.5, 2), signed(0.0)
+    ('+0.5123', '−0.50', '0.0000')
+    """
+    return ("+" if is_finite(value) and round(float(value or 0), digits) > 0 else "") + decimals(value, digits)
+
+
 def perplexity(value: float | None) -> str:
     """
     >>> perplexity(12.3081), perplexity(1503.2), perplexity(float("inf"))
@@ -78,6 +87,21 @@ def percent(fraction: float | None) -> str:
     value = 100 * fraction
     text = f"{value:,.1f}" if 0 < abs(value) < 9.95 else f"{value:,.0f}"
     return text.replace("-", "−") + " %"
+
+
+def chance(probability: float | None) -> str:
+    """A probability as a percentage that never says 0 or 100 where it isn't.
+
+    >>> chance(0.412), chance(0.00001), chance(0.9999), chance(1.0), chance(float("nan"))
+    ('41 %', '< 0.1 %', '> 99.9 %', '100 %', 'not finite')
+    """
+    if probability is None or not is_finite(probability):
+        return NOT_FINITE
+    if 0 < probability < 0.001:
+        return "< 0.1 %"
+    if 0.999 < probability < 1:
+        return "> 99.9 %"
+    return percent(probability)
 
 
 def change(new: float, old: float) -> str:

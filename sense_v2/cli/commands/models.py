@@ -10,12 +10,16 @@ import typer
 
 from sense_v2.cli.errors import INTERRUPTED
 from sense_v2.cli.options import (
+    AllFilesOption,
     ConfigOption,
-    CorpusOption,
+    DocumentsOption,
     FolderArgument,
     JsonOption,
     LayersOption,
+    SequenceLengthOption,
+    SequencesOption,
     TableSizeOption,
+    TextColumnOption,
     WithoutMemoryOption,
     numbers,
     settings_of,
@@ -45,10 +49,11 @@ def demo(
 
 
 def train(
+    context: typer.Context,
     model: Annotated[
         str | None, typer.Option(metavar="NAME|FOLDER", help="A model of the hub or a folder; a small fresh Llama.")
     ] = None,
-    corpus: CorpusOption = None,
+    corpus: DocumentsOption = None,
     output: Annotated[Path, typer.Option(metavar="FOLDER", help="Where the model goes.")] = Path("runs/train"),
     config: ConfigOption = None,
     steps: Annotated[int | None, typer.Option(help="Optimizer steps.")] = None,
@@ -62,36 +67,65 @@ def train(
     table_size: TableSizeOption = None,
     no_memory: Annotated[bool, typer.Option("--no-memory", help="Train the backbone alone, to compare.")] = False,
     seed: Annotated[int | None, typer.Option(help="Of the weights, the rows and the order of the text.")] = None,
+    text_column: TextColumnOption = "text",
     force: Annotated[bool, typer.Option("--force", help="Replace the model in --output.")] = False,
+    resume: Annotated[
+        bool, typer.Option("--resume", help="Go on with the run in --output that ended early, with its settings.")
+    ] = False,
     as_json: JsonOption = False,
 ) -> None:
-    """Train a model with memory on a corpus. Ctrl-C ends after the step at hand and saves; twice quits at once.
+    """Train a model with memory on a corpus. Ctrl-C ends after the step at hand and saves; --resume goes on.
 
     Example: sense-engram train --corpus my_texts/ --steps 300 --output runs/train
     """
-    if steps is not None and tokens is not None:
-        raise typer.BadParameter("--steps and --tokens say the same thing; give one of them")
-    from sense_v2.cli.train import default_config, run_train
+    if resume:
+        given = [
+            name
+            for name in context.params
+            if name not in ("output", "resume", "as_json")
+            and (source := context.get_parameter_source(name)) is not None
+            and source.name == "COMMANDLINE"
+        ]
+        if given:
+            option = f"--{given[0].replace('_', '-')}"
+            raise typer.BadParameter(
+                f"the run goes on with the settings it began with: leave {option} out, or --resume"
+            )
+        from sense_v2.cli.train import resume_train
 
-    engram = {
-        "table_size": table_size,
-        "layer_indices": numbers("--layers", layers),
-        "seed": seed,
-        "enabled": False if no_memory else None,
-    }
-    train = {
-        "steps": steps,
-        "batch_size": batch_size,
-        "sequence_length": sequence_length,
-        "learning_rate": learning_rate,
-        "row_learning_rate": row_learning_rate,
-        "train_backbone": False if freeze_backbone else None,
-        "seed": seed,
-    }
-    settings = settings_of(config, default_config(model), engram, train)
-    if tokens is not None:
-        settings.train.steps = math.ceil(tokens / (settings.train.batch_size * settings.train.sequence_length))
-    result = run_train(settings, model=model, corpus=corpus, output=output, force=force, echo=lines_to(as_json))
+        result = resume_train(output, echo=lines_to(as_json))
+    else:
+        if steps is not None and tokens is not None:
+            raise typer.BadParameter("--steps and --tokens say the same thing; give one of them")
+        from sense_v2.cli.train import default_config, run_train
+
+        engram = {
+            "table_size": table_size,
+            "layer_indices": numbers("--layers", layers),
+            "seed": seed,
+            "enabled": False if no_memory else None,
+        }
+        train = {
+            "steps": steps,
+            "batch_size": batch_size,
+            "sequence_length": sequence_length,
+            "learning_rate": learning_rate,
+            "row_learning_rate": row_learning_rate,
+            "train_backbone": False if freeze_backbone else None,
+            "seed": seed,
+        }
+        settings = settings_of(config, default_config(model), engram, train)
+        if tokens is not None:
+            settings.train.steps = math.ceil(tokens / (settings.train.batch_size * settings.train.sequence_length))
+        result = run_train(
+            settings,
+            model=model,
+            corpus=corpus,
+            text_column=text_column,
+            output=output,
+            force=force,
+            echo=lines_to(as_json),
+        )
     if as_json:
         print_json(result)
     if result["stopped"]:
@@ -100,26 +134,48 @@ def train(
 
 def evaluate(
     folder: FolderArgument,
-    corpus: CorpusOption = None,
+    corpus: DocumentsOption = None,
     without_memory: Annotated[
         bool, typer.Option("--without-memory", help="Beside it, the same with the memory taken off.")
     ] = False,
-    all_files: Annotated[
-        bool, typer.Option("--all-files", help="Read all of the corpus, not the part that train holds out.")
-    ] = False,
-    sequences: Annotated[int | None, typer.Option(min=1, help="Sequences to read; as in training.")] = None,
-    sequence_length: Annotated[int | None, typer.Option(min=2, help="Tokens of each; as in training.")] = None,
+    text_column: TextColumnOption = "text",
+    all_files: AllFilesOption = False,
+    sequences: SequencesOption = None,
+    sequence_length: SequenceLengthOption = None,
+    tasks: Annotated[
+        list[str] | None,
+        typer.Option(metavar="NAME|FILE.yaml", help="Run this task of lm-evaluation-harness instead; repeatable."),
+    ] = None,
+    include_path: Annotated[
+        Path | None, typer.Option(metavar="FOLDER", help="Where --tasks finds tasks of your own by name.")
+    ] = None,
+    limit: Annotated[int | None, typer.Option(min=1, help="Only the first samples of each task.")] = None,
     as_json: JsonOption = False,
 ) -> None:
-    """Measure perplexity and bits per byte of a trained model on a corpus.
+    """Measure perplexity and bits per byte of a trained model on a corpus, or run tasks of lm-evaluation-harness.
 
     Example: sense-engram eval runs/train --corpus other_texts/ --all-files --without-memory
     """
+    if tasks:
+        from sense_v2.cli.tasks import run_tasks
+
+        result = run_tasks(
+            folder,
+            tasks,
+            include_path=include_path,
+            limit=limit,
+            without_memory=without_memory,
+            echo=lines_to(as_json),
+        )
+        if as_json:
+            print_json(result)
+        return
     from sense_v2.cli.evaluate import run_eval
 
     result = run_eval(
         folder,
         corpus=corpus,
+        text_column=text_column,
         sequences=sequences,
         sequence_length=sequence_length,
         all_files=all_files,

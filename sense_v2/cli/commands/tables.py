@@ -100,7 +100,8 @@ def create(
 
 def verify(
     table: Annotated[
-        Path, typer.Argument(callback=table_path, help="The table's file, its manifest, or the folder it is in.")
+        Path,
+        typer.Argument(callback=table_path_of, help="A table: its file, its manifest, its folder, a model's folder."),
     ],
     repair: Annotated[
         bool,

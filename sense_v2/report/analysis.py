@@ -1,0 +1,312 @@
+"""What a memory does on a text, token by token and row by row. Goes in: the results, one dictionary that JSON can
+hold. Comes out: `write_report` one self-contained HTML file, `lines` the gist for a terminal.
+
+    {
+      "model": str, "created": str (ISO time),
+      "corpus": {"name", "files", "held_out": bool, "tokens"}, "sequences", "sequence_length", "tokens",
+      "counted": {"held_out": whether it is the part that training reads, "tokens", "of_tokens"},
+      "loss", "perplexity", "bits_per_byte": {"with", "without"},
+      "table": {"rows", "width", "dtype", "bytes", "heads"},
+      "gain", "gates", "classes", "text", "leaned_on", "helped", "harmed", "by_frequency", "heads", "zipf",
+      "hot_sets", "rows": what the functions of sense_v2.hf.analysis return,
+      "seconds": of everything together
+    }
+
+Every n-gram count is of the counted text. Sentences are chosen by the numbers.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from markupsafe import Markup
+
+from sense_v2.report import page, wording
+from sense_v2.report.gate_text import Facts, GateToken, gate_text
+from sense_v2.report.wording import change, count, decimals, is_finite, percent, perplexity, signed
+
+AS_CHANCE = 0.02
+"""Collisions this far from the expectation, in parts of it, still count as those of chance."""
+LOADED = 0.5
+"""A head that has this many n-grams a row or more has hardly a row of its own for any."""
+
+
+def write_report(results: dict[str, Any], path: str | Path) -> None:
+    """Writes the HTML report, making its folder. Raises `KeyError` where `results` lack a part."""
+    page.write(
+        path,
+        "analysis.html",
+        results=results,
+        kind=outcome(results),
+        headline=headline(results),
+        sentences=sentences(results),
+        counted=counted(results),
+        text=coloured(results["text"]),
+        panels=panels(results),
+        heads=heads(results["heads"]),
+        frequencies=frequencies(results["by_frequency"]),
+        span=span,
+        cell=cell,
+    )
+
+
+def lines(results: dict[str, Any]) -> list[str]:
+    """The gist, for a terminal."""
+    return [wording.printable(wording.tie(line)) for line in [headline(results), *sentences(results)]]
+
+
+def outcome(results: dict[str, Any]) -> str:
+    """better, worse, level or broken: with the memory against without."""
+    with_memory, without = (results["perplexity"][name] for name in ("with", "without"))
+    if not (is_finite(with_memory) and is_finite(without)):
+        return "broken"
+    if abs(with_memory - without) < wording.SAME * without:
+        return "level"
+    return "better" if with_memory < without else "worse"
+
+
+def headline(results: dict[str, Any]) -> str:
+    """What the memory does to the perplexity."""
+    with_memory, without = (results["perplexity"][name] for name in ("with", "without"))
+    kind = outcome(results)
+    if kind == "broken":
+        return "A loss is no finite number, so gains can't be told."
+    if kind == "level":
+        return f"With its memory the model is as good as with it taken off: perplexity {perplexity(with_memory)}."
+    return (
+        f"With its memory the model's perplexity is {change(with_memory, without)} than with it taken off: "
+        f"{perplexity(with_memory)} against {perplexity(without)}."
+    )
+
+
+def sentences(results: dict[str, Any]) -> list[str]:
+    """What a reader should take away, each chosen by the numbers."""
+    return [
+        sentence
+        for sentence in (_spread(results), _frequency(results), _collisions(results), _rows(results))
+        if sentence
+    ]
+
+
+def counted(results: dict[str, Any]) -> str:
+    """Which text n-grams were counted in."""
+    own = results["counted"]
+    name = results["corpus"]["name"]
+    part = f"the part of {name} that training reads" if own["held_out"] else f"all of {name}, this text included"
+    cut = "" if own["tokens"] >= own["of_tokens"] else f"the first {count(own['tokens'])} of "
+    return f"{part}, {cut}{count(own['of_tokens'])} tokens"
+
+
+def _spread(results: dict[str, Any]) -> str:
+    gain = results["gain"]
+    if not is_finite(gain["mean"]):
+        return ""
+    return (
+        f"It lowers the loss of {percent(gain['helped'])} of the tokens by more than a tenth of a nat and raises "
+        f"that of {percent(gain['harmed'])}; the mean gain is {decimals(gain['mean'])} nats a token."
+    )
+
+
+def _frequency(results: dict[str, Any]) -> str:
+    longest = max((one["order"] for one in results["by_frequency"]), default=0)
+    groups = [one for one in results["by_frequency"] if one["order"] == longest and is_finite(one["gain"])]
+    if len(groups) < 2:
+        return ""
+    best = max(groups, key=lambda one: one["gain"])
+    told = f"Tokens gain most behind {longest}-grams that were counted {span(best)} ({signed(best['gain'], 2)} nats)"
+    never = next((one for one in groups if one["low"] == 0), None)
+    if never is None or never is best:
+        return f"{told}."
+    return f"{told}; behind those never counted it is {signed(never['gain'], 2)}."
+
+
+def _collisions(results: dict[str, Any]) -> str:
+    sharing, expected, ngrams = (
+        sum(head[name] for head in results["heads"]) for name in ("sharing", "expected_sharing", "ngrams")
+    )
+    if not ngrams:
+        return ""
+    told = f"{percent(sharing / ngrams)} of the n-grams share their row with another"
+    if expected and abs(sharing - expected) <= AS_CHANCE * expected:
+        verdict = f"as many as chance puts together ({percent(expected / ngrams)})"
+    else:
+        more = "more" if sharing > expected else "fewer"
+        verdict = f"{more} than chance puts together ({percent(expected / ngrams)})"
+    full = [head for head in results["heads"] if head["ngrams"] > LOADED * head["rows"]]
+    crowded = ""
+    if full:
+        orders = sorted({head["order"] for head in full})
+        names = wording.listing([f"{order}-grams" for order in orders])
+        crowded = (
+            f" The heads of {names} have more than one n-gram for every two rows: a larger table would part them."
+        )
+    return f"{told}, {verdict}.{crowded}"
+
+
+def _rows(results: dict[str, Any]) -> str:
+    rows, used = (sum(head[name] for head in results["heads"]) for name in ("rows", "rows_used"))
+    told = f"{percent(used / rows)} of the rows are looked up by the counted text"
+    groups = [group for group in results["rows"]["groups"] if group["unmoved"] is not None and group["rows"]]
+    if not groups:
+        return f"{told}; how far they have moved isn't known, since the table's first values aren't."
+    total = sum(group["rows"] for group in groups)
+    unmoved = sum(group["unmoved"] * group["rows"] for group in groups) / total
+    return f"{told}; {percent(unmoved)} of all rows are bit for bit what they were before training."
+
+
+def span(group: dict[str, Any]) -> str:
+    """How often, in words.
+
+    >>> span({"low": 0, "high": 0}), span({"low": 1, "high": 1}), span({"low": 4, "high": 7})
+    ('never', 'once', '4 to 7 times')
+    >>> span({"low": 256, "high": None})
+    '256 times or more'
+    """
+    low, high = group["low"], group["high"]
+    if high is None:
+        return f"{count(low)} times or more"
+    if high == low:
+        return {0: "never", 1: "once"}.get(low, f"{count(low)} times")
+    return f"{count(low)} to {count(high)} times"
+
+
+def coloured(text: dict[str, Any]) -> Markup:
+    """The text coloured by gate, with all that is known of each token behind it."""
+    tokens = []
+    for token in text["tokens"]:
+        facts: list[tuple[str, str]] = [
+            ("token id", f"{token['token_id']}, compressed {token['compressed_id']}"),
+        ]
+        if is_finite(token["loss_with"]) and is_finite(token["loss_without"]):
+            gain = token["loss_without"] - token["loss_with"]
+            facts.append(
+                (
+                    "its loss",
+                    f"{decimals(token['loss_with'])} with memory, {decimals(token['loss_without'])} without: gain "
+                    f"{signed(gain, 3)}",
+                )
+            )
+        layer_facts: list[Facts] = [
+            [fact for ngram in layer for fact in _ngram_facts(ngram)] for layer in token["layers"]
+        ]
+        tokens.append(GateToken(token["text"], token["gates"], facts, layer_facts))
+    return gate_text(tokens, text["layers"])
+
+
+def _ngram_facts(ngram: dict[str, Any]) -> list[tuple[str, str]]:
+    others = ngram["others"]
+    shared = ", ".join(map(str, others)) if any(others) else "none"
+    return [
+        (
+            f"{ngram['order']}-gram",
+            f"{wording.visible(ngram['text'], inline=True)}, counted {count(ngram['counted'])}",
+        ),
+        ("adds", f"{percent(ngram['share'])} of the hidden state’s length"),
+        ("rows", ", ".join(map(str, ngram["rows"]))),
+        ("their norms", ", ".join(decimals(norm, 2) for norm in ngram["norms"])),
+        ("others there", shared),
+    ]
+
+
+def heads(found: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The heads with what a table shows of each."""
+    several = len({head["layer"] for head in found}) > 1
+    return [
+        {
+            **head,
+            "name": f"{'layer ' + str(head['layer']) + ', ' if several else ''}{head['order']}-grams, {head['head']}",
+            "used": head["rows_used"] / head["rows"],
+            "expected_used": head["expected_rows_used"] / head["rows"],
+            "shared": head["sharing"] / head["ngrams"] if head["ngrams"] else None,
+            "expected_shared": head["expected_sharing"] / head["ngrams"] if head["ngrams"] else None,
+        }
+        for head in found
+    ]
+
+
+def frequencies(found: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The groups by order, each with the width of its bar: its gain against the largest of all, either way."""
+    largest = max((abs(one["gain"]) for one in found if is_finite(one["gain"])), default=0) or 1
+    groups = []
+    for order in sorted({one["order"] for one in found}):
+        bars = []
+        for one in found:
+            if one["order"] == order:
+                drawn = is_finite(one["gain"])
+                width = round(50 * abs(one["gain"]) / largest, 2) if drawn else 0
+                left = 50.0 if not drawn or one["gain"] >= 0 else round(50 - width, 2)
+                effect = "harms" if left < 50 else "helps"
+                bars.append({**one, "label": span(one), "width": width, "left": left, "effect": effect})
+        groups.append({"order": order, "bars": bars})
+    return groups
+
+
+def panels(results: dict[str, Any]) -> dict[str, Any]:
+    """The charts: a name in the template and its SVG, or a list of them."""
+    from sense_v2.report.charts import Series, column_chart, line_chart
+
+    gates = results["gates"]
+    bins = len(gates[0]["histogram"])
+    rows = results["rows"]
+    found: dict[str, Any] = {
+        "histograms": [
+            {
+                "layer": own["layer"],
+                "svg": column_chart(
+                    f"gates-of-layer-{own['layer']}",
+                    [edge / bins for edge in range(bins + 1)],
+                    own["histogram"],
+                    x_label="gate",
+                ),
+            }
+            for own in gates
+        ],
+        "positions": line_chart(
+            "mean-gate-by-position",
+            [
+                Series(
+                    f"layer {own['layer']}",
+                    [(point["from"] + point["to"]) / 2 for point in own["by_position"]],
+                    [point["gate"] for point in own["by_position"]],
+                )
+                for own in gates
+            ],
+            x_label="position in the sequence",
+            y_range=(0, 1.02),
+        ),
+        "zipf": line_chart(
+            "how-often-n-grams-are-counted",
+            [Series(f"{own['order']}-grams", own["ranks"], own["counts"]) for own in results["zipf"]],
+            x_label="rank of the n-gram",
+            log_x=True,
+            log_y=True,
+        ),
+        "hot": line_chart(
+            "lookups-served-by-the-hottest-rows",
+            [
+                Series(
+                    "served",
+                    [one["share"] for one in results["hot_sets"]],
+                    [one["serves"] for one in results["hot_sets"]],
+                )
+            ],
+            x_label="hottest rows, of the table",
+            log_x=True,
+            percent_x=True,
+            percent_y=True,
+            y_range=(0, 1.02),
+        ),
+        "norms": column_chart("lengths-of-rows", **rows["norm_histogram"], x_label="length of a row"),
+        "drifts": None,
+    }
+    if rows["drift_histogram"] is not None:
+        found["drifts"] = column_chart(
+            "drift-of-rows", **rows["drift_histogram"], x_label="distance from its first values"
+        )
+    return found
+
+
+def cell(value: float | None, digits: int = 3) -> str:
+    """A number for a table; a dash where there is none."""
+    return "–" if value is None else decimals(value, digits)
