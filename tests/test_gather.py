@@ -3,6 +3,7 @@
 import ctypes
 import sys
 import threading
+import types
 
 import numpy as np
 import pytest
@@ -28,6 +29,13 @@ def way(request, monkeypatch) -> str:
     elif request.param != "compiled":
         monkeypatch.setattr(gather_module, "_exchange", None)
     return request.param
+
+
+def test_an_extension_of_another_version_is_done_without(monkeypatch):
+    older = types.SimpleNamespace(__file__="_gather.so")
+    monkeypatch.setattr(gather_module.importlib, "import_module", lambda name: older)
+    with pytest.warns(UserWarning, match=r"_gather.so was compiled from another version's source"):
+        assert gather_module._load_compiled() is None
 
 
 def table(width: int = 16, dtype: str = "float32", num_rows: int = N) -> np.ndarray:

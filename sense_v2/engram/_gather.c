@@ -49,6 +49,7 @@
 #include "_results.h"
 
 enum {
+    INTERFACE = 2,                            /* one more with each change of what this file offers */
     SMALL_IDS = 1023, SMALL_BYTES = 1 << 20,  /* of a batch that is read without a look at anything else */
     LOOK_NS = 1000000,                        /* between two looks at the file's size */
     SAMPLES = 4, ASKED_IDS = 64,
@@ -427,6 +428,7 @@ static int add_lookup(PyObject *module) {
     name_call = PyUnicode_InternFromString("_call");
     lookup_type = (PyTypeObject *)PyType_FromSpec(&lookup_spec);
     if (!name_lookup || !name_training || !name_call || !lookup_type) return -1;
+    if (PyModule_AddIntConstant(module, "INTERFACE", INTERFACE)) return -1;
     return PyModule_AddObjectRef(module, "Lookup", (PyObject *)lookup_type);
 }
 

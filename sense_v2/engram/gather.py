@@ -20,6 +20,7 @@ from __future__ import annotations
 import importlib
 import math
 import sys
+import warnings
 from typing import Any
 
 import numpy as np
@@ -28,10 +29,27 @@ import torch
 from sense_v2.engram.compact import decode, split
 from sense_v2.engram.format import RAW_BYTES, RowDtype
 
-try:
-    compiled: Any = importlib.import_module("sense_v2.engram._gather")
-except ImportError:  # no compiler where it was installed
-    compiled = None
+# Of `_gather.c`: what it offers this version of the library.
+INTERFACE = 2
+
+
+def _load_compiled() -> Any:
+    try:
+        found = importlib.import_module("sense_v2.engram._gather")
+    except ImportError:  # no compiler where it was installed
+        return None
+    if getattr(found, "INTERFACE", None) != INTERFACE:
+        warnings.warn(
+            f"{found.__file__} was compiled from another version's source, and isn't used: rows are read slowly. "
+            "Install sense-v2 again (pip install -e . in a checkout)",
+            UserWarning,
+            stacklevel=2,
+        )
+        return None
+    return found
+
+
+compiled: Any = _load_compiled()
 
 # A new array of this size still comes from the allocator's own memory; a larger one is new pages, cleared by the
 # kernel, every time.
