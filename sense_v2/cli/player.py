@@ -109,11 +109,11 @@ class Player:
             with self._turn(notebook):
                 before, continued = [self._inspected(one) for one in texts], [self._continued(prompt)]
                 taught = teach(self.model, self.tokenizer, text, prompt=prompt, steps=int(steps))
+                notebook.facts.append(Fact(prompt, text, taught))
                 after = [self._inspected(one) for one in texts]
                 continued.append(self._continued(prompt))
         except (ValueError, IndexError, FloatingPointError, CommandError) as error:
             return self._refusal(error), self.facts(notebook), notebook
-        notebook.facts.append(Fact(prompt, text, taught))
         found = {
             "prompt": prompt,
             "text": text,
@@ -133,8 +133,8 @@ class Player:
         if notebook is None or not notebook.facts:
             return playground.note("Nothing was taught in this tab."), self.facts(notebook), notebook
         with self._turn(notebook):
+            notebook.facts[-1].taught.undo()
             fact = notebook.facts.pop()
-            fact.taught.undo()
         said = f"“{wording.visible(fact.text, inline=True)}” is taken back: its rows are what they were, bit for bit."
         return playground.note(said), self.facts(notebook), notebook
 
