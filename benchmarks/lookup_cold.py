@@ -22,7 +22,10 @@ from sense_v2.engram.storage import MMapEmbeddingStorage
 def cold_part(probe: Probe, path: Path, scale: Scale) -> dict[str, Any]:
     rounds = scale.cold_rounds
     num_rows = path.stat().st_size // PAGE_BYTES
-    ceilings = {f"{jobs} x {depth}": probe.reads(path, depth, jobs) for jobs, depth in ((1, 1), (1, 64), (2, 64))}
+    ceilings = {
+        f"{jobs} x {depth}": probe.reads(path, depth, jobs, scale.ceiling_seconds)
+        for jobs, depth in ((1, 1), (1, 64), (2, 64))
+    }
     say("disk, random 4-KiB reads/s past the cache", {name: round(value) for name, value in ceilings.items()})
     figures: dict[str, Any] = {"ceiling reads/s": ceilings}
 
@@ -42,7 +45,7 @@ def cold_part(probe: Probe, path: Path, scale: Scale) -> dict[str, Any]:
             storage(batch)
 
     opened: list[MMapEmbeddingStorage] = []
-    for num_ids, calls in ((16, 24), (16_384, 1)):
+    for num_ids, calls in ((16, 24), (scale.large_ids // 2, 1)):
         ways = {"default": mapped(None), "MADV_RANDOM": mapped(mmap.MADV_RANDOM), "storage": ours}
         if num_ids > 1024:
             del ways["default"]  # minutes
@@ -84,11 +87,14 @@ def ahead(path: Path, scale: Scale) -> dict[str, Any]:
     pieces_a_second = 200 / (time.perf_counter() - start)
 
     order = random.Random(0)
-    for case, num_ids, steps, between in (("decode", 16, 40, 3e-3), ("train", 4096, 4, 60e-3)):
+    train_ids, train_steps = min(4096, scale.large_ids), min(4, scale.small_calls)
+    cases = (("decode", 16, min(40, scale.small_calls), 3e-3), ("train", train_ids, train_steps, 60e-3))
+    for case, num_ids, steps, between in cases:
         pieces = round(between / 2 * pieces_a_second)
         for state in ("cold", "warm"):
             seconds: dict[str, list[float]] = {"off": [], "on": [], "resident": []}
-            for turn in range(scale.cold_rounds):
+            # What there is to see in the warm ones is small.
+            for turn in range(scale.cold_rounds * (1 if state == "cold" else 3)):
                 with cold(path) as storage:
                     drawn = iter(random_ids(num_rows, num_ids, 6 * steps, seed=turn))
                     pairs = [(next(drawn), next(drawn)) for _ in range(3 * steps)]
@@ -136,7 +142,7 @@ def peer(path: Path, scale: Scale) -> dict[str, Any]:
     store, storage = engramdb.Store(str(shards), 1, num_rows, row_bytes), open_rows(path, row_bytes)
     for num_ids, calls, rounds in (
         (16, min(500, scale.small_calls), scale.small_rounds),
-        (32_768, 2, scale.large_rounds),
+        (scale.large_ids, 2, scale.large_rounds),
     ):
         # A million rows, which stay in memory.
         batches = random_ids(min(1 << 20, num_rows), num_ids, calls)
@@ -149,7 +155,7 @@ def peer(path: Path, scale: Scale) -> dict[str, Any]:
     del store
     reader = engramdb.IoUringPageReader(PAGE_BYTES)
     with open(path, "rb") as file:
-        for num_ids, calls in ((16, 24), (16_384, 1)):
+        for num_ids, calls in ((16, 24), (scale.large_ids // 2, 1)):
             seconds: dict[str, list[float]] = {"engramdb": [], "storage": []}
             for turn in range(scale.cold_rounds):
                 batches = random_ids(path.stat().st_size // PAGE_BYTES, num_ids, calls, seed=turn)

@@ -41,14 +41,17 @@ class Scale:
     small_rounds: int
     large_rounds: int
     cold_rounds: int
+    ceiling_seconds: float
+    large_ids: int
+    """Of a large warm batch; a cold one is half as large."""
     millions: tuple[int, ...]
     """Rows of the tables that differ in size, the largest ones sparse."""
 
 
-FULL = Scale(2 << 30, 6 << 30, 2000, 15, 9, 7, (1, 100, 768))
-QUICK = Scale(1 << 30, 2 << 30, 2000, 5, 3, 3, (1, 100, 768))
+FULL = Scale(2 << 30, 6 << 30, 2000, 15, 9, 7, 1.0, 32_768, (1, 100, 768))
+QUICK = Scale(1 << 30, 2 << 30, 2000, 5, 3, 3, 1.0, 32_768, (1, 100, 768))
 # Shows that everything runs, and measures nothing.
-TINY = Scale(16 << 20, 80 << 20, 20, 1, 1, 1, (1, 2))
+TINY = Scale(8 << 20, 64 << 20, 4, 1, 1, 1, 0.05, 2048, (1, 2))
 
 
 class Probe:

@@ -36,7 +36,7 @@ TESTS = Path(__file__).parents[1] / "tests"
 sys.path.insert(0, str(TESTS))
 
 from checkpoints import write_shard  # type: ignore[import-not-found]  # noqa: E402
-from lookup import Probe, random_ids  # noqa: E402
+from reading import Probe, random_ids  # noqa: E402
 from turns import drop_from_cache, machine  # noqa: E402
 
 from sense_v2.engram import parts  # noqa: E402

@@ -39,14 +39,14 @@ import numpy as np
 import torch
 import torch.distributed as dist
 from matplotlib.figure import Figure
-from sense_v2.engram.exchange import Ranks
-from sense_v2.engram.sharding import ShardedTable
 from torch import nn
 from turns import machine, prepare_text
 
 from sense_v2.core.config import EngramConfig
+from sense_v2.engram.exchange import Ranks
 from sense_v2.engram.hashing import NgramHasher
 from sense_v2.engram.optim import RowWiseAdagrad
+from sense_v2.engram.sharding import ShardedTable
 from sense_v2.engram.tokenizer import EngramTokenizer
 from sense_v2.report.plots import PALETTE, style
 
@@ -305,7 +305,8 @@ def unique_growth(row_ids_TH: np.ndarray, largest: int) -> tuple[float, float, l
     while size <= min(largest, len(row_ids_TH)):
         points.append((size, len(np.unique(row_ids_TH[:size]))))
         size *= 2
-    b, log_a = np.polyfit(*np.log(np.array(points)).T, 1)
+    sizes, unique = np.log(np.array(points)).T
+    b, log_a = np.polyfit(sizes, unique, 1)
     return float(np.exp(log_a)), float(b), points
 
 
@@ -378,7 +379,7 @@ def measure(plan: Plan, folder: Path) -> dict[str, Any]:
     }
 
 
-def check_model(strong: dict[int, dict[str, Any]]) -> dict[str, Any]:
+def check_model(strong: dict[int, dict[str, Any]]) -> dict[int, Any]:
     """Predicted against measured, for the steps measured here."""
     alone = strong[1]
     own_layers = alone["seconds"] - alone["waited_seconds"] - alone["update_seconds"]

@@ -10,14 +10,15 @@ from __future__ import annotations
 
 import posixpath
 import re
+import sys
 from pathlib import Path
 from typing import Any
 
 from mkdocs.config.defaults import MkDocsConfig
 from mkdocs.structure.files import File, Files
-from typer.main import get_command
 
-from sense_v2.cli import main
+sys.path.insert(0, str(Path(__file__).parent))
+from docs_commands import commands
 
 ROOT = Path(__file__).parents[1]
 PAGES = {"benchmarks/LOG.md": "log.md", "CHANGELOG.md": "changelog.md"}
@@ -53,42 +54,3 @@ def _relinked(text: str, folder: Path) -> str:
         return words
 
     return LINK.sub(replaced, text)
-
-
-def commands() -> str:
-    """Every command's help as Markdown."""
-    parts = ["## Each command", ""]
-    registered = get_command(main.app).commands  # type: ignore[attr-defined]
-    for heading, listed in main.COMMANDS.items():
-        parts += [f"**{heading}:** " + ", ".join(f"[`{name}`](#sense-engram-{name})" for name in listed), ""]
-    for listed in main.COMMANDS.values():
-        for name in listed:
-            command = registered[name]
-            told, _, example = command.help.partition("Example: ")
-            parts += [f"### sense-engram {name}", "", told.strip(), "", "```sh", example.strip(), "```", ""]
-            parts += ["| | |", "|---|---|"]
-            for parameter in command.params:
-                if parameter.name != "help":
-                    parts.append(f"| {_called(parameter)} | {_cell(parameter.help)}{_default(parameter)} |")
-            parts.append("")
-    return "\n".join(parts)
-
-
-def _called(parameter: Any) -> str:
-    """`--layers 1,15`"""
-    is_option = parameter.param_type_name == "option"
-    name = parameter.opts[0] if is_option else (parameter.metavar or parameter.name.upper())
-    value = f" {parameter.metavar}" if is_option and parameter.metavar else ""
-    value = value or ("" if not is_option or parameter.is_flag else " …")
-    return f"`{_cell(name + value)}`"
-
-
-def _default(parameter: Any) -> str:
-    """What is taken where the option isn't given."""
-    if parameter.param_type_name != "option" or parameter.is_flag or parameter.default in (None, (), []):
-        return " Needed." if parameter.required and parameter.param_type_name == "option" else ""
-    return f" Else `{_cell(str(parameter.default))}`."
-
-
-def _cell(text: str) -> str:
-    return text.replace("|", "\\|")

@@ -117,6 +117,12 @@ def test_the_error_that_is_shown_is_the_programs_own(tmp_path, monkeypatch, caps
     assert capsys.readouterr().err == shown
 
 
+def test_the_benchmarks_that_are_named_are_there():
+    named = set(re.findall(r"python (benchmarks/\w+\.py)", TEXTS["benchmarks.md"]))
+    assert len(named) >= 6
+    assert all((ROOT / path).exists() for path in named)
+
+
 # What a page does
 
 
@@ -163,6 +169,15 @@ def test_its_code_runs(name, made, tmp_path, monkeypatch, capsys):
 
 
 # What is drawn and built
+
+
+def test_the_site_lists_every_command_with_its_options():
+    text = runpy.run_path(str(ROOT / "scripts" / "docs_commands.py"))["commands"]()
+    for name, command in COMMANDS.items():
+        assert f"\n### sense-engram {name}\n" in text
+        assert f"(#sense-engram-{name.replace(' ', '-')})" in text
+        for parameter in command.params:
+            assert parameter.name == "help" or parameter.opts[0] in text or parameter.param_type_name == "argument"
 
 
 def test_the_pictures_are_those_that_the_code_draws(tmp_path):

@@ -1,24 +1,30 @@
 """Models whose table lies under an overlay: saved, loaded, copied, trained and resumed."""
 
 import copy
+import dataclasses
 import shutil
 
 import pytest
 import torch
+from test_attach_released import attached
+from test_attach_released import released as released_checkpoint
 from tiny import tiny_config, tiny_model, tiny_tokenizer, wake
 from transformers import TrainingArguments
 
 from sense_v2.core.config import TrainConfig
 from sense_v2.engram.delta import read_delta
 from sense_v2.engram.overlay import OverlayStorage
+from sense_v2.engram.released import open_released_table
 from sense_v2.hf.attach import attach_engram, detach_engram
 from sense_v2.hf.callback import EngramCallback
 from sense_v2.hf.memory import memory_of
-from sense_v2.hf.overlay import add_overlay
+from sense_v2.hf.overlay import add_overlay, remove_overlay
 from sense_v2.hf.pretrained import convert_trained, from_pretrained, save_pretrained
+from sense_v2.hf.teaching import teach
 from sense_v2.hf.trainer import EngramTrainer
 from sense_v2.hf.training import train
 
+checkpoint = released_checkpoint
 IDS = torch.arange(1, 65).reshape(2, 32)
 
 
@@ -138,6 +144,38 @@ def test_a_copy_of_a_model_has_its_changes_and_is_a_model_of_its_own(folder, tmp
 
 
 # Trained
+
+
+@pytest.mark.filterwarnings("ignore:.*not checked:UserWarning")
+def test_rows_are_trained_and_taught_on_top_of_a_released_table(checkpoint, tmp_path):
+    folder, _ = checkpoint
+    before = {path: path.read_bytes() for path in folder.iterdir()}
+    table = open_released_table(folder, 1)
+    config = dataclasses.replace(table.config, shadow_map_path=str(tmp_path / "map.npy"))
+    overlay = OverlayStorage(table, tmp_path / "facts.safetensors")
+    model = attach_engram(tiny_model("llama"), config, tiny_tokenizer(), storage=overlay)
+    for layer in memory_of(model):
+        torch.nn.init.normal_(layer.W_v.weight, std=0.02)
+    train(model, [IDS] * 3, TrainConfig(steps=3, warmup_steps=1, train_backbone=False, row_learning_rate=0.1))
+    assert len(overlay.changed_ids) > 0
+    assert overlay.dtype == torch.bfloat16
+    assert overlay.committed_step == 3
+    overlay.forget(overlay.changed_ids)
+    taught = teach(model, tiny_tokenizer(), "word3 word1", prompt="word5 word6", steps=5)
+    assert taught.losses[-1] < taught.losses[0]
+    assert taught.overlay is overlay
+    taught.undo()
+    assert len(overlay.changed_ids) == 0
+    detach_engram(model)
+    overlay.close()
+    assert {path: path.read_bytes() for path in folder.iterdir()} == before
+
+
+def test_a_memory_of_several_tables_is_told_how_to_get_its_overlays(checkpoint, tmp_path):
+    model, _ = attached(checkpoint, tmp_path, {1: 1, 2: 14})
+    for refused in (add_overlay, remove_overlay):
+        with pytest.raises(ValueError, match=r"storage=\{layer: OverlayStorage"):
+            refused(model)
 
 
 def test_the_training_loop_trains_the_overlay_and_leaves_the_table(folder, tmp_path):

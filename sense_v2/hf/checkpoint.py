@@ -69,6 +69,8 @@ def restore_rows(memory: EngramMemory, checkpoint: Path) -> None:
     if isinstance(storage, OverlayStorage):
         storage.restore(folder / OVERLAY_FILE)
         return
+    if memory.is_released:  # its rows are what they were
+        return
     if not (folder / REFERENCE_FILE).is_file():
         if isinstance(memory.storage, ShardedTable):
             range_copy.restore_table(memory.storage, folder / TABLE_FILE)

@@ -39,7 +39,7 @@ class PermutedHasher:
 
     def __init__(self, hasher: NgramHasher, seed: int) -> None:
         self.hasher = hasher
-        self.layout = hasher.layout
+        self.layout, self.layer_id = hasher.layout, hasher.layer_id
         self.pad_id = hasher.pad_id
         self.generator = torch.Generator().manual_seed(seed)
 

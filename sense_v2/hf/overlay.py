@@ -17,6 +17,19 @@ from sense_v2.engram.overlay import OverlayStorage
 from sense_v2.hf.memory import memory_of
 
 
+def overlay_of(model: PreTrainedModel) -> OverlayStorage | None:
+    """The overlay that the model looks up through, if any. Raises `ValueError` where its layers have tables of their
+    own."""
+    memory = memory_of(model)
+    if len(memory.storages) > 1:
+        raise ValueError(
+            "this memory has a table for each of its layers, and an overlay lies on one table. Attach it with them: "
+            "attach_engram(model, config, tokenizer, storage={layer: OverlayStorage(table, path), …})"
+        )
+    storage = memory.storages[0]
+    return storage if isinstance(storage, OverlayStorage) else None
+
+
 def add_overlay(
     model: PreTrainedModel, path: str | os.PathLike[str] | None = None, *, mode: str = "r+"
 ) -> OverlayStorage:
@@ -25,10 +38,10 @@ def add_overlay(
     The table must have been opened with mode "r" (`from_pretrained` does that by itself). Raises `ValueError` where
     it wasn't, where there is an overlay already, and what `OverlayStorage` raises.
     """
-    memory = memory_of(model)
-    if isinstance(memory.storage, OverlayStorage):
+    memory, there = memory_of(model), overlay_of(model)
+    if there is not None:
         raise ValueError(
-            f"this model has an overlay already ({memory.storage.path or 'in memory'}). Deltas of one table can be "
+            f"this model has an overlay already ({there.path or 'in memory'}). Deltas of one table can be "
             "made one: sense-engram delta merge; or remove_overlay(model) first"
         )
     overlay = OverlayStorage(memory.storage, path, mode=mode)
@@ -41,7 +54,7 @@ def remove_overlay(model: PreTrainedModel) -> None:
 
     Raises `ValueError` where there is none.
     """
-    memory = memory_of(model)
-    if not isinstance(memory.storage, OverlayStorage):
+    overlay = overlay_of(model)
+    if overlay is None:
         raise ValueError("this model has no overlay. add_overlay(model) puts one on")
-    memory.use_storage(memory.storage.release())
+    memory_of(model).use_storage(overlay.release())

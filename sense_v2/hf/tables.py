@@ -12,6 +12,7 @@ from typing import Any
 
 from sense_v2.core.config import EngramConfig
 from sense_v2.engram.hashing import HeadLayout
+from sense_v2.engram.overlay import OverlayStorage
 from sense_v2.engram.released import ReleasedTable
 from sense_v2.engram.tokenizer import IDENTITY, EngramTokenizer, write_identity_map
 from sense_v2.engram.variants import VARIANTS
@@ -49,7 +50,13 @@ def _layer_of(table: Any, otherwise: int) -> int:
     return int(table.manifest.provenance.get("layer", otherwise))
 
 
-def _check(table: Any, layer: int, config: EngramConfig, layout: HeadLayout) -> None:
+def _below(storage: Any) -> Any:
+    """The table that an overlay lies on; any other itself."""
+    return storage.base if isinstance(storage, OverlayStorage) else storage
+
+
+def _check(storage: Any, layer: int, config: EngramConfig, layout: HeadLayout) -> None:
+    table = _below(storage)
     if layer not in layout.layer_ids:
         raise ValueError(
             f"{table.path} is of layer {layer}, and the configuration has memory in layers {config.layer_indices}; "
@@ -83,7 +90,7 @@ def _check(table: Any, layer: int, config: EngramConfig, layout: HeadLayout) -> 
 
 def refuse_another_map(tables: Sequence[Any], shadow_map: EngramTokenizer) -> None:
     """Raises `ValueError` where a table's rows are of another map than this one."""
-    for table in tables:
+    for table in map(_below, tables):
         if isinstance(table, ReleasedTable):
             size, sha256 = table.tensors.compressed_vocab_size, table.tensors.map_sha256
         else:
@@ -107,7 +114,8 @@ def identity_map(config: EngramConfig, tables: Sequence[Any], num_embeddings: in
     many ids as the model has whose table it is; a new table's are `num_embeddings`."""
     path = Path(config.shadow_map_path)
     if not path.exists():
-        sizes = [table.tensors.compressed_vocab_size for table in tables if isinstance(table, ReleasedTable)]
+        below = map(_below, tables)
+        sizes = [table.tensors.compressed_vocab_size for table in below if isinstance(table, ReleasedTable)]
         size = next((size for size in sizes if size), num_embeddings)
         write_identity_map(path, size, name=config.tokenizer_name)
     shadow_map = EngramTokenizer(path)

@@ -30,7 +30,7 @@ from sense_v2.engram.optim import row_adam
 from sense_v2.engram.overlay import OverlayStorage
 from sense_v2.hf.corpus import encode
 from sense_v2.hf.memory import EngramMemory, memory_of
-from sense_v2.hf.overlay import add_overlay
+from sense_v2.hf.overlay import add_overlay, overlay_of
 
 
 @dataclass
@@ -83,7 +83,7 @@ def teach(
             "heard. Train the memory first"
         )
     token_ids_1T, labels_1T = _tokens(model, tokenizer, prompt, text)
-    overlay = memory.storage if isinstance(memory.storage, OverlayStorage) else add_overlay(model)
+    overlay = overlay_of(model) or add_overlay(model)
     with _rows_alone(model, memory, overlay):
         learned_T = labels_1T[0, 1:] != -100  # whose next token is learned
         row_ids_LBTH = memory.hash_tokens(token_ids_1T, None, None, None)[1]
