@@ -152,7 +152,7 @@ def test_a_lesson_says_what_was_learned_and_what_else_moved():
     text = Read(html).text.replace("\xa0", " ")
     assert "with 10 % on (geometric) average, and now expects it with 95 %" in text
     assert "2 steps moved 12 of the table’s 1,500 rows" in text
-    assert "2 of 3 tokens look up a row that moved. Most changed: c 20 % → 2.0 %." in text
+    assert "2 of 3 tokens look up a row that moved. Most changed: c 20 % → 2.0 %, 10 times less likely." in text
     assert re.findall(r'<span class="([^"]*)" tabindex', html) == ["moved", "", "down4 moved"]
 
 

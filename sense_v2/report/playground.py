@@ -224,8 +224,19 @@ def _watched(one: dict[str, Any]) -> dict[str, Any]:
         "tokens": tokens,
         "sharing": sum(one["moved"]),
         "count": len(names),
-        "most": None if most is None else {"text": names[most], "before": pairs[most][0], "after": pairs[most][1]},
+        "most": None if most is None else _change(names[most], *pairs[most]),
         "is_moved": most is not None and bool(shift_class(*pairs[most])),
+    }
+
+
+def _change(text: str, before: float, after: float) -> dict[str, Any]:
+    times = max(before, after) / min(before, after)
+    how_often = wording.decimals(times, 1) if times < 10 else wording.count(times)
+    return {
+        "text": text,
+        "before": before,
+        "after": after,
+        "how": f"{how_often} times {'likelier' if after > before else 'less likely'}",
     }
 
 
