@@ -25,7 +25,7 @@ HELPERS := $(addprefix benchmarks/, turns.py resident.py reading.py lookup_cold.
 BENCHMARKS := $(filter-out $(HELPERS) benchmarks/scaling.py benchmarks/teaching.py, $(wildcard benchmarks/*.py))
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test crash fuzz docs docs-pictures lint format bench scaling clean distclean broken
+.PHONY: help setup demo test crash ranks fuzz docs docs-pictures lint format bench scaling clean distclean broken
 
 help: ## this list
 	@sed -n 's/^\([a-z-]*\):.*## /\1|/p' Makefile | while IFS='|' read -r target text; do printf '  make %-14s %s\n' "$$target" "$$text"; done
@@ -42,6 +42,10 @@ test: $(INSTALLED) ## all tests (ARGS="-k name" for some)
 # tests/test_crash.py says what is done how often.
 crash: $(INSTALLED) ## kill a trainer 500 times, cut the power, fail every call (ten minutes)
 	SENSE_CRASH_KILLS=$${SENSE_CRASH_KILLS:-500} OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(JOBS) $(ARGS) tests/test_crash.py tests/test_power_cut.py tests/test_io_errors.py
+
+# tests/test_global_commit.py says what is killed.
+ranks: $(INSTALLED) ## kill one of 2 to 4 ranks 60 times, at random moments and at calls of a commit (ten minutes)
+	SENSE_RANK_KILLS=$${SENSE_RANK_KILLS:-15} OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(JOBS) --dist loadscope $(ARGS) tests/test_global_commit.py tests/test_hosts.py
 
 # Nothing but packages is downloaded, and the site asks for nothing: scripts/check_site.py holds that.
 docs: $(INSTALLED) ## the site of docs/, in site/index.html

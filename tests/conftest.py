@@ -1,4 +1,4 @@
-"""Fixtures shared by the tests: golden numbers, and DeepSeek's map built once a session."""
+"""Fixtures shared by the tests: golden numbers, DeepSeek's map built once a session, commands and a trained model."""
 
 import json
 import os
@@ -58,3 +58,61 @@ def quick_path(tmp_path):
         return
     with tempfile.TemporaryDirectory(dir=memory) as folder:
         yield Path(folder)
+
+
+# --- the command line ---
+
+
+@pytest.fixture
+def quiet(monkeypatch):
+    """What `sense-engram` asks of libraries that aren't loaded yet, for those that are."""
+    from transformers.utils import logging
+
+    monkeypatch.setenv("TRANSFORMERS_VERBOSITY", "error")
+    monkeypatch.setenv("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+
+
+@pytest.fixture
+def run(quiet, capfd):
+    """run("create", …) -> (exit status, stdout, stderr)"""
+    from sense_v2.cli import main
+
+    def call(*arguments):
+        capfd.readouterr()
+        status = main.main([str(argument) for argument in arguments])
+        return status, *capfd.readouterr()
+
+    return call
+
+
+@pytest.fixture
+def run_json(run):
+    """The object that the command prints with --json, and nothing else on stdout."""
+
+    def call(*arguments, status=0):
+        found, out, error = run(*arguments, "--json")
+        assert found == status, error
+        return json.loads(out)
+
+    return call
+
+
+@pytest.fixture(scope="session")
+def corpus(tmp_path_factory) -> Path:
+    from tiny import write_corpus
+
+    return write_corpus(tmp_path_factory.mktemp("text") / "corpus")
+
+
+@pytest.fixture(scope="session")
+def trained(corpus, tmp_path_factory):
+    """(folder, what `train --json` printed) of a small model, never changed by a test."""
+    from sense_v2.cli import train
+    from sense_v2.core.config import Config, TrainConfig
+
+    folder = tmp_path_factory.mktemp("runs") / "new" / "trained"
+    config = Config(train.default_config(None).engram, TrainConfig(steps=12, warmup_steps=1, eval_sequences=8))
+    config.engram.table_size, config.train.batch_size, config.train.sequence_length = 2000, 2, 32
+    return folder, train.run_train(config, corpus=[corpus], output=folder, echo=lambda line: None)

@@ -11,8 +11,8 @@ from pathlib import Path
 
 import pytest
 import torch
+from tiny import write_corpus
 from transformers import AutoModelForCausalLM, LlamaForCausalLM
-from transformers.utils import logging
 
 from sense_v2.cli import demo, errors, main, train
 from sense_v2.core.config import Config, EngramConfig, TrainConfig
@@ -22,63 +22,6 @@ from sense_v2.hf.pretrained import from_pretrained
 ROOT = Path(__file__).parents[1]
 SMALL = ("--batch-size", "2", "--sequence-length", "32", "--table-size", "2000")
 COMMANDS = [name for commands in main.COMMANDS.values() for name in commands]
-
-
-@pytest.fixture(autouse=True)
-def quiet(monkeypatch):
-    """What `main` asks of libraries that aren't loaded yet, for those that are."""
-    monkeypatch.setenv("TRANSFORMERS_VERBOSITY", "error")
-    monkeypatch.setenv("HF_HUB_DISABLE_PROGRESS_BARS", "1")
-    logging.set_verbosity_error()
-    logging.disable_progress_bar()
-
-
-@pytest.fixture
-def run(capfd):
-    """run("create", …) -> (exit status, stdout, stderr)"""
-
-    def call(*arguments):
-        capfd.readouterr()
-        status = main.main([str(argument) for argument in arguments])
-        return status, *capfd.readouterr()
-
-    return call
-
-
-@pytest.fixture
-def run_json(run):
-    """The object that the command prints with --json, and nothing else on stdout."""
-
-    def call(*arguments, status=0):
-        found, out, error = run(*arguments, "--json")
-        assert found == status, error
-        return json.loads(out)
-
-    return call
-
-
-def write_corpus(folder, files=12):
-    """Programs that say much the same, so that a few steps learn something and the BPE stays small."""
-    folder.mkdir(parents=True)
-    for number in range(files):
-        lines = [f"def function_{number}_{line}(value):\n    return value + {line}\n" for line in range(60)]
-        (folder / f"module_{number}.py").write_text("\n".join(lines))
-    return folder
-
-
-@pytest.fixture(scope="module")
-def corpus(tmp_path_factory):
-    return write_corpus(tmp_path_factory.mktemp("text") / "corpus")
-
-
-@pytest.fixture(scope="module")
-def trained(corpus, tmp_path_factory):
-    """(folder, what `train --json` printed), never changed by a test."""
-    folder = tmp_path_factory.mktemp("runs") / "new" / "trained"
-    config = Config(train.default_config(None).engram, TrainConfig(steps=8, warmup_steps=1, eval_sequences=8))
-    settings = train.run_train
-    config.engram.table_size, config.train.batch_size, config.train.sequence_length = 2000, 2, 32
-    return folder, settings(config, corpus=[corpus], output=folder, echo=lambda line: None)
 
 
 def content(folder):
@@ -229,10 +172,10 @@ def test_train_saves_a_folder_that_says_how_it_was_made(trained):
     assert {"config.json", "model.safetensors", "tokenizer.json", "config.yaml", "engram/engram_table.dat"} <= names
     assert not [name for name in names if name.startswith(".")]
     config = Config.load(folder / "config.yaml")
-    assert (config.train.steps, config.engram.table_size) == (8, 2000)
+    assert (config.train.steps, config.engram.table_size) == (12, 2000)
     assert config.engram.storage_path == str(folder / "engram" / "engram_table.dat")
     assert result["perplexity"]["after"] < result["perplexity"]["before"]
-    assert (result["steps"], result["tokens"], result["stopped"]) == (8, 8 * 2 * 32, False)
+    assert (result["steps"], result["tokens"], result["stopped"]) == (12, 12 * 2 * 32, False)
     assert result["memory"]["rows"] == 2000
     assert result["memory"]["bytes"] == (folder / "engram" / "engram_table.dat").stat().st_size
     assert result["tokens_per_second"] == pytest.approx(result["tokens"] / result["train_seconds"])
@@ -242,7 +185,7 @@ def test_train_saves_a_folder_that_says_how_it_was_made(trained):
     assert attached_memory(LlamaForCausalLM.from_pretrained(folder)) is None
     card = (folder / "README.md").read_text().splitlines()
     assert f"# {folder.name}" in card
-    assert "| steps | 8 |" in card
+    assert "| steps | 12 |" in card
     assert f"| perplexity after | {result['perplexity']['after']:.4g} |" in card
 
 
@@ -458,6 +401,11 @@ def test_demo(run, run_json, corpus, tmp_path, monkeypatch):
     report = (output / "report.html").read_text()
     assert not re.findall(r"""(?:src|href)=["'](?!#|data:)[^"']*|@import|url\((?!["']?(?:data:|#))""", report)
     assert "<script src" not in report
+
+    card = (output / "model" / "README.md").read_text().splitlines()
+    assert "| tokens | 192 |" in card
+    assert f"| perplexity, with memory | {numbers['perplexity']['engram']:.4g} |" in card
+    assert f"| perplexity, without memory, another model | {numbers['perplexity']['plain']:.4g} |" in card
 
     found = run_json("eval", output / "model", "--corpus", corpus, "--sequence-length", 32, "--sequences", 4)
     assert found["perplexity"]["with_memory"] == pytest.approx(numbers["perplexity"]["engram"], rel=1e-6)

@@ -22,16 +22,10 @@ every_command = pytest.mark.parametrize("name", COMMANDS)
 
 
 @pytest.fixture
-def run(capfd, monkeypatch):
+def run(run, monkeypatch):
     """run("create", …) -> (exit status, stdout, stderr)"""
     monkeypatch.setenv("COLUMNS", "300")  # a help text is not cut into lines
-
-    def call(*arguments):
-        capfd.readouterr()
-        status = main.main([str(argument) for argument in arguments])
-        return status, *capfd.readouterr()
-
-    return call
+    return run
 
 
 def in_process(*arguments, **more):

@@ -8,7 +8,7 @@ import re
 
 import numpy as np
 import pytest
-from test_cli import content, corpus, quiet, run, run_json, trained  # noqa: F401  (fixtures)
+from test_cli import content
 from test_harness import QUESTIONS
 from test_report import HOSTILE, NAN, Page
 
@@ -18,7 +18,7 @@ from sense_v2.report import ablation, analysis, charts, page
 
 
 @pytest.fixture(scope="module")
-def results(trained, corpus, tmp_path_factory):  # noqa: F811
+def results(trained, corpus, tmp_path_factory):
     """(what analyze returned, what ablate returned, where their reports are, what was said)."""
     from sense_v2.cli.ablate import run_ablate
     from sense_v2.cli.analyze import run_analyze
@@ -45,7 +45,7 @@ def test_both_write_a_page_and_its_numbers(results):
     assert any(line.startswith("memory off") for line in said)
 
 
-def test_their_losses_are_those_of_eval(run_json, results, trained, corpus):  # noqa: F811
+def test_their_losses_are_those_of_eval(run_json, results, trained, corpus):
     analyzed, ablated, *_ = results
     found = run_json("eval", trained[0], "--corpus", corpus, "--sequences", 6, "--without-memory")
     off = next(one for one in ablated["ablations"] if one["name"] == "memory_off")
@@ -68,7 +68,7 @@ def test_what_was_trained_on_has_moved_and_nothing_else(results):
     assert results[0]["counted"]["held_out"]
 
 
-def test_arguments_that_do_not_fit_are_two_lines(run, trained, corpus, tmp_path):  # noqa: F811
+def test_arguments_that_do_not_fit_are_two_lines(run, trained, corpus, tmp_path):
     for command in ("analyze", "ablate"):
         status, _, error = run(command, trained[0], "--output", tmp_path / "report.pdf")
         assert (status, len(error.splitlines())) == (1, 2)
@@ -85,7 +85,7 @@ def test_arguments_that_do_not_fit_are_two_lines(run, trained, corpus, tmp_path)
 _SMALL = ("--batch-size", "2", "--sequence-length", "32", "--table-size", "2000")
 
 
-def test_an_interrupted_ablation_leaves_all_as_it_was(run, trained, corpus, tmp_path, monkeypatch):  # noqa: F811
+def test_an_interrupted_ablation_leaves_all_as_it_was(run, trained, corpus, tmp_path, monkeypatch):
     from sense_v2.hf import ablation as ablations
 
     before, calls = content(trained[0]), []
@@ -104,7 +104,7 @@ def test_an_interrupted_ablation_leaves_all_as_it_was(run, trained, corpus, tmp_
     assert not output.exists()
 
 
-def test_eval_runs_tasks_with_memory_and_without(run, run_json, trained, tmp_path):  # noqa: F811
+def test_eval_runs_tasks_with_memory_and_without(run, run_json, trained, tmp_path):
     (tmp_path / "questions.json").write_text("\n".join(map(json.dumps, QUESTIONS)))
     task = tmp_path / "choice.yaml"
     task.write_text(

@@ -1,7 +1,6 @@
 """`sense-engram inspect`, `lookup` and `convert`: what they print of a released checkpoint, the JSON, errors."""
 
 import dataclasses
-import json
 
 import numpy as np
 import pytest
@@ -10,7 +9,6 @@ from checkpoints import deepseek_config, deepseek_rows, slow_deepseek_rows, writ
 from safetensors.torch import load_file
 from tiny import tiny_config, tiny_model, tiny_tokenizer
 
-from sense_v2.cli import main
 from sense_v2.engram.hashing import HeadLayout
 from sense_v2.engram.released import open_released_table, released_config
 from sense_v2.engram.storage import MMapEmbeddingStorage
@@ -20,28 +18,6 @@ from sense_v2.hf.pretrained import save_pretrained
 
 TEXT = "Only Alexander the Great could tame the horse Bucephalus."
 WEIGHT, SCALE = "layers.1.engram.embed.weight", "layers.1.engram.embed.scale"
-
-
-@pytest.fixture
-def run(capfd):
-    """run("inspect", …) -> (exit status, stdout, stderr)"""
-
-    def call(*arguments):
-        capfd.readouterr()
-        status = main.main([str(argument) for argument in arguments])
-        return status, *capfd.readouterr()
-
-    return call
-
-
-@pytest.fixture
-def run_json(run):
-    def call(*arguments):
-        status, out, error = run(*arguments, "--json")
-        assert status == 0, error
-        return json.loads(out)
-
-    return call
 
 
 @pytest.fixture

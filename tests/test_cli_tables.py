@@ -1,19 +1,16 @@
 """`sense-engram convert`, `profile` and `warm`, on a small trained model: what is printed, written and refused."""
 
 import collections
-import json
 import shutil
 
 import numpy as np
 import pytest
 import torch
 from tables import manifest, names
-from test_cli import content, write_corpus
-from transformers.utils import logging
+from test_cli import content
 
-from sense_v2.cli import main, train
 from sense_v2.cli.models import saved_tokenizer, separator_id
-from sense_v2.core.config import Config, EngramConfig, TrainConfig
+from sense_v2.core.config import EngramConfig
 from sense_v2.engram.storage import MMapEmbeddingStorage
 from sense_v2.hf.corpus import encode, read_corpus
 from sense_v2.hf.pretrained import from_pretrained
@@ -21,49 +18,9 @@ from sense_v2.hf.pretrained import from_pretrained
 LENGTH = 32
 
 
-@pytest.fixture(autouse=True)
-def quiet(monkeypatch):
-    """What `main` asks of libraries that aren't loaded yet, for those that are."""
-    monkeypatch.setenv("TRANSFORMERS_VERBOSITY", "error")
-    monkeypatch.setenv("HF_HUB_DISABLE_PROGRESS_BARS", "1")
-    logging.set_verbosity_error()
-    logging.disable_progress_bar()
-
-
 @pytest.fixture
-def run(capfd):
-    """run("create", …) -> (exit status, stdout, stderr)"""
-
-    def call(*arguments):
-        capfd.readouterr()
-        status = main.main([str(argument) for argument in arguments])
-        return status, *capfd.readouterr()
-
-    return call
-
-
-@pytest.fixture
-def run_json(run):
-    def call(*arguments, status=0):
-        found, out, error = run(*arguments, "--json")
-        assert found == status, error
-        return json.loads(out)
-
-    return call
-
-
-@pytest.fixture(scope="module")
-def corpus(tmp_path_factory):
-    return write_corpus(tmp_path_factory.mktemp("text") / "corpus")
-
-
-@pytest.fixture(scope="module")
-def trained(corpus, tmp_path_factory):
-    folder = tmp_path_factory.mktemp("runs") / "trained"
-    config = Config(train.default_config(None).engram, TrainConfig(steps=12, warmup_steps=1, eval_sequences=8))
-    config.engram.table_size, config.train.batch_size, config.train.sequence_length = 2000, 2, LENGTH
-    train.run_train(config, corpus=[corpus], output=folder, echo=lambda line: None)
-    return folder
+def trained(trained):
+    return trained[0]
 
 
 # convert

@@ -121,6 +121,18 @@ def test_a_cache_goes_on_uncompiled_where_a_compiled_step_left_it():
     assert_same(in_parts(model, cache, ids[:, 9:], (1, 2)), full_logits(model, ids)[:, 9:])
 
 
+@pytest.mark.parametrize("backend", ["aot_eager", "inductor"])
+def test_a_compiled_step_stops_at_a_cache_that_went_on_without_memory(backend):
+    model, bare, ids = remembering("llama"), bare_model("llama"), some_ids()
+    cache = StaticCache(config=model.config, max_cache_len=CAPACITY)
+    step, graphs = compiled(model, backend)
+    decode(model, step, cache, ids[:, :8])
+    forward(bare, cache, ids[:, 8:9])
+    with pytest.raises(RuntimeError, match="the cache holds other tokens than the memory has seen"), torch.no_grad():
+        step(ids[:, 9:10], use_cache=True, **{CACHE: cache})
+    assert graphs.frame_count == 1
+
+
 def test_training_compiles_around_the_lookup_and_the_rows_learn(tmp_path):
     """The lookup of rows that are trained breaks the graph; loss and gradients are those without a compiler."""
     model, ids = copy.deepcopy(bare_model("llama")).train(), some_ids()

@@ -20,7 +20,7 @@ from pathlib import Path
 import pytest
 import yaml
 from cli_calls import COMMANDS, calls, parse
-from test_cli import write_corpus
+from tiny import write_corpus
 
 from sense_v2.cli import main
 from sense_v2.core.config import Config

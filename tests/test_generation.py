@@ -39,6 +39,8 @@ MODELS = {
     "lfm2": {},
     "qwen3_next": {},
     "falcon_h1": {},
+    "mamba": {},
+    "mamba2": {},
 }
 LATER = ("qwen3", "gemma", "lfm2", "falcon_h1")
 """Have no memory before their first layer, so that a cache is filled already when the memory first sees it."""
@@ -360,6 +362,33 @@ BARE_CANNOT = {
     # A recurrent state can't go back.
     *((name, mode) for name in ("qwen3_next", "falcon_h1") for mode in ("prompt_lookup", "assisted", "crop")),
     ("falcon_h1", "embeddings"),
+    # Nothing but a state, and Mamba's first takes several tokens at once only at the beginning.
+    *(
+        (name, mode)
+        for name in ("mamba", "mamba2")
+        for mode in (
+            "chunked_prefill",
+            "a_cache_that_makes_its_layers_as_it_goes",
+            "prompt_lookup",
+            "assisted",
+            "crop",
+            "batch_select_indices",
+            "batch_repeat_interleave",
+            "static_cache_cropped",
+        )
+    ),
+    *(
+        ("mamba", mode)
+        for mode in (
+            "several_tokens_on_a_cache",
+            "a_cache_that_the_model_makes",
+            "two_streams",
+            "reorder_cache",
+            "reset",
+            "a_prefix_for_two_continuations",
+            "static_cache_in_parts",
+        )
+    ),
 }
 MATRIX = [(name, mode) for name in MODELS for mode in MODES]
 WITH_MEMORY = [(name, mode) for name, mode in MATRIX if (name, mode.__name__) not in BARE_CANNOT]
@@ -379,6 +408,22 @@ def test_equal_to_the_full_forward(name, mode):
 def test_what_is_left_out_fails_without_memory_as_well(name, mode):
     with pytest.raises((AssertionError, AttributeError, IndexError, RuntimeError, ValueError)):
         mode(bare_model(name))
+
+
+def test_a_model_that_hands_nothing_down_trains_with_gradient_checkpointing_too(tmp_path):
+    model, ids = copy.deepcopy(bare_model("mamba")).train(), some_ids()
+    attach_engram(model, tiny_config(tmp_path), tiny_tokenizer())
+    wake(model.engram)
+    found = []
+    for _ in range(2):
+        model(ids, labels=ids).loss.backward()
+        rows = model.engram.storage.gradients()[1]
+        found.append((rows.clone(), model.engram.layers["1"].W_k.weight.grad.clone()))
+        model.zero_grad()
+        model.engram.storage.clear_gradients()
+        model.gradient_checkpointing_enable()
+    assert found[0][0].abs().max() > 0
+    assert all(torch.equal(one, other) for one, other in zip(*found, strict=True))
 
 
 @pytest.mark.parametrize("mode", MODES, ids=lambda mode: mode.__name__)
@@ -483,8 +528,13 @@ def test_a_window_that_was_left_behind_is_not_rolled_back_into():
 # --- caches that change the numbers ---
 
 
+# quanto: its groups divide the tiny heads.
+QUANTIZED = {"fp8": {}, "quanto": {"nbits": 4, "q_group_size": 4, "residual_length": 2}}
+
+
+@pytest.mark.parametrize("backend", QUANTIZED)
 @pytest.mark.parametrize("name", ["llama", "gpt2"])
-def test_a_quantized_cache(name):
+def test_a_quantized_cache(name, backend):
     """It changes attention's numbers, so the full forward is no measure. Its own attention beside a memory computed
     anew at each call from all hidden states of the stream is one."""
     remembered, plain = remembering(name), copy.deepcopy(bare_model(name))
@@ -504,14 +554,15 @@ def test_a_quantized_cache(name):
     layers = plain.base_model.h if name == "gpt2" else plain.base_model.layers
     for layer_id in seen:
         layers[layer_id].register_forward_pre_hook(hook(layer_id))
-    cache, expected = QuantizedCache("fp8", plain.config), []
+    cache, expected = QuantizedCache(backend, plain.config, **QUANTIZED[backend]), []
     for start, stop in ((0, 5), (5, 6), (6, 10), (10, 13)):
         given.append(ids[:, start:stop])
         expected.append(forward(plain, cache, ids[:, start:stop]))
     expected = torch.cat(expected, 1)
-    found = in_parts(remembered, QuantizedCache("fp8", remembered.config), ids, (5, 1, 4))
+    cache = QuantizedCache(backend, remembered.config, **QUANTIZED[backend])
+    found = in_parts(remembered, cache, ids, (5, 1, 4))
     assert_same(found, expected)
-    assert (found - full_logits(remembered, ids)).abs().max() > 1e-3  # fp8 shows
+    assert (found - full_logits(remembered, ids)).abs().max() > 1e-3  # it shows
 
 
 def test_generate_with_a_quantized_cache():

@@ -32,7 +32,17 @@ def test_the_preparing_guides_code_runs(tmp_path):
 
 
 @pytest.mark.parametrize(
-    "name", ["huggingface.md", "architecture.md", "format.md", "released.md", "preparing.md", "play.md", "insight.md"]
+    "name",
+    [
+        "huggingface.md",
+        "architecture.md",
+        "format.md",
+        "released.md",
+        "preparing.md",
+        "play.md",
+        "insight.md",
+        "distributed.md",
+    ],
 )
 def test_a_guides_links_lead_somewhere(name):
     text = (ROOT / "docs" / name).read_text(encoding="utf-8")

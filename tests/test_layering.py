@@ -52,6 +52,13 @@ ORDER = (
     "engram.convert",
     "engram.hot",
     "engram.optim",
+    "engram.ownership",
+    "engram.tree_sum",
+    "engram.watch",
+    "engram.exchange",
+    "engram.global_commit",
+    "engram.sharding",
+    "engram.range_copy",
     "engram.shards",
     "engram.parts",
     "engram.released",
@@ -64,7 +71,6 @@ ORDER = (
     "engram.to_released",
     "engram.operators",
     "engram.model",
-    "engram.sharding",
 )
 # Which of the packages on top each may use, itself included.
 ON_TOP = {"hf": {"hf"}, "report": {"report"}, "cli": {"cli", "hf", "report"}}

@@ -298,6 +298,22 @@ def test_padding_changes_nothing_and_is_passed_through(tmp_path, side):
     assert torch.equal(out[:, pad], noise)
 
 
+def test_across_padding_in_the_middle_the_convolution_reads_and_n_grams_do_not(tmp_path):
+    layer = make_layer(tmp_path)
+    hidden, ids = inputs(batch=1, length=5)
+    mask = torch.tensor([[1, 1, 0, 1, 1]])
+    rows = layer.row_ids(ids, attention_mask=mask > 0)
+    assert torch.equal(rows[:, 3:], layer.row_ids(ids[:, 3:]))
+    gated = layer.fuse(torch.zeros_like(hidden), layer.lookup(rows, mask > 0), valid_BT=mask > 0)
+    out = layer(hidden, ids, mask)
+    assert torch.equal(out[:, 2], hidden[:, 2])
+    changed = hidden.clone()
+    changed[:, 1] += 1  # another gate at 1, two positions before 3 and three before 4
+    differs = (layer(changed, ids, mask) - changed - (out - hidden)).abs().amax((0, 2)) > 0
+    assert differs.tolist() == [False, True, False, True, False]
+    assert gated.isfinite().all()
+
+
 def test_masked_positions_neither_touch_nor_train_rows(tmp_path):
     layer = make_layer(tmp_path).train()
     hidden, ids = inputs(batch=1, length=6)

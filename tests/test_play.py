@@ -19,7 +19,7 @@ from urllib.parse import urlsplit
 
 import pytest
 import torch
-from test_cli import content, run  # noqa: F401  # a fixture
+from test_cli import content
 from tiny import tiny_config, tiny_model, tiny_tokenizer, wake
 
 from sense_v2.cli import play
@@ -295,7 +295,7 @@ def test_ctrl_c_ends_it_while_a_page_is_open(server, page):
 # What is refused
 
 
-def test_a_port_in_use_names_the_way_out(run, saved):  # noqa: F811
+def test_a_port_in_use_names_the_way_out(run, saved):
     with socket.socket() as other:
         other.bind(("127.0.0.1", 0))
         other.listen()
@@ -306,14 +306,14 @@ def test_a_port_in_use_names_the_way_out(run, saved):  # noqa: F811
     assert f"--port {port + 1}" in error
 
 
-def test_a_model_without_memory_is_refused(run, tmp_path):  # noqa: F811
+def test_a_model_without_memory_is_refused(run, tmp_path):
     save_pretrained(tiny_model("llama"), tmp_path / "plain", tokenizer=train_bpe(["a b"]))
     status, out, error = run("play", tmp_path / "plain", "--port", 0)
     assert (status, out) == (1, "")
     assert "has no memory" in error
 
 
-def test_a_memory_that_looks_ahead_is_refused(run, tmp_path):  # noqa: F811
+def test_a_memory_that_looks_ahead_is_refused(run, tmp_path):
     (tmp_path / "table").mkdir()
     model = attach_engram(tiny_model("llama"), tiny_config(tmp_path / "table", causal=False), tiny_tokenizer())
     save_pretrained(model, tmp_path / "model", tokenizer=tiny_tokenizer())
@@ -322,7 +322,7 @@ def test_a_memory_that_looks_ahead_is_refused(run, tmp_path):  # noqa: F811
     assert "doesn't write text" in error
 
 
-def test_a_missing_package_is_named(run, saved, monkeypatch):  # noqa: F811
+def test_a_missing_package_is_named(run, saved, monkeypatch):
     monkeypatch.setattr(play, "find_spec", lambda name: None)
     status, out, error = run("play", saved, "--port", 0)
     assert (status, out) == (1, "")

@@ -302,7 +302,7 @@ def test_a_save_in_place_that_fails_leaves_a_model(tmp_path, monkeypatch):
     def fail(*_, **__) -> None:
         raise OSError("no room")
 
-    monkeypatch.setattr(model, "save_pretrained", fail)
+    monkeypatch.setattr(LlamaForCausalLM, "save_pretrained", fail)
     with pytest.raises(OSError, match="no room"):
         save_pretrained(model, tmp_path)
     assert torch.equal(logits(from_pretrained(tmp_path, mode="r")), logits(model))

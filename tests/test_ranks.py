@@ -9,9 +9,6 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import torch
-
-from sense_v2.hf.ranks import average_gradients
 
 SCRIPT = Path(__file__).with_name("ranks_trainer.py")
 TORCHRUN = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2")
@@ -52,7 +49,7 @@ def together(tmp_path_factory):
 def test_two_processes_give_what_one_with_twice_the_batch_gives(tmp_path, together):
     (alone,) = train(tmp_path, batch_size=4)
     folder, (writer, reader) = together
-    assert (alone["mode"], writer["mode"], reader["mode"]) == ("r+", "r+", "r")
+    assert alone["mode"] == writer["mode"] == reader["mode"] == "r+", "each stores to its own rows"
     assert writer["rows"] == reader["rows"], "both map one file"
     assert writer["losses"] == pytest.approx(alone["losses"], rel=1e-5)
     assert writer["norms"] == pytest.approx(alone["norms"], rel=1e-4)
@@ -72,35 +69,35 @@ def test_two_processes_resume_bit_for_bit(tmp_path, together):
     assert train(tmp_path / "again", *ACCELERATE, batch_size=2, resume=True) == expected
 
 
-# --- the average ---
+# --- the example, which torchrun starts again ---
 
 
-class Pending:
-    embedding_dim = 2
+def test_after_a_crash_torchrun_goes_on_and_ends_with_the_bits_of_one_process(tmp_path):
+    """Rank 1 is killed in step 5, after the commit of step 4."""
+    script = Path(__file__).parents[1] / "examples" / "train_torchrun.py"
+    settings = ["--steps=6", "--commit-every=2"]
 
-    def __init__(self, gradients):
-        self.pending = gradients
+    def run(*arguments):
+        return subprocess.run(
+            [sys.executable, *map(str, arguments)],
+            cwd=tmp_path,
+            env={**os.environ, "OMP_NUM_THREADS": "1"},
+            capture_output=True,
+            text=True,
+            timeout=400,
+            check=False,
+        )
 
-    def gradients(self):
-        return self.pending
-
-    def replace_gradients(self, parts):
-        self.replaced = parts
-
-
-def _average(rank, folder, gradients):
-    torch.distributed.init_process_group("gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=3)
-    storage = Pending(gradients[rank])
-    average_gradients(storage)
-    torch.save(storage.replaced, folder / f"{rank}.pt")
-
-
-def test_the_average_counts_ranks_that_met_no_row(tmp_path):
-    ids = [torch.tensor([1, 4]), torch.tensor([4])]
-    grads = [torch.tensor([[3.0, 0.0], [6.0, 3.0]]), torch.tensor([[0.0, 9.0]])]
-    gradients = [(ids[0], grads[0]), None, (ids[1], grads[1])]
-    torch.multiprocessing.start_processes(_average, (tmp_path, gradients), nprocs=3, start_method="fork")
-    for rank in range(3):
-        parts = torch.load(tmp_path / f"{rank}.pt", weights_only=True)
-        assert [ids.tolist() for ids, _ in parts] == [[1, 4], [], [4]]
-        assert [grads.tolist() for _, grads in parts] == [[[1.0, 0.0], [2.0, 1.0]], [], [[0.0, 3.0]]]
+    alone = run(script, *settings, "--output=alone")
+    assert alone.returncode == 0, alone.stderr
+    dies = Path(__file__).with_name("torchrun_dies.py")
+    done = run(*TORCHRUN, "--max-restarts=1", dies, 5, script, *settings, "--output=two")
+    assert done.returncode == 0, done.stderr
+    last = [out.stdout.splitlines()[-1].split(";")[0] for out in (alone, done)]
+    assert last[0] == last[1]
+    assert last[0].startswith("step 6: loss ")
+    for name in ("engram_table.dat", "engram_table.adagrad.dat"):
+        assert (tmp_path / "two/engram" / name).read_bytes() == (tmp_path / "alone/engram" / name).read_bytes()
+    assert sorted(path.name for path in (tmp_path / "two").glob("weights-*")) == ["weights-6"]
+    # What torchrun says of the one that was killed.
+    assert "rank      : 1" in done.stderr or "local_rank: 1" in done.stderr

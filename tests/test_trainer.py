@@ -70,6 +70,8 @@ def state_on_disk(model, name="adagrad") -> np.ndarray:
 class ResidentTable(nn.Module):
     """What a fusion layer asks of its storage, from an ordinary embedding."""
 
+    reads_the_disk = False
+
     def __init__(self, rows: np.ndarray) -> None:
         super().__init__()
         self.embedding = nn.Embedding.from_pretrained(torch.from_numpy(rows.copy()), freeze=False)

@@ -300,10 +300,15 @@ def test_trls_trainer_trains_memory(tmp_path, packing):
 # --- what reporters get ---
 
 
-def test_tensorboard_gets_gates_and_rows(tmp_path):
+@pytest.mark.parametrize("kind", [EngramTrainer, Trainer])
+def test_tensorboard_gets_gates_and_rows(tmp_path, kind):
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-    trainer = trained(tmp_path, report_to="tensorboard")
+    settings = arguments(tmp_path, report_to="tensorboard")
+    trainer = kind(with_memory(tmp_path), settings, train_dataset=blocks(), callbacks=[EngramCallback()])
+    names = [type(one).__name__ for one in trainer.callback_handler.callbacks]
+    assert len(names) == len(set(names)) > 3
+    trainer.train()
     (folder,) = {path.parent for path in tmp_path.rglob("events.out.tfevents.*")}
     events = EventAccumulator(str(folder)).Reload()
     for name in ("engram/gate_layer_1", "engram/rows_touched", "engram/row_learning_rate"):

@@ -1,4 +1,4 @@
-"""Small things made on the spot: a tokenizer, models of several architectures, a memory configuration."""
+"""Small things made on the spot: a tokenizer, models of several architectures, a memory configuration, a corpus."""
 
 import torch
 from tokenizers import Tokenizer, models, pre_tokenizers
@@ -17,6 +17,10 @@ from transformers import (
     Lfm2ForCausalLM,
     LlamaConfig,
     LlamaForCausalLM,
+    Mamba2Config,
+    Mamba2ForCausalLM,
+    MambaConfig,
+    MambaForCausalLM,
     MistralConfig,
     MistralForCausalLM,
     Qwen3Config,
@@ -94,6 +98,12 @@ def tiny_model(name: str, *, layers: int = 3, hidden: int = 32, vocabulary: int 
             **extra,
         )
         model = BertForMaskedLM(config)
+    elif name == "mamba":
+        sizes = {"hidden_size": hidden, "num_hidden_layers": layers, "state_size": 8}
+        model = MambaForCausalLM(MambaConfig(**sizes, **common, **extra))
+    elif name == "mamba2":
+        sizes = {"hidden_size": hidden, "num_hidden_layers": layers, "state_size": 8, "num_heads": 8, "head_dim": 8}
+        model = Mamba2ForCausalLM(Mamba2Config(**sizes, n_groups=2, chunk_size=8, **common, **extra))
     else:
         config_type, model_type = {
             "llama": (LlamaConfig, LlamaForCausalLM),
@@ -133,3 +143,12 @@ def wake(memory, scale: float = 0.3) -> None:
             layer.W_v.weight.normal_(0, scale, generator=generator)
             layer.conv.weight.normal_(0, scale, generator=generator)
         memory.storage.weight.mul_(50)
+
+
+def write_corpus(folder, files: int = 12):
+    """Programs that say much the same, so that a few steps learn something and the BPE stays small."""
+    folder.mkdir(parents=True)
+    for number in range(files):
+        lines = [f"def function_{number}_{line}(value):\n    return value + {line}\n" for line in range(60)]
+        (folder / f"module_{number}.py").write_text("\n".join(lines))
+    return folder

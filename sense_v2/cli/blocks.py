@@ -56,6 +56,7 @@ def read_blocks(
     sequences: int | None,
     sequence_length: int | None,
     all_files: bool,
+    text_column: str = "text",
     echo: Callable[[str], Any],
 ) -> Blocks:
     """Blocks evenly spread over the corpus; without numbers, those that the model in `folder` was trained with.
@@ -70,7 +71,7 @@ def read_blocks(
         raise CommandError(
             f"--sequence-length {length}, but {folder} takes {limit} tokens at most", f"{limit}, or less"
         )
-    text = open_corpus(corpus, settings)
+    text = open_corpus(corpus, settings, text_column=text_column)
     texts = [*text.train_texts, *text.held_out_texts] if all_files else text.held_out_texts
     token_ids = token_stream(texts, tokenizer, echo=echo)
     if len(token_ids) < length:

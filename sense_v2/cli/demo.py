@@ -33,7 +33,7 @@ from sense_v2.core.config import Config, EngramConfig, TrainConfig
 from sense_v2.engram.tokenizer import DEEPSEEK_PACKAGE, EngramTokenizerBuilder
 from sense_v2.hf.attach import attach_engram, detach_engram, memory_of
 from sense_v2.hf.controls import freeze_rows, permute_rows
-from sense_v2.hf.corpus import Batches, read_corpus
+from sense_v2.hf.corpus import Batches, Corpus, read_corpus
 from sense_v2.hf.evaluation import Evaluation, evaluate, gate_strengths, rows_touched
 from sense_v2.hf.fresh import fresh_backbone, small_memory, train_bpe
 from sense_v2.hf.pretrained import save_pretrained
@@ -137,7 +137,8 @@ def run_demo(
             shutil.rmtree(output / name)
 
     memory = memory_of(remembering)
-    save_pretrained(remembering, output / "model", tokenizer=tokenizer)
+    training, evaluation = _card_facts(text, settings, runs)
+    save_pretrained(remembering, output / "model", tokenizer=tokenizer, training=training, evaluation=evaluation)
     results = {
         "title": "Does memory help?",
         "created": datetime.now(timezone.utc).isoformat(timespec="seconds"),
@@ -185,6 +186,26 @@ def run_demo(
     echo(terminal_table(results))
     echo(f"\nreport: {output / 'report.html'}   numbers: {output / 'metrics.json'}   model: {output / 'model'}")
     return results
+
+
+def _card_facts(
+    text: Corpus, settings: TrainConfig, runs: dict[str, dict[str, Any]]
+) -> tuple[dict[str, Any], dict[str, Any]]:
+    training = {
+        "corpus": text.name,
+        "files": len(text.train_texts),
+        "steps": settings.steps,
+        "tokens": settings.steps * settings.batch_size * settings.sequence_length,
+        "sequence length": settings.sequence_length,
+        "batch size": settings.batch_size,
+        "trained": "backbone and memory",
+        "seed": settings.seed,
+    }
+    evaluation: dict[str, Any] = {"held-out files": len(text.held_out_texts)}
+    for name, run in runs.items():
+        what = f"{LABELS[name][0]}{'' if name == 'engram' else ', another model'}"
+        evaluation |= {f"perplexity, {what}": run["perplexity"], f"bits per byte, {what}": run["bits_per_byte"]}
+    return training, evaluation
 
 
 def metrics(results: dict[str, Any]) -> dict[str, Any]:

@@ -21,6 +21,7 @@ def run_eval(
     folder: str | Path,
     *,
     corpus: Sequence[str | Path] | None = None,
+    text_column: str = "text",
     sequences: int | None = None,
     sequence_length: int | None = None,
     all_files: bool = False,
@@ -29,8 +30,9 @@ def run_eval(
 ) -> dict[str, Any]:
     """Perplexity and bits per byte of the model in `folder`; returns one dictionary that JSON can hold.
 
-    Reads the files of the corpus that `train` holds out, or all of them; `sequences` and `sequence_length` are by
-    default those that the model was trained with. Nothing in `folder` changes.
+    Reads the files of the corpus that `train` holds out, or all of them (of a corpus that is read while it is trained
+    on, a part); `sequences` and `sequence_length` are by default those that the model was trained with. Nothing in
+    `folder` changes.
 
     Raises `CommandError`, and what loading the model and reading the corpus raise.
     """
@@ -42,6 +44,7 @@ def run_eval(
         model,
         tokenizer,
         corpus=corpus,
+        text_column=text_column,
         sequences=sequences,
         sequence_length=sequence_length,
         all_files=all_files,

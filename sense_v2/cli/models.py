@@ -18,10 +18,14 @@ from sense_v2.core.config import TrainConfig
 from sense_v2.engram.tokenizer import EngramTokenizerBuilder
 from sense_v2.hf.corpus import Corpus, encode, read_corpus
 from sense_v2.hf.fresh import END_OF_TEXT, fresh_backbone, train_bpe
+from sense_v2.hf.large_corpus import has_documents, is_hub_dataset, open_large_corpus, text_bytes
 from sense_v2.hf.pretrained import MEMORY_FOLDER, from_pretrained
 
 MIN_CORPUS_BYTES = 16 * 2**20
 BYTES_PER_TOKEN = 8  # a token is rarely longer
+# Text takes several times its size while it is tokenised; more than this of it is streamed.
+MAX_RESIDENT_BYTES = 256 * 2**20
+MIN_HELD_OUT_BYTES = 2**20
 
 
 @dataclass
@@ -104,11 +108,24 @@ def max_positions(model: PreTrainedModel) -> int | None:
     return found
 
 
-def open_corpus(corpus: Sequence[str | Path] | None, settings: TrainConfig) -> Corpus:
+def open_corpus(corpus: Sequence[str | Path] | None, settings: TrainConfig, *, text_column: str = "text") -> Corpus:
     """As much of the corpus (none named: the standard library) as a run of `settings` needs. Text past that only
-    costs time to tokenise. The same settings give the same part, so that `eval` reads what `train` held out."""
+    costs time to tokenise. The same settings give the same part, so that `eval` reads what `train` held out.
+
+    Documents (JSON lines, Parquet, a dataset of the hub) and text that takes too much memory are read while they are
+    trained on."""
     num_tokens = settings.steps * settings.batch_size * settings.sequence_length
-    return read_corpus(corpus or None, max_bytes=max(MIN_CORPUS_BYTES, BYTES_PER_TOKEN * num_tokens))
+    max_bytes = max(MIN_CORPUS_BYTES, BYTES_PER_TOKEN * num_tokens)
+    if corpus and (
+        is_hub_dataset(corpus)
+        or has_documents(corpus)
+        or (max_bytes > MAX_RESIDENT_BYTES and text_bytes(corpus) > MAX_RESIDENT_BYTES)
+    ):
+        held_out_bytes = max(MIN_HELD_OUT_BYTES, BYTES_PER_TOKEN * settings.eval_sequences * settings.sequence_length)
+        return open_large_corpus(
+            corpus, held_out_bytes=held_out_bytes, sample_bytes=MIN_CORPUS_BYTES, text_column=text_column
+        )
+    return read_corpus(corpus or None, max_bytes=max_bytes)
 
 
 def _unusable(name: str, error: Exception) -> CommandError:

@@ -30,6 +30,17 @@ CorpusOption = Annotated[
     list[Path] | None,
     typer.Option(metavar="PATH", help="A file or folder of text, repeatable; the Python standard library's source."),
 ]
+DocumentsOption = Annotated[
+    list[Path] | None,
+    typer.Option(
+        metavar="PATH|NAME",
+        help="Files or folders (text, JSON lines, Parquet), repeatable, or USER/DATASET[:CONFIG] of the hub; the "
+        "Python standard library's source.",
+    ),
+]
+TextColumnOption = Annotated[
+    str, typer.Option(metavar="COLUMN", help="Where JSON lines, Parquet or a dataset have their text.")
+]
 LayersOption = Annotated[str | None, typer.Option(metavar="1,15", help="Layers that get memory, counted from 0.")]
 TableSizeOption = Annotated[int | None, typer.Option(help="Rows of the table, all heads together.")]
 AllFilesOption = Annotated[

@@ -42,7 +42,7 @@ class TrainingProgress:
         rate = step * self.tokens_per_step / history.seconds[-1]
         loss = history.train_loss[-1]
         self.bar.set_postfix_str(f"loss {loss:.3f}, {rate:,.0f} tokens/s", refresh=False)
-        self.bar.update(1)
+        self.bar.update(step - self.bar.n)  # a run that was resumed begins further on
         every = math.ceil(self.settings.steps / LINES)
         if self.bar.disable and (step % every == 0 or step == self.settings.steps):
             left = (self.settings.steps - step) * history.seconds[-1] / step

@@ -3,8 +3,9 @@
     runs/train/.training-x7f3/…     while it trains: table, optimizer state, shadow map, then the weights
     runs/train/…                    when all of it is there, by renames
 
-Inside, and not beside, so that both are on one disk. Whatever ends the run before, what the folder held stays, and
-the inner folder is removed; only a kill leaves it, and the next run names it.
+Inside, and not beside, so that both are on one disk. Whatever ends the run before, what the folder held stays. The
+inner folder is removed where nothing could go on from it; after a kill, and where a checkpoint is in it, it stays:
+`--resume` goes on there, and another run names it.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ import os
 import shutil
 import tempfile
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -22,8 +23,20 @@ from sense_v2.cli.folders import missing_folders, remove_empty
 from sense_v2.hf.pretrained import MEMORY_FOLDER
 
 PREFIX = ".training-"
+RESUMED = f"{PREFIX}resumed"
+STATE_FOLDER = "training"
+"""What a run goes on from: how it was called (RUN_FILE), and its last checkpoint."""
+RUN_FILE = "run.json"
 # What an earlier model may have left where the new one has no file of that name.
-_PARTS = (MEMORY_FOLDER, "model*.safetensors*", "*tokenizer*", "special_tokens_map.json", "vocab.*", "merges.txt")
+_PARTS = (
+    MEMORY_FOLDER,
+    STATE_FOLDER,
+    "model*.safetensors*",
+    "*tokenizer*",
+    "special_tokens_map.json",
+    "vocab.*",
+    "merges.txt",
+)
 _MODEL = "config.json"
 
 
@@ -40,7 +53,9 @@ def staged_folder(output: Path, *, force: bool) -> Iterator[Path]:
         output.mkdir(parents=True, exist_ok=True)
         for left in output.glob(f"{PREFIX}*"):
             warnings.warn(
-                f"{left} is from a run that was killed, or that is still at work", UserWarning, stacklevel=2
+                f"{left} is from a run that ended early, or that is still at work; --resume goes on with it",
+                UserWarning,
+                stacklevel=3,
             )
         staging = Path(tempfile.mkdtemp(prefix=PREFIX, dir=output))
     except OSError as error:
@@ -50,11 +65,69 @@ def staged_folder(output: Path, *, force: bool) -> Iterator[Path]:
             "choose another --output, or make that one writable",
         ) from error
     try:
-        yield staging
-        _publish(staging, output)
+        with _published(staging):
+            yield staging
     finally:
-        shutil.rmtree(staging, ignore_errors=True)
+        if not _steps(staging):
+            shutil.rmtree(staging, ignore_errors=True)
         remove_empty(made)
+
+
+@contextmanager
+def resumed_folder(output: Path) -> Iterator[Path]:
+    """Gives the folder inside `output` in which a run that ended early can go on; when the block ends well, its
+    content takes its place in `output`.
+
+    A run that was stopped and saved is taken out of `output` for that: until it is saved again, no model is there.
+    Raises `CommandError` where there is no such run, or several.
+    """
+    staging = output / RESUMED
+    parts = (_MODEL, MEMORY_FOLDER, STATE_FOLDER)
+    was_saved = (output / STATE_FOLDER / RUN_FILE).is_file()
+    if was_saved:
+        staging.mkdir(exist_ok=True)
+        # The state comes last: a kill in between leaves it where the next call looks for it.
+        _move(parts, output, staging)
+    found = [path.parent.parent for path in output.glob(f"{PREFIX}*/{STATE_FOLDER}/{RUN_FILE}")]
+    if not found:
+        raise CommandError(
+            f"{output} holds no run that could go on"
+            + (": the model there took all its steps" if (output / _MODEL).is_file() else ""),
+            "leave --resume out; `sense-engram train` leaves one when it is stopped (Ctrl-C), killed, or fails",
+        )
+    if len(found) > 1:
+        raise CommandError(
+            f"{output} holds {len(found)} runs that ended early: {', '.join(sorted(path.name for path in found))}",
+            "remove all but the one to go on with",
+        )
+    began = _steps(found[0])
+    try:
+        with _published(found[0]):
+            yield found[0]
+    except BaseException:  # what is there isn't removed: another process may be at work on it
+        if was_saved and _steps(found[0]) == began:  # it got no further, so the model that is there can stay
+            _move(parts[::-1], found[0], output)
+            shutil.rmtree(found[0], ignore_errors=True)
+        raise
+
+
+def _move(names: Iterable[str], source: Path, target: Path) -> None:
+    for name in names:
+        if (source / name).exists():
+            os.replace(source / name, target / name)
+
+
+def _steps(staging: Path) -> list[str]:
+    """The checkpoints of a run."""
+    return sorted(path.name for path in staging.glob(f"{STATE_FOLDER}/step-*.safetensors"))
+
+
+@contextmanager
+def _published(staging: Path) -> Iterator[None]:
+    """Moves the content of `staging` to the folder that it is in, when the block ends well."""
+    yield
+    _publish(staging, staging.parent)
+    shutil.rmtree(staging, ignore_errors=True)
 
 
 def reserve(staging: Path, size_bytes: int, output: Path) -> Path:
@@ -86,8 +159,9 @@ def _refuse_model(output: Path, force: bool) -> None:
     if found and not force:
         what = "a trained memory" if MEMORY_FOLDER in found else "a model"
         raise CommandError(
-            f"{output} holds {what} already ({one_line(', '.join(found))}), and this version can't resume a run",
-            "choose another --output, or start over with --force, which replaces it when the new one is trained",
+            f"{output} holds {what} already ({one_line(', '.join(found))})",
+            "choose another --output, or start over with --force, which replaces it when the new one is trained"
+            + ("; --resume goes on with it, which was stopped" if (output / STATE_FOLDER).exists() else ""),
         )
 
 

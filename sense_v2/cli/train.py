@@ -3,12 +3,14 @@
     corpus ──▶ backbone, tokenizer, shadow map ──▶ memory attached in the folder ──▶ steps ──▶ the folder, whole
 
 The folder is one that `eval`, `generate`, `serve` and `from_pretrained` take. Nothing appears in it before everything
-is there.
+is there. What a run needs to go on lies beside it until it has taken all its steps (`staging.py`, `hf/resume.py`).
 """
 
 from __future__ import annotations
 
 import dataclasses
+import hashlib
+import json
 import os
 import shutil
 import signal
@@ -19,20 +21,34 @@ from pathlib import Path
 from types import FrameType
 from typing import Any
 
+import torch
 from transformers import PreTrainedModel
 
 from sense_v2.cli.errors import CommandError, one_line
-from sense_v2.cli.models import Backbone, max_positions, named_backbone, new_backbone, open_corpus, token_stream
+from sense_v2.cli.models import (
+    Backbone,
+    max_positions,
+    named_backbone,
+    new_backbone,
+    open_corpus,
+    separator_id,
+    token_stream,
+)
 from sense_v2.cli.progress import TrainingProgress
-from sense_v2.cli.staging import reserve, staged_folder
+from sense_v2.cli.staging import RUN_FILE, STATE_FOLDER, reserve, resumed_folder, staged_folder
 from sense_v2.core.config import Config, EngramConfig, TrainConfig
 from sense_v2.engram.tokenizer import EngramTokenizerBuilder
 from sense_v2.hf.attach import attach_engram, decoder_layers, memory_of
+from sense_v2.hf.backbone import backbone_facts
 from sense_v2.hf.card import CARD_FILE
-from sense_v2.hf.corpus import Batches, Corpus
+from sense_v2.hf.corpus import Batches, Corpus, find_files
 from sense_v2.hf.evaluation import Evaluation, evaluate
 from sense_v2.hf.fresh import small_memory
+from sense_v2.hf.large_corpus import is_hub_dataset
+from sense_v2.hf.memory import EngramMemory, attached_memory
 from sense_v2.hf.pretrained import memory_paths, save_pretrained
+from sense_v2.hf.resume import Resumable, load_step, resumable_step, save_step
+from sense_v2.hf.streaming import PackedStream, StreamBatches
 from sense_v2.hf.training import History, train
 from sense_v2.report import wording
 
@@ -48,62 +64,137 @@ def default_config(model: str | None) -> Config:
     )
 
 
+@dataclasses.dataclass
+class Run:
+    """How a run was called: what it needs to go on."""
+
+    config: Config
+    model: str | None = None
+    corpus: list[str] | None = None
+    text_column: str = "text"
+    weights: str | None = None
+    """A digest of the backbone that it began with,"""
+    text: str | None = None
+    """and of the held-out text, and the sizes of files that are read while it trains."""
+
+    def save(self, folder: Path) -> None:
+        folder.mkdir(exist_ok=True)
+        values = {**dataclasses.asdict(self), "config": self.config.to_dict()}
+        (folder / RUN_FILE).write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")
+
+    @classmethod
+    def load(cls, folder: Path) -> Run:
+        values = json.loads((folder / RUN_FILE).read_text(encoding="utf-8"))
+        return cls(**{**values, "config": Config.from_dict(values["config"])})
+
+
 def run_train(
     config: Config,
     *,
     model: str | None = None,
     corpus: Sequence[str | Path] | None = None,
+    text_column: str = "text",
     output: str | Path = DEFAULT_OUTPUT,
     force: bool = False,
     echo: Callable[[str], Any] = print,
 ) -> dict[str, Any]:
     """Trains and saves; returns what it found, one dictionary that JSON can hold.
 
-    `model` is a hub name or a folder, None a small fresh Llama. The paths in `config.engram` don't count: the memory
-    lies in `output`. A first SIGINT (Ctrl-C) ends training after the step at hand, and what was trained is saved.
+    `model` is a hub name or a folder, None a small fresh Llama. `corpus` are files and folders, or the name of a
+    dataset on the hub; documents have their text in `text_column`. The paths in `config.engram` don't count: the
+    memory lies in `output`. A first SIGINT (Ctrl-C) ends training after the step at hand, and what was trained is
+    saved. A run that was stopped, killed, or failed after a checkpoint (each `commit_every` steps) goes on with
+    `resume_train`.
 
     Raises `CommandError`, and what reading, attaching and training raise.
     """
-    started = time.perf_counter()
+    named = (
+        None if not corpus else [str(Path(path).resolve()) if Path(path).exists() else str(path) for path in corpus]
+    )
+    run = Run(config, model, named, text_column)
     output = Path(output)
     with staged_folder(output, force=force) as staging:
-        text = open_corpus(corpus, config.train)
-        echo(f"corpus   {text.name}, {len(text.train_texts)} files, and {len(text.held_out_texts)} held out")
-        backbone = _backbone(model, text, config.train)
-        batches, held_out_BT = _batches(text, backbone, config.train, echo)
-        config = dataclasses.replace(config, engram=_engram_config(config.engram, backbone, staging))
-        if config.engram.enabled:
+        result, memory = _train(run, staging, output, resumes=False, echo=echo)
+    return _finished(result, memory, echo)
+
+
+def resume_train(output: str | Path = DEFAULT_OUTPUT, *, echo: Callable[[str], Any] = print) -> dict[str, Any]:
+    """Goes on with the run in `output` that was stopped, killed, or failed, with the settings that it began with; its
+    steps, weights, rows and result are those of a run that nothing happened to, bit for bit.
+
+    Raises `CommandError` where there is none, or its model or corpus is another one by now.
+    """
+    output = Path(output)
+    with resumed_folder(output) as staging:
+        result, memory = _train(Run.load(staging / STATE_FOLDER), staging, output, resumes=True, echo=echo)
+    return _finished(result, memory, echo)
+
+
+def _train(
+    run: Run, staging: Path, output: Path, *, resumes: bool, echo: Callable[[str], Any]
+) -> tuple[dict[str, Any], EngramMemory | None]:
+    """What `run_train` returns, and the memory, still open; the model is in `staging`, whole."""
+    started = time.perf_counter()
+    config, state_folder = run.config, staging / STATE_FOLDER
+    text = open_corpus(run.corpus, config.train, text_column=run.text_column)
+    echo(f"corpus   {_corpus_line(text)}")
+    backbone = _backbone(run.model, text, config.train)
+    batches, held_out_BT = _batches(text, backbone, config.train, echo)
+    config = dataclasses.replace(config, engram=_engram_config(config.engram, backbone, staging))
+    began = dataclasses.replace(
+        run, weights=backbone_facts(backbone.model)["weights"], text=_text_digest(run, text, held_out_BT)
+    )
+    if not resumes:
+        began.save(state_folder)
+    for name, what in (("text", f"the corpus {text.name}"), ("weights", str(run.model or "the fresh model"))):
+        if resumes and getattr(run, name) != getattr(began, name):
+            raise CommandError(
+                f"{what} isn't the one that the run began with",
+                "bring it back as it was, or start over: --force, without --resume",
+            )
+    if config.engram.enabled:
+        if not resumes:
             builder = EngramTokenizerBuilder(backbone.tokenizer, config.engram.normalization)
             builder.tokenizer_name = config.engram.tokenizer_name
             builder.build_mapping(config.engram.shadow_map_path)
-            attach_engram(backbone.model, config.engram)
-        for line in _description(backbone, config):
-            echo(line)
-        reserved = reserve(staging, _weight_bytes(backbone.model), output)
+        attach_engram(backbone.model, config.engram, backbone.tokenizer if resumes else None)
+    for line in _description(backbone, config):
+        echo(line)
+    reserved = reserve(staging, _weight_bytes(backbone.model), output)
 
-        evaluations: list[Evaluation] = []
+    evaluations: list[Evaluation] = []
 
-        def check(model: PreTrainedModel) -> Evaluation:
-            evaluations.append(evaluate(model, held_out_BT, tokenizer=backbone.tokenizer))
-            return evaluations[-1]
+    def check(model: PreTrainedModel) -> Evaluation:
+        evaluations.append(evaluate(model, held_out_BT, tokenizer=backbone.tokenizer))
+        return evaluations[-1]
 
-        check(backbone.model)
-        with StopOnInterrupt() as stop:
-            with TrainingProgress("train", config.train, echo=echo) as progress:
-                history = train(
-                    backbone.model, batches, config.train, evaluate=check, on_step=progress, should_stop=stop.asked
-                )
-            if history.stopped:
-                check(backbone.model)
-            reserved.unlink()
-            _save(backbone, staging, output, *_card_facts(history, config.train, text, evaluations))
-        _in_place(config, output).save(staging / "config.yaml")
+    check(backbone.model)  # at resuming too: the memory that was just attached adds nothing yet
+    checkpoints = _Checkpoints(state_folder, backbone.model, batches, output)
+    with StopOnInterrupt() as stop:
+        with TrainingProgress("train", config.train, echo=echo) as progress:
+            history = train(
+                backbone.model,
+                batches,
+                config.train,
+                evaluate=check,
+                on_step=progress,
+                should_stop=stop.asked,
+                resume=checkpoints.load if resumes else None,
+                before_commit=checkpoints.save,
+            )
+        if history.stopped:
+            check(backbone.model)
+        reserved.unlink()
+        _save(backbone, staging, output, *_card_facts(history, config.train, text, evaluations))
+    _in_place(config, output).save(staging / "config.yaml")
+    if not history.stopped:
+        shutil.rmtree(state_folder)
     result = {
         "output": str(output),
         "model": backbone.name,
         "corpus": {
             "name": text.name,
-            "files": len(text.train_texts),
+            "files": _num_files(text),
             "held_out_files": len(text.held_out_texts),
             "files_left_out": text.files_left_out,
         },
@@ -113,13 +204,51 @@ def run_train(
         "bits_per_byte": {"before": evaluations[0].bits_per_byte, "after": evaluations[-1].bits_per_byte},
         "seconds": time.perf_counter() - started,
     }
-    if config.engram.enabled:
+    return result, attached_memory(backbone.model)
+
+
+def _finished(result: dict[str, Any], memory: EngramMemory | None, echo: Callable[[str], Any]) -> dict[str, Any]:
+    if memory is not None:
         # Whoever calls this may go on, and the table is anyone's to write from here.
-        memory_of(backbone.model).storage.close()
-    before, after = (wording.perplexity(evaluations[which].perplexity) for which in (0, -1))
+        memory.storage.close()
+    before, after = (wording.perplexity(result["perplexity"][when]) for when in ("before", "after"))
     echo(f"held-out perplexity {before} before, {after} after {result['steps']} steps")
-    echo(f"saved    {output}")
+    echo(f"saved    {result['output']}")
     return result
+
+
+class _Checkpoints:
+    """The run's state in its folder, as `train` asks for it."""
+
+    def __init__(self, folder: Path, model: PreTrainedModel, batches: Resumable, output: Path) -> None:
+        self.folder, self.model, self.batches, self.output = folder, model, batches, output
+
+    def save(self, optimizers: Sequence[torch.optim.Optimizer], history: History) -> None:
+        if not history.steps:
+            return
+        try:
+            save_step(self.folder, self.model, optimizers, history, self.batches)
+        except Exception as error:  # safetensors' own, or the system's
+            raise CommandError(
+                f"{self.output}: the trained model can't be written, its checkpoint after step {len(history.steps)}: "
+                f"{one_line(str(error))}",
+                "make room there, or choose another --output; --resume goes on from the checkpoint before, if any",
+            ) from error
+
+    def load(self, optimizers: Sequence[torch.optim.Optimizer]) -> History:
+        step = resumable_step(self.folder, self.model)
+        if step is None:
+            raise CommandError(
+                f"{self.output}: the run ended before its first checkpoint, so there is nothing to go on from",
+                f"remove {self.folder.parent}, and train again without --resume",
+            )
+        try:
+            return load_step(self.folder, step, self.model, optimizers, self.batches)
+        except ValueError as error:
+            raise CommandError(
+                f"{self.output}: the run can't go on: {one_line(str(error))}",
+                "bring the corpus back as it was, or start over with --force",
+            ) from error
 
 
 class StopOnInterrupt:
@@ -166,11 +295,12 @@ def _backbone(model: str | None, text: Corpus, settings: TrainConfig) -> Backbon
 
 def _batches(
     text: Corpus, backbone: Backbone, settings: TrainConfig, echo: Callable[[str], Any]
-) -> tuple[Batches, Any]:
+) -> tuple[Batches | StreamBatches, torch.Tensor]:
     """What is trained on, and held_out_BT."""
     shape = {"batch_size": settings.batch_size, "sequence_length": settings.sequence_length, "seed": settings.seed}
     found = []
-    for name, texts in (("text to train on", text.train_texts), ("held-out text", text.held_out_texts)):
+    parts = [("text to train on", text.train_texts), ("held-out text", text.held_out_texts)]
+    for name, texts in parts if text.documents is None else parts[1:]:
         token_ids = token_stream(texts, backbone.tokenizer, echo=echo)
         if len(token_ids) < settings.sequence_length:
             raise CommandError(
@@ -179,7 +309,37 @@ def _batches(
                 "more text, or a shorter --sequence-length",
             )
         found.append(Batches(token_ids, **shape))
-    return found[0], found[1].sample(settings.eval_sequences)
+    held_out_BT = found[-1].sample(settings.eval_sequences)
+    if text.documents is None:
+        return found[0], held_out_BT
+    stream = PackedStream(
+        text.documents,
+        backbone.tokenizer,
+        sequence_length=settings.sequence_length,
+        separator_id=separator_id(backbone.tokenizer),
+        text_column=text.text_column,
+        seed=settings.seed,
+    )
+    return StreamBatches(stream, batch_size=settings.batch_size), held_out_BT
+
+
+def _text_digest(run: Run, text: Corpus, held_out_BT: torch.Tensor) -> str:
+    digest = hashlib.sha256(held_out_BT.numpy().tobytes())
+    if text.documents is not None and run.corpus is not None and not is_hub_dataset(run.corpus):
+        for file in sorted(find_files([Path(path) for path in run.corpus])):
+            digest.update(f"{file} {file.stat().st_size}".encode())
+    return digest.hexdigest()[:16]
+
+
+def _num_files(text: Corpus) -> int | None:
+    """How many files are trained on; None where it isn't known, of a corpus that is read while it is trained on."""
+    return len(text.train_texts) if text.documents is None else None
+
+
+def _corpus_line(text: Corpus) -> str:
+    if text.documents is None:
+        return f"{text.name}, {len(text.train_texts)} files, and {len(text.held_out_texts)} held out"
+    return f"{text.name}, read while it trains; {len(text.held_out_texts)} held-out texts to evaluate on"
 
 
 def _engram_config(config: EngramConfig, backbone: Backbone, staging: Path) -> EngramConfig:
@@ -219,7 +379,7 @@ def _card_facts(
     facts = _training_facts(history, settings)
     training = {
         "corpus": text.name,
-        "files": len(text.train_texts),
+        "files": _num_files(text),
         "steps": facts["steps"],
         "tokens": facts["tokens"],
         "sequence length": settings.sequence_length,

@@ -16,6 +16,7 @@ from __future__ import annotations
 import dataclasses
 import os
 import stat
+from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -37,7 +38,7 @@ from sense_v2.engram.format import (
     state_file_name,
 )
 from sense_v2.engram.journal import LiveJournal, check_journal, open_journal, roll_back
-from sense_v2.engram.opening import read_manifest
+from sense_v2.engram.opening import TableFiles, read_manifest
 from sense_v2.engram.scan import Scan, scan_rows
 
 # Row ranges that are written out before "and … more".
@@ -140,6 +141,7 @@ def repair_table(path: str | os.PathLike[str], *, progress: bool | None = None) 
                 manifest.rows,
                 manifest.row_bytes_of(path.name),
                 manifest.checksums_of(path.name),
+                TableFiles(path).other_journals,
             )
             done.append(f"{num_rows:,} rows put back as they were at {_commit_of(manifest)}")
             check = _check_around(path, is_own=True)
@@ -263,30 +265,44 @@ def _note_unlisted_states(check: Check) -> None:
 
 
 def _check_journal(check: Check) -> None:
-    manifest, path = check.manifest, _beside(check.path, journal_name)
+    """All journals of the table together: several processes may have stored to it, each with one of its own."""
+    files = TableFiles(check.path)
+    manifest, path = check.manifest, files.journal
     assert manifest is not None
-    try:
-        journal = open_journal(path, write=False)
-        if journal is None:
-            return
-        fd, data = journal
+    if files.prepared.exists():
+        text = "is what this shard has if all shards committed: open them together once, and they go forward or back"
+        check.add("journal", files.prepared, text)
+    live = []
+    for one in (path, *files.other_journals):
         try:
-            check.journal = check_journal(
-                path,
-                data,
-                manifest.generation,
-                manifest.commit_number,
-                manifest.rows,
-                manifest.row_bytes_of(check.path.name),
-            )
-        finally:
-            os.close(fd)
-    except (OSError, ValueError) as error:
-        check.add("journal", path, _text_of(error, path))
+            journal = open_journal(one, write=False)
+            if journal is None:
+                continue
+            fd, data = journal
+            try:
+                found = check_journal(
+                    one,
+                    data,
+                    manifest.generation,
+                    manifest.commit_number,
+                    manifest.rows,
+                    manifest.row_bytes_of(check.path.name),
+                )
+            finally:
+                os.close(fd)
+        except (OSError, ValueError) as error:
+            check.add("journal", one, _text_of(error, one))
+            return
+        if found is None:
+            check.has_old_journal = True  # what to say of it depends on the rows
+        else:
+            live.append(found)
+    if not live:
         return
-    if check.journal is None:
-        check.has_old_journal = True  # what to say of it depends on the rows
-        return
+    counts: Counter[str] = Counter()
+    for found in live:
+        counts.update(found.num_rows_of)
+    check.journal = LiveJournal(dict(counts), sum(found.torn_bytes for found in live))
     if not (check.journal.num_rows_of or check.journal.torn_bytes):
         check.journal = None
         check.add("journal", path, UNDOES_NOTHING, is_wrong=False)

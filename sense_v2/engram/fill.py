@@ -39,15 +39,19 @@ def fill_normal(
     *,
     seed: int,
     std: float,
+    first_value: int = 0,
     num_threads: int | None = None,
     progress: bool | None = None,
 ) -> None:
-    """Writes `num_values` values of normal noise. `num_threads`: torch's own number by default."""
+    """Writes `num_values` values of normal noise: those of a larger file from `first_value` on. `num_threads`:
+    torch's own number by default."""
     row_type = row_dtype(dtype)
     # Chunks that are written together.
     num_together = WRITE_BYTES // (CHUNK_VALUES * row_type.item_bytes)
-    num_writes = -(-num_values // (num_together * CHUNK_VALUES))
-    writes = itertools.count()
+    write_values = num_together * CHUNK_VALUES
+    first_write, stop_value = first_value // write_values, first_value + num_values
+    stop_write = -(-stop_value // write_values)
+    writes = itertools.count(first_write)
     stop = threading.Event()
     total_bytes = num_values * row_type.item_bytes
     bar = tqdm(
@@ -71,17 +75,19 @@ def fill_normal(
         values = torch.empty(num_together, CHUNK_VALUES, dtype=row_type.torch)
         raw = values.view(-1).view(torch.uint8).numpy().data
         for number in writes:
-            if number >= num_writes or stop.is_set():
+            if number >= stop_write or stop.is_set():
                 return
-            first = number * num_together
-            count = min(values.numel(), num_values - first * CHUNK_VALUES)
-            for chunk in range(-(-count // CHUNK_VALUES)):
-                _normal_chunk(quantiles, seed, first + chunk, drawn, noise.numpy())
+            # What of these chunks is asked for, counted from their beginning.
+            begin = number * write_values
+            start, end = max(first_value - begin, 0), min(write_values, stop_value - begin)
+            for chunk in range(start // CHUNK_VALUES, -(-end // CHUNK_VALUES)):
+                _normal_chunk(quantiles, seed, number * num_together + chunk, drawn, noise.numpy())
                 values[chunk].copy_(noise)
-            write_at(fd, raw[: count * row_type.item_bytes], first * CHUNK_VALUES * row_type.item_bytes)
-            bar.update(count * row_type.item_bytes)
+            part = raw[start * row_type.item_bytes : end * row_type.item_bytes]
+            write_at(fd, part, (begin + start - first_value) * row_type.item_bytes)
+            bar.update(len(part))
 
-    num_threads = max(1, min(num_threads or torch.get_num_threads(), num_writes))
+    num_threads = max(1, min(num_threads or torch.get_num_threads(), stop_write - first_write))
     with bar, ThreadPoolExecutor(num_threads, "fill") as pool:
         locks = [threading.Lock() for _ in range(num_threads)]
         try:

@@ -7,6 +7,7 @@ A table is a few kinds of files in one folder; docs/format.md is their specifica
     engram_table.adam.dat     optimizer state, one file a name: N rows of float32, as the manifest lists them
     engram_table.journal      what undoes uncommitted changes (`sense_v2.engram.journal`)
     engram_table.lock         who writes
+    engram_table.share1.*     journal and lock of a second process that stores to the same table, and so on
 
 Functions here take and give plain values, so that the specification can be tested without a disk. Whoever calls
 them adds the path to an error, once.
@@ -44,7 +45,7 @@ MAX_DEPTH = 64
 
 _STATE_NAME = re.compile(r"[A-Za-z0-9_-]{1,64}")
 _HEX = re.compile(r"[0-9a-f]{16}")
-JOURNAL_SUFFIX, LOCK_SUFFIX = ".journal", ".lock"
+JOURNAL_SUFFIX, LOCK_SUFFIX, PREPARED_SUFFIX = ".journal", ".lock", ".prepared"
 
 
 @dataclass(frozen=True)
@@ -125,17 +126,27 @@ def manifest_name(table_name: str) -> str:
     'engram_table.json'
     """
     stem, suffix = _split(table_name)
-    if suffix in (".json", JOURNAL_SUFFIX, LOCK_SUFFIX):
+    if suffix in (".json", JOURNAL_SUFFIX, LOCK_SUFFIX, PREPARED_SUFFIX):
         raise ValueError(f"{table_name!r}: {suffix} is the suffix of another of its files; call the table {stem}.dat")
     return f"{stem}.json"
 
 
-def journal_name(table_name: str) -> str:
-    return _split(table_name)[0] + JOURNAL_SUFFIX
+def journal_name(table_name: str, share: int | str = 0) -> str:
+    """Name of the journal of a table's writer; of several, `share` says which.
+
+    >>> journal_name("engram_table.dat"), journal_name("engram_table.dat", 3)
+    ('engram_table.journal', 'engram_table.share3.journal')
+    """
+    return _split(table_name)[0] + (f".share{share}" if share else "") + JOURNAL_SUFFIX
 
 
-def lock_name(table_name: str) -> str:
-    return _split(table_name)[0] + LOCK_SUFFIX
+def lock_name(table_name: str, share: int | str = 0) -> str:
+    return _split(table_name)[0] + (f".share{share}" if share else "") + LOCK_SUFFIX
+
+
+def prepared_name(table_name: str) -> str:
+    """Name of the manifest that a shard will have if all shards commit (`sense_v2.engram.global_commit`)."""
+    return _split(table_name)[0] + PREPARED_SUFFIX
 
 
 def state_file_name(table_name: str, state_name: str) -> str:
@@ -276,7 +287,7 @@ class Manifest:
             _check(_STATE_NAME.fullmatch(name) is not None, "states", name, "named by letters, digits, _ and -")
             # The name comes from a file that anybody may have written: it must not lead out of the table's folder.
             _check(_is_plain_name(entry.file), f"{where}.file", entry.file, "a plain file name")
-            taken = entry.file.lower().endswith((".json", ".tmp", JOURNAL_SUFFIX, LOCK_SUFFIX))
+            taken = entry.file.lower().endswith((".json", ".tmp", JOURNAL_SUFFIX, LOCK_SUFFIX, PREPARED_SUFFIX))
             _check(not taken, f"{where}.file", entry.file, "no name of another of the table's files")
             _check(entry.dtype == STATE_DTYPE, f"{where}.dtype", entry.dtype, STATE_DTYPE)
             _check(_is_count(entry.step), f"{where}.step", entry.step, "0 or more")

@@ -9,7 +9,7 @@ U unique rows of a batch, D row width.
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import TypeVar
 
 import torch
@@ -70,11 +70,11 @@ class GradientCollector(nn.Module):
             self._pending = [(ids_U.to(torch.int64), grads_UD.cpu())]
             return self._pending[0]
 
-    def replace_gradients(self, parts: Sequence[tuple[torch.Tensor, torch.Tensor]]) -> None:
-        """Puts gradients that were gathered from several processes in place of this one's own: parts of (ids_U
-        ascending, grads_UD), which are added up. None at all is no gradient."""
+    def replace_gradients(self, row_ids_U: torch.Tensor, grads_UD: torch.Tensor) -> None:
+        """Puts gradients that were summed over several processes in place of this one's own. None for no row at all
+        is a gradient: an optimizer then counts the step, as it does where it updates rows."""
         with self._pending_lock:
-            self._pending = [part for part in parts if len(part[0])]
+            self._pending = [(row_ids_U, grads_UD)]
 
     def clear_gradients(self) -> None:
         with self._pending_lock:

@@ -259,9 +259,13 @@ def roll_back(
     num_rows: int,
     row_bytes_of: Mapping[str, int],
     checksums_of: Mapping[str, Sequence[str]] | None = None,
+    others: Sequence[Path] = (),
 ) -> int | None:
     """Undoes what was stored after that commit and empties the journal. Returns how many rows were put back, or None
     where there was no live journal.
+
+    `others` are the journals of further processes that stored to the same files. All are checked before anything is
+    changed, and all rows are put back before the first journal is emptied.
 
     `row_bytes_of` says how long a row is in each file, by name, that a journal may speak of: the table and the states
     of the manifest. `checksums_of` has the block checksums of those of which they are known: they tell whether a
@@ -271,32 +275,44 @@ def roll_back(
     Raises `ValueError` for a journal that doesn't fit the files, before anything is changed; and for a damaged one,
     or one whose manifest isn't that of the rows, which then stays.
     """
-    journal = open_journal(path)
-    if journal is None:
-        return None
-    fd, data = journal
+    journals: list[tuple[Path, int, JournalBytes]] = []
     try:
-        found = check_journal(path, data, generation, commit, num_rows, row_bytes_of)
-        num_restored = None
-        if found is not None:
-            num_restored = sum(found.num_rows_of.values())
-            tables = {file: _Rows(path.with_name(file), num_rows, row_bytes_of[file]) for file in found.num_rows_of}
-            journal_read = read_journal(data)
-            for record in journal_read[1] if journal_read else ():
-                tables[record.file].put_back(record)
-            for table in tables.values():
-                table.sync()
-            if found.torn_bytes:
+        for one in (path, *others):
+            journal = open_journal(one)
+            if journal is not None:
+                journals.append((one, *journal))
+        found = [check_journal(one, data, generation, commit, num_rows, row_bytes_of) for one, _, data in journals]
+        for (_, _, data), live in zip(journals, found, strict=True):
+            _put_back(path, data, live, num_rows, row_bytes_of)
+        for (one, _, _), live in zip(journals, found, strict=True):
+            if live is None:
+                refuse_rows_of_another_commit(one, num_rows, row_bytes_of, checksums_of or {})
+            elif live.torn_bytes:
                 what = "is damaged: what is whole of it was put back"
-                _refuse_other_rows(path, what, num_rows, row_bytes_of, checksums_of or {})
-        else:
-            refuse_rows_of_another_commit(path, num_rows, row_bytes_of, checksums_of or {})
-        with disk.naming(path):
-            disk.os.ftruncate(fd, 0)
-        disk.sync_fd(fd, path)
-        return num_restored
+                _refuse_other_rows(one, what, num_rows, row_bytes_of, checksums_of or {})
+        for one, fd, _ in journals:
+            with disk.naming(one):
+                disk.os.ftruncate(fd, 0)
+            disk.sync_fd(fd, one)
+        restored = [sum(live.num_rows_of.values()) for live in found if live is not None]
+        return sum(restored) if restored else None
     finally:
-        os.close(fd)
+        for _, fd, _ in journals:
+            os.close(fd)
+
+
+def _put_back(
+    path: Path, data: JournalBytes, live: LiveJournal | None, num_rows: int, row_bytes_of: Mapping[str, int]
+) -> None:
+    """The old bytes of a live journal's rows, into the files beside `path`."""
+    if live is None:
+        return
+    tables = {file: _Rows(path.with_name(file), num_rows, row_bytes_of[file]) for file in live.num_rows_of}
+    journal_read = read_journal(data)
+    for record in journal_read[1] if journal_read else ():
+        tables[record.file].put_back(record)
+    for table in tables.values():
+        table.sync()
 
 
 def refuse_rows_of_another_commit(

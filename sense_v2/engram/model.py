@@ -33,8 +33,10 @@ from torch import nn
 
 from sense_v2.core.config import EngramConfig
 from sense_v2.engram import operators
+from sense_v2.engram.exchange import Ranks
 from sense_v2.engram.hashing import HeadLayout, NgramHasher, boundary_mask
 from sense_v2.engram.overlay import Storage
+from sense_v2.engram.sharding import ShardedTable
 from sense_v2.engram.storage import MMapEmbeddingStorage
 from sense_v2.engram.tokenizer import EngramTokenizer
 from sense_v2.engram.variants import VARIANTS
@@ -50,6 +52,23 @@ def open_table(
 
     Raises `ValueError` naming what differs between the table's manifest and `config` or the shadow map.
     """
+    return MMapEmbeddingStorage(path=config.storage_path, mode=mode, **table_settings(config, tokenizer, layer=layer))
+
+
+def open_sharded_table(
+    config: EngramConfig, tokenizer: EngramTokenizer, ranks: Ranks, *, layout: str, mode: str = "r+"
+) -> ShardedTable:
+    """`open_table` for a table that all ranks share, by all of them; `layout` as `ShardedTable` has it."""
+    settings = table_settings(config, tokenizer)
+    num_rows, width = settings.pop("num_embeddings"), settings.pop("embedding_dim")
+    head_rows = [row for offsets_H in HeadLayout.from_config(config).offsets_LH for row in offsets_H]
+    return ShardedTable(
+        num_rows, width, config.storage_path, ranks=ranks, layout=layout, head_rows=head_rows, mode=mode, **settings
+    )
+
+
+def table_settings(config: EngramConfig, tokenizer: EngramTokenizer, *, layer: int | None = None) -> dict[str, Any]:
+    """What the table of `config` is opened with, but for its path and mode; arguments and errors as `open_table`."""
     layout = HeadLayout.from_config(config)
     place, of_layer = 0, {}
     if not VARIANTS[config.variant].one_table:
@@ -65,16 +84,14 @@ def open_table(
         # What the released layouts' config.json needs of it (`sense_v2.engram.to_released`).
         of_layer = {"layer": layer, "table_size": config.table_size}
         of_layer |= {} if config.pad_token_id is None else {"pad_token_id": config.pad_token_id}
-    return MMapEmbeddingStorage(
-        layout.num_rows_L[place],
-        config.row_dim,
-        config.storage_path,
-        dtype=config.dtype,
-        mode=mode,
-        seed=config.seed,
-        init_std=config.init_std,
-        sparse=config.sparse,
-        provenance={
+    return {
+        "num_embeddings": layout.num_rows_L[place],
+        "embedding_dim": config.row_dim,
+        "dtype": config.dtype,
+        "seed": config.seed,
+        "init_std": config.init_std,
+        "sparse": config.sparse,
+        "provenance": {
             "variant": config.variant,
             **of_layer,
             "seed": config.seed,
@@ -83,7 +100,7 @@ def open_table(
             "shadow_map_sha256": tokenizer.sha256,
             "tokenizer_name": config.tokenizer_name or tokenizer.tokenizer_name,
         },
-    )
+    }
 
 
 def packed_documents(position_ids_BT: torch.Tensor) -> torch.Tensor | None:
@@ -176,7 +193,7 @@ class EngramFusionLayer(nn.Module):
         layer_id: int,
         *,
         tokenizer: EngramTokenizer | None = None,
-        storage: Storage | None = None,
+        storage: Storage | ShardedTable | None = None,
         pad_token_id: int | None = None,
         place: int | None = None,
     ) -> None:
@@ -195,7 +212,7 @@ class EngramFusionLayer(nn.Module):
                 f"{config.variant!r} has no centre; use variant 'sense'"
             )
         self.tokenizer = EngramTokenizer(config.shadow_map_path) if tokenizer is None else tokenizer
-        self.storage: Storage = open_table(config, self.tokenizer) if storage is None else storage
+        self.storage: Storage | ShardedTable = open_table(config, self.tokenizer) if storage is None else storage
         self.hasher = NgramHasher.from_config(
             config,
             layer_id=layer_id,
@@ -244,7 +261,7 @@ class EngramFusionLayer(nn.Module):
         """The identity: the convolution at zero, and W_v, or the rows behind it. W_k keeps nn.Linear's noise."""
         self.W_k.reset_parameters()
         if (
-            isinstance(self.storage, MMapEmbeddingStorage)
+            isinstance(self.storage, (MMapEmbeddingStorage, ShardedTable))
             and self.storage.is_new
             and self.storage.manifest.init_std == 0
         ):
@@ -376,8 +393,9 @@ class EngramFusionLayer(nn.Module):
         """Fused hidden states, same shape and dtype as `hidden_states` ([B, T, C]; [B, T, S, C] with S streams).
 
         `input_ids` [B, T]. `attention_mask` [B, T], 0 at padding: such a position passes through unchanged, its
-        rows are not touched, and no n-gram or convolution reaches across it. `position_ids` [B, T] that restart
-        mark packed documents.
+        rows are not touched, no n-gram reaches across it, and the convolution reads zeros there. (Across padding in
+        the middle of a sequence, if it is shorter than the convolution's reach, that still reads what lies before
+        it.) `position_ids` [B, T] that restart mark packed documents, and nothing reaches from one into the next.
 
         Raises `ValueError` for shapes that don't fit and `IndexError` for token ids outside the shadow map.
         """

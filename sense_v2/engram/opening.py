@@ -16,6 +16,7 @@ storage keeps what they return.
 from __future__ import annotations
 
 import contextlib
+import errno
 import glob
 import mmap
 import os
@@ -48,6 +49,7 @@ from sense_v2.engram.format import (
     lock_name,
     manifest_name,
     merge_provenance,
+    prepared_name,
     provenance_differences,
     state_file_name,
 )
@@ -58,10 +60,22 @@ _CONSTRUCTORS_CALLER = 3
 
 
 @dataclass(frozen=True)
+class Share:
+    """What one of several processes of a host may store to of a table that all of them map. Each keeps a journal of
+    its own, and they commit together (`sense_v2.engram.global_commit`)."""
+
+    number: int
+    """0 makes, recovers and commits the table; the others come and go while it has it open."""
+    first_row: int
+    stop_row: int
+
+
+@dataclass(frozen=True)
 class TableFiles:
-    """The files of the table at `table`, by what they are."""
+    """The files of the table at `table`, by what they are; `share` is the number of the process's share of it."""
 
     table: Path
+    share: int = 0
 
     @property
     def manifest(self) -> Path:
@@ -69,11 +83,24 @@ class TableFiles:
 
     @property
     def journal(self) -> Path:
-        return self.table.with_name(journal_name(self.table.name))
+        return self.table.with_name(journal_name(self.table.name, self.share))
 
     @property
     def lock(self) -> Path:
-        return self.table.with_name(lock_name(self.table.name))
+        return self.table.with_name(lock_name(self.table.name, self.share))
+
+    @property
+    def prepared(self) -> Path:
+        return self.table.with_name(prepared_name(self.table.name))
+
+    @property
+    def other_journals(self) -> list[Path]:
+        """Those of further processes that stored to this table."""
+        return _numbered(self.table, journal_name(self.table.name, "*"))
+
+    @property
+    def other_locks(self) -> list[Path]:
+        return _numbered(self.table, lock_name(self.table.name, "*"))
 
     def state(self, name: str, manifest: Manifest) -> Path:
         """Where the manifest says that optimizer state is, or where a new one goes."""
@@ -84,13 +111,27 @@ class TableFiles:
         return self.table.exists() and not self.manifest.exists()
 
 
+def _numbered(table: Path, name: str) -> list[Path]:
+    """The files of shares 1, 2, …: `name` has a star for the number."""
+    before, after = name.split("*")
+    found = table.parent.glob(f"{glob.escape(before)}*{glob.escape(after)}")
+    return sorted(path for path in found if path.name[len(before) : -len(after)].isdigit())
+
+
 # Making
 
 
 def create_table(
-    files: TableFiles, manifest: Manifest, num_threads: int | None, progress: bool | None, *, sparse: bool
+    files: TableFiles,
+    manifest: Manifest,
+    num_threads: int | None,
+    progress: bool | None,
+    *,
+    sparse: bool,
+    first_row: int = 0,
 ) -> None:
-    """Makes the table, then its manifest; a process that finds another one at it waits and makes neither.
+    """Makes the table, then its manifest; a process that finds another one at it waits and makes neither. Its noise
+    is that of a larger table's rows from `first_row` on.
 
     Both are synced under temporary names before the table is renamed, and the manifest last: a kill leaves nothing,
     or a whole table, in the worst case with the manifest still under its temporary name, where the next opening finds
@@ -115,6 +156,7 @@ def create_table(
                     manifest.dtype,
                     seed=manifest.init_seed or 0,
                     std=manifest.init_std or 0.0,
+                    first_value=first_row * manifest.width,
                     num_threads=num_threads,
                     progress=progress,
                 )
@@ -166,11 +208,22 @@ def lock_table(files: TableFiles, *, write: bool) -> WriterLock | None:
     reads gets None, and a warning beside a writer."""
     if write:
         try:
-            return WriterLock(files.lock, str(files.table))
+            lock = WriterLock(files.lock, str(files.table))
         except BlockingIOError:
             raise
         except OSError as error:
             raise cant_write(files.table, error) from error
+        # Who has the table's own lock sees all others: a share is taken only while share 0 has it.
+        for path in files.other_locks if files.share == 0 else ():
+            holder = WriterLock.holder(path)
+            if holder is not None:
+                lock.release()
+                raise BlockingIOError(
+                    errno.EAGAIN,
+                    f"process {holder} of an earlier run of several still writes to its share of {files.table}: end "
+                    "it first",
+                )
+        return lock
     holder = WriterLock.holder(files.lock)
     if holder is not None:
         warnings.warn(
@@ -287,8 +340,10 @@ def _is_manifest_of(manifest_path: Path, path: Path) -> bool:
 
 
 def recover(files: TableFiles, manifest: Manifest) -> None:
-    """Undoes what was stored after the last commit by a writer that isn't there any more."""
+    """Undoes what was stored after the last commit by a writer, or several, that aren't there any more."""
+    refuse_prepared(files)
     _refuse_foreign_states(files, manifest)
+    others = files.other_journals if files.share == 0 else []
     num_restored = roll_back(
         files.journal,
         manifest.generation,
@@ -296,7 +351,11 @@ def recover(files: TableFiles, manifest: Manifest) -> None:
         manifest.rows,
         manifest.row_bytes_of(files.table.name),
         manifest.checksums_of(files.table.name),
+        others,
     )
+    for path in others:
+        with contextlib.suppress(OSError):
+            disk.os.unlink(path)
     if num_restored:
         warnings.warn(
             f"{files.table}: a writer ended between two commits; {num_restored} rows were put back as they were at "
@@ -310,28 +369,44 @@ def refuse_live_journal(files: TableFiles, manifest: Manifest) -> None:
     """For who only reads: rows that a dead writer hadn't committed are no commit's."""
     if WriterLock.is_held(files.lock):
         return
-    opened = open_journal(files.journal, write=False)
+    refuse_prepared(files)
+    for path in (files.journal, *files.other_journals):
+        _refuse_live_journal(files, path, manifest)
+
+
+def refuse_prepared(files: TableFiles) -> None:
+    """For a shard that doesn't know whether its last commit counts: the global manifest does."""
+    if files.prepared.exists():
+        raise ValueError(
+            f"{files.table} is a shard whose last commit was cut off, and {files.prepared.name} is what it has "
+            "if all shards committed. Open the shards together once: they ask the global manifest, and go forward or "
+            "back"
+        )
+
+
+def _refuse_live_journal(files: TableFiles, path: Path, manifest: Manifest) -> None:
+    opened = open_journal(path, write=False)
     if opened is None:
         return
     fd, data = opened
     sizes = manifest.row_bytes_of(files.table.name)
     try:
-        found = check_journal(files.journal, data, manifest.generation, manifest.commit_number, manifest.rows, sizes)
+        found = check_journal(path, data, manifest.generation, manifest.commit_number, manifest.rows, sizes)
     finally:
         os.close(fd)
     if found is None:
         if sum(sizes.values()) * manifest.rows > PROGRESS_BYTES:
             warnings.warn(
-                f"{files.journal} is of an earlier commit: all rows of {files.table} are read to know that they are "
+                f"{path} is of an earlier commit: all rows of {files.table} are read to know that they are "
                 "the last one's. Opening once with mode='r+' removes it",
                 UserWarning,
                 stacklevel=_CONSTRUCTORS_CALLER,
             )
         sums = manifest.checksums_of(files.table.name)
-        refuse_rows_of_another_commit(files.journal, manifest.rows, sizes, sums)
+        refuse_rows_of_another_commit(path, manifest.rows, sizes, sums)
     elif found.num_rows_of or found.torn_bytes:
         raise ValueError(
-            f"{files.table}: a writer ended between two commits, and {files.journal} says how to undo what it had "
+            f"{files.table}: a writer ended between two commits, and {path} says how to undo what it had "
             "not committed, which mode='r' may not. Open it once with mode='r+', or run: sense-engram verify "
             f"--repair {files.table}"
         )
@@ -357,7 +432,7 @@ def make_state_ready(files: TableFiles, manifest: Manifest, name: str, width: in
         raise ValueError(
             f"{path} is there, but without a manifest nothing says what it holds. Remove it to begin with zeros"
         )
-    if not entry or not path.exists():
+    if not path.exists() or not (entry or files.share):  # share 0 has made it for the others
         if entry:
             raise FileNotFoundError(
                 f"{files.manifest} lists optimizer state {path}, which isn't there. Put it back, or remove the entry "

@@ -86,14 +86,7 @@ def _checked_copy(storage: MMapEmbeddingStorage, path: Path) -> Manifest:
     if not manifest_path.is_file():
         raise FileNotFoundError(f"{manifest_path} isn't there: this copy of a table was not made to its end")
     manifest, own = read_manifest(manifest_path), storage.manifest
-    recorded, given = (
-        {**{name: getattr(one, name) for name in ("rows", "width", "dtype", "init_seed")}, **one.provenance}
-        for one in (manifest, own)
-    )
-    differences = provenance_differences(recorded, given)
-    if differences:
-        found = "; ".join(f"{name} is {old!r}, here {new!r}" for name, old, new in differences)
-        raise ValueError(f"{path} is a copy of another table than {storage.path}: {found}")
+    refuse_other_table(path, manifest, storage.path, own)
     for file, row_bytes in manifest.row_bytes_of(path.name).items():
         copy = path.with_name(file)
         expected_bytes, found_bytes = manifest.rows * row_bytes, copy.stat().st_size
@@ -109,22 +102,34 @@ def _checked_copy(storage: MMapEmbeddingStorage, path: Path) -> Manifest:
     return manifest
 
 
+def refuse_other_table(copy: Path, manifest: Manifest, path: Path, own: Manifest) -> None:
+    """Raises `ValueError` naming what differs where the copy's manifest isn't of the table at `path`."""
+    recorded, given = (
+        {**{name: getattr(one, name) for name in ("rows", "width", "dtype", "init_seed")}, **one.provenance}
+        for one in (manifest, own)
+    )
+    found = provenance_differences(recorded, given)
+    if found:
+        told = "; ".join(f"{name} is {old!r}, here {new!r}" for name, old, new in found)
+        raise ValueError(f"{copy} is a copy of another table than {path}: {told}")
+
+
 def _store_differences(storage: MMapEmbeddingStorage, path: Path, manifest: Manifest) -> None:
-    rows_NW = _mapped(path, manifest.rows, manifest.width, manifest.dtype)
-    for row_ids_U, new_UW in _differences(storage.weight, rows_NW):
+    rows_NW = mapped_copy(path, manifest.rows, manifest.width, manifest.dtype)
+    for row_ids_U, new_UW in differences(storage.weight, rows_NW):
         storage.write(row_ids_U, new_UW)
     for name, entry in {**storage.manifest.states, **manifest.states}.items():
         state = storage.open_state(name, entry.width)
         copied = manifest.states.get(name)
         values_NW = None
         if copied is not None:
-            values_NW = _mapped(path.with_name(copied.file), manifest.rows, copied.width, STATE_DTYPE)
-        for row_ids_U, new_UW in _differences(state.values, values_NW):
+            values_NW = mapped_copy(path.with_name(copied.file), manifest.rows, copied.width, STATE_DTYPE)
+        for row_ids_U, new_UW in differences(state.values, values_NW):
             storage.write_state(state, row_ids_U, new_UW)
         state.step = 0 if copied is None else copied.step
 
 
-def _mapped(path: Path, num_rows: int, width: int, dtype: str) -> torch.Tensor:
+def mapped_copy(path: Path, num_rows: int, width: int, dtype: str) -> torch.Tensor:
     """[N, W], to be read only."""
     kind = row_dtype(dtype)
     # Mode "c" (a write stays in memory) for torch, which has no read-only tensors. Read front to back, so not by
@@ -132,7 +137,7 @@ def _mapped(path: Path, num_rows: int, width: int, dtype: str) -> torch.Tensor:
     return torch.from_numpy(np.memmap(path, dtype=kind.numpy, mode="c", shape=(num_rows, width))).view(kind.torch)
 
 
-def _differences(now_NW: torch.Tensor, wanted_NW: torch.Tensor | None) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+def differences(now_NW: torch.Tensor, wanted_NW: torch.Tensor | None) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
     """(row ids, the rows wanted there) of rows whose bytes differ, in parts; wanted None is zeros."""
     num_rows, width = now_NW.shape
     part_rows = max(1, PART_BYTES // file_bytes(1, width, now_NW.dtype))

@@ -16,13 +16,14 @@ B batch, T sequence, H rows a position, D row width, N rows of the table, U uniq
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import operator
 import os
 import threading
 import warnings
 import weakref
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -40,6 +41,7 @@ from sense_v2.engram.format import Manifest, StateEntry, as_json_object, row_dty
 from sense_v2.engram.gather import shared_tensor
 from sense_v2.engram.gradients import GradientCollector
 from sense_v2.engram.journal import Journal
+from sense_v2.engram.opening import Share
 from sense_v2.engram.reader import RowReader, map_rows
 from sense_v2.engram.rounding import stochastic_bfloat16
 from sense_v2.engram.undo import THREAD_NAME, TrackedFile, UndoLog
@@ -82,6 +84,10 @@ class MMapEmbeddingStorage(GradientCollector):
     `max_resident_bytes` bounds what of the table stays mapped into this process's memory, for machines where memory
     is short or shared with a GPU: pages that were read are let go of, and mapped again when they are read again.
 
+    `share` is for one of several processes that store to one table, each to its own rows; `first_row` for a table
+    that holds the rows of a larger one from there on, whose initial noise it gets. `sense_v2.engram.sharding` uses
+    both.
+
     Mode "r+" makes this process the table's only writer until `close`, or until the storage is collected
     (`BlockingIOError` names the process that writes already). A forked child may read; its writes are refused.
 
@@ -117,6 +123,8 @@ class MMapEmbeddingStorage(GradientCollector):
         journal_limit_bytes: int = JOURNAL_LIMIT_BYTES,
         sparse: bool = False,
         max_resident_bytes: int | None = None,
+        share: Share | None = None,
+        first_row: int = 0,
     ) -> None:
         super().__init__()
         if mode not in ("r", "r+"):
@@ -146,11 +154,12 @@ class MMapEmbeddingStorage(GradientCollector):
                 "rounding. Open them with mode='r', or, to train, make a table of others from them: sense-engram "
                 "convert TABLE --dtype float32 --output OTHER"
             )
-        self._files = files = opening.TableFiles(self.path)
+        self._share = share
+        self._files = files = opening.TableFiles(self.path, share.number if share else 0)
         if not self.path.exists():
             if mode == "r":
                 raise FileNotFoundError(f"{self.path}: no table there. mode='r+' makes one; mode='r' only reads")
-            opening.create_table(files, wanted, num_threads, progress, sparse=sparse)
+            opening.create_table(files, wanted, num_threads, progress, sparse=sparse, first_row=first_row)
         lock = opening.lock_table(files, write=mode == "r+")
         self._undo = UndoLog(Journal(files.journal, self.num_embeddings, journal_limit_bytes))
         # Runs when the storage is collected, too; it must not refer to it.
@@ -247,8 +256,7 @@ class MMapEmbeddingStorage(GradientCollector):
             return reader.read_to(row_ids.cpu(), row_ids.device)
         ids_U, inverse = torch.unique(row_ids.detach().cpu().reshape(-1), return_inverse=True)
         self._refuse_ids(ids_U)
-        if self.mode == "r+" and self._process == os.getpid() and not self._failed:
-            self._undo.protect_soon(ids_U.to(torch.int64))
+        self.protect_soon(ids_U.to(torch.int64))
         rows = self._rows_with_gradient(ids_U, inverse, reader.read_to(ids_U, row_ids.device), self.dtype)
         return rows.reshape(*row_ids.shape, self.embedding_dim)
 
@@ -296,12 +304,18 @@ class MMapEmbeddingStorage(GradientCollector):
 
     # Training
 
+    def protect_soon(self, row_ids_U: torch.Tensor) -> None:
+        """Begins to make these rows (unique, int64) ready to be stored to, and returns at once."""
+        if self.mode == "r+" and self._process == os.getpid() and not self._failed:
+            self._undo.protect_soon(row_ids_U)
+
     def protect(self, row_ids_U: torch.Tensor) -> None:
         """Makes these rows ready to be stored to, in the table and in all open states, or raises `OSError` before
         any of them is. `write` and `write_state` do it too, each for its own file."""
         self._refuse_no_writer("write rows")
         ids_U = self._checked_ids(row_ids_U).to(torch.int64)
         self._refuse_ids(ids_U)
+        self._refuse_others_rows(ids_U)
         self._undo.protect(list(self._undo.files), ids_U)
         self._refuse_full_disk(ids_U, [self.weight, *(state.values for state in self._states.values())])
 
@@ -338,11 +352,22 @@ class MMapEmbeddingStorage(GradientCollector):
         if not len(ids_U):
             return
         self._refuse_ids(ids_U)
+        self._refuse_others_rows(ids_U)
         self._undo.protect([name], ids_U)
         self._refuse_full_disk(ids_U, [table_ND])
         self._undo.stored = True
         disk.store(table_ND, ids_U, rows_UD)
         self._opened_reader().trim()
+
+    def _refuse_others_rows(self, ids_U: torch.Tensor) -> None:
+        share = self._share
+        if share is not None:
+            others = ids_U[(ids_U < share.first_row) | (ids_U >= share.stop_row)]
+            if len(others):
+                raise PermissionError(
+                    f"row id {int(others[0])}: this process stores to rows {share.first_row} to {share.stop_row - 1} "
+                    f"of {self.path}, its share {share.number}; the others are other processes'"
+                )
 
     def _refuse_full_disk(self, ids_U: torch.Tensor, tables: list[torch.Tensor]) -> None:
         """Asked when the journal has what it needs of the same disk."""
@@ -425,27 +450,60 @@ class MMapEmbeddingStorage(GradientCollector):
 
     def _commit(self, step: int | None, extra: Mapping[str, Any] | None, *, durable: bool) -> None:
         self._refuse_no_writer("commit")
+        if self._share is not None:
+            raise ValueError(
+                f"{self.path} is shared by several processes, which commit together: ShardedTable.commit"
+            )
         old = self._manifest
         with self._undo.settled():
             # The thread may just have failed to sync.
             self._refuse_no_writer("commit")
             try:
-                if durable:
-                    self._undo.journal.sync()
-                    disk.sync_mapping(self.mmap, self.path)
-                    for name, mapping in self._state_maps.items():
-                        disk.sync_mapping(mapping, self._states[name].path)
-                sums = {name: file.new_sums() for name, file in self._undo.files.items()}
-                manifest = self._next_manifest(step, extra, sums)
+                manifest = self._synced_manifest(step, extra, durable=durable)
                 with new_file(self._files.manifest, replace=True) as fd:
                     disk.write_at(fd, manifest.to_json().encode(), 0)
-                self._manifest = manifest
-                self._undo.committed(sums, manifest.generation, manifest.commit_number)
+                self._adopt(manifest)
             except BaseException as error:
                 # Before the rename nothing has happened, if it wasn't a sync. After it the commit may or may not be
                 # on the disk, and the journal still belongs to the one before: stores that it protects would stay.
                 self._failed = isinstance(error, SyncError) or not opening.is_committed(self._files, old)
                 raise
+
+    @contextlib.contextmanager
+    def prepared_commit(
+        self, step: int | None, extra: Mapping[str, Any] | None, *, durable: bool
+    ) -> Iterator[tuple[Manifest, Callable[[Manifest], None]]]:
+        """A commit in which somebody else writes the manifest: everything is stored, and synced where `durable`, and
+        the journal still undoes it. Gives the manifest to be, and what to call with the one that was written.
+
+        Whatever ends the block before that call leaves a storage that can't commit any more: what is on disk isn't
+        known to it.
+        """
+        self._refuse_no_writer("commit")
+        with self._undo.settled():
+            self._refuse_no_writer("commit")
+            failed, self._failed = self._failed, True
+            manifest = self._synced_manifest(step, extra, durable=durable)
+            yield manifest, self._adopt
+            if self._manifest.generation != manifest.generation:
+                raise RuntimeError(f"{self.path}: a commit was prepared and not ended")
+            self._failed = failed
+
+    def _synced_manifest(self, step: int | None, extra: Mapping[str, Any] | None, *, durable: bool) -> Manifest:
+        """The manifest of the rows and states as they are now; with `durable` all of it is on the disk."""
+        if durable:
+            self._undo.journal.sync()
+            disk.sync_mapping(self.mmap, self.path)
+            for name, mapping in self._state_maps.items():
+                disk.sync_mapping(mapping, self._states[name].path)
+        return self._next_manifest(step, extra, {name: file.new_sums() for name, file in self._undo.files.items()})
+
+    def _adopt(self, manifest: Manifest) -> None:
+        """This manifest is on the disk: everything from here on is undone to it."""
+        self._manifest = manifest
+        texts = manifest.checksums_of(self.path.name)
+        sums = {name: from_hex(texts[name]) if name in texts else None for name in self._undo.files}
+        self._undo.committed(sums, manifest.generation, manifest.commit_number)
 
     def _next_manifest(
         self, step: int | None, extra: Mapping[str, Any] | None, sums: Mapping[str, np.ndarray[Any, Any] | None]

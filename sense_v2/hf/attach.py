@@ -4,9 +4,10 @@
                      ──hook on each named layer──▶ hidden states + memory ──▶ the layer as it was
 
 They travel as an argument, not as state on a module: gradient checkpointing replays a layer with the arguments it was
-first called with, and two forwards (or two threads) never see each other's ids. What generation needs of the tokens
-before a call is in the model's KV cache (`sense_v2.hf.cache`). No weight of the backbone is touched, moved or
-renamed; `detach_engram` removes the hooks and the model is what it was.
+first called with, and two forwards (or two threads) never see each other's ids. (Mamba's models hand no argument down
+to their layers. There they lie in a context variable while the call lasts, which a compiler doesn't follow.) What
+generation needs of the tokens before a call is in the model's KV cache (`sense_v2.hf.cache`). No weight of the
+backbone is touched, moved or renamed; `detach_engram` removes the hooks and the model is what it was.
 
 What was attached lies in `model.engram` (`EngramMemory`): one table, one shadow map, one fusion layer per index.
 """
@@ -14,9 +15,9 @@ What was attached lies in `model.engram` (`EngramMemory`): one table, one shadow
 from __future__ import annotations
 
 import inspect
-import types
 import warnings
 from collections.abc import Sequence
+from contextvars import ContextVar
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -38,14 +39,21 @@ from sense_v2.hf.inputs import (
     cache_in,
     engram_inputs,
     is_plain_mask,
-    prepare_inputs_with_memory,
 )
 from sense_v2.hf.memory import EngramMemory, attached_memory, memory_of
+from sense_v2.hf.methods import replace_methods
 from sense_v2.hf.tables import identity_map, placed_tables, refuse_another_map
 
 # An embedding is often padded to a round number of rows; more than this many rows without a token is another
 # tokenizer's map.
 MAX_PADDED_ROWS = 1024
+# Models that call their layers without the keyword arguments that they were called with.
+HAND_NOTHING_DOWN = ("mamba", "mamba2", "falcon_mamba")
+
+_call: ContextVar[EngramInputs | None] = ContextVar("engram_inputs", default=None)
+"""Of such a model, in the thread that calls it."""
+_given: ContextVar[dict[str, Any]] = ContextVar("engram_arguments", default={})  # noqa: B039  # never changed in place
+"""The arguments for the memory that such a model was called with."""
 
 
 def attach_engram(
@@ -114,7 +122,7 @@ def attach_engram(
 
     tables = [] if given is None else [table for _, table in given.values()]
     num_embeddings = _rows(model.get_input_embeddings())
-    shadow_map = _shadow_map(config, tokenizer, tables, num_embeddings)
+    shadow_map = shadow_map_of(config, tokenizer, tables, num_embeddings)
     _check_vocabulary(shadow_map, num_embeddings, config)
     pad_token_id = getattr(model.config, "pad_token_id", None)
     refuse_another_map(tables, shadow_map)
@@ -129,16 +137,16 @@ def attach_engram(
     names = tuple(inspect.signature(base.forward).parameters)
     carry = partial(_carry_ids, memory, names, num_embeddings, depth)
     memory._undo.append(base.register_forward_pre_hook(carry, with_kwargs=True))
+    if model.config.model_type in HAND_NOTHING_DOWN:
+        memory._undo += [
+            model.register_forward_pre_hook(_note_given, with_kwargs=True),
+            base.register_forward_hook(_forget_call, always_call=True),
+        ]
     fusions = {fusion.layer_id: (number, fusion) for number, fusion in enumerate(memory)}
     for layer_id, layer in enumerate(layers):
         hook = partial(_add_memory, memory, layer_id, depth, *fusions.get(layer_id, (None, None)))
         memory._undo.append(layer.register_forward_pre_hook(hook, with_kwargs=True))
-    for name, function in (
-        ("prepare_inputs_for_generation", prepare_inputs_with_memory),
-        ("init_continuous_batching", _refuse_continuous_batching),
-    ):
-        if hasattr(model, name):
-            memory._undo.append(_OwnMethod(model, name, function))
+    memory._undo += replace_methods(model)
     return model
 
 
@@ -188,7 +196,9 @@ def decoder_layers(model: PreTrainedModel) -> nn.ModuleList:
     return next(iter(outer.values()))
 
 
-def _shadow_map(config: EngramConfig, tokenizer: Any, tables: Sequence[Any], num_embeddings: int) -> EngramTokenizer:
+def shadow_map_of(
+    config: EngramConfig, tokenizer: Any, tables: Sequence[Any], num_embeddings: int
+) -> EngramTokenizer:
     """The map at `config.shadow_map_path`, made from `tokenizer` where there is none, checked against it else."""
     path = Path(config.shadow_map_path)
     if isinstance(tokenizer, EngramTokenizer):
@@ -234,33 +244,6 @@ def _check_vocabulary(shadow_map: EngramTokenizer, num_embeddings: int, config: 
         )
 
 
-class _OwnMethod:
-    """A method on one object in place of its class's; `remove()` takes it off again, as a hook's handle does."""
-
-    def __init__(self, owner: Any, name: str, function: Any) -> None:
-        self.owner, self.name = owner, name
-        # generate asks the signature which arguments it may pass on.
-        theirs = inspect.signature(getattr(type(owner), name)).parameters
-        ours = [p for p in inspect.signature(function).parameters.values() if p.kind is p.KEYWORD_ONLY]
-        named = [p for p in theirs.values() if p.kind is not p.VAR_KEYWORD]
-        rest = [p for p in theirs.values() if p.kind is p.VAR_KEYWORD]
-        function = types.FunctionType(function.__code__, function.__globals__, function.__name__)
-        function.__kwdefaults__ = {p.name: None for p in ours}
-        function.__signature__ = inspect.Signature([*named, *ours, *rest])
-        setattr(owner, name, types.MethodType(function, owner))
-
-    def remove(self) -> None:
-        self.owner.__dict__.pop(self.name, None)
-
-
-def _refuse_continuous_batching(model: Any, *args: Any, **kwargs: Any) -> Any:
-    """Before it starts: an error in its thread would only be logged, and every answer empty."""
-    raise ValueError(
-        "continuous batching keeps tokens in a paged cache, which has no place for what the memory must know of "
-        "earlier ones: use model.generate, a batch at a time, or detach_engram(model)"
-    )
-
-
 def _carry_ids(
     memory: EngramMemory,
     names: tuple[str, ...],
@@ -272,9 +255,10 @@ def _carry_ids(
 ) -> tuple[tuple[Any, ...], dict[str, Any]]:
     """The hook on the base model: finds ids, mask, positions and cache among its arguments, whose `names` are in
     their order, and sends along what the layers need."""
-    kwargs = dict(kwargs)
-    given_ids_BT = kwargs.pop(IDS_ARGUMENT, None)
-    given_mask = kwargs.pop(MASK_ARGUMENT, None)
+    hands_down = base.config.model_type not in HAND_NOTHING_DOWN
+    given = kwargs if hands_down else {**_given.get(), **kwargs}
+    given_ids_BT, given_mask = given.get(IDS_ARGUMENT), given.get(MASK_ARGUMENT)
+    kwargs = {name: value for name, value in kwargs.items() if name not in (IDS_ARGUMENT, MASK_ARGUMENT)}
     arguments = {**dict(zip(names, args, strict=False)), **kwargs}
     token_ids_BT = arguments.get("input_ids") if given_ids_BT is None else given_ids_BT
     if token_ids_BT is None:
@@ -297,8 +281,21 @@ def _carry_ids(
             f"that n-grams can stop there; such a mask can come along as {MASK_ARGUMENT}=…"
         )
     state = None if cache is None else _state_in(cache, memory, depth)
-    kwargs[CARRIER] = engram_inputs(memory, token_ids_BT, mask, arguments.get("position_ids"), state)
+    inputs = engram_inputs(memory, token_ids_BT, mask, arguments.get("position_ids"), state)
+    if hands_down:
+        kwargs[CARRIER] = inputs
+    else:
+        _call.set(inputs)
     return args, kwargs
+
+
+def _note_given(model: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    _given.set({name: kwargs[name] for name in (IDS_ARGUMENT, MASK_ARGUMENT) if name in kwargs})
+
+
+def _forget_call(*_: Any) -> None:
+    _call.set(None)
+    _given.set({})
 
 
 def _state_in(cache: Cache, memory: EngramMemory, depth: int, *, is_new: bool = False) -> EngramState:
@@ -325,6 +322,8 @@ def _add_memory(
     carried = kwargs.pop(CARRIER, None)
     if fusion is None:
         return args, kwargs
+    if carried is None:
+        carried = _call.get()
     if carried is None:
         raise ValueError(
             f"layer {layer_id} was called without token ids: call the model, not its layers; if the model was "

@@ -10,6 +10,7 @@ from __future__ import annotations
 import hashlib
 import json
 import warnings
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -26,8 +27,9 @@ BACKBONE_FILE = "backbone.json"
 _SAMPLES = 64  # values of each tensor that the digest reads
 
 
-def backbone_facts(model: PreTrainedModel) -> dict[str, Any]:
-    """What identifies a backbone, as JSON holds it; the memory attached to it isn't part of it."""
+def backbone_facts(model: PreTrainedModel, state_dict: Mapping[str, torch.Tensor] | None = None) -> dict[str, Any]:
+    """What identifies a backbone, as JSON holds it; the memory attached to it isn't part of it. `state_dict` are the
+    weights that are saved, where those aren't the model's own."""
     config = model.config.get_text_config()
     weight = model.get_input_embeddings().weight
     assert isinstance(weight, torch.Tensor)
@@ -38,7 +40,7 @@ def backbone_facts(model: PreTrainedModel) -> dict[str, Any]:
         "num_hidden_layers": int(config.num_hidden_layers),
         "vocab_size": int(weight.shape[0]),
         "dtype": str(model.dtype).removeprefix("torch."),
-        "weights": _weights_digest(model),
+        "weights": _weights_digest(model, state_dict or {}),
         "transformers": transformers.__version__,
         "sense_v2": __version__,
     }
@@ -140,14 +142,15 @@ def _release(version: str) -> list[str]:
     return version.split(".")[:2]
 
 
-def _weights_digest(model: PreTrainedModel) -> str | None:
+def _weights_digest(model: PreTrainedModel, state_dict: Mapping[str, torch.Tensor]) -> str | None:
     """SHA-256 over names, shapes and a sample of each tensor. None where some aren't in memory, or are quantized."""
     if getattr(model, "hf_quantizer", None) is not None:
         return None
     digest = hashlib.sha256()
-    for name, value in sorted(model.named_parameters(), key=lambda item: item[0]):
+    for name, parameter in sorted(model.named_parameters(), key=lambda item: item[0]):
         if name.startswith("engram."):
             continue
+        value = state_dict.get(name, parameter)
         if value.is_meta:
             return None
         flat = value.detach().reshape(-1)

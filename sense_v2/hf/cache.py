@@ -324,7 +324,12 @@ def _holds_tokens(own: list[Any]) -> bool:
 
 def _refuse_other_length(state: EngramState, own: list[Any], way_out: str) -> None:
     if torch.compiler.is_compiling():
-        return  # a graph can't look at the numbers
+        # A graph can't branch on the numbers; where they are tensors, in a static cache, it can stop at them.
+        for length in (_attention_length(own), *(track.length for track in state.conv_inputs.values())):
+            if isinstance(length, torch.Tensor) and isinstance(state.length, torch.Tensor):
+                found = "the cache holds other tokens than the memory has seen: the model ran on it without memory"
+                torch._assert_async((length == state.length).all(), f"{found}{way_out}")
+        return
     if any(isinstance(layer, cache_utils.StaticLayer) and not hasattr(layer, "cumulative_length") for layer in own):
         return  # transformers 5.0 guesses a static cache's length, from which keys aren't zero
     length = _attention_length(own)

@@ -15,19 +15,23 @@ A checkpoint commits the table and keeps what is needed to come back to it (`che
 from __future__ import annotations
 
 import math
+import sys
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers.trainer_callback import CallbackHandler
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from sense_v2.core.config import DURABILITIES, ROW_OPTIMIZERS
 from sense_v2.engram.optim import RowAdam, RowGradients, RowWiseAdagrad
+from sense_v2.engram.range_copy import copy_table
+from sense_v2.engram.sharding import ShardedTable
 from sense_v2.hf.attach import EngramMemory, memory_of
 from sense_v2.hf.checkpoint import TABLES, restore_rows, write_checkpoint
-from sense_v2.hf.pretrained import MEMORY_FOLDER, load_fusion
+from sense_v2.hf.pretrained import MEMORY_FOLDER, TABLE_FILE, load_fusion
 
 STAND_IN = "rows"
 
@@ -136,11 +140,17 @@ class EngramCallback(TrainerCallback):
     ) -> None:
         self._memory = memory_of(model)
         self._num_ranks = args.world_size
+        _before_reporters(self, sys._getframe(1).f_locals.get("self"))
         storage = self._memory.storage
-        if storage.rows_require_grad and not (self.writes or self._num_ranks > 1):
+        if storage.rows_require_grad and not self.writes:
             raise ValueError(
                 f"{storage.path} is open read-only: attach with mode='r+' to train its rows, or freeze them "
                 "(storage.requires_grad_(False))"
+            )
+        if isinstance(storage, ShardedTable) and storage.layout == "shards" and self.checkpoints == "reference":
+            raise ValueError(
+                "EngramCallback(checkpoints='reference') names one file, and this table lies in shards; use "
+                "checkpoints='copy'"
             )
         if args.load_best_model_at_end and self.checkpoints == "reference":
             raise ValueError(
@@ -175,10 +185,16 @@ class EngramCallback(TrainerCallback):
                 "the Trainer has another model than at its beginning (model_init?): a table has one writer, so give "
                 "the Trainer the model itself"
             )
-        if self._num_ranks > 1 and not self.averages_ranks:
+        is_sharded = isinstance(self.memory.storage, ShardedTable)
+        if (is_sharded or self._num_ranks > 1) and not self.averages_ranks:
             raise ValueError(
                 "several processes train, and a plain Trainer doesn't bring their rows' gradients together: use "
                 "EngramTrainer, or put EngramTraining before your Trainer's class"
+            )
+        if self._num_ranks > 1 and not is_sharded:
+            raise ValueError(
+                f"{self._num_ranks} processes train, and this one has attached the table for itself: use "
+                "sense_v2.hf.ranks.attach_on_every_rank"
             )
         self._step = state.global_step
         self._stop_listening()
@@ -188,27 +204,38 @@ class EngramCallback(TrainerCallback):
             while hasattr(optimizer, "optimizer"):  # accelerate's wrapper
                 optimizer = optimizer.optimizer
             self._group = _group_of(self._stand_in, optimizer)
-            if self.writes:
-                kind = RowAdam if self.row_optimizer == "adam" else RowWiseAdagrad
-                self._rows = kind(self.memory.storage)
+            kind: Any = RowAdam if self.row_optimizer == "adam" else RowWiseAdagrad
+            storage = self.memory.storage
+            self._rows = storage.row_optimizer(kind) if isinstance(storage, ShardedTable) else kind(storage)
             self._handles.append(optimizer.register_step_pre_hook(self._before_step))
         if state.global_step > 0:
             self._resume(args, state, model)
         self._handles += [layer.gate.register_forward_hook(self._gate_hook(layer.layer_id)) for layer in self.memory]
 
+    def on_step_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+        self.memory.checkpoint = None
+
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         self._step = state.global_step
+        self.memory.checkpoint = _checkpoint_folder(args, state.global_step)
         due = self.commit_steps and state.global_step % self.commit_steps == 0
         # By reference a checkpoint holds while no commit follows it.
         if due and self.writes and self.checkpoints == "copy":
             self._commit(state)
 
-    def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+    def on_save(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, model: Any = None, **_: Any
+    ) -> None:
         if self.writes:
             self._commit(state)
+        folder, states = _checkpoint_folder(args, state.global_step), not args.save_only_model
+        table, storage = self.checkpoints, self.memory.storage
+        if isinstance(storage, ShardedTable) and storage.layout == "shards":
+            # No rank has all rows: each copies its own.
+            copy_table(storage, folder / MEMORY_FOLDER / TABLE_FILE, states=states)
+            table = "stay"
         if args.should_save:
-            folder = _checkpoint_folder(args, state.global_step)
-            write_checkpoint(self.memory, folder, table=self.checkpoints, states=not args.save_only_model)
+            write_checkpoint(model, folder, table=table, states=states)
 
     def on_log(
         self,
@@ -218,7 +245,7 @@ class EngramCallback(TrainerCallback):
         logs: dict[str, float] | None = None,
         **_: Any,
     ) -> None:
-        # EngramTrainer has added them before anybody saw the logs. Here, reporters that come first have missed them.
+        # EngramTrainer has added them already.
         if logs is not None and "loss" in logs and not any(name.startswith("engram/") for name in logs):
             metrics = self.take_metrics()
             logs.update(metrics)
@@ -229,11 +256,11 @@ class EngramCallback(TrainerCallback):
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, model: Any = None, **_: Any
     ) -> None:
         self._stop_listening()
+        self.memory.checkpoint = None
         self.memory.storage.clear_gradients()
         if args.load_best_model_at_end and state.best_model_checkpoint is not None:
             best = Path(state.best_model_checkpoint)
-            if self.writes:
-                restore_rows(self.memory, best)
+            restore_rows(self.memory, best)
             load_fusion(self.memory, best / MEMORY_FOLDER)
         if self.writes and self.memory.storage.updates != self.memory.storage.manifest.updates:
             self.memory.storage.flush(step=state.global_step)
@@ -245,6 +272,7 @@ class EngramCallback(TrainerCallback):
     def _before_step(self, optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
         """The hook before the weights' step: the rows' step, after which there is no gradient left to be seen."""
         storage = self.memory.storage
+        # Of a table over several ranks, one that stands for all ranks' rows: all scale, and find infinities, alike.
         gradients = storage.gradients()
         # An optimizer that unscales by itself (fused AdamW) gets these from a gradient scaler, for the step.
         found_inf, scale = getattr(optimizer, "found_inf", None), getattr(optimizer, "grad_scale", None)
@@ -257,14 +285,16 @@ class EngramCallback(TrainerCallback):
                     f"the rows' gradient isn't finite at step {self._step + 1}; the rows are those of step "
                     f"{self._step}. Lower learning_rate or EngramCallback(row_rate=)"
                 )
-            self._touched.append(len(row_ids_U))
+            is_sharded = isinstance(storage, ShardedTable)
+            self._touched.append(storage.num_rows_met if is_sharded else len(row_ids_U))
             self._rate = float(self._group["lr"] * self.row_rate)
-            if self._rows is not None:
-                self._rows.param_groups[0]["lr"] = self._rate
+            assert self._rows is not None
+            self._rows.param_groups[0]["lr"] = self._rate
+            if is_sharded:
+                storage.step_rows(self._rows)
+            else:
                 self._rows.step()
         storage.clear_gradients()
-        if self._num_ranks > 1:
-            torch.distributed.barrier()  # nobody looks rows up that are being stored
 
     def _commit(self, state: TrainerState) -> None:
         self.memory.storage.commit(step=state.global_step, extra={"epoch": state.epoch})
@@ -277,10 +307,7 @@ class EngramCallback(TrainerCallback):
                 f"{checkpoint} isn't there: training resumes at step {state.global_step}, and the memory of that "
                 "step is looked for there. Give the folder: EngramCallback(resume_from_checkpoint=FOLDER)"
             )
-        if self.writes:
-            restore_rows(self.memory, checkpoint)
-        if self._num_ranks > 1:
-            torch.distributed.barrier()
+        restore_rows(self.memory, checkpoint)
         loaded = {name: value.clone() for name, value in self.memory.layers.state_dict().items()}
         load_fusion(self.memory, checkpoint / MEMORY_FOLDER)
         # The Trainer loads all weights, or an adapter's alone.
@@ -317,6 +344,16 @@ class EngramCallback(TrainerCallback):
             handle.remove()
         self._handles = []
         self._rows = None
+
+
+def _before_reporters(callback: EngramCallback, caller: Any) -> None:
+    """Moves the callback to the front of the Trainer's list: what it adds to the logs reaches only those behind it,
+    and a Trainer puts the callbacks of `report_to` before a user's. Nobody but the list's holder, which is calling,
+    knows the list; where somebody else calls, the metrics are in the Trainer's state alone."""
+    if isinstance(caller, CallbackHandler) and callback in caller.callbacks:
+        # While it is gone through: nobody is left out or called twice, since what moves is what is being called.
+        caller.callbacks.remove(callback)
+        caller.callbacks.insert(0, callback)
 
 
 def _choose_weights(model: Any, memory: EngramMemory, train_backbone: bool) -> None:

@@ -16,15 +16,21 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+from transformers import PreTrainedModel
+
+from sense_v2.engram import range_copy
 from sense_v2.engram.overlay import OverlayStorage
+from sense_v2.engram.sharding import ShardedTable
 from sense_v2.engram.snapshot import restore_table
-from sense_v2.hf.attach import EngramMemory
+from sense_v2.hf.backbone import backbone_facts
+from sense_v2.hf.memory import EngramMemory, memory_of
 from sense_v2.hf.pretrained import (
     CONFIG_FILE,
     MEMORY_FOLDER,
     OVERLAY_FILE,
     REFERENCE_FILE,
     TABLE_FILE,
+    describe_backbone,
     read_reference,
     save_memory,
 )
@@ -32,11 +38,16 @@ from sense_v2.hf.pretrained import (
 TABLES = ("copy", "reference")
 
 
-def write_checkpoint(memory: EngramMemory, checkpoint: Path, *, table: str, states: bool = True) -> None:
-    """Writes `checkpoint/engram`; the table must have nothing uncommitted. `states` False leaves the optimizer
-    states out: good for going back to these rows, not for training on."""
+def write_checkpoint(model: PreTrainedModel, checkpoint: Path, *, table: str, states: bool = True) -> None:
+    """Writes `checkpoint/engram`, and says in the config.json there that the model has memory; the table must have
+    nothing uncommitted. `states` False leaves the optimizer states out: good for going back to these rows, not for
+    training on."""
     folder = checkpoint / MEMORY_FOLDER
     (folder / CONFIG_FILE).unlink(missing_ok=True)
+    memory = memory_of(model)
+    # Else it holds an adapter alone, or no table.
+    if (checkpoint / "config.json").is_file() and not memory.is_released:
+        describe_backbone(model, checkpoint, backbone_facts(model))
     # A table under an overlay, or a released one, is the same in all checkpoints.
     stays = memory.is_released or memory.table is not memory.storage
     save_memory(memory, folder, table="stay" if stays else table, states=states)
@@ -59,7 +70,10 @@ def restore_rows(memory: EngramMemory, checkpoint: Path) -> None:
         storage.restore(folder / OVERLAY_FILE)
         return
     if not (folder / REFERENCE_FILE).is_file():
-        restore_table(memory.storage, folder / TABLE_FILE)
+        if isinstance(memory.storage, ShardedTable):
+            range_copy.restore_table(memory.storage, folder / TABLE_FILE)
+        else:
+            restore_table(memory.storage, folder / TABLE_FILE)
         return
     named, manifest = read_reference(folder / REFERENCE_FILE), memory.storage.manifest
     if named["commit"] != manifest.commit or memory.storage.updates != manifest.updates:

@@ -13,6 +13,7 @@ B batch, T sequence.
 from __future__ import annotations
 
 import hashlib
+import itertools
 import os
 import sysconfig
 import warnings
@@ -40,6 +41,11 @@ class Corpus:
     held_out_texts: list[str]
     files_left_out: int = 0
     """Files that weren't UTF-8 text."""
+    documents: Any = None
+    """Where the text to train on is read from while it is trained on (a `datasets.IterableDataset`), of which
+    `train_texts` are then the beginning only; None where they are all of it."""
+    text_column: str = "text"
+    """What the documents call their text."""
 
     @property
     def train_bytes(self) -> int:
@@ -87,11 +93,11 @@ def read_corpus(
         name = "Python standard library"
     else:
         roots = [Path(path) for path in paths]
-        name_of = _find_files(roots)
+        name_of = find_files(roots)
         name = ", ".join(root.resolve().name or str(root) for root in roots)
 
     # Of two files of one name (below different folders) the path decides the order.
-    files = sorted(name_of, key=lambda file: (_share("order of " + name_of[file]), str(file)))
+    files = sorted(name_of, key=lambda file: (share_of("order of " + name_of[file]), str(file)))
     texts: list[tuple[float, str]] = []  # what decides between the parts, and the text
     left_out: list[Path] = []
     num_read, num_empty, room = 0, 0, max_bytes
@@ -99,13 +105,13 @@ def read_corpus(
         if room is not None and room <= 0:
             break
         num_read += 1
-        text = _read_text(file, room)
+        text = read_text(file, room)
         if text is None:
             left_out.append(file)
         elif not text.strip():
             num_empty += 1
         else:
-            texts.append((_share(name_of[file]), text))
+            texts.append((share_of(name_of[file]), text))
             room = None if room is None else room - len(text.encode())
     if left_out:
         warnings.warn(
@@ -133,7 +139,7 @@ def read_corpus(
     return Corpus(name, train_texts, held_out_texts, len(left_out))
 
 
-def _find_files(roots: Sequence[Path]) -> dict[Path, str]:
+def find_files(roots: Sequence[Path]) -> dict[Path, str]:
     """The files to read, each once, and the name that decides about it."""
     names: dict[Path, tuple[str, Path]] = {}
     for root in roots:
@@ -176,13 +182,13 @@ def _is_left_out(name: str) -> bool:
     return name.startswith(".") or name == "__pycache__"
 
 
-def _share(name: str) -> float:
+def share_of(name: str) -> float:
     """A number from 0 to 1 that a file's name decides, the same on every machine."""
     # A name needn't be UTF-8; fsencode gives the bytes that the disk has.
     return int.from_bytes(hashlib.sha256(os.fsencode(name)).digest()[:8], "big") / 2**64
 
 
-def _read_text(path: Path, max_bytes: int | None) -> str | None:
+def read_text(path: Path, max_bytes: int | None) -> str | None:
     """The file's text, at most `max_bytes` of it, or None where it isn't UTF-8 text. A byte order mark is no text."""
     with open(path, "rb") as file:
         raw = file.read(-1 if max_bytes is None else max_bytes)
@@ -285,8 +291,14 @@ class Batches:
         self.blocks = token_ids[: self.num_blocks * sequence_length].reshape(self.num_blocks, sequence_length)
         self.batch_size = batch_size
         self.seed = seed
+        self._start = 0
 
     def __iter__(self) -> Iterator[torch.Tensor]:
+        for chosen in itertools.islice(self._order(), self._start, None):
+            yield torch.from_numpy(self.blocks[chosen].astype(np.int64))
+
+    def _order(self) -> Iterator[np.ndarray]:
+        """The blocks of each batch."""
         queue = np.empty(0, dtype=np.int64)
         epoch = 0
         while True:
@@ -295,7 +307,21 @@ class Batches:
                 queue = np.concatenate([queue, shuffled])
                 epoch += 1
             chosen, queue = queue[: self.batch_size], queue[self.batch_size :]
-            yield torch.from_numpy(self.blocks[chosen].astype(np.int64))
+            yield chosen
+
+    def state_dict(self, num_batches: int) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
+        """Where they stand after the first `num_batches`: what JSON can hold, and tensors."""
+        text = {"blocks": self.num_blocks, "sha256": hashlib.sha256(self.blocks.tobytes()).hexdigest()}
+        return {"num_batches": num_batches, "text": text}, {}
+
+    def load_state_dict(self, values: dict[str, Any], tensors: dict[str, torch.Tensor]) -> None:
+        """The next iteration goes on there. Raises `ValueError` where they are of another text."""
+        if values["text"] != self.state_dict(0)[0]["text"]:
+            raise ValueError(
+                f"the text isn't the one that the run began with: it gives {self.num_blocks} sequences of other "
+                f"tokens, then it was {values['text']['blocks']}"
+            )
+        self._start = values["num_batches"]
 
     def sample(self, count: int) -> torch.Tensor:
         """`count` blocks (all, where there are fewer), evenly spread over the stream and always the same: for

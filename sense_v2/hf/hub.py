@@ -14,8 +14,8 @@ from typing import Any
 
 from huggingface_hub import HfApi
 
-from sense_v2.engram.format import journal_name, manifest_name
-from sense_v2.engram.opening import read_manifest
+from sense_v2.engram.format import manifest_name
+from sense_v2.engram.opening import TableFiles, read_manifest
 from sense_v2.engram.patch import strip_delta
 from sense_v2.engram.tokenizer import description_path
 from sense_v2.hf.backbone import BACKBONE_FILE
@@ -78,8 +78,10 @@ def push_to_hub(
                 f"{memory} lacks {', '.join(missing) or manifest_name(TABLE_FILE)}: it was not saved to its end; "
                 "save it again"
             )
-        journal = memory / journal_name(TABLE_FILE)
-        if journal.is_file() and journal.stat().st_size:
+        files = TableFiles(memory / TABLE_FILE)
+        for journal in (files.journal, *files.other_journals):
+            if not (journal.is_file() and journal.stat().st_size):
+                continue
             raise ValueError(
                 f"{journal}: somebody trains {memory / TABLE_FILE}, or died doing it; commit or close it first, or "
                 "run `sense-engram verify --repair` where nobody does"

@@ -87,7 +87,7 @@ def engram_inputs(
             reachable_BP = reachable_BP & (documents_BQ[:, :num_past] == documents_BT[:, :1])
         history_BP = past_BP3[..., COMPRESSED_ID].masked_fill(~reachable_BP, NO_TOKEN)
     compressed_BT, row_ids_LBTH = memory.row_ids(token_ids_BT, history_BP, valid_BT, documents_BT)
-    memory.prefetch_rows(row_ids_LBTH)
+    memory.begin_rows(row_ids_LBTH, valid_BT)
     is_valid_BT = torch.ones_like(compressed_BT) if valid_BT is None else valid_BT.long()
     kept_positions_BT = _counted(token_ids_BT, length) if positions_BT is None else positions_BT.long()
     return EngramInputs(

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import uuid
 from collections.abc import Iterator, Mapping
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -17,6 +18,7 @@ from sense_v2.engram import operators
 from sense_v2.engram.model import EngramFusionLayer, open_table
 from sense_v2.engram.overlay import OverlayStorage, Storage
 from sense_v2.engram.released import ReleasedTable
+from sense_v2.engram.sharding import ShardedTable
 from sense_v2.engram.storage import MMapEmbeddingStorage
 from sense_v2.engram.tokenizer import EngramTokenizer
 
@@ -31,7 +33,7 @@ class EngramMemory(nn.Module):
         tokenizer: EngramTokenizer,
         pad_token_id: int | None,
         mode: str = "r+",
-        given: Mapping[int, tuple[int, MMapEmbeddingStorage | ReleasedTable]] | None = None,
+        given: Mapping[int, tuple[int, MMapEmbeddingStorage | ReleasedTable | ShardedTable]] | None = None,
     ) -> None:
         """`given`: by layer of the model, the layer of `config` whose rows it reads, and the table that has them;
         without it `config`'s table is opened."""
@@ -61,6 +63,8 @@ class EngramMemory(nn.Module):
         )
         self.id = uuid.uuid4().hex
         """Says in a cache whose tokens it holds; a copy of the memory has the same."""
+        self.checkpoint: Path | None = None
+        """The folder of a Trainer's checkpoint that is about to be saved, to which its callback adds the memory."""
         self._undo: list[Any] = []
         self._handle = operators.handle_of(self)
 
@@ -91,6 +95,9 @@ class EngramMemory(nn.Module):
     @property
     def storages(self) -> list[Any]:
         """The tables, each once."""
+        one = getattr(self, "storage", None)
+        if one is not None:
+            return [one]
         return list({id(fusion.storage): fusion.storage for fusion in self}.values())
 
     @property
@@ -133,6 +140,32 @@ class EngramMemory(nn.Module):
         masks = {"attention_mask": valid_BT, "sequence_ids": documents_BT, "history": history_BP}
         return compressed_BT, torch.stack([fusion.hasher(compressed_BT, **masks) for fusion in self])
 
+    @property
+    def own_storage(self) -> MMapEmbeddingStorage:
+        """The file that this process stores to: the whole table, or a rank's shard of it."""
+        table: Any = self.table
+        storage: MMapEmbeddingStorage = table.own if isinstance(table, ShardedTable) else table
+        return storage
+
+    @property
+    def whole_table(self) -> MMapEmbeddingStorage:
+        """The file that has all rows. Raises `ValueError` where no file has: a table in shards."""
+        table = self.table
+        if isinstance(table, ShardedTable) and table.layout == "shards":
+            raise ValueError(
+                f"{table.path} lies in shards, so there is no file to copy: copy_table(table, path) of "
+                "sense_v2.engram.range_copy makes one, on all ranks"
+            )
+        return self.own_storage
+
+    def begin_rows(self, row_ids_LBTH: torch.Tensor, valid_BT: torch.Tensor | None) -> None:
+        """A forward needs these rows, but for those of masked positions: they begin to come."""
+        table = self.storages[0]
+        if not isinstance(table, ShardedTable):
+            self.prefetch_rows(row_ids_LBTH)
+        elif not torch.compiler.is_compiling():
+            table.begin(row_ids_LBTH if valid_BT is None else row_ids_LBTH[:, valid_BT])
+
     def prefetch(self, token_ids_BT: torch.Tensor) -> None:
         """Begins to read the rows of these token ids [B, T], the first layer's first, and returns at once. Does
         nothing where rows were in memory lately."""
@@ -143,9 +176,11 @@ class EngramMemory(nn.Module):
         """As `prefetch`, of rows that are known already."""
         if torch.compiler.is_compiling():
             return
+        one = getattr(self, "storage", None)
         for fusion, row_ids_BTH in zip(self, row_ids_LBTH, strict=True):
-            if fusion.storage.reads_the_disk:
-                fusion.storage.prefetch(row_ids_BTH)
+            storage = fusion.storage if one is None else one
+            if storage.reads_the_disk:
+                storage.prefetch(row_ids_BTH)
 
     def __iter__(self) -> Iterator[EngramFusionLayer]:
         return iter(self.layers.values())  # type: ignore[arg-type]  # a ModuleDict doesn't know its modules' type

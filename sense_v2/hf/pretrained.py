@@ -34,7 +34,7 @@ from typing import Any, BinaryIO
 import torch
 import transformers
 from huggingface_hub import snapshot_download
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
 from safetensors.torch import save as to_safetensors
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerFast
@@ -45,6 +45,7 @@ from sense_v2.engram.disk import WriterLock, copy_file, new_file
 from sense_v2.engram.format import journal_name, lock_name, manifest_name
 from sense_v2.engram.opening import read_manifest
 from sense_v2.engram.overlay import OverlayStorage
+from sense_v2.engram.sharding import ShardedTable
 from sense_v2.engram.snapshot import copy_table
 from sense_v2.engram.storage import MMapEmbeddingStorage
 from sense_v2.engram.tokenizer import description_path
@@ -71,6 +72,8 @@ REFERENCE_FILE = "table_reference.json"
 OVERLAY_FILE = "overlay.safetensors"
 MAP_FILE = "shadow_map.npy"
 
+# What the fusion layers' weights are called in the model's own state.
+_FUSION_PREFIX = "engram.layers."
 # Weights that could run code when they are read: never downloaded.
 _PICKLES = ["*.bin", "*.pt", "*.pth", "*.ckpt", "*.pkl", "*.pickle", "*.msgpack", "*.h5"]
 _HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
@@ -96,6 +99,8 @@ def save_pretrained(
     training: Mapping[str, Any] | None = None,
     evaluation: Mapping[str, Any] | None = None,
     name: str | None = None,
+    state_dict: Mapping[str, torch.Tensor] | None = None,
+    **options: Any,
 ) -> None:
     """Writes the model, its memory (if any is attached) and its tokenizer to `folder`.
 
@@ -103,7 +108,8 @@ def save_pretrained(
     optimizer states: "copy" (a reflink where the file system has them), "reflink" (refused where it hasn't), or
     "reference", its path and commit. `model` goes on with the table it has. `tokenizer` is a `tokenizers.Tokenizer`
     or a transformers tokenizer. `training` and `evaluation`, names and values, go into the model card, whose title is
-    `name`, by default the folder's.
+    `name`, by default the folder's. `state_dict` is saved in place of the model's own weights, those of the fusion
+    layers included; `options` (`max_shard_size`, `variant`, …) are those of the backbone's own `save_pretrained`.
 
     Raises `FileExistsError` where a model without memory would be saved beside the memory of another, or a reference
     beside a table, `BlockingIOError` where somebody writes to the table whose place would be taken, `ValueError` for
@@ -117,6 +123,11 @@ def save_pretrained(
         raise ValueError(
             "save_pretrained: this model is wrapped in a PEFT adapter, whose weights wouldn't be saved in a form "
             "that loads; save model.merge_and_unload()"
+        )
+    if getattr(model, "_hf_peft_config_loaded", False):
+        raise ValueError(
+            "save_pretrained: this model has adapters (add_adapter), and transformers would save those alone; "
+            "model.delete_adapter(…) first, or use peft.get_peft_model and save model.merge_and_unload()"
         )
     memory = attached_memory(model)
     if memory is None and target.exists():
@@ -140,12 +151,15 @@ def save_pretrained(
         if not in_place:
             (target / CONFIG_FILE).unlink(missing_ok=True)
         folder.mkdir(parents=True, exist_ok=True)
-        weights = {name: value for name, value in model.state_dict().items() if not name.startswith("engram.")}
-        model.save_pretrained(folder, state_dict=weights)
+        given = model.state_dict() if state_dict is None else state_dict
+        weights = {name: value for name, value in given.items() if not name.startswith("engram.")}
+        # The class's: the object's own is this function, while memory is attached.
+        type(model).save_pretrained(model, folder, state_dict=dict(weights), **options)  # takes it apart
         if tokenizer is not None:
             tokenizer = _save_tokenizer(tokenizer, model, folder)
         if memory is not None:
-            if memory.storage.mode == "r+":
+            # Several processes commit together, and one of them may save alone what was committed.
+            if memory.storage.mode == "r+" and not isinstance(memory.storage, ShardedTable):
                 memory.storage.flush()
             # What is recorded of a tokenizer that isn't saved again still holds.
             facts = {
@@ -153,31 +167,52 @@ def save_pretrained(
                 for name, value in read_facts(target / BACKBONE_FILE).items()
                 if name in ("token_texts", "tokenizer_file") and in_place
             }
-            facts |= backbone_facts(model) | (tokenizer_facts(tokenizer, folder) if tokenizer is not None else {})
-            target.mkdir(parents=True, exist_ok=True)
-            with _replaced(target / BACKBONE_FILE) as file:
-                file.write((json.dumps(facts, indent=2) + "\n").encode())
-            if not announce_memory(folder, model):
-                warnings.warn(
-                    f"{type(model).__name__} is none of transformers' own models with a language head: "
-                    f"sense_v2.hf.from_pretrained({str(folder)!r}) opens what was saved, the Auto classes open it "
-                    "without memory",
-                    UserWarning,
-                    stacklevel=2,
-                )
-            save_memory(memory, target, table="stay" if in_place else table, states=False)
+            facts |= backbone_facts(model, weights) | (
+                tokenizer_facts(tokenizer, folder) if tokenizer is not None else {}
+            )
+            describe_backbone(model, folder, facts)
+            fusion = {
+                name.removeprefix(_FUSION_PREFIX): value
+                for name, value in given.items()
+                if name.startswith(_FUSION_PREFIX)
+            }
+            save_memory(memory, target, table="stay" if in_place else table, states=False, fusion=fusion or None)
         write_card(model, folder, name or folder.resolve().name, training=training or {}, evaluation=evaluation or {})
 
 
-def save_memory(memory: EngramMemory, target: Path, *, table: str, states: bool) -> None:
-    """Writes what of a model is memory to the folder `target`, as above, its configuration last.
+def describe_backbone(model: PreTrainedModel, folder: Path, facts: Mapping[str, Any]) -> None:
+    """Says in `folder`, to which transformers has saved `model`, that it is one with memory, and what the memory was
+    trained on."""
+    (folder / MEMORY_FOLDER).mkdir(parents=True, exist_ok=True)
+    with _replaced(folder / MEMORY_FOLDER / BACKBONE_FILE) as file:
+        file.write((json.dumps(facts, indent=2) + "\n").encode())
+    if not announce_memory(folder, model):
+        warnings.warn(
+            f"{type(model).__name__} is none of transformers' own models with a language head: "
+            f"sense_v2.hf.from_pretrained({str(folder)!r}) opens what was saved, the Auto classes open it "
+            "without memory",
+            UserWarning,
+            stacklevel=3,
+        )
+
+
+def save_memory(
+    memory: EngramMemory,
+    target: Path,
+    *,
+    table: str,
+    states: bool,
+    fusion: Mapping[str, torch.Tensor] | None = None,
+) -> None:
+    """Writes what of a model is memory to the folder `target`, as above, its configuration last. `fusion` are the
+    fusion layers' weights, by default those that they have.
 
     `table`: "copy" and "reflink" copy the table of the last commit, with its optimizer states where `states`;
     "reference" names it; "stay" is for one that lies there already. An overlay's rows are written beside it.
     """
     target.mkdir(parents=True, exist_ok=True)
     if table == "reference":
-        _write_reference(memory.table, target)
+        _write_reference(memory.whole_table, target)
     else:
         (target / REFERENCE_FILE).unlink(missing_ok=True)
         if table != "stay":
@@ -189,7 +224,8 @@ def save_memory(memory: EngramMemory, target: Path, *, table: str, states: bool)
     else:
         description_path(target / MAP_FILE).unlink(missing_ok=True)  # of another map
     copy_file(map_path, target / MAP_FILE)
-    weights = {name: value.contiguous() for name, value in memory.layers.state_dict().items()}
+    fusion = memory.layers.state_dict() if fusion is None else fusion
+    weights = {name: value.contiguous() for name, value in fusion.items()}
     with _replaced(target / FUSION_FILE) as file:
         file.write(to_safetensors(weights, metadata={"format": "pt"}))
     with _replaced(target / CONFIG_FILE) as file:
@@ -468,10 +504,29 @@ def _load_backbone(
             setattr(found, name, options.pop(name))
     names = found.architectures or [""]
     model_class: Any = getattr(transformers, names[0], AutoModelForCausalLM)
-    model, loading_info = model_class.from_pretrained(
+    is_checkpoint = _holds_fusion_weights(folder) and issubclass(model_class, PreTrainedModel)
+    model, loading_info = (_without_fusion(model_class) if is_checkpoint else model_class).from_pretrained(
         str(folder), config=found, local_files_only=True, use_safetensors=True, output_loading_info=True, **options
     )
+    if is_checkpoint:
+        model.__class__ = model_class
     return model.eval(), loading_info
+
+
+def _holds_fusion_weights(folder: Path) -> bool:
+    """Whether the fusion layers' weights are among the backbone's, as in a checkpoint that a Trainer resumes from."""
+    for path in folder.glob("model*.safetensors"):
+        with contextlib.suppress(SafetensorError), safe_open(path, framework="pt") as file:
+            if any(name.startswith(_FUSION_PREFIX) for name in file.keys()):  # noqa: SIM118  # no mapping
+                return True
+    return False
+
+
+def _without_fusion(model_class: type[PreTrainedModel]) -> Any:
+    """The class, whose models don't report weights of fusion layers that lie among their own as unexpected."""
+    ignored = [*(model_class._keys_to_ignore_on_load_unexpected or ()), rf"^{re.escape(_FUSION_PREFIX)}"]
+    fields = {"__module__": model_class.__module__, "_keys_to_ignore_on_load_unexpected": ignored}
+    return type(model_class.__name__, (model_class,), fields)
 
 
 def _save_tokenizer(tokenizer: Any, model: PreTrainedModel, folder: Path) -> Any:
@@ -504,7 +559,7 @@ def _portable_config(memory: EngramMemory) -> EngramConfig:
 
 def _copy_table(memory: EngramMemory, target: Path, states: bool, *, reflink_only: bool) -> None:
     """The table and its manifest. State that an earlier table left there would be taken for its own."""
-    copy_table(memory.table, target / TABLE_FILE, states=states, reflink_only=reflink_only)
+    copy_table(memory.whole_table, target / TABLE_FILE, states=states, reflink_only=reflink_only)
     kept = {entry.file for entry in read_manifest(target / manifest_name(TABLE_FILE)).states.values()}
     for path in target.glob("engram_table.*.dat"):
         is_table = path.with_name(manifest_name(path.name)).exists() or _is_same_file(path, memory.table.path)

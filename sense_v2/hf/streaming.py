@@ -18,9 +18,10 @@ from __future__ import annotations
 import copy
 import json
 import logging
+import os
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import numpy as np
 import torch
@@ -31,6 +32,10 @@ from sense_v2.engram.disk import new_file, write_at
 
 # How `datasets` calls the format of a file of that suffix; any other is text.
 FORMATS = {".jsonl": "json", ".json": "json", ".parquet": "parquet"}
+# A text file is read in shards of this size, in an order that the seed decides, and each in pieces: a file may be
+# larger than memory. A piece is a document of its own; so few of them begin in the middle of a text.
+SHARD_BYTES = 64 * 2**20
+PIECE_BYTES = 2**20
 # States are kept every so many blocks: a Trainer has read some batches ahead of the step that it saves.
 BLOCKS_BETWEEN_STATES = 256
 STATES_KEPT = 8
@@ -42,8 +47,9 @@ TOKENS_FILE = "tokens.json"
 def open_documents(source: str | Path | Sequence[str | Path], *, split: str = "train", **options: Any) -> Any:
     """A `datasets.IterableDataset` of a corpus that is never loaded whole.
 
-    `source`: files or folders (all text, all JSON lines or all Parquet; a text file is one document), or the name of
-    a dataset on the hub, for which `options` go to `datasets.load_dataset`.
+    `source`: files or folders (all text, all JSON lines or all Parquet), or the name of a dataset on the hub, for
+    which `options` go to `datasets.load_dataset`. A text file is one document, or of several MiB: pieces of one MiB,
+    cut where a line ends; bytes that aren't UTF-8 become U+FFFD.
 
     Raises `ValueError` for files of different kinds and folders without files, `ImportError` without `datasets`.
     """
@@ -56,7 +62,7 @@ def open_documents(source: str | Path | Sequence[str | Path], *, split: str = "t
         return datasets.load_dataset(source, split=split, streaming=True, **options)
     kind, files = found
     if kind == "text":
-        options.setdefault("sample_by", "document")
+        return text_documents([(Path(file), 0, os.path.getsize(file)) for file in files])
     return datasets.load_dataset(kind, data_files={split: files}, split=split, streaming=True, **options)
 
 
@@ -85,6 +91,46 @@ def _files(path: Path) -> list[Path]:
     hidden = (".", "__pycache__")
     below = (file for file in path.rglob("*") if file.is_file() and file.name != TOKENS_FILE)
     return sorted(f for f in below if not any(part.startswith(hidden) for part in f.relative_to(path).parts))
+
+
+def text_documents(parts: Sequence[tuple[Path, int, int]]) -> Any:
+    """A `datasets.IterableDataset` of parts of text files: file, first byte, end. Raises `ValueError` for no text."""
+    import datasets
+
+    shards = [
+        (str(file), start, min(start + SHARD_BYTES, end))
+        for file, first, end in parts
+        for start in range(first, end, SHARD_BYTES)
+    ]
+    if not shards:
+        raise ValueError(f"{', '.join(str(file) for file, _, _ in parts[:3])}: no text there")
+    return datasets.IterableDataset.from_generator(_read_pieces, gen_kwargs={"shards": shards})
+
+
+def _read_pieces(shards: Sequence[tuple[str, int, int]]) -> Iterator[dict[str, str]]:
+    """The text of (file, first byte, end) in pieces. A shard ends where the next one begins, at a line's border."""
+    for path, start, end in shards:
+        with open(path, "rb") as file:
+            size = os.fstat(file.fileno()).st_size
+            place, stop = _border(file, start, size), _border(file, end, size)
+            while place < stop:
+                following = min(_border(file, place + PIECE_BYTES, size), stop)
+                file.seek(place)
+                text = file.read(following - place).decode("utf-8", errors="replace")
+                yield {"text": text.removeprefix("\ufeff") if place == 0 else text}
+                place = following
+
+
+def _border(file: BinaryIO, place: int, size: int) -> int:
+    """Where the first line begins at `place` or behind it; where none does for long, a character."""
+    if place == 0 or place >= size:
+        return min(place, size)
+    file.seek(place - 1)
+    line = file.readline(PIECE_BYTES)
+    if line.endswith(b"\n") or place - 1 + len(line) == size:
+        return place - 1 + len(line)
+    file.seek(place)
+    return place + next((at for at, byte in enumerate(file.read(4)) if byte & 0xC0 != 0x80), 0)
 
 
 class PackedStream(torch.utils.data.IterableDataset):
@@ -278,6 +324,30 @@ class PackedStream(torch.utils.data.IterableDataset):
         position_ids = torch.where(later, positions, positions - positions[0])
         labels = input_ids.masked_fill(position_ids == 0, -100)
         return {"input_ids": input_ids.clone(), "position_ids": position_ids, "labels": labels}
+
+
+class StreamBatches:
+    """token_ids_BT of a stream's blocks, as `Batches` gives them of a text in memory: a document that begins inside
+    of a block is behind its separator, no more."""
+
+    def __init__(self, stream: PackedStream, *, batch_size: int) -> None:
+        self.stream = stream
+        self.batch_size = batch_size
+
+    def __iter__(self) -> Iterator[torch.Tensor]:
+        blocks = iter(self.stream)
+        while True:
+            yield torch.stack([next(blocks)["input_ids"] for _ in range(self.batch_size)])
+
+    def state_dict(self, num_batches: int) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
+        """Where they stand after the first `num_batches`: what JSON can hold, and tensors."""
+        state = self.stream.state_dict(num_batches * self.batch_size)
+        tensors = {name: torch.from_numpy(state.pop(name)) for name in ("tail", "buffer")}
+        return state, tensors
+
+    def load_state_dict(self, values: dict[str, Any], tensors: dict[str, torch.Tensor]) -> None:
+        """The next iteration goes on there. Raises `ValueError` where they are of another stream."""
+        self.stream.load_state_dict({**values, **{name: value.numpy() for name, value in tensors.items()}})
 
 
 def save_stream(state: dict[str, Any], folder: Path) -> None:

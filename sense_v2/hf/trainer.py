@@ -16,8 +16,8 @@ import torch
 from transformers import Trainer
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, get_last_checkpoint
 
+from sense_v2.engram.sharding import ShardedTable
 from sense_v2.hf.callback import EngramCallback
-from sense_v2.hf.ranks import average_gradients
 from sense_v2.hf.streaming import STREAM_FILE, PackedStream, load_stream, save_stream
 
 
@@ -87,8 +87,10 @@ class EngramTraining:
 
     def training_step(self, *args: Any, **kwargs: Any) -> torch.Tensor:
         loss = super().training_step(*args, **kwargs)  # type: ignore[misc]
-        if self.accelerator.sync_gradients and self.args.world_size > 1:  # type: ignore[attr-defined]
-            average_gradients(self.engram.memory.storage)
+        table = self.engram.memory.storage
+        if self.accelerator.sync_gradients and isinstance(table, ShardedTable):  # type: ignore[attr-defined]
+            # As DDP averages the weights' gradients, which the Trainer has divided by its accumulation steps.
+            table.exchange_gradients(divide_by=table.ranks.num_ranks)
         return loss
 
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:

@@ -122,6 +122,8 @@ def train(
     evaluate: Callable[[PreTrainedModel], Evaluation] | None = None,
     on_step: Callable[[History], Any] | None = None,
     should_stop: Callable[[], bool] = lambda: False,
+    resume: Callable[[Sequence[torch.optim.Optimizer]], History] | None = None,
+    before_commit: Callable[[Sequence[torch.optim.Optimizer], History], Any] | None = None,
 ) -> History:
     """Trains `model` in place for `config.steps` batches of token ids [B, T] and commits the table every
     `config.commit_every` of them and at the end, with the number of steps taken as its step.
@@ -129,24 +131,44 @@ def train(
     `evaluate` runs every `config.eval_every` steps and after the last; `on_step` after each step and its evaluation;
     `should_stop` is asked before each. A run that is stopped, or whose batches end (which warns), is committed too.
 
+    `before_commit` is called before each commit (with or without memory), to keep what the table doesn't hold;
+    `resume`, at the beginning, to bring it back: it returns the history of the steps that were taken, behind which
+    `batches` go on.
+
     Raises `ValueError` where nothing is trained, and `FloatingPointError` at a loss or gradient that isn't finite,
     before it reaches the weights and the rows; it commits nothing.
     """
     optimizers = make_optimizers(model, config)
+    history = History() if resume is None else resume(optimizers)
+    history.stopped = False
+    taken = len(history.steps)
     shape = {"warmup_steps": config.warmup_steps, "steps": config.steps}
+    for group in (group for optimizer in optimizers for group in optimizer.param_groups):
+        group.setdefault("initial_lr", group["lr"])  # a schedule that goes on asks for it
     schedules = [
-        LambdaLR(optimizer, partial(rate_factor if isinstance(optimizer, AdamW) else row_rate_factor, **shape))
+        LambdaLR(
+            optimizer,
+            partial(rate_factor if isinstance(optimizer, AdamW) else row_rate_factor, **shape),
+            last_epoch=taken - 1,
+        )
         for optimizer in optimizers
     ]
     memory = attached_memory(model)
     writes = memory is not None and memory.storage.mode == "r+"
     if memory is not None:
         memory.storage.durability = config.durability
-    history = History()
-    seconds = 0.0
+    seconds = history.seconds[-1] if taken else 0.0
+    kept = taken
+
+    def keep(history: History) -> None:
+        nonlocal kept
+        if before_commit is not None and len(history.steps) > kept:
+            kept = len(history.steps)
+            before_commit(optimizers, history)
+
     model.train()
     with _only_trained(model, optimizers):
-        for token_ids_BT in _ahead(batches, memory, config.steps):
+        for token_ids_BT in _ahead(batches, memory, config.steps - taken):
             if should_stop():
                 history.stopped = True
                 break
@@ -155,8 +177,6 @@ def train(
             loss = _step(model, token_ids_BT, optimizers, config.max_grad_norm, step)
             for schedule in schedules:
                 schedule.step()
-            if memory is not None and writes and config.commit_every and step % config.commit_every == 0:
-                memory.storage.commit(step=step)
             seconds += time.perf_counter() - started
             history.steps.append(step)
             history.train_loss.append(loss)
@@ -168,18 +188,27 @@ def train(
                     {"step": step, "seconds": seconds, "loss": result.loss, "perplexity": result.perplexity}
                 )
                 model.train()
+            if config.commit_every and step % config.commit_every == 0:
+                started = time.perf_counter()
+                keep(history)
+                if memory is not None and writes:
+                    memory.storage.commit(step=step)
+                seconds += time.perf_counter() - started
+                history.seconds[-1] = seconds
             if on_step is not None:
                 on_step(history)
             if last:
                 break
         else:
-            history.stopped = True
-            warnings.warn(
-                f"the batches ended after {len(history.steps)} of {config.steps} steps (Batches repeats its text "
-                "without end)",
-                UserWarning,
-                stacklevel=2,
-            )
+            if taken < config.steps:
+                history.stopped = True
+                warnings.warn(
+                    f"the batches ended after {len(history.steps)} of {config.steps} steps (Batches repeats its text "
+                    "without end)",
+                    UserWarning,
+                    stacklevel=2,
+                )
+    keep(history)
     if memory is not None and writes:
         memory.storage.flush(step=history.steps[-1] if history.steps else None)
     return history

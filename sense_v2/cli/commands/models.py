@@ -12,13 +12,14 @@ from sense_v2.cli.errors import INTERRUPTED
 from sense_v2.cli.options import (
     AllFilesOption,
     ConfigOption,
-    CorpusOption,
+    DocumentsOption,
     FolderArgument,
     JsonOption,
     LayersOption,
     SequenceLengthOption,
     SequencesOption,
     TableSizeOption,
+    TextColumnOption,
     WithoutMemoryOption,
     numbers,
     settings_of,
@@ -48,10 +49,11 @@ def demo(
 
 
 def train(
+    context: typer.Context,
     model: Annotated[
         str | None, typer.Option(metavar="NAME|FOLDER", help="A model of the hub or a folder; a small fresh Llama.")
     ] = None,
-    corpus: CorpusOption = None,
+    corpus: DocumentsOption = None,
     output: Annotated[Path, typer.Option(metavar="FOLDER", help="Where the model goes.")] = Path("runs/train"),
     config: ConfigOption = None,
     steps: Annotated[int | None, typer.Option(help="Optimizer steps.")] = None,
@@ -65,36 +67,65 @@ def train(
     table_size: TableSizeOption = None,
     no_memory: Annotated[bool, typer.Option("--no-memory", help="Train the backbone alone, to compare.")] = False,
     seed: Annotated[int | None, typer.Option(help="Of the weights, the rows and the order of the text.")] = None,
+    text_column: TextColumnOption = "text",
     force: Annotated[bool, typer.Option("--force", help="Replace the model in --output.")] = False,
+    resume: Annotated[
+        bool, typer.Option("--resume", help="Go on with the run in --output that ended early, with its settings.")
+    ] = False,
     as_json: JsonOption = False,
 ) -> None:
-    """Train a model with memory on a corpus. Ctrl-C ends after the step at hand and saves; twice quits at once.
+    """Train a model with memory on a corpus. Ctrl-C ends after the step at hand and saves; --resume goes on.
 
     Example: sense-engram train --corpus my_texts/ --steps 300 --output runs/train
     """
-    if steps is not None and tokens is not None:
-        raise typer.BadParameter("--steps and --tokens say the same thing; give one of them")
-    from sense_v2.cli.train import default_config, run_train
+    if resume:
+        given = [
+            name
+            for name in context.params
+            if name not in ("output", "resume", "as_json")
+            and (source := context.get_parameter_source(name)) is not None
+            and source.name == "COMMANDLINE"
+        ]
+        if given:
+            option = f"--{given[0].replace('_', '-')}"
+            raise typer.BadParameter(
+                f"the run goes on with the settings it began with: leave {option} out, or --resume"
+            )
+        from sense_v2.cli.train import resume_train
 
-    engram = {
-        "table_size": table_size,
-        "layer_indices": numbers("--layers", layers),
-        "seed": seed,
-        "enabled": False if no_memory else None,
-    }
-    train = {
-        "steps": steps,
-        "batch_size": batch_size,
-        "sequence_length": sequence_length,
-        "learning_rate": learning_rate,
-        "row_learning_rate": row_learning_rate,
-        "train_backbone": False if freeze_backbone else None,
-        "seed": seed,
-    }
-    settings = settings_of(config, default_config(model), engram, train)
-    if tokens is not None:
-        settings.train.steps = math.ceil(tokens / (settings.train.batch_size * settings.train.sequence_length))
-    result = run_train(settings, model=model, corpus=corpus, output=output, force=force, echo=lines_to(as_json))
+        result = resume_train(output, echo=lines_to(as_json))
+    else:
+        if steps is not None and tokens is not None:
+            raise typer.BadParameter("--steps and --tokens say the same thing; give one of them")
+        from sense_v2.cli.train import default_config, run_train
+
+        engram = {
+            "table_size": table_size,
+            "layer_indices": numbers("--layers", layers),
+            "seed": seed,
+            "enabled": False if no_memory else None,
+        }
+        train = {
+            "steps": steps,
+            "batch_size": batch_size,
+            "sequence_length": sequence_length,
+            "learning_rate": learning_rate,
+            "row_learning_rate": row_learning_rate,
+            "train_backbone": False if freeze_backbone else None,
+            "seed": seed,
+        }
+        settings = settings_of(config, default_config(model), engram, train)
+        if tokens is not None:
+            settings.train.steps = math.ceil(tokens / (settings.train.batch_size * settings.train.sequence_length))
+        result = run_train(
+            settings,
+            model=model,
+            corpus=corpus,
+            text_column=text_column,
+            output=output,
+            force=force,
+            echo=lines_to(as_json),
+        )
     if as_json:
         print_json(result)
     if result["stopped"]:
@@ -103,10 +134,11 @@ def train(
 
 def evaluate(
     folder: FolderArgument,
-    corpus: CorpusOption = None,
+    corpus: DocumentsOption = None,
     without_memory: Annotated[
         bool, typer.Option("--without-memory", help="Beside it, the same with the memory taken off.")
     ] = False,
+    text_column: TextColumnOption = "text",
     all_files: AllFilesOption = False,
     sequences: SequencesOption = None,
     sequence_length: SequenceLengthOption = None,
@@ -143,6 +175,7 @@ def evaluate(
     result = run_eval(
         folder,
         corpus=corpus,
+        text_column=text_column,
         sequences=sequences,
         sequence_length=sequence_length,
         all_files=all_files,
