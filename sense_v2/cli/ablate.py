@@ -27,6 +27,7 @@ def run_ablate(
     sequences: int | None = None,
     sequence_length: int | None = None,
     all_files: bool = False,
+    text_column: str = "text",
     single_heads: bool = True,
     resamples: int = 10_000,
     seed: int = 0,
@@ -54,6 +55,7 @@ def run_ablate(
         sequences=sequences,
         sequence_length=sequence_length,
         all_files=all_files,
+        text_column=text_column,
         echo=echo,
     )
     blocks_BT = blocks.token_ids_BT

@@ -17,14 +17,13 @@ import torch
 
 from sense_v2.cli.blocks import Blocks, read_blocks, settings_of
 from sense_v2.cli.errors import CommandError
-from sense_v2.cli.models import open_trained, separator_id
+from sense_v2.cli.models import open_trained, token_stream
 from sense_v2.cli.pages import report_paths, write_json
 from sense_v2.cli.progress import ByteProgress
 from sense_v2.engram.drift import MAX_ROWS, measure_rows, num_measured
 from sense_v2.engram.usage import Ngrams, number_ngrams, rows_of
 from sense_v2.hf import analysis
 from sense_v2.hf.attach import attached_memory
-from sense_v2.hf.corpus import encode
 from sense_v2.hf.evaluation import Evaluation, count_text_bytes
 from sense_v2.hf.memory import EngramMemory
 from sense_v2.hf.observation import Observation, observe
@@ -43,6 +42,7 @@ def run_analyze(
     sequences: int | None = None,
     sequence_length: int | None = None,
     all_files: bool = False,
+    text_column: str = "text",
     text_tokens: int = TEXT_TOKENS,
     max_rows: int = MAX_ROWS,
     echo: Callable[[str], Any] = print,
@@ -70,6 +70,7 @@ def run_analyze(
         sequences=sequences,
         sequence_length=sequence_length,
         all_files=all_files,
+        text_column=text_column,
         echo=echo,
     )
     blocks_BT = blocks.token_ids_BT
@@ -77,7 +78,7 @@ def run_analyze(
     echo(f"corpus  {blocks.line()}, with memory and without")
     with ByteProgress("reading the text", 2 * blocks_BT.numel(), unit="tokens", echo=echo) as progress:
         seen = observe(model, blocks_BT, advance=lambda num_blocks: progress(num_blocks * blocks_BT.shape[1]))
-    counted, stream_tokens = _counted(blocks, tokenizer, settings_of(folder).sequence_length)
+    counted, stream_tokens = _counted(blocks, tokenizer, settings_of(folder).sequence_length, echo)
     manifest = memory.storage.manifest
     with ByteProgress(
         "reading the table", num_measured(manifest, max_rows=max_rows), unit="rows", echo=echo
@@ -141,12 +142,14 @@ def run_analyze(
     return results
 
 
-def _counted(blocks: Blocks, tokenizer: Any, length: int) -> tuple[list[np.ndarray[Any, Any]], int]:
+def _counted(
+    blocks: Blocks, tokenizer: Any, length: int, echo: Callable[[str], Any]
+) -> tuple[list[np.ndarray[Any, Any]], int]:
     """Token ids of the counted text in blocks [B, T] as training reads it, and how many tokens it has in all."""
     texts = blocks.corpus.train_texts
     if not blocks.is_held_out:
         texts = [*texts, *blocks.corpus.held_out_texts]
-    stream = encode(texts, tokenizer, separator_id=separator_id(tokenizer))
+    stream = token_stream(texts, tokenizer, echo=echo)
     taken = stream[:MAX_COUNTED_TOKENS].astype(np.int64)
     whole = len(taken) // length * length
     parts = [taken[:whole].reshape(-1, length), taken[None, whole:]]

@@ -165,7 +165,8 @@ static PyObject *lookup_read(Lookup *self, PyObject *row_ids) {
         asked = ask_for_rows(&copy);
         Py_END_ALLOW_THREADS
         if (asked < 0) Py_RETURN_NONE;
-        self->batches_to_ask = asked ? self->batches_after_cold : self->batches_to_ask - 1;
+        if (asked) self->batches_to_ask = self->batches_after_cold;
+        else if (self->batches_to_ask > 0) self->batches_to_ask--;  /* another thread may have been here, too */
     }
     fetch_first_rows(&copy);  /* they come while the tensor is made */
     Result *result = take_result(copy.num_ids * copy.row_bytes);

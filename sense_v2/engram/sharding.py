@@ -518,11 +518,9 @@ class ShardedTable(nn.Module):
             )
         elif self.ranks.num_ranks > 1:
             global_commit.commit_one_file(self.own, self.ranks, step, extra, durable=durable)
-        elif durable:
+        elif durable and extra is None:
             # Alone in one file: its manifest is the global one.
-            durability, self.own.durability = self.own.durability, "power"
-            self.own.commit(step, extra)
-            self.own.durability = durability
+            self.own.flush(step)
         else:
             self.own.commit(step, extra)
 

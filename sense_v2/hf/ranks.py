@@ -63,7 +63,7 @@ def attach_on_every_rank(
         )
     ranks = Ranks() if ranks is None else ranks
     embedding: Any = model.get_input_embeddings()
-    num_tokens = int(embedding.weight.shape[0])
+    num_tokens: int = embedding.weight.shape[0]
     # One rank makes it where all see it; a host that sees none makes its own.
     ranks.together("shadow map", lambda: shadow_map_of(config, tokenizer, (), num_tokens), only=0)
     shadow_map = ranks.together("shadow map: others", lambda: shadow_map_of(config, tokenizer, (), num_tokens))

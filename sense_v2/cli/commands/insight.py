@@ -14,6 +14,7 @@ from sense_v2.cli.options import (
     JsonOption,
     SequenceLengthOption,
     SequencesOption,
+    TextColumnOption,
 )
 from sense_v2.cli.output import lines_to, print_json
 
@@ -27,6 +28,7 @@ def analyze(
     all_files: AllFilesOption = False,
     sequences: SequencesOption = None,
     sequence_length: SequenceLengthOption = None,
+    text_column: TextColumnOption = "text",
     text_tokens: Annotated[int, typer.Option(min=1, help="Tokens of the first sequence to show coloured.")] = 320,
     as_json: JsonOption = False,
 ) -> None:
@@ -43,6 +45,7 @@ def analyze(
         sequences=sequences,
         sequence_length=sequence_length,
         all_files=all_files,
+        text_column=text_column,
         text_tokens=text_tokens,
         echo=lines_to(as_json),
     )
@@ -59,6 +62,7 @@ def ablate(
     all_files: AllFilesOption = False,
     sequences: SequencesOption = None,
     sequence_length: SequenceLengthOption = None,
+    text_column: TextColumnOption = "text",
     no_heads: Annotated[bool, typer.Option("--no-heads", help="Leave out single heads, which take longest.")] = False,
     resamples: Annotated[int, typer.Option(min=100, help="Of the sequences, for the intervals.")] = 10_000,
     seed: Annotated[int, typer.Option(min=0, help="Of the shuffling, the noise and the resamples.")] = 0,
@@ -77,6 +81,7 @@ def ablate(
         sequences=sequences,
         sequence_length=sequence_length,
         all_files=all_files,
+        text_column=text_column,
         single_heads=not no_heads,
         resamples=resamples,
         seed=seed,
