@@ -145,7 +145,7 @@ def test_a_rank_that_hangs_is_named_within_the_time(
         last_step=LAST_STEP,
         optimizer="adam",
     )
-    assert time.monotonic() - started < 20
+    assert time.monotonic() - started < 60
     assert "rank 1 is gone: no sign of life" in answers[0]["error"]
     goes_on(server, quick_path / "table", undisturbed("shards", 2), "shards", 2)
 
