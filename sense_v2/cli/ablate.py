@@ -10,12 +10,10 @@ from pathlib import Path
 from typing import Any
 
 from sense_v2.cli.blocks import read_blocks
-from sense_v2.cli.errors import CommandError
-from sense_v2.cli.models import open_trained
+from sense_v2.cli.models import open_with_memory
 from sense_v2.cli.pages import report_paths, write_json
 from sense_v2.cli.progress import ByteProgress
 from sense_v2.hf.ablation import ablate, num_passes
-from sense_v2.hf.attach import attached_memory
 from sense_v2.hf.evaluation import Evaluation, count_text_bytes
 
 
@@ -43,10 +41,7 @@ def run_ablate(
     started = time.perf_counter()
     folder = Path(folder)
     html_path, json_path = report_paths(output)
-    model, tokenizer = open_trained(folder)
-    memory = attached_memory(model)
-    if memory is None:
-        raise CommandError(f"{folder}: this model has no memory to take off", "name the folder of one with memory")
+    model, tokenizer, memory = open_with_memory(folder, "take off")
     blocks = read_blocks(
         folder,
         model,

@@ -16,14 +16,12 @@ import numpy as np
 import torch
 
 from sense_v2.cli.blocks import Blocks, read_blocks, settings_of
-from sense_v2.cli.errors import CommandError
-from sense_v2.cli.models import open_trained, token_stream
+from sense_v2.cli.models import open_with_memory, token_stream
 from sense_v2.cli.pages import report_paths, write_json
 from sense_v2.cli.progress import ByteProgress
 from sense_v2.engram.drift import MAX_ROWS, measure_rows, num_measured
 from sense_v2.engram.usage import Ngrams, number_ngrams, rows_of
 from sense_v2.hf import analysis
-from sense_v2.hf.attach import attached_memory
 from sense_v2.hf.evaluation import Evaluation, count_text_bytes
 from sense_v2.hf.memory import EngramMemory
 from sense_v2.hf.observation import Observation, observe
@@ -58,10 +56,7 @@ def run_analyze(
     started = time.perf_counter()
     folder = Path(folder)
     html_path, json_path = report_paths(output)
-    model, tokenizer = open_trained(folder)
-    memory = attached_memory(model)
-    if memory is None:
-        raise CommandError(f"{folder}: this model has no memory to look into", "name the folder of one with memory")
+    model, tokenizer, memory = open_with_memory(folder, "look into")
     blocks = read_blocks(
         folder,
         model,

@@ -19,6 +19,7 @@ from sense_v2.engram.tokenizer import EngramTokenizerBuilder
 from sense_v2.hf.corpus import Corpus, encode, read_corpus
 from sense_v2.hf.fresh import END_OF_TEXT, fresh_backbone, train_bpe
 from sense_v2.hf.large_corpus import has_documents, is_hub_dataset, open_large_corpus, text_bytes
+from sense_v2.hf.memory import EngramMemory, attached_memory
 from sense_v2.hf.pretrained import MEMORY_FOLDER, from_pretrained
 
 MIN_CORPUS_BYTES = 16 * 2**20
@@ -73,6 +74,15 @@ def open_trained(folder: str | Path) -> tuple[PreTrainedModel, Any]:
     except Exception as error:  # a damaged weights file, a tensor of another shape
         raise _unusable(str(folder), error) from error
     return model, saved_tokenizer(folder)
+
+
+def open_with_memory(folder: Path, purpose: str) -> tuple[PreTrainedModel, Any, EngramMemory]:
+    """(model, tokenizer, memory), as `open_trained`. Raises `CommandError` where there is no memory to `purpose`."""
+    model, tokenizer = open_trained(folder)
+    memory = attached_memory(model)
+    if memory is None:
+        raise CommandError(f"{folder}: this model has no memory to {purpose}", "name the folder of one with memory")
+    return model, tokenizer, memory
 
 
 def saved_tokenizer(folder: Path) -> Any:
