@@ -39,13 +39,13 @@ demo: $(INSTALLED) ## train a small model with memory and write the report (CORP
 test: $(INSTALLED) ## all tests (ARGS="-k name" for some)
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(JOBS) $(ARGS)
 
-# tests/test_crash.py says what is done how often.
+# tests/engram/table/test_crash.py says what is done how often.
 crash: $(INSTALLED) ## kill a trainer 500 times, cut the power, fail every call (ten minutes)
-	SENSE_CRASH_KILLS=$${SENSE_CRASH_KILLS:-500} OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(JOBS) $(ARGS) tests/test_crash.py tests/test_power_cut.py tests/test_io_errors.py
+	SENSE_CRASH_KILLS=$${SENSE_CRASH_KILLS:-500} OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(JOBS) $(ARGS) tests/engram/table/test_crash.py tests/engram/table/test_power_cut.py tests/engram/table/test_io_errors.py
 
-# tests/test_global_commit.py says what is killed.
+# tests/engram/ranks/test_global_commit.py says what is killed.
 ranks: $(INSTALLED) ## kill one of 2 to 4 ranks 60 times, at random moments and at calls of a commit (ten minutes)
-	SENSE_RANK_KILLS=$${SENSE_RANK_KILLS:-15} OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(JOBS) --dist loadscope $(ARGS) tests/test_global_commit.py tests/test_hosts.py
+	SENSE_RANK_KILLS=$${SENSE_RANK_KILLS:-15} OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(JOBS) --dist loadscope $(ARGS) tests/engram/ranks/test_global_commit.py tests/engram/ranks/test_hosts.py
 
 # Nothing but packages is downloaded, and the site asks for nothing: scripts/check_site.py holds that.
 docs: $(INSTALLED) ## the site of docs/, in site/index.html
@@ -102,7 +102,7 @@ endif
 # whole: from nothing as well, unless the make whose number it holds is still at it. An environment that somebody else
 # made and that works is only added to.
 # torch comes first, and the constraints are in every call, or pip would be free to take another build of it.
-$(INSTALLED): pyproject.toml constraints.txt $(wildcard sense_v2/engram/_*.[ch])
+$(INSTALLED): pyproject.toml constraints.txt $(wildcard sense_v2/engram/reading/_*.[ch])
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' || { echo "$(PYTHON): Python 3.10 or newer is needed; make PYTHON=... names another" >&2; exit 1; }
 	@pid=$$(cat $(INSTALLING) 2>/dev/null); if [ -n "$$pid" ] && kill -0 "$$pid" 2>/dev/null; then echo "another make (process $$pid) is installing into $(VENV); wait for it, or remove $(INSTALLING)" >&2; exit 1; fi
 	@if [ -n "$(STALE)" ] || [ -e $(INSTALLING) ] || ! { $(BIN)/python -m pip --version || $(BIN)/python -m ensurepip; } >/dev/null 2>&1; then echo "making $(VENV)"; rm -rf $(VENV); $(PYTHON) -m venv $(VENV) || { echo "no venv: the system may want python3-venv installed" >&2; exit 1; }; fi

@@ -20,7 +20,7 @@ from collections.abc import Callable
 import torch
 from turns import machine, spread
 
-from sense_v2.engram.compact import FLOAT8, INT8, decode, encode, join, split
+from sense_v2.engram.table.compact_rows import FLOAT8, INT8, decode, encode, join, split
 
 
 def main() -> None:

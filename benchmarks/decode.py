@@ -40,7 +40,8 @@ from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM
 from turns import Text, drop_from_cache, machine, memory_limit, prepare_text, spread
 
 from sense_v2.core.config import EngramConfig
-from sense_v2.hf.attach import attach_engram, memory_of
+from sense_v2.hf.attach import attach_engram
+from sense_v2.hf.memory import memory_of
 
 ROW_BYTES, HEADS, LAYERS_WITH_MEMORY = 256, 16, 2
 PROMPT = 8

@@ -27,8 +27,8 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from sense_v2.engram.format import row_dtype
 from sense_v2.engram.storage import MMapEmbeddingStorage
+from sense_v2.engram.table.format import row_dtype
 
 WIDTH = 64
 

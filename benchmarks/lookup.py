@@ -58,7 +58,7 @@ from reading import (
 )
 from turns import machine
 
-from sense_v2.engram import gather
+from sense_v2.engram.reading import gather
 from sense_v2.engram.storage import MMapEmbeddingStorage
 
 # Warm

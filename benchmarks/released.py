@@ -39,9 +39,9 @@ from checkpoints import write_shard  # type: ignore[import-not-found]  # noqa: E
 from reading import Probe, random_ids  # noqa: E402
 from turns import drop_from_cache, machine  # noqa: E402
 
-from sense_v2.engram import parts  # noqa: E402
-from sense_v2.engram.from_released import import_table  # noqa: E402
-from sense_v2.engram.released import open_released_table  # noqa: E402
+from sense_v2.engram.reading import row_parts  # noqa: E402
+from sense_v2.engram.released.importing import import_table  # noqa: E402
+from sense_v2.engram.released.released_table import open_released_table  # noqa: E402
 from sense_v2.engram.storage import MMapEmbeddingStorage  # noqa: E402
 
 CODES, SCALES = 256, 8
@@ -90,7 +90,7 @@ def cold(folder: Path, gigabytes: int, rounds: int) -> dict[str, Any]:
         for tensor in table._reader.tensors:
             for part in tensor._parts:
                 part.pages.can_ask = False
-                part.mapping.madvise(parts.mmap.MADV_RANDOM)
+                part.mapping.madvise(row_parts.mmap.MADV_RANDOM)
         return table
 
     figures: dict[str, Any] = {"rows": num_rows}

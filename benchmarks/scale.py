@@ -43,10 +43,10 @@ from torch import nn
 from turns import machine, prepare_text
 
 from sense_v2.core.config import EngramConfig
-from sense_v2.engram.exchange import Ranks
 from sense_v2.engram.hashing import NgramHasher
 from sense_v2.engram.optim import RowWiseAdagrad
-from sense_v2.engram.sharding import ShardedTable
+from sense_v2.engram.ranks.collectives import Ranks
+from sense_v2.engram.ranks.sharded_table import ShardedTable
 from sense_v2.engram.tokenizer import EngramTokenizer
 from sense_v2.report.plots import PALETTE, style
 

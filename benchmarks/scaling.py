@@ -36,9 +36,9 @@ from matplotlib.figure import Figure
 from turns import MemoryPeak, ProcessorClock, Text, Turn, machine, prepare_text, spread, take_turns
 
 from sense_v2.core.config import TrainConfig
-from sense_v2.hf.attach import memory_of
-from sense_v2.hf.evaluation import evaluate
-from sense_v2.hf.training import History, train
+from sense_v2.hf.insight.evaluation import evaluate
+from sense_v2.hf.memory import memory_of
+from sense_v2.hf.training.plain_loop import History, train
 from sense_v2.report.plots import PALETTE, style
 
 PLAIN = 0

@@ -25,11 +25,11 @@ import torch
 from tokenizers import Tokenizer
 from turns import machine
 
-from sense_v2.hf.corpus import encode, read_corpus
+from sense_v2.hf.data.corpus import encode, read_corpus
+from sense_v2.hf.load import from_pretrained
 from sense_v2.hf.memory import memory_of
-from sense_v2.hf.overlay import add_overlay
-from sense_v2.hf.pretrained import from_pretrained
-from sense_v2.hf.teaching import teach
+from sense_v2.hf.overlays import add_overlay
+from sense_v2.hf.training.teaching import teach
 
 STEPS, STOP_BELOW = 40, 0.1
 ROW_RATES, WEIGHT_RATES = (0.01, 0.02, 0.05, 0.1), (1e-4, 3e-4, 1e-3)

@@ -69,8 +69,8 @@ from sense_v2.engram.hashing import NgramHasher
 from sense_v2.engram.model import EngramFusionLayer, compressed_pad_id
 from sense_v2.engram.optim import RowWiseAdagrad
 from sense_v2.engram.storage import MMapEmbeddingStorage
-from sense_v2.hf.attach import memory_of
-from sense_v2.hf.training import History, _step, make_optimizers, train
+from sense_v2.hf.memory import memory_of
+from sense_v2.hf.training.plain_loop import History, _step, make_optimizers, train
 
 WIDTH = 64
 """D. Rows of 256 bytes, sixteen to a page."""

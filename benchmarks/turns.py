@@ -2,8 +2,8 @@
 
 A number that is compared between tables of several sizes has to come from processes of their own, or one table's
 memory would count for the other; and from the same seconds, or the machine's other work would. So every run is a
-child that trains with `sense_v2.hf.training.train` and stops after each few steps until it is told to go on: one
-child runs at a time, and all of them see the machine's good and bad moments alike.
+child that trains with `sense_v2.hf.training.plain_loop.train` and stops after each few steps until it is told to go
+on: one child runs at a time, and all of them see the machine's good and bad moments alike.
 
 Times are taken twice: on the wall, and of the processor, all threads of a process together. The second hardly moves
 with what else the machine does, if torch has one thread (OMP_NUM_THREADS=1): several wait for each other by spinning,
@@ -35,9 +35,9 @@ from transformers import PreTrainedModel
 from sense_v2.core.config import EngramConfig, TrainConfig
 from sense_v2.engram.tokenizer import EngramTokenizerBuilder
 from sense_v2.hf.attach import attach_engram
-from sense_v2.hf.corpus import Batches, encode, read_corpus
-from sense_v2.hf.fresh import END_OF_TEXT_ID, fresh_backbone, small_memory, train_bpe
-from sense_v2.hf.training import History
+from sense_v2.hf.data.corpus import Batches, encode, read_corpus
+from sense_v2.hf.training.fresh_model import END_OF_TEXT_ID, fresh_backbone, small_memory, train_bpe
+from sense_v2.hf.training.plain_loop import History
 
 SAMPLE_SECONDS = 0.01
 

@@ -14,11 +14,11 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, Trainer, TrainingArguments
 
 from sense_v2.hf.attach import attach_engram, detach_engram
-from sense_v2.hf.callback import EngramCallback
-from sense_v2.hf.corpus import Batches, encode, read_corpus
-from sense_v2.hf.fresh import END_OF_TEXT_ID, fresh_backbone, small_memory, train_bpe
-from sense_v2.hf.pretrained import save_pretrained
-from sense_v2.hf.trainer import EngramTrainer
+from sense_v2.hf.data.corpus import Batches, encode, read_corpus
+from sense_v2.hf.saving.save import save_pretrained
+from sense_v2.hf.training.callback import EngramCallback
+from sense_v2.hf.training.fresh_model import END_OF_TEXT_ID, fresh_backbone, small_memory, train_bpe
+from sense_v2.hf.training.trainer import EngramTrainer
 
 parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
 parser.add_argument("--model", help="a model of the hub, or a folder")

@@ -15,12 +15,12 @@ import dataclasses
 import torch
 import torch.distributed as dist
 
-from sense_v2.engram.exchange import start_ranks
 from sense_v2.engram.optim import RowWiseAdagrad
-from sense_v2.hf.corpus import encode, standard_library
-from sense_v2.hf.fresh import END_OF_TEXT_ID, fresh_backbone, small_memory, train_bpe
-from sense_v2.hf.global_checkpoint import commit, resume
-from sense_v2.hf.ranks import GlobalStep, attach_on_every_rank, table_of
+from sense_v2.engram.ranks.collectives import start_ranks
+from sense_v2.hf.data.corpus import encode, standard_library
+from sense_v2.hf.training.fresh_model import END_OF_TEXT_ID, fresh_backbone, small_memory, train_bpe
+from sense_v2.hf.training.global_checkpoint import commit, resume
+from sense_v2.hf.training.ranks import GlobalStep, attach_on_every_rank, table_of
 
 parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
 parser.add_argument("--steps", type=int, default=60)

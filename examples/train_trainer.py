@@ -16,12 +16,12 @@ from pathlib import Path
 from transformers import TrainingArguments
 
 from sense_v2.hf.attach import attach_engram
-from sense_v2.hf.callback import EngramCallback
-from sense_v2.hf.corpus import standard_library
-from sense_v2.hf.fresh import END_OF_TEXT_ID, fresh_backbone, small_memory, train_bpe
-from sense_v2.hf.pretrained import save_pretrained
-from sense_v2.hf.streaming import PackedStream, open_documents
-from sense_v2.hf.trainer import EngramTrainer
+from sense_v2.hf.data.corpus import standard_library
+from sense_v2.hf.data.streaming import PackedStream, open_documents
+from sense_v2.hf.saving.save import save_pretrained
+from sense_v2.hf.training.callback import EngramCallback
+from sense_v2.hf.training.fresh_model import END_OF_TEXT_ID, fresh_backbone, small_memory, train_bpe
+from sense_v2.hf.training.trainer import EngramTrainer
 
 parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
 parser.add_argument("--corpus", help="a file, a folder, or a dataset of the hub")

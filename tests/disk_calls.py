@@ -14,7 +14,7 @@ from unittest import mock
 
 import numpy as np
 
-from sense_v2.engram import disk
+from sense_v2.engram.table import disk
 
 CHANGING = ("open", "pwrite", "fsync", "ftruncate", "replace", "unlink", "posix_fallocate")
 

@@ -12,7 +12,7 @@ import torch
 import torch.distributed as dist
 from rank_runs import train
 
-from sense_v2.engram.exchange import Ranks
+from sense_v2.engram.ranks.collectives import Ranks
 
 address, rank, folder, last_step, timeout = sys.argv[1:]
 torch.set_num_threads(1)

@@ -20,7 +20,7 @@ PROMPTS = [[3, 9, 4, 4, 7, 12, 3, 9], [21, 5, 6, 7, 33, 8, 21, 5]]
 
 def write_model(folder: Path, config, *, dtype=torch.bfloat16, num_parts: int = 3) -> int:
     """Saves a random model whose table is random, too, written part by part; returns the table's bytes."""
-    from sense_v2.hf.offload import EmbeddingOnDisk
+    from sense_v2.hf.serving.offload import EmbeddingOnDisk
 
     torch.manual_seed(4)
     # A model with the table would take the memory that is to be saved: one with a small table, told of the large.
@@ -98,7 +98,7 @@ if __name__ == "__main__":
     folder, way = sys.argv[1:]
     torch.set_num_threads(1)
     if way == "disk":
-        from sense_v2.hf.offload import load_with_tables_on_disk
+        from sense_v2.hf.serving.offload import load_with_tables_on_disk
 
         model = load_with_tables_on_disk(folder)
     else:

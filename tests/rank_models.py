@@ -11,12 +11,12 @@ import torch
 import torch.distributed as dist
 from tiny import VOCABULARY, tiny_config, tiny_model, tiny_tokenizer
 
-from sense_v2.engram.exchange import Ranks
 from sense_v2.engram.optim import RowAdam
-from sense_v2.engram.range_copy import copy_table
-from sense_v2.hf.global_checkpoint import commit, load_checkpoint, resume, save_checkpoint
+from sense_v2.engram.ranks.collectives import Ranks
+from sense_v2.engram.ranks.range_copy import copy_table
 from sense_v2.hf.memory import memory_of
-from sense_v2.hf.ranks import GlobalStep, attach_on_every_rank, table_of
+from sense_v2.hf.training.global_checkpoint import commit, load_checkpoint, resume, save_checkpoint
+from sense_v2.hf.training.ranks import GlobalStep, attach_on_every_rank, table_of
 
 NUM_MICRO_BATCHES = 4
 

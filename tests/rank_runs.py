@@ -33,10 +33,10 @@ import torch
 import torch.distributed as dist
 from disk_calls import half, watched
 
-from sense_v2.engram import global_commit
-from sense_v2.engram.exchange import Ranks
 from sense_v2.engram.optim import RowAdam, RowWiseAdagrad
-from sense_v2.engram.sharding import ShardedTable
+from sense_v2.engram.ranks import global_commit
+from sense_v2.engram.ranks.collectives import Ranks
+from sense_v2.engram.ranks.sharded_table import ShardedTable
 
 HANGS_AFTER_SECONDS = 150.0
 ROWS, WIDTH = 97, 8

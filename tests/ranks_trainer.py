@@ -12,10 +12,10 @@ import torch
 from tiny import VOCABULARY, tiny_config, tiny_model, tiny_tokenizer
 from transformers import TrainingArguments
 
-from sense_v2.hf.attach import memory_of
-from sense_v2.hf.callback import EngramCallback
-from sense_v2.hf.ranks import attach_on_every_rank
-from sense_v2.hf.trainer import EngramTrainer
+from sense_v2.hf.memory import memory_of
+from sense_v2.hf.training.callback import EngramCallback
+from sense_v2.hf.training.ranks import attach_on_every_rank
+from sense_v2.hf.training.trainer import EngramTrainer
 
 
 def main(folder: Path, batch_size: int, resume: bool) -> None:

@@ -8,7 +8,7 @@ import runpy
 import signal
 import sys
 
-from sense_v2.hf.ranks import GlobalStep
+from sense_v2.hf.training.ranks import GlobalStep
 
 finish = GlobalStep.finish
 taken = 0

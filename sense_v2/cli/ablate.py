@@ -13,8 +13,8 @@ from sense_v2.cli.blocks import read_blocks
 from sense_v2.cli.models import open_with_memory
 from sense_v2.cli.pages import report_paths, write_json
 from sense_v2.cli.progress import ByteProgress
-from sense_v2.hf.ablation import ablate, num_passes
-from sense_v2.hf.evaluation import Evaluation, count_text_bytes
+from sense_v2.hf.insight.ablation import ablate, num_passes
+from sense_v2.hf.insight.evaluation import Evaluation, count_text_bytes
 
 
 def run_ablate(

@@ -19,13 +19,13 @@ from sense_v2.cli.blocks import Blocks, read_blocks, settings_of
 from sense_v2.cli.models import open_with_memory, token_stream
 from sense_v2.cli.pages import report_paths, write_json
 from sense_v2.cli.progress import ByteProgress
-from sense_v2.engram.drift import MAX_ROWS, measure_rows, num_measured
-from sense_v2.engram.usage import Ngrams, number_ngrams, rows_of
-from sense_v2.hf import analysis
-from sense_v2.hf.evaluation import Evaluation, count_text_bytes
+from sense_v2.engram.upkeep.ngram_usage import Ngrams, number_ngrams, rows_of
+from sense_v2.engram.upkeep.row_lengths import MAX_ROWS, measure_rows, num_measured
+from sense_v2.hf.data.token_texts import Words
+from sense_v2.hf.insight import analysis
+from sense_v2.hf.insight.evaluation import Evaluation, count_text_bytes
+from sense_v2.hf.insight.observation import Observation, observe
 from sense_v2.hf.memory import EngramMemory
-from sense_v2.hf.observation import Observation, observe
-from sense_v2.hf.words import Words
 
 MAX_COUNTED_TOKENS = 1 << 22
 """Of the text that is counted; more takes memory for its distinct n-grams, and changes little."""

@@ -14,7 +14,7 @@ from transformers import PreTrainedModel
 from sense_v2.cli.errors import CommandError
 from sense_v2.cli.models import max_positions, open_corpus, token_stream
 from sense_v2.core.config import Config, TrainConfig
-from sense_v2.hf.corpus import Batches, Corpus
+from sense_v2.hf.data.corpus import Batches, Corpus
 
 
 @dataclass

@@ -15,10 +15,11 @@ from sense_v2.cli.errors import CommandError
 from sense_v2.cli.evaluate import WITH, run_eval
 from sense_v2.cli.progress import ByteProgress
 from sense_v2.core.config import COMPACT_DTYPES, ROW_DTYPES
-from sense_v2.engram.convert import convert_table
-from sense_v2.engram.format import row_dtype
-from sense_v2.engram.opening import TableFiles, read_manifest
-from sense_v2.hf.pretrained import MEMORY_FOLDER, TABLE_FILE, convert_trained
+from sense_v2.engram.table.format import row_dtype
+from sense_v2.engram.table.opening import TableFiles, read_manifest
+from sense_v2.engram.upkeep.convert import convert_table
+from sense_v2.hf.saving.convert_model import convert_trained
+from sense_v2.hf.saving.folder import MEMORY_FOLDER, TABLE_FILE
 from sense_v2.report import wording
 
 
@@ -33,7 +34,7 @@ def run_convert(
     """Converts the table at `source`, or the table of the model in that folder; returns one dictionary that JSON can
     hold. Ended early, the same call goes on where it was.
 
-    Raises `CommandError`, and what `sense_v2.engram.convert.convert_table` and evaluating the model raise.
+    Raises `CommandError`, and what `sense_v2.engram.upkeep.convert.convert_table` and evaluating the model raise.
     """
     started = time.perf_counter()
     source, output = Path(source), Path(output)

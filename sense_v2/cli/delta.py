@@ -11,9 +11,7 @@ import numpy as np
 
 from sense_v2.cli.errors import CommandError
 from sense_v2.cli.verify import find_table
-from sense_v2.engram.check import check_table
-from sense_v2.engram.delta import Delta, base_of, read_delta
-from sense_v2.engram.patch import (
+from sense_v2.engram.delta.apply import (
     Applied,
     apply_delta,
     export_delta,
@@ -22,6 +20,8 @@ from sense_v2.engram.patch import (
     revert_delta,
     strip_delta,
 )
+from sense_v2.engram.delta.delta_file import Delta, base_of, read_delta
+from sense_v2.engram.upkeep.check import check_table
 from sense_v2.report import wording
 
 MEMORY_FOLDER, FUSION_FILE = "engram", "fusion.safetensors"

@@ -31,13 +31,14 @@ from sense_v2.cli.progress import TrainingProgress
 from sense_v2.cli.setup import shared_spellings
 from sense_v2.core.config import Config, EngramConfig, TrainConfig
 from sense_v2.engram.tokenizer import DEEPSEEK_PACKAGE, EngramTokenizerBuilder
-from sense_v2.hf.attach import attach_engram, detach_engram, memory_of
-from sense_v2.hf.controls import freeze_rows, permute_rows
-from sense_v2.hf.corpus import Batches, Corpus, read_corpus
-from sense_v2.hf.evaluation import Evaluation, evaluate, gate_strengths, rows_touched
-from sense_v2.hf.fresh import fresh_backbone, small_memory, train_bpe
-from sense_v2.hf.pretrained import save_pretrained
-from sense_v2.hf.training import History, train
+from sense_v2.hf.attach import attach_engram, detach_engram
+from sense_v2.hf.data.corpus import Batches, Corpus, read_corpus
+from sense_v2.hf.insight.evaluation import Evaluation, evaluate, gate_strengths, rows_touched
+from sense_v2.hf.memory import memory_of
+from sense_v2.hf.saving.save import save_pretrained
+from sense_v2.hf.training.controls import freeze_rows, permute_rows
+from sense_v2.hf.training.fresh_model import fresh_backbone, small_memory, train_bpe
+from sense_v2.hf.training.plain_loop import History, train
 from sense_v2.report.training import terminal_table, write_picture, write_report
 
 # More text than this takes longer to tokenise than to train on.

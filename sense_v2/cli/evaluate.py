@@ -10,8 +10,9 @@ from typing import Any
 from sense_v2.cli.blocks import read_blocks
 from sense_v2.cli.models import open_trained
 from sense_v2.cli.progress import ByteProgress
-from sense_v2.hf.attach import attached_memory, detach_engram
-from sense_v2.hf.evaluation import Evaluation, evaluate
+from sense_v2.hf.attach import detach_engram
+from sense_v2.hf.insight.evaluation import Evaluation, evaluate
+from sense_v2.hf.memory import attached_memory
 from sense_v2.report import wording
 
 WITH, WITHOUT = "with_memory", "without_memory"

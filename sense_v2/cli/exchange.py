@@ -17,16 +17,16 @@ from typing import Any
 from sense_v2.cli.errors import CommandError
 from sense_v2.cli.progress import ByteProgress
 from sense_v2.core.config import COMPACT_DTYPES, ROW_DTYPES
-from sense_v2.engram.compact import FLOAT8
-from sense_v2.engram.format import file_bytes, row_dtype
-from sense_v2.engram.from_released import FUSION_SUFFIX, Imported, import_table
-from sense_v2.engram.opening import TableFiles, read_manifest
-from sense_v2.engram.released import TableFacts, released_tables
-from sense_v2.engram.released_layouts import LAYOUTS
-from sense_v2.engram.to_released import Exported, export_tables
+from sense_v2.engram.released.exporting import Exported, export_tables
+from sense_v2.engram.released.importing import FUSION_SUFFIX, Imported, import_table
+from sense_v2.engram.released.layouts import LAYOUTS
+from sense_v2.engram.released.released_table import TableFacts, released_tables
+from sense_v2.engram.table.compact_rows import FLOAT8
+from sense_v2.engram.table.format import file_bytes, row_dtype
+from sense_v2.engram.table.opening import TableFiles, read_manifest
 from sense_v2.engram.tokenizer import EngramTokenizer, EngramTokenizerBuilder
 from sense_v2.engram.variants import VARIANTS
-from sense_v2.hf.pretrained import MEMORY_FOLDER, memory_parts
+from sense_v2.hf.saving.folder import MEMORY_FOLDER, memory_parts
 from sense_v2.report import wording
 
 
@@ -49,7 +49,7 @@ def run_import(
     """Converts the tables of the checkpoint at `source`, or that of `layer`; returns one dictionary that JSON can
     hold. `output` is a table's file, or a folder for layer_1.dat, ….
 
-    Raises `CommandError`, and what `sense_v2.engram.from_released.import_table` raises.
+    Raises `CommandError`, and what `sense_v2.engram.released.importing.import_table` raises.
     """
     started = time.perf_counter()
     if dtype is not None and dtype not in (*ROW_DTYPES, *COMPACT_DTYPES):
@@ -93,7 +93,7 @@ def run_export(
     """Writes a table, the tables of a folder, or the memory of the model in a folder in the released layout of
     `variant`; returns one dictionary that JSON can hold.
 
-    Raises `CommandError`, and what `sense_v2.engram.to_released.export_tables` raises.
+    Raises `CommandError`, and what `sense_v2.engram.released.exporting.export_tables` raises.
     """
     started = time.perf_counter()
     if variant not in LAYOUTS:

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from sense_v2.cli.errors import CommandError
-from sense_v2.engram.released import TableFacts, released_tables
+from sense_v2.engram.released.released_table import TableFacts, released_tables
 from sense_v2.report import wording
 
 

@@ -15,7 +15,7 @@ from sense_v2.core.config import EngramConfig
 from sense_v2.engram.hashing import NgramHasher
 from sense_v2.engram.model import compressed_pad_id
 from sense_v2.engram.pretrained_tokenizer import load_tokenizer
-from sense_v2.engram.released import open_released_table, released_config, released_tables
+from sense_v2.engram.released.released_table import open_released_table, released_config, released_tables
 from sense_v2.engram.tokenizer import EngramTokenizer, EngramTokenizerBuilder
 from sense_v2.engram.variants import VARIANTS, variant_config
 

@@ -16,11 +16,12 @@ from sense_v2.cli.errors import CommandError, one_line
 from sense_v2.cli.progress import ByteProgress
 from sense_v2.core.config import TrainConfig
 from sense_v2.engram.tokenizer import EngramTokenizerBuilder
-from sense_v2.hf.corpus import Corpus, encode, read_corpus
-from sense_v2.hf.fresh import END_OF_TEXT, fresh_backbone, train_bpe
-from sense_v2.hf.large_corpus import has_documents, is_hub_dataset, open_large_corpus, text_bytes
+from sense_v2.hf.data.corpus import Corpus, encode, read_corpus
+from sense_v2.hf.data.large_corpus import has_documents, is_hub_dataset, open_large_corpus, text_bytes
+from sense_v2.hf.load import from_pretrained
 from sense_v2.hf.memory import EngramMemory, attached_memory
-from sense_v2.hf.pretrained import MEMORY_FOLDER, from_pretrained
+from sense_v2.hf.saving.folder import MEMORY_FOLDER
+from sense_v2.hf.training.fresh_model import END_OF_TEXT, fresh_backbone, train_bpe
 
 MIN_CORPUS_BYTES = 16 * 2**20
 BYTES_PER_TOKEN = 8  # a token is rarely longer

@@ -21,12 +21,12 @@ from transformers import PreTrainedModel
 
 from sense_v2.cli.errors import CommandError, explain
 from sense_v2.cli.models import max_positions
-from sense_v2.engram.overlay import OverlayStorage
-from sense_v2.hf.comparison import compare, continue_text
-from sense_v2.hf.corpus import encode
-from sense_v2.hf.inspection import inspect_text
+from sense_v2.engram.delta.overlay import OverlayStorage
+from sense_v2.hf.data.corpus import encode
+from sense_v2.hf.insight.comparison import compare, continue_text
+from sense_v2.hf.insight.inspection import inspect_text
 from sense_v2.hf.memory import memory_of
-from sense_v2.hf.teaching import Taught, teach
+from sense_v2.hf.training.teaching import Taught, teach
 from sense_v2.report import playground, wording
 
 # More tokens than this are no text to look at, and each key that is pressed would wait for them.

@@ -23,11 +23,11 @@ from sense_v2.cli.progress import ByteProgress
 from sense_v2.cli.tokenize import source_of
 from sense_v2.cli.workers import chosen_workers
 from sense_v2.core.config import Config, TrainConfig
-from sense_v2.engram.format import row_dtype
-from sense_v2.engram.hot import HotRows, RowCounts, identity, save
-from sense_v2.hf.corpus import read_corpus, standard_library
-from sense_v2.hf.preparing import memory_hashers, profile_rows, read_memory
-from sense_v2.hf.workers import Processes, RayCluster
+from sense_v2.engram.table.format import row_dtype
+from sense_v2.engram.upkeep.hot_rows import HotRows, RowCounts, identity, save
+from sense_v2.hf.data.corpus import read_corpus, standard_library
+from sense_v2.hf.data.preparing import memory_hashers, profile_rows, read_memory
+from sense_v2.hf.data.workers import Processes, RayCluster
 from sense_v2.report import wording
 
 SHARES = (0.01, 0.05, 0.2)

@@ -13,7 +13,7 @@ import torch
 from tqdm import tqdm
 
 from sense_v2.core.config import TrainConfig
-from sense_v2.hf.training import History
+from sense_v2.hf.training.plain_loop import History
 from sense_v2.report import wording
 
 LINES = 3

@@ -20,7 +20,7 @@ from pathlib import Path
 
 from sense_v2.cli.errors import NO_ROOM, CommandError, one_line
 from sense_v2.cli.folders import missing_folders, remove_empty
-from sense_v2.hf.pretrained import MEMORY_FOLDER
+from sense_v2.hf.saving.folder import MEMORY_FOLDER
 
 PREFIX = ".training-"
 RESUMED = f"{PREFIX}resumed"

@@ -12,9 +12,10 @@ import torch
 from sense_v2.cli.errors import CommandError
 from sense_v2.cli.models import saved_tokenizer
 from sense_v2.hf.attach import detach_engram
-from sense_v2.hf.corpus import encode
-from sense_v2.hf.pretrained import MEMORY_FOLDER, from_pretrained
-from sense_v2.hf.teaching import teach
+from sense_v2.hf.data.corpus import encode
+from sense_v2.hf.load import from_pretrained
+from sense_v2.hf.saving.folder import MEMORY_FOLDER
+from sense_v2.hf.training.teaching import teach
 from sense_v2.report import wording
 
 SHOWN_TOKENS = 12

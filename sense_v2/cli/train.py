@@ -38,18 +38,19 @@ from sense_v2.cli.progress import TrainingProgress
 from sense_v2.cli.staging import RUN_FILE, STATE_FOLDER, reserve, resumed_folder, staged_folder
 from sense_v2.core.config import Config, EngramConfig, TrainConfig
 from sense_v2.engram.tokenizer import EngramTokenizerBuilder
-from sense_v2.hf.attach import attach_engram, decoder_layers, memory_of
-from sense_v2.hf.backbone import backbone_facts
-from sense_v2.hf.card import CARD_FILE
-from sense_v2.hf.corpus import Batches, Corpus, find_files
-from sense_v2.hf.evaluation import Evaluation, evaluate
-from sense_v2.hf.fresh import small_memory
-from sense_v2.hf.large_corpus import is_hub_dataset
-from sense_v2.hf.memory import EngramMemory, attached_memory
-from sense_v2.hf.pretrained import memory_paths, save_pretrained
-from sense_v2.hf.resume import Resumable, load_step, resumable_step, save_step
-from sense_v2.hf.streaming import PackedStream, StreamBatches
-from sense_v2.hf.training import History, train
+from sense_v2.hf.attach import attach_engram, decoder_layers
+from sense_v2.hf.data.corpus import Batches, Corpus, find_files
+from sense_v2.hf.data.large_corpus import is_hub_dataset
+from sense_v2.hf.data.streaming import PackedStream, StreamBatches
+from sense_v2.hf.insight.evaluation import Evaluation, evaluate
+from sense_v2.hf.memory import EngramMemory, attached_memory, memory_of
+from sense_v2.hf.saving.backbone_facts import backbone_facts
+from sense_v2.hf.saving.folder import memory_paths
+from sense_v2.hf.saving.model_card import CARD_FILE
+from sense_v2.hf.saving.save import save_pretrained
+from sense_v2.hf.training.fresh_model import small_memory
+from sense_v2.hf.training.plain_loop import History, train
+from sense_v2.hf.training.resume import Resumable, load_step, resumable_step, save_step
 from sense_v2.report import wording
 
 DEFAULT_OUTPUT = "runs/train"

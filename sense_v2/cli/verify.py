@@ -22,7 +22,7 @@ def run_verify(
     Without `repair` nothing changes. `progress` None shows a bar past 1 GB. Raises what reading, and with `repair`
     writing, the files raises; `BlockingIOError` where another process writes and `repair` is given.
     """
-    from sense_v2.engram.check import check_table, repair_table
+    from sense_v2.engram.upkeep.check import check_table, repair_table
 
     started = time.perf_counter()
     repaired: list[str] = []

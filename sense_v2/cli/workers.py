@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 
 from sense_v2.cli.errors import CommandError
-from sense_v2.hf.workers import Processes, RayCluster
+from sense_v2.hf.data.workers import Processes, RayCluster
 
 
 def chosen_workers(processes: int | None, ray: str | None) -> Processes | RayCluster:

@@ -19,10 +19,10 @@ _HOME = {
     "HeadLayout": "hashing",
     "MMapEmbeddingStorage": "storage",
     "NgramHasher": "hashing",
-    "OverlayStorage": "overlay",
+    "OverlayStorage": "delta.overlay",
     "RowAdam": "optim",
     "RowWiseAdagrad": "optim",
-    "open_released_table": "released",
+    "open_released_table": "released.released_table",
 }
 
 __all__ = sorted(_HOME)

@@ -33,10 +33,8 @@ from torch import nn
 
 from sense_v2.core.config import EngramConfig
 from sense_v2.engram import operators
-from sense_v2.engram.exchange import Ranks
 from sense_v2.engram.hashing import HeadLayout, NgramHasher, boundary_mask
-from sense_v2.engram.overlay import Storage
-from sense_v2.engram.sharding import ShardedTable
+from sense_v2.engram.row_source import RowSource
 from sense_v2.engram.storage import MMapEmbeddingStorage
 from sense_v2.engram.tokenizer import EngramTokenizer
 from sense_v2.engram.variants import VARIANTS
@@ -55,18 +53,6 @@ def open_table(
     return MMapEmbeddingStorage(path=config.storage_path, mode=mode, **table_settings(config, tokenizer, layer=layer))
 
 
-def open_sharded_table(
-    config: EngramConfig, tokenizer: EngramTokenizer, ranks: Ranks, *, layout: str, mode: str = "r+"
-) -> ShardedTable:
-    """`open_table` for a table that all ranks share, by all of them; `layout` as `ShardedTable` has it."""
-    settings = table_settings(config, tokenizer)
-    num_rows, width = settings.pop("num_embeddings"), settings.pop("embedding_dim")
-    head_rows = [row for offsets_H in HeadLayout.from_config(config).offsets_LH for row in offsets_H]
-    return ShardedTable(
-        num_rows, width, config.storage_path, ranks=ranks, layout=layout, head_rows=head_rows, mode=mode, **settings
-    )
-
-
 def table_settings(config: EngramConfig, tokenizer: EngramTokenizer, *, layer: int | None = None) -> dict[str, Any]:
     """What the table of `config` is opened with, but for its path and mode; arguments and errors as `open_table`."""
     layout = HeadLayout.from_config(config)
@@ -81,7 +67,7 @@ def table_settings(config: EngramConfig, tokenizer: EngramTokenizer, *, layer: i
                 f"variants {', '.join(name for name, rules in VARIANTS.items() if rules.one_table)}"
             )
         place = layout.layer_ids.index(layer)
-        # What the released layouts' config.json needs of it (`sense_v2.engram.to_released`).
+        # What the released layouts' config.json needs of it (`sense_v2.engram.released.exporting`).
         of_layer = {"layer": layer, "table_size": config.table_size}
         of_layer |= {} if config.pad_token_id is None else {"pad_token_id": config.pad_token_id}
     return {
@@ -193,7 +179,7 @@ class EngramFusionLayer(nn.Module):
         layer_id: int,
         *,
         tokenizer: EngramTokenizer | None = None,
-        storage: Storage | ShardedTable | None = None,
+        storage: RowSource | None = None,
         pad_token_id: int | None = None,
         place: int | None = None,
     ) -> None:
@@ -212,7 +198,7 @@ class EngramFusionLayer(nn.Module):
                 f"{config.variant!r} has no centre; use variant 'sense'"
             )
         self.tokenizer = EngramTokenizer(config.shadow_map_path) if tokenizer is None else tokenizer
-        self.storage: Storage | ShardedTable = open_table(config, self.tokenizer) if storage is None else storage
+        self.storage: RowSource = open_table(config, self.tokenizer) if storage is None else storage
         self.hasher = NgramHasher.from_config(
             config,
             layer_id=layer_id,
@@ -260,11 +246,7 @@ class EngramFusionLayer(nn.Module):
     def reset_parameters(self) -> None:
         """The identity: the convolution at zero, and W_v, or the rows behind it. W_k keeps nn.Linear's noise."""
         self.W_k.reset_parameters()
-        if (
-            isinstance(self.storage, (MMapEmbeddingStorage, ShardedTable))
-            and self.storage.is_new
-            and self.storage.manifest.init_std == 0
-        ):
+        if self.storage.is_new and self.storage.manifest.init_std == 0:
             # So that a row of length 1 gives a value of length 1, in whatever direction it points.
             nn.init.normal_(self.W_v.weight, std=self.hidden_size**-0.5)
         else:

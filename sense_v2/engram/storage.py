@@ -3,13 +3,13 @@
 The file is mapped, never loaded: memory follows the rows a batch touches. Nothing of it is a parameter or a buffer,
 so `.to()`, `.half()` and `state_dict()` leave it alone.
 
-Reading is `sense_v2.engram.reader`'s. Training gathers the batch's unique rows into a small float32 leaf and
+Reading is `sense_v2.engram.reading.reader`'s. Training gathers the batch's unique rows into a small float32 leaf and
 indexes that, so autograd never sees the table. The leaf's gradient comes back to the storage, from where a row
 optimizer takes it (`sense_v2.engram.gradients`), updates those rows (`gather`, `write`) and clears it.
 
 What is written is visible at once to every process that maps the file, and kept by `commit`: rows, optimizer states
 and step together. Until then its old bytes are in a journal, and whatever ends the process, the next opening goes
-back to the last commit (`sense_v2.engram.journal`).
+back to the last commit (`sense_v2.engram.table.journal`).
 
 B batch, T sequence, H rows a position, D row width, N rows of the table, U unique rows of a batch.
 """
@@ -34,17 +34,18 @@ from torch import nn
 from torch.nn.modules import module as nn_module
 
 from sense_v2.core.config import DURABILITIES
-from sense_v2.engram import disk, gather, opening
-from sense_v2.engram.checksums import from_hex, to_hex
-from sense_v2.engram.disk import SyncError, WriterLock, has_holes, new_file
-from sense_v2.engram.format import Manifest, StateEntry, as_json_object, row_dtype
-from sense_v2.engram.gather import shared_tensor
 from sense_v2.engram.gradients import GradientCollector
-from sense_v2.engram.journal import Journal
-from sense_v2.engram.opening import Share
-from sense_v2.engram.reader import RowReader, map_rows
-from sense_v2.engram.rounding import stochastic_bfloat16
-from sense_v2.engram.undo import THREAD_NAME, TrackedFile, UndoLog
+from sense_v2.engram.reading import gather
+from sense_v2.engram.reading.gather import shared_tensor
+from sense_v2.engram.reading.reader import RowReader, map_rows
+from sense_v2.engram.table import disk, opening
+from sense_v2.engram.table.checksums import from_hex, to_hex
+from sense_v2.engram.table.disk import SyncError, WriterLock, has_holes, new_file
+from sense_v2.engram.table.format import Manifest, StateEntry, as_json_object, row_dtype
+from sense_v2.engram.table.journal import Journal
+from sense_v2.engram.table.opening import Share
+from sense_v2.engram.table.rounding import stochastic_bfloat16
+from sense_v2.engram.table.undo_log import THREAD_NAME, TrackedFile, UndoLog
 
 # Between two commits the journal holds each changed row once.
 JOURNAL_LIMIT_BYTES = 4 * 2**30
@@ -85,8 +86,8 @@ class MMapEmbeddingStorage(GradientCollector):
     is short or shared with a GPU: pages that were read are let go of, and mapped again when they are read again.
 
     `share` is for one of several processes that store to one table, each to its own rows; `first_row` for a table
-    that holds the rows of a larger one from there on, whose initial noise it gets. `sense_v2.engram.sharding` uses
-    both.
+    that holds the rows of a larger one from there on, whose initial noise it gets.
+    `sense_v2.engram.ranks.sharded_table` uses both.
 
     Mode "r+" makes this process the table's only writer until `close`, or until the storage is collected
     (`BlockingIOError` names the process that writes already). A forked child may read; its writes are refused.

@@ -9,16 +9,16 @@ from typing import Any
 from sense_v2.hf.auto import register
 
 _HOME = {
-    "EngramCallback": "callback",
-    "EngramTrainer": "trainer",
-    "add_overlay": "overlay",
+    "EngramCallback": "training.callback",
+    "EngramTrainer": "training.trainer",
+    "add_overlay": "overlays",
     "attach_engram": "attach",
     "detach_engram": "attach",
-    "from_pretrained": "pretrained",
-    "push_to_hub": "hub",
-    "remove_overlay": "overlay",
-    "save_pretrained": "pretrained",
-    "teach": "teaching",
+    "from_pretrained": "load",
+    "push_to_hub": "saving.hub",
+    "remove_overlay": "overlays",
+    "save_pretrained": "saving.save",
+    "teach": "training.teaching",
 }
 
 __all__ = sorted(_HOME)

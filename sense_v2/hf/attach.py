@@ -31,6 +31,7 @@ from sense_v2.engram.model import EngramFusionLayer
 from sense_v2.engram.tokenizer import EngramTokenizer, EngramTokenizerBuilder
 from sense_v2.engram.variants import VARIANTS
 from sense_v2.hf.cache import EngramState, state_in
+from sense_v2.hf.given_tables import identity_map, placed_tables, refuse_another_map
 from sense_v2.hf.inputs import (
     CARRIER,
     IDS_ARGUMENT,
@@ -41,8 +42,7 @@ from sense_v2.hf.inputs import (
     is_plain_mask,
 )
 from sense_v2.hf.memory import EngramMemory, attached_memory, memory_of
-from sense_v2.hf.methods import replace_methods
-from sense_v2.hf.tables import identity_map, placed_tables, refuse_another_map
+from sense_v2.hf.model_methods import replace_methods
 
 # An embedding is often padded to a round number of rows; more than this many rows without a token is another
 # tokenizer's map.
@@ -75,7 +75,7 @@ def attach_engram(
     its own, {layer of the model: table}: `open_released_table`'s, above all, whose rows are only read while the
     fusion layers are trained. A released table may stand before any layer of the model, whichever it was trained for;
     `config` is then what it was trained with (`table.config`), with `num_streams` as the model has them. Who opened
-    it closes it. (`sense_v2.hf.tables` checks that they belong together.)
+    it closes it. (`sense_v2.hf.given_tables` checks that they belong together.)
 
     The fusion layers get the backbone's dtype and device. A fresh memory changes no output. A KV cache also keeps
     what the memory needs of earlier tokens; one that the model filled without this memory is refused.

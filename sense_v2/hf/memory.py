@@ -15,10 +15,10 @@ from torch import nn
 
 from sense_v2.core.config import EngramConfig
 from sense_v2.engram import operators
+from sense_v2.engram.delta.overlay import OverlayStorage, Storage
 from sense_v2.engram.model import EngramFusionLayer, open_table
-from sense_v2.engram.overlay import OverlayStorage, Storage
-from sense_v2.engram.released import ReleasedTable
-from sense_v2.engram.sharding import ShardedTable
+from sense_v2.engram.ranks.sharded_table import ShardedTable
+from sense_v2.engram.released.released_table import ReleasedTable
 from sense_v2.engram.storage import MMapEmbeddingStorage
 from sense_v2.engram.tokenizer import EngramTokenizer
 
@@ -154,7 +154,7 @@ class EngramMemory(nn.Module):
         if isinstance(table, ShardedTable) and table.layout == "shards":
             raise ValueError(
                 f"{table.path} lies in shards, so there is no file to copy: copy_table(table, path) of "
-                "sense_v2.engram.range_copy makes one, on all ranks"
+                "sense_v2.engram.ranks.range_copy makes one, on all ranks"
             )
         return self.own_storage
 

@@ -7,7 +7,7 @@ JSON can hold. Comes out: `write_report` one self-contained HTML file, `terminal
       "loss": nats a token with the memory as it is, "perplexity", "bits_per_byte",
       "blocks", "tokens", "confidence", "resamples", "seed",
       "ablations": [{"name", "group", "layer", "order", "head", "loss", "change", "low", "high", "kept"}],
-                   as sense_v2.hf.ablation.ablate gives them, "memory_off" among them,
+                   as sense_v2.hf.insight.ablation.ablate gives them, "memory_off" among them,
       "seconds": of everything together
     }
 

@@ -8,7 +8,7 @@ hold. Comes out: `write_report` one self-contained HTML file, `lines` the gist f
       "loss", "perplexity", "bits_per_byte": {"with", "without"},
       "table": {"rows", "width", "dtype", "bytes", "heads"},
       "gain", "gates", "classes", "text", "leaned_on", "helped", "harmed", "by_frequency", "heads", "zipf",
-      "hot_sets", "rows": what the functions of sense_v2.hf.analysis return,
+      "hot_sets", "rows": what the functions of sense_v2.hf.insight.analysis return,
       "seconds": of everything together
     }
 

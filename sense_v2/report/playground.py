@@ -93,7 +93,7 @@ def rows_table(found: dict[str, Any]) -> str:
 
 
 def comparison(found: dict[str, Any]) -> str:
-    """Two continuations side by side, see `sense_v2.hf.comparison.compare`: tokens that differ are marked, and each
+    """Two continuations side by side, see `insight.comparison.compare`: tokens that differ are marked, and each
     token's probabilities open on it."""
     marks = differing(found["with_memory"]["tokens"], found["without_memory"]["tokens"])
     sides = []

@@ -34,9 +34,9 @@ from targets import (
 )
 
 from sense_v2.cli import main
-from sense_v2.engram.check import check_table, repair_table
 from sense_v2.engram.storage import MMapEmbeddingStorage
 from sense_v2.engram.tokenizer import EngramTokenizer
+from sense_v2.engram.upkeep.check import check_table, repair_table
 
 # The files that belong to a table alone, and when each is opened for writing.
 OWN = {

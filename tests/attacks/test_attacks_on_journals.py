@@ -27,9 +27,9 @@ from targets import (
     write_manifest,
 )
 
-from sense_v2.engram import opening
-from sense_v2.engram.check import check_table
 from sense_v2.engram.storage import MMapEmbeddingStorage
+from sense_v2.engram.table import opening
+from sense_v2.engram.upkeep.check import check_table
 
 ROW = bytes(range(D * 4))
 

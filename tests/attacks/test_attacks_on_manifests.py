@@ -21,8 +21,8 @@ from targets import (
     write_manifest,
 )
 
-from sense_v2.engram.check import check_table
 from sense_v2.engram.storage import MMapEmbeddingStorage
+from sense_v2.engram.upkeep.check import check_table
 
 
 @pytest.fixture

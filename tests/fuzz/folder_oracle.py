@@ -39,8 +39,8 @@ from folder_cases import (
 from forge import HEADER_BYTES, Refused, undone, whole_records
 from tables import slow_row_hash
 
-from sense_v2.engram.check import check_table
 from sense_v2.engram.storage import MMapEmbeddingStorage
+from sense_v2.engram.upkeep.check import check_table
 
 # A thousand times what opening so small a table takes.
 HANGS_AFTER_SECONDS = 30

@@ -1,0 +1,521 @@
+"""A table that is only read, and rows that were changed on top of it: `OverlayStorage`, a storage that trains.
+
+    lookup    rows of the base, and in the place of those that were changed, the changed ones
+    write     changed rows, in memory
+    commit    all changed rows ──▶ a delta (`sense_v2.engram.delta.delta_file`), a small file that replaces the last
+    one
+
+The base is never written to: a row that wasn't changed comes from it bit for bit, and so does one that was changed
+back (`forget`). What a commit has written is mapped; memory holds what was stored since, so it follows the rows that
+training touches between two commits, never the base. A commit writes the whole delta to a new file, syncs it and
+renames it: whatever ends the process, the next opening has the last commit. That costs what the delta weighs, which
+is right for facts and for a fine-tuning that touches a small part of a table, and wrong for one that touches most of
+it: copy such a table and train the copy.
+
+Rows are kept in the type that the base's are looked up as, so that a delta put into a copy of the base gives the same
+bits as the overlay. bfloat16 is rounded to as a bfloat16 table does it.
+
+N rows of the base, D row width, U row ids of a call, W values of a row of a state.
+"""
+
+from __future__ import annotations
+
+import operator
+import os
+import warnings
+import weakref
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from sense_v2.engram.delta.delta_file import Delta, DeltaInfo, Source, base_of, read_delta, write_delta
+from sense_v2.engram.gradients import GradientCollector
+from sense_v2.engram.reading import devices
+from sense_v2.engram.released.released_table import ReleasedTable
+from sense_v2.engram.storage import ID_DTYPES, MMapEmbeddingStorage
+from sense_v2.engram.table.disk import WriterLock
+from sense_v2.engram.table.format import LOCK_SUFFIX, Manifest, as_json_object, row_dtype
+from sense_v2.engram.table.rounding import stochastic_bfloat16
+
+Table = MMapEmbeddingStorage | ReleasedTable
+"""What an overlay can lie on."""
+FORGOTTEN = -1
+
+
+class RecentRows:
+    """Rows by id, in memory, in the order they came; found by bisection. Some ids may be marked as forgotten."""
+
+    def __init__(self, width: int, dtype: torch.dtype) -> None:
+        self._ids = np.empty(0, dtype=np.int64)
+        """Ascending."""
+        self._slots = np.empty(0, dtype=np.int64)
+        """Where each one's row is, or FORGOTTEN."""
+        self._rows = torch.empty(0, width, dtype=dtype, device="cpu")
+        self._num_rows = 0
+
+    def __len__(self) -> int:
+        return len(self._ids)
+
+    @property
+    def ids(self) -> np.ndarray[Any, Any]:
+        return self._ids
+
+    @property
+    def forgotten(self) -> np.ndarray[Any, Any]:
+        return self._ids[self._slots == FORGOTTEN]
+
+    def read_into(self, row_ids_U: np.ndarray[Any, Any], rows_UW: torch.Tensor) -> None:
+        """Puts the rows that it has in their places; those that were forgotten stay."""
+        is_here, places = _find(self._ids, row_ids_U)
+        slots = self._slots[places]
+        at = np.flatnonzero(is_here)[slots != FORGOTTEN]
+        rows_UW[torch.from_numpy(at)] = self._rows[torch.from_numpy(slots[slots != FORGOTTEN])]
+
+    def write(self, row_ids_U: np.ndarray[Any, Any], rows_UW: torch.Tensor) -> None:
+        slots_U = self._slots_of(row_ids_U)
+        is_new = slots_U == FORGOTTEN
+        slots_U[is_new] = np.arange(self._num_rows, self._num_rows + is_new.sum())
+        self._num_rows += int(is_new.sum())
+        if self._num_rows > len(self._rows):
+            grown = self._rows.new_empty(max(self._num_rows, 2 * len(self._rows)), self._rows.shape[1])
+            grown[: len(self._rows)] = self._rows
+            self._rows = grown
+        self._rows[torch.from_numpy(slots_U)] = rows_UW
+        self._mark(row_ids_U, slots_U)
+
+    def forget(self, row_ids_U: np.ndarray[Any, Any]) -> None:
+        self._mark(row_ids_U, np.full(len(row_ids_U), FORGOTTEN, dtype=np.int64))
+
+    def _slots_of(self, row_ids_U: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
+        is_here, places = _find(self._ids, row_ids_U)
+        slots_U = np.full(len(row_ids_U), FORGOTTEN, dtype=np.int64)
+        slots_U[is_here] = self._slots[places]
+        return slots_U
+
+    def _mark(self, row_ids_U: np.ndarray[Any, Any], slots_U: np.ndarray[Any, Any]) -> None:
+        is_here, places = _find(self._ids, row_ids_U)
+        self._slots[places] = slots_U[is_here]
+        if not is_here.all():
+            ids = np.concatenate([self._ids, row_ids_U[~is_here]])
+            order = np.argsort(ids, kind="stable")
+            self._slots = np.concatenate([self._slots, slots_U[~is_here]])[order]
+            self._ids = ids[order]
+
+
+def _find(
+    sorted_ids: np.ndarray[Any, Any], row_ids_U: np.ndarray[Any, Any]
+) -> tuple[np.ndarray[Any, Any], np.ndarray[Any, Any]]:
+    """(which of row_ids_U are among `sorted_ids` [U], where in it those are)."""
+    if not len(sorted_ids):
+        return np.zeros(len(row_ids_U), dtype=bool), np.empty(0, dtype=np.int64)
+    places_U = np.searchsorted(sorted_ids, row_ids_U)
+    places_U[places_U == len(sorted_ids)] = 0
+    is_here = sorted_ids[places_U] == row_ids_U
+    return is_here, places_U[is_here]
+
+
+@dataclass
+class OverlayState:
+    """An optimizer's state of the changed rows: float32, zeros for a row that hasn't been met."""
+
+    name: str
+    width: int
+    step: int
+    """Steps taken; goes to the file with the next commit."""
+    recent: RecentRows
+
+
+class OverlayStorage(GradientCollector):
+    """`base` with changed rows on top, which are kept in the delta at `path`; the base is only read.
+
+    With mode "r+", a delta that isn't there is made by the first commit; "r" only reads one that is. Without a `path`
+    changed rows are in memory alone, and `export` writes them where they are wanted. `base` is a table of our own,
+    opened with mode "r", of any dtype, or a released one; the overlay owns it, and closes it with itself.
+
+    Has what lookups, row optimizers and a trainer need of `MMapEmbeddingStorage`. Raises `ValueError` where the delta
+    is damaged, or was made on another base than this one; `BlockingIOError` where a process writes to it already.
+
+    >>> import tempfile
+    >>> folder = tempfile.TemporaryDirectory()
+    >>> MMapEmbeddingStorage(100, 8, folder.name + "/engram_table.dat").close()
+    >>> base = MMapEmbeddingStorage(100, 8, folder.name + "/engram_table.dat", mode="r")
+    >>> overlay = OverlayStorage(base, folder.name + "/facts.safetensors")
+    >>> overlay.write(torch.tensor([3]), torch.ones(1, 8))
+    >>> overlay.commit()
+    >>> overlay.changed_ids, overlay.gather(torch.tensor([3]))[0, 0]
+    (tensor([3]), tensor(1.))
+    >>> overlay.close()
+    """
+
+    # What sets it on any storage may; a commit survives a power cut whatever it says.
+    durability = "power"
+    is_new = False
+
+    def __init__(
+        self,
+        base: Table,
+        path: str | os.PathLike[str] | None = None,
+        *,
+        mode: str = "r+",
+    ) -> None:
+        super().__init__()
+        if mode not in ("r", "r+"):
+            raise ValueError(f"mode = {mode!r}: must be 'r+' (read and train) or 'r' (read)")
+        if base.mode != "r":
+            raise ValueError(
+                f"{base.path} is open with mode={base.mode!r}, and a base is only read. Open it with mode='r'"
+            )
+        self.base, self.mode = base, mode
+        self.path = None if path is None else Path(path)
+        self.num_embeddings, self.embedding_dim = base.num_embeddings, base.embedding_dim
+        self.collects_gradients = mode == "r+"
+        self._base_name = base_of(base)
+        self._process = os.getpid()
+        self._kept: Delta | None = None
+        self._states: dict[str, OverlayState] = {}
+        self._lock: WriterLock | None = None
+        if self.path is not None and mode == "r+":
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            self._lock = WriterLock(self.path.with_name(self.path.name + LOCK_SUFFIX), str(self.path))
+        self._let_go = weakref.finalize(self, _release, self._lock)
+        try:
+            if self.path is not None and (mode == "r" or self.path.exists()):
+                self._kept = read_delta(self.path)
+                self._refuse_delta(self._kept)
+        except BaseException:
+            self._let_go()
+            raise
+        self._info = DeltaInfo(self._base_name) if self._kept is None else self._kept.info
+        self._updates = self._info.updates
+        self._recent = RecentRows(self.embedding_dim, self.dtype)
+        self._is_open = True
+
+    def _refuse_delta(self, delta: Delta) -> None:
+        delta.info.base.refuse_other(self._base_name, delta.path, self.base.path)
+        if delta.rows_UD.dtype != self.dtype:
+            raise ValueError(
+                f"{delta.path} has rows of {delta.rows_UD.dtype}, and those of {self.base.path} are looked up as "
+                f"{self.dtype}. Make the delta anew"
+            )
+
+    # Reading
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of the rows that are looked up: the base's."""
+        return self.base.dtype
+
+    @property
+    def changed_ids(self) -> torch.Tensor:
+        """int64, ascending: the rows that don't come from the base."""
+        return torch.from_numpy(self._changed_ids().copy())
+
+    def forward(self, row_ids: torch.Tensor) -> torch.Tensor:
+        """row_ids [...] of int64 or int32 -> rows [..., D] in the base's dtype, on the ids' device.
+
+        In training, with gradients enabled and `collects_gradients`, the rows' gradients reach `gradients()`.
+        Raises `IndexError` for an id outside 0 … N - 1, `TypeError` for other dtypes.
+        """
+        ids = self._checked_ids(row_ids)
+        shape = (*row_ids.shape, self.embedding_dim)
+        if not (self.training and self.rows_require_grad and self.collects_gradients and torch.is_grad_enabled()):
+            return devices.move(self._rows(ids).view(shape), row_ids.device)
+        ids_U, inverse = torch.unique(ids, return_inverse=True)
+        rows_UD = devices.move(self._rows(ids_U), row_ids.device)
+        return self._rows_with_gradient(ids_U, inverse, rows_UD, self.dtype).view(shape)
+
+    def prefetch(self, row_ids: torch.Tensor) -> None:
+        """Begins to read the base's rows of `row_ids` [...] and returns at once. Raises as `forward`."""
+        self.base.prefetch(self._checked_ids(row_ids))
+
+    @property
+    def reads_the_disk(self) -> bool:
+        """Whether batches came from the disk lately, so that `prefetch` pays."""
+        return self.base.reads_the_disk
+
+    def gather(self, row_ids_U: torch.Tensor) -> torch.Tensor:
+        """Rows as float32 [U, D] in memory of their own, without gradient: what a row update computes with."""
+        return self._rows(self._checked_ids(row_ids_U)).float()
+
+    @torch.no_grad()
+    def _rows(self, ids_U: torch.Tensor) -> torch.Tensor:
+        rows_UD: torch.Tensor = self.base(ids_U)
+        self._put_changed(ids_U.numpy(), rows_UD, None)
+        return rows_UD
+
+    def _put_changed(
+        self, row_ids_U: np.ndarray[Any, Any], rows_UW: torch.Tensor, state: OverlayState | None
+    ) -> None:
+        """In the places of the rows that were changed: the changed rows, or those of `state`."""
+        if self._kept is not None:
+            is_here, places = _find(self._kept.row_ids_U, row_ids_U)
+            # One that was forgotten since is the base's again; the others are overwritten below.
+            stays = ~np.isin(self._kept.row_ids_U[places], self._recent.forgotten)
+            kept = self._kept.rows_UD if state is None else self._kept.states.get(state.name)
+            if kept is not None:
+                rows_UW[torch.from_numpy(np.flatnonzero(is_here)[stays])] = kept[torch.from_numpy(places[stays])]
+        (self._recent if state is None else state.recent).read_into(row_ids_U, rows_UW)
+
+    def _changed_ids(self) -> np.ndarray[Any, Any]:
+        recent = self._recent.ids
+        kept = recent[:0] if self._kept is None else self._kept.row_ids_U
+        return np.setdiff1d(np.union1d(kept, recent), self._recent.forgotten, assume_unique=True)
+
+    def _checked_ids(self, row_ids: torch.Tensor) -> torch.Tensor:
+        """int64 [U], on the CPU."""
+        self._refuse_closed()
+        if not isinstance(row_ids, torch.Tensor) or row_ids.dtype not in ID_DTYPES:
+            found = row_ids.dtype if isinstance(row_ids, torch.Tensor) else type(row_ids).__name__
+            raise TypeError(f"row ids are a tensor of int64 or int32, not {found}")
+        ids_U = row_ids.detach().cpu().reshape(-1).to(torch.int64)
+        if len(ids_U):
+            low, high = (int(end) for end in torch.aminmax(ids_U))
+            if low < 0 or high >= self.num_embeddings:
+                outside = low if low < 0 else high
+                raise IndexError(f"row id {outside}: {self.base.path} has rows 0 to {self.num_embeddings - 1}")
+        return ids_U
+
+    # Training
+
+    def protect(self, row_ids_U: torch.Tensor) -> None:
+        """Raises what `write` would raise. (The last commit's rows are a file that isn't written to.)"""
+        self._refuse_no_writer("write rows")
+        self._checked_ids(row_ids_U)
+
+    def write(self, row_ids_U: torch.Tensor, rows_UD: torch.Tensor, *, stochastic: bool = False) -> None:
+        """Changes rows, rounded to the base's dtype. Ids must be unique.
+
+        `stochastic` rounds to bfloat16 up or down at random, as `MMapEmbeddingStorage.write` does.
+        """
+        self._refuse_no_writer("write rows")
+        ids_U = self._checked_ids(row_ids_U)
+        if rows_UD.shape != (len(ids_U), self.embedding_dim):
+            raise ValueError(f"rows have shape {list(rows_UD.shape)}, not [{len(ids_U)}, {self.embedding_dim}]")
+        rows_UD = rows_UD.detach().cpu()
+        if stochastic and self.dtype == torch.bfloat16:
+            rows_UD = stochastic_bfloat16(rows_UD.float(), self._seed, self._updates)
+        self._recent.write(ids_U.numpy(), rows_UD.to(self.dtype))
+        self._updates += 1
+
+    def forget(self, row_ids_U: torch.Tensor) -> None:
+        """Takes back all changes of these rows: they are the base's again, and their optimizer states zeros."""
+        self._refuse_no_writer("forget rows")
+        ids = np.unique(self._checked_ids(row_ids_U).numpy())
+        for recent in (self._recent, *(state.recent for state in self._states.values())):
+            recent.forget(ids)
+        self._updates += 1
+
+    def open_state(self, name: str, width: int) -> OverlayState:
+        """The optimizer state of that name, `width` values a row: zeros at first, later what it was."""
+        self._refuse_no_writer("open an optimizer state")
+        kept = None if self._kept is None else self._kept.states.get(name)
+        known = self._states.get(name)
+        known_width = known.width if known else kept.shape[1] if kept is not None else width
+        if known_width != width:
+            raise ValueError(f"optimizer state {name!r} of {self.path} has width {known_width}, asked for {width}")
+        if known is None:
+            step = self._info.state_steps.get(name, 0)
+            known = self._states[name] = OverlayState(name, width, step, RecentRows(width, torch.float32))
+        return known
+
+    def read_state(self, state: OverlayState, row_ids_U: torch.Tensor) -> torch.Tensor:
+        """Rows of an optimizer state [U, W], in memory of their own."""
+        ids_U = self._checked_ids(row_ids_U)
+        values_UW = torch.zeros(len(ids_U), state.width, dtype=torch.float32, device="cpu")
+        self._put_changed(ids_U.numpy(), values_UW, state)
+        return values_UW
+
+    def write_state(self, state: OverlayState, row_ids_U: torch.Tensor, values_UW: torch.Tensor) -> None:
+        """Stores rows of an optimizer state, [U, W]; as `write`."""
+        self._refuse_no_writer("write to an optimizer state")
+        state.recent.write(self._checked_ids(row_ids_U).numpy(), values_UW)
+
+    @property
+    def _seed(self) -> int:
+        return (self.base.manifest.init_seed or 0) if isinstance(self.base, MMapEmbeddingStorage) else 0
+
+    # Keeping
+
+    @property
+    def manifest(self) -> Manifest:
+        """What a table of these rows would say of itself, as of the last commit; for reading."""
+        info = self._info
+        return Manifest(
+            self.num_embeddings,
+            self.embedding_dim,
+            row_dtype(self.dtype).name,
+            provenance=info.base.provenance,
+            step=info.step,
+            extra=info.extra,
+            updates=info.updates,
+        )
+
+    @property
+    def committed_step(self) -> int | None:
+        """The step that the last commit to name one was given; None before that."""
+        return self._info.step
+
+    @property
+    def committed_extra(self) -> dict[str, Any]:
+        """What the last commit was given as `extra`."""
+        return self._info.extra
+
+    @property
+    def updates(self) -> int:
+        """Calls that changed rows; the draws of stochastic rounding depend on it."""
+        return self._updates
+
+    @updates.setter
+    def updates(self, updates: int) -> None:
+        self._updates = operator.index(updates)
+
+    def commit(self, step: int | None = None, extra: Mapping[str, Any] | None = None) -> None:
+        """Keeps changed rows, their optimizer states, `step` and `extra` (any JSON object) together, on the disk when
+        it returns. Without a step or an extra, those of the commit before stay. Without a path they stay in memory.
+
+        Raises `ValueError` for rows that aren't finite, `OSError` where there is no room; the last commit stays then.
+        """
+        self._refuse_no_writer("commit")
+        info = self._next_info(step, extra)
+        if self.path is not None:
+            self._write(self.path, info, states=True)
+            self._kept = read_delta(self.path)
+            self._begin_anew()
+        self._info = info
+
+    def flush(self, step: int | None = None) -> None:
+        """A commit."""
+        self.commit(step)
+
+    def export(self, path: str | os.PathLike[str], *, states: bool = False) -> None:
+        """Writes the changed rows as a delta of its own, and reads it back; with their optimizer `states` it is what
+        `restore` goes back to. Raises as `commit`."""
+        self._refuse_closed()
+        self._write(Path(path), self._next_info(None, None), states=states)
+        read_delta(path)
+
+    def restore(self, path: str | os.PathLike[str]) -> None:
+        """Makes changed rows, optimizer states, step and extra those of the delta at `path`, and commits. Raises
+        `ValueError` where it is damaged or of another base; nothing has changed then."""
+        self._refuse_no_writer("restore rows")
+        delta = read_delta(path)
+        self._refuse_delta(delta)
+        for name, values_UW in delta.states.items():
+            if name in self._states and self._states[name].width != values_UW.shape[1]:
+                width = self._states[name].width
+                raise ValueError(f"{path}: state {name!r} has width {values_UW.shape[1]}, open with {width}")
+        self._kept, self._info = delta, delta.info
+        self.discard()
+        self.commit()
+
+    def discard(self) -> None:
+        """Takes back what was changed since the last commit; without a path, all changes."""
+        self._refuse_no_writer("discard changes")
+        self._begin_anew()
+        for state in self._states.values():
+            state.step = self._info.state_steps.get(state.name, 0)
+        self._updates = self._info.updates
+        self.clear_gradients()
+
+    def _begin_anew(self) -> None:
+        """Forgets what is in memory."""
+        self._recent = RecentRows(self.embedding_dim, self.dtype)
+        for state in self._states.values():
+            state.recent = RecentRows(state.width, torch.float32)
+
+    def _next_info(self, step: int | None, extra: Mapping[str, Any] | None) -> DeltaInfo:
+        old = self._info
+        return DeltaInfo(
+            self._base_name,
+            step=old.step if step is None else operator.index(step),
+            extra=old.extra if extra is None else as_json_object(extra),
+            updates=self._updates,
+            state_steps={**old.state_steps, **{name: state.step for name, state in self._states.items()}},
+        )
+
+    def _write(self, path: Path, info: DeltaInfo, *, states: bool) -> None:
+        row_ids_U = self._changed_ids()
+        ids_U = torch.from_numpy(row_ids_U)
+        sources = {"rows": Source(self.embedding_dim, self.dtype, lambda part: self._rows(ids_U[part]))}
+        if states:
+            for name in info.state_steps:
+                state = self._states.get(name) or self.open_state(name, self._kept_width(name))
+
+                def read(part: slice, state: OverlayState = state) -> torch.Tensor:
+                    return self.read_state(state, ids_U[part])
+
+                sources[f"state.{name}"] = Source(state.width, torch.float32, read)
+        else:
+            info = DeltaInfo(info.base, info.step, info.extra, info.updates)
+        write_delta(path, info, row_ids_U, sources)
+
+    def _kept_width(self, name: str) -> int:
+        assert self._kept is not None
+        return self._kept.states[name].shape[1]
+
+    def release(self) -> Table:
+        """Lets go of the delta and gives the base back, open. What wasn't committed is lost; the overlay can't be
+        used after that."""
+        self._let_go()
+        self._is_open = False
+        self._kept = None
+        self.clear_gradients()
+        return self.base
+
+    def close(self) -> None:
+        """Lets go of delta and base. What wasn't committed is lost, and a warning says so where there is a path."""
+        uncommitted = self._updates - self._info.updates
+        if self._is_open and self.path is not None and uncommitted and self._process == os.getpid():
+            warnings.warn(
+                f"{self.path} is closed with {uncommitted} updates since its last commit (step "
+                f"{self.committed_step}), which are lost. commit() keeps them",
+                UserWarning,
+                stacklevel=2,
+            )
+        self.release().close()
+
+    def _refuse_no_writer(self, what: str) -> None:
+        self._refuse_closed()
+        if self.mode == "r":
+            raise PermissionError(f"{self.path} is open with mode='r': can't {what}. Open it with mode='r+'")
+        if self._process != os.getpid():
+            raise RuntimeError(
+                f"{self.path} was opened by process {self._process}, of which this is a forked child: can't {what}. "
+                "Only the process that opened it writes to it"
+            )
+
+    def _refuse_closed(self) -> None:
+        if not self._is_open:
+            raise RuntimeError(f"{self.path or self.base.path}: the overlay is closed; make a new one")
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """A copy (deepcopy, pickle) opens the same files again, read-only; without a path it has the rows."""
+        path = None if self.path is None else str(self.path.absolute())
+        changed = (self.changed_ids, self._rows(self.changed_ids)) if path is None else None
+        return _reopen, (self.base, path, changed, self.training)
+
+    def extra_repr(self) -> str:
+        return f"{self.path}, {len(self._changed_ids())} rows changed of {self.num_embeddings}, mode={self.mode!r}"
+
+
+Storage = MMapEmbeddingStorage | ReleasedTable | OverlayStorage
+"""What a memory can be looked up in."""
+
+
+def _reopen(
+    base: Table, path: str | None, changed: tuple[torch.Tensor, torch.Tensor] | None, training: bool
+) -> OverlayStorage:
+    if changed is None:
+        return OverlayStorage(base, path, mode="r" if Path(str(path)).exists() else "r+").train(training)
+    overlay = OverlayStorage(base)
+    overlay.write(*changed)
+    return overlay.train(training)
+
+
+def _release(lock: WriterLock | None) -> None:
+    if lock is not None:
+        lock.release()

@@ -1,0 +1,577 @@
+"""Rows and their gradients across ranks: `ShardedTable`, which a model reads and trains as it does a table alone.
+
+    begin(row_ids) ──▶ lookup: counts ──▶ lookup: ids ──▶ owners read ──▶ lookup: rows      in a thread, while the
+    forward(row_ids) waits for them, and indexes one small leaf                             first layers compute
+    backward ──▶ the leaf's gradient, kept by micro-batch
+    exchange_gradients ──▶ gradients: counts ──▶ gradients: ids ──▶ gradients: rows ──▶ owners sum, in a fixed order
+    step_rows ──▶ each owner's row optimizer, on its own rows
+    commit ──▶ all of it, or none (`sense_v2.engram.ranks.global_commit`)
+
+What travels is a micro-batch's unique ids, 8 bytes each, and rows of D values: not tokens × heads. Gradients of a
+rank's micro-batches are summed before they travel, as far as that is part of the fixed order
+(`sense_v2.engram.ranks.tree_sum`): the sum at an owner has the same bits whatever the number of ranks.
+
+Two layouts. "file": one host, one table, which all ranks map; a lookup then reads the mapping and nothing travels
+but gradients. "shards": each rank has a table of its rows on its own disk. Alone, either is a table in one file, and
+the same class moves nothing.
+
+B batch, T sequence, H rows a position, D row width, U unique rows of a micro-batch, W ranks, M micro-batches of a
+step over all ranks.
+"""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+from fractions import Fraction
+from pathlib import Path
+from typing import Any, TypeVar
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from sense_v2.core.config import EngramConfig
+from sense_v2.engram.hashing import HeadLayout
+from sense_v2.engram.model import table_settings
+from sense_v2.engram.ranks import global_commit
+from sense_v2.engram.ranks.collectives import Ranks
+from sense_v2.engram.ranks.global_commit import GlobalManifest
+from sense_v2.engram.ranks.ownership import Ownership, OwnFile, RowIds
+from sense_v2.engram.ranks.tree_sum import (
+    RowGrads,
+    TreeSum,
+    add_row_grads,
+    exact_sum,
+    node_sizes,
+    row_squares,
+    total_of,
+)
+from sense_v2.engram.storage import ID_DTYPES, MMapEmbeddingStorage, RowState
+from sense_v2.engram.table.format import Manifest
+from sense_v2.engram.table.opening import Share, TableFiles
+from sense_v2.engram.tokenizer import EngramTokenizer
+
+LAYOUTS = ("file", "shards")
+# A power of two: what it is multiplied by can be read off it exactly. Its square vanishes beside any gradient's.
+SCALE_UNIT = 2.0**-60
+
+OptimizerT = TypeVar("OptimizerT", bound=torch.optim.Optimizer)
+
+
+@dataclass(frozen=True)
+class Fetch:
+    """The rows of one forward."""
+
+    row_ids_U: RowIds
+    leaf_UD: torch.Tensor
+    """float32; requires a gradient where rows are trained."""
+
+
+@dataclass
+class Traffic:
+    """What a step moved and waited for, on this rank."""
+
+    sent_bytes: dict[str, int]
+    """By phase, to other ranks."""
+    exchange_seconds: float
+    """The lookups', begin to end."""
+    waited_seconds: float
+    """What of that the model stood still for."""
+
+    def __str__(self) -> str:
+        total = sum(self.sent_bytes.values())
+        parts = ", ".join(f"{phase} {count:,}" for phase, count in self.sent_bytes.items() if count)
+        return (
+            f"{total:,} bytes sent ({parts or 'nothing'}); lookups took {1e3 * self.exchange_seconds:.1f} ms, of "
+            f"which the model waited {1e3 * self.waited_seconds:.1f} ms"
+        )
+
+
+class ShardedTable(nn.Module):
+    """A table of `num_rows` rows of `width` values that all of `ranks` read and train; to be made by all of them,
+    with the same arguments.
+
+    With layout "file", `path` is one file of this host; with "shards", each rank's rows are in a table of their own
+    beside that path, on its own disk, and rank 0 keeps the manifest that ties them. `head_rows` are the heads' first
+    rows, for ranges that cut none. `table` is what `MMapEmbeddingStorage` takes besides (dtype, seed, provenance, …).
+
+    A forward needs its rows to be on their way: `begin` with all row ids of the call, on every rank. In training one
+    forward is one micro-batch, and every rank has equally many between two steps.
+
+    Raises `ValueError` for shards of another number of ranks, and what the storage raises, on all ranks where one
+    fails.
+    """
+
+    def __init__(
+        self,
+        num_rows: int,
+        width: int,
+        path: str | Path,
+        *,
+        ranks: Ranks,
+        layout: str = "file",
+        head_rows: Sequence[int] = (),
+        mode: str = "r+",
+        provenance: Mapping[str, Any] | None = None,
+        **table: Any,
+    ) -> None:
+        super().__init__()
+        if layout not in LAYOUTS:
+            raise ValueError(f"layout = {layout!r}: must be one of {', '.join(map(repr, LAYOUTS))}")
+        self.num_embeddings, self.embedding_dim, self.path = num_rows, width, Path(path)
+        self.ranks, self.layout, self.mode = ranks, layout, mode
+        self.ownership = Ownership.split(num_rows, ranks.num_ranks, head_rows)
+        self.own_rows = self.ownership.rows_of(ranks.rank)
+        self._global: GlobalManifest | None = None
+        settings = {"mode": mode, **table}
+        if layout == "file":
+            self.own_file = OwnFile(0)
+            self.own = self._open_one_file({**settings, "provenance": provenance})
+        else:
+            self.own_file = OwnFile(self.own_rows.start)
+            self.own = self._open_shards({**settings, "provenance": dict(provenance or {})})
+        self.rows_require_grad = True
+        self._moves_rows = layout == "shards" and ranks.num_ranks > 1
+        self._pool = ThreadPoolExecutor(1, "sense-v2-exchange")
+        self._running: Future[torch.Tensor] | None = None
+        self._started: tuple[RowIds, int | None, torch.device] | None = None
+        self._fetch: Fetch | None = None
+        self._num_micro_batches = 0
+        self._pending: dict[int, RowGrads] = {}
+        self._pending_lock = threading.Lock()
+        self._norms: torch.Tensor | None = None
+        self.num_rows_met = 0
+        """Rows that had a gradient in the last `exchange_gradients`, over all ranks."""
+        self._exchange_seconds = self._waited_seconds = 0.0
+
+    # Opening
+
+    def _open_one_file(self, settings: dict[str, Any]) -> MMapEmbeddingStorage:
+        ranks = self.ranks
+
+        def opened() -> MMapEmbeddingStorage:
+            share = None
+            if ranks.num_ranks > 1 and self.mode == "r+":
+                share = Share(ranks.rank, self.own_rows.start, self.own_rows.stop)
+            return MMapEmbeddingStorage(self.num_embeddings, self.embedding_dim, self.path, share=share, **settings)
+
+        return self._in_turn("open", opened)
+
+    def _open_shards(self, settings: dict[str, Any]) -> MMapEmbeddingStorage:
+        ranks = self.ranks
+        path = self.path.with_name(shard_name(self.path.name, ranks.rank, ranks.num_ranks))
+        files = TableFiles(path)
+        found = ranks.together("open: global manifest", lambda: _read_global(self.global_path), only=0)
+        self._global = ranks.broadcast("open: global manifest", found)
+        known = self._global
+        if known is not None and tuple(known.bounds) != self.ownership.bounds:
+            raise ValueError(
+                f"{self.global_path} ties {len(known.files)} shards of rows from {known.bounds}; {ranks.num_ranks} "
+                f"ranks would own rows from {list(self.ownership.bounds)}. Go on with {len(known.files)} ranks, or "
+                "restore a checkpoint into another path"
+            )
+        provenance = settings["provenance"]
+        provenance["shard"] = {
+            "number": ranks.rank,
+            "of": ranks.num_ranks,
+            "first_row": self.own_rows.start,
+            "table_rows": self.num_embeddings,
+        }
+
+        def opened() -> MMapEmbeddingStorage:
+            if known is not None:
+                if not path.exists():
+                    raise FileNotFoundError(f"{path} isn't there, and {self.global_path} says that it is a shard")
+                if self.mode == "r+":
+                    global_commit.settle(files, known.commits[ranks.rank])
+            first_row = self.own_rows.start
+            storage = MMapEmbeddingStorage(
+                len(self.own_rows), self.embedding_dim, path, first_row=first_row, **settings
+            )
+            commit = storage.manifest.commit
+            if known is None and storage.manifest.generation:
+                raise ValueError(
+                    f"{path} was trained (generation {storage.manifest.generation}), and no global manifest "
+                    f"{self.global_path} on rank 0 says what it belongs to. Put it back, or remove the shards"
+                )
+            if known is not None and known.commits[ranks.rank] != commit:
+                raise ValueError(f"{path} is of commit {commit}, which {self.global_path} doesn't name")
+            return storage
+
+        storage = ranks.together("open: shards", opened)
+        if known is None:
+            commits = ranks.gather("open: commits", storage.manifest.commit or "")
+            names = [shard_name(self.path.name, rank, ranks.num_ranks) for rank in range(ranks.num_ranks)]
+            new = GlobalManifest(self.num_embeddings, list(self.ownership.bounds), names, commits)
+            ranks.together("open: new", lambda: global_commit.write_global(self.global_path, new), only=0)
+            self._global = new
+        return storage
+
+    def _in_turn(self, phase: str, call: Callable[[], Any]) -> Any:
+        """`call` on rank 0, which makes what isn't there, then on the others; on all at once for shards."""
+        if self.layout == "shards":
+            return self.ranks.together(phase, call)
+        made = self.ranks.together(f"{phase}: rank 0", call, only=0)
+        if self.ranks.num_ranks == 1:
+            return made
+        return self.ranks.together(f"{phase}: others", lambda: call() if self.ranks.rank else made)
+
+    @property
+    def global_path(self) -> Path:
+        """The manifest that ties shards; on rank 0's disk."""
+        return self.path.with_name(self.path.name.rpartition(".")[0] + ".shards.json")
+
+    # Reading
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.own.dtype
+
+    def begin(self, row_ids: torch.Tensor) -> None:
+        """The rows of `row_ids` [...] begin to come, from their owners where those are others, and this returns at
+        once. By all ranks, before each forward; what an earlier call brought is forgotten.
+
+        Raises `IndexError` for an id outside 0 … N - 1, `TypeError` for other dtypes than int64 and int32.
+        """
+        if row_ids.dtype not in ID_DTYPES:
+            raise TypeError(f"row ids are a tensor of int64 or int32, not {row_ids.dtype}")
+        ids_U = RowIds(torch.unique(row_ids.detach().cpu().reshape(-1).long()))
+        for row_id in (int(ids_U[0]), int(ids_U[-1])) if len(ids_U) else ():
+            if not 0 <= row_id < self.num_embeddings:
+                raise IndexError(f"row id {row_id}: {self.path} has rows 0 to {self.num_embeddings - 1}")
+        self._forget_fetch()
+        number = None
+        if self.training and self.rows_require_grad and self.mode == "r+" and torch.is_grad_enabled():
+            number = self._num_micro_batches
+            self._num_micro_batches += 1
+        self._started = ids_U, number, row_ids.device
+        self._running = self._pool.submit(self._read, ids_U, number is not None)
+
+    def _read(self, row_ids_U: RowIds, trains: bool) -> torch.Tensor:
+        """rows_UD of these ids; in the exchange's thread."""
+        started = time.perf_counter()
+        rows_UD = self._from_owners(row_ids_U, trains) if self._moves_rows else self._from_disk(row_ids_U)
+        if trains and not self._moves_rows:
+            first, stop = self.own_rows.start, self.own_rows.stop
+            own_ids = RowIds(row_ids_U[(row_ids_U >= first) & (row_ids_U < stop)])
+            self.own.protect_soon(self.own_file.to_local(own_ids))
+        self._exchange_seconds += time.perf_counter() - started
+        return rows_UD
+
+    def _from_disk(self, row_ids_U: RowIds) -> torch.Tensor:
+        return self.own.gather(self.own_file.to_local(row_ids_U)).to(self.dtype)
+
+    def _from_owners(self, row_ids_U: RowIds, trains: bool) -> torch.Tensor:
+        counts = self.ownership.counts(row_ids_U)
+        theirs = self.ranks.swap_counts("lookup: counts", torch.tensor(counts)[:, None])[:, 0].tolist()
+        asked = RowIds(self.ranks.all_to_all("lookup: ids", row_ids_U, counts, theirs))
+        if trains:
+            self.own.protect_soon(self.own_file.to_local(RowIds(torch.unique(asked))))
+        return self.ranks.all_to_all("lookup: rows", self._from_disk(asked), theirs, counts)
+
+    def _current(self) -> Fetch | None:
+        """What `begin` brought, waited for."""
+        if self._running is not None:
+            assert self._started is not None
+            ids_U, number, device = self._started
+            started = time.perf_counter()
+            running, self._running = self._running, None
+            rows_UD = running.result()
+            self._waited_seconds += time.perf_counter() - started
+            leaf_UD = rows_UD.to(device).float()
+            if number is not None:
+                leaf_UD.requires_grad_()
+                leaf_UD.register_post_accumulate_grad_hook(self._gradient_hook(number, ids_U))
+            self._fetch = Fetch(ids_U, leaf_UD)
+        return self._fetch
+
+    def _forget_fetch(self) -> None:
+        running, self._running, self._fetch = self._running, None, None
+        if running is not None:
+            running.result()
+
+    def forward(self, row_ids: torch.Tensor) -> torch.Tensor:
+        """row_ids [...] of int64 or int32, among those of the last `begin` -> rows [..., D] in the table's dtype, on
+        the ids' device. In training their gradient is kept for `exchange_gradients`.
+
+        Raises `ValueError` for rows that `begin` wasn't called with; where nothing has to travel, it is called here.
+        """
+        found = self._found(row_ids)
+        if found is None:
+            if self._moves_rows:
+                raise ValueError(
+                    f"rank {self.ranks.rank} has rows at hand only of its last begin(row_ids), which all ranks call "
+                    "before a forward; a model with memory attached does so when it is called"
+                )
+            self.begin(row_ids)
+            found = self._found(row_ids)
+            assert found is not None
+        fetch, places = found
+        rows = F.embedding(places.to(row_ids.device), fetch.leaf_UD).to(self.dtype)
+        return rows.reshape(*row_ids.shape, self.embedding_dim)
+
+    def _found(self, row_ids: torch.Tensor) -> tuple[Fetch, torch.Tensor] | None:
+        """The fetch, and where in it these rows are; None where one isn't there."""
+        fetch = self._current()
+        ids = row_ids.detach().cpu().reshape(-1).long()
+        if fetch is None or (len(ids) and not len(fetch.row_ids_U)):
+            return None
+        places = torch.searchsorted(fetch.row_ids_U, ids).clamp_(max=max(0, len(fetch.row_ids_U) - 1))
+        return (fetch, places) if bool((fetch.row_ids_U[places] == ids).all()) else None
+
+    def prefetch(self, row_ids: torch.Tensor) -> None:
+        """As the storage's, where rows are read from a mapping here; elsewhere owners read when they are asked."""
+        if not self._moves_rows:
+            self.own.prefetch(self.own_file.to_local(RowIds(row_ids)))
+
+    @property
+    def reads_the_disk(self) -> bool:
+        return not self._moves_rows and self.own.reads_the_disk
+
+    # Training
+
+    def requires_grad_(self, requires_grad: bool = True) -> ShardedTable:
+        """False freezes the rows: lookups carry no gradient."""
+        self.rows_require_grad = requires_grad
+        return self
+
+    def _gradient_hook(self, number: int, row_ids_U: RowIds) -> Callable[[torch.Tensor], None]:
+        def move(leaf_UD: torch.Tensor) -> None:
+            if leaf_UD.grad is not None:
+                new: RowGrads = (row_ids_U, leaf_UD.grad.detach().cpu())
+                with self._pending_lock:
+                    old = self._pending.get(number)
+                    self._pending[number] = new if old is None else add_row_grads(old, new)
+                leaf_UD.grad = None
+
+        return move
+
+    def exchange_gradients(self, divide_by: float | None = None) -> None:
+        """Every owner gets the sum of its rows' gradients over all micro-batches since the last step, divided by
+        `divide_by`, or by their number: the mean. By all ranks, after the last backward.
+
+        Raises `RuntimeError` where ranks had different numbers of micro-batches.
+        """
+        self._forget_fetch()
+        num_own = self._num_micro_batches
+        numbers = self.ranks.all_gather("gradients: micro-batches", torch.tensor([num_own])).reshape(-1).tolist()
+        if len(set(numbers)) != 1:
+            raise RuntimeError(f"ranks took different numbers of micro-batches since the last step: {numbers}")
+        own = self._sum_of_own(num_own)
+        total = self._summed_at_owners(own, num_own)
+        self.clear_gradients()
+        if num_own == 0:
+            return
+        row_ids_U, grads_UD = total
+        divisor = num_own * self.ranks.num_ranks if divide_by is None else divide_by
+        grads_UD = grads_UD / divisor
+        self.own.replace_gradients(self.own_file.to_local(RowIds(row_ids_U)), grads_UD)
+        self._norms = self._gather_norms(grads_UD)
+
+    def _sum_of_own(self, num_own: int) -> TreeSum[RowGrads]:
+        with self._pending_lock:
+            pending, self._pending = self._pending, {}
+        tree: TreeSum[RowGrads] = TreeSum(add_row_grads, self.ranks.rank * num_own)
+        nothing = torch.empty(0, dtype=torch.int64), torch.empty(0, self.embedding_dim)
+        for number in range(num_own):
+            # A row that a micro-batch met without a gradient has a zero.
+            tree.push(pending.get(number, nothing))
+        return tree
+
+    def _summed_at_owners(self, own: TreeSum[RowGrads], num_own: int) -> RowGrads:
+        """Of this rank's own rows, the sum over all ranks' micro-batches."""
+        num_ranks = self.ranks.num_ranks
+        sizes_WK = [node_sizes(rank * num_own, num_own) for rank in range(num_ranks)]
+        num_nodes = max(len(sizes) for sizes in sizes_WK)
+        counts_WK = torch.zeros(num_ranks, num_nodes, dtype=torch.int64)
+        for column, node in enumerate(own.nodes):
+            counts_WK[:, column] = torch.tensor(self.ownership.counts(RowIds(node.value[0])))
+        theirs_WK = self.ranks.swap_counts("gradients: counts", counts_WK)
+        counts, theirs = counts_WK.sum(dim=1).tolist(), theirs_WK.sum(dim=1).tolist()
+        parts: list[RowGrads] = []
+        for rank in range(num_ranks):
+            for column, node in enumerate(own.nodes):
+                start = int(counts_WK[:rank, column].sum())
+                stop = start + int(counts_WK[rank, column])
+                parts.append((node.value[0][start:stop], node.value[1][start:stop]))
+        nothing = torch.empty(0, dtype=torch.int64), torch.empty(0, self.embedding_dim)
+        parts = parts or [nothing]
+        ids = self.ranks.all_to_all("gradients: ids", torch.cat([part[0] for part in parts]), counts, theirs)
+        grads = self.ranks.all_to_all("gradients: rows", torch.cat([part[1] for part in parts]), counts, theirs)
+        tree: TreeSum[RowGrads] = TreeSum(add_row_grads)
+        at = 0
+        for rank, sizes in enumerate(sizes_WK):
+            for column, size in enumerate(sizes):
+                count = int(theirs_WK[rank, column])
+                tree.push((ids[at : at + count], grads[at : at + count]), size)
+                at += count
+        return tree.total() if tree.nodes else nothing
+
+    def _gather_norms(self, grads_UD: torch.Tensor) -> torch.Tensor:
+        """The norm of all rows' gradients, and `SCALE_UNIT`; see `gradients`."""
+        squares_U = row_squares(grads_UD)
+        finite = bool(torch.isfinite(squares_U).all())
+        mine: Fraction | None = exact_sum(squares_U.numpy()) if finite else None
+        found = self.ranks.gather("gradients: norms", (mine, len(grads_UD)))
+        self.num_rows_met = sum(count for _, count in found)
+        parts = [part for part, _ in found if part is not None]
+        norm = total_of(parts) ** 0.5 if len(parts) == len(found) else float("nan")
+        return torch.tensor([norm, SCALE_UNIT], dtype=torch.float64).float()
+
+    def gradients(self) -> tuple[torch.Tensor, torch.Tensor] | None:
+        """What stands in for the rows' gradients where code knows only parameters (`RowGradients`): (ids of the rows
+        that this rank owns, a tensor with the norm of all ranks' rows). The same on all ranks, so that what clips
+        or unscales does the same on each; what it multiplies the tensor by, `step_rows` multiplies the rows by.
+
+        None before `exchange_gradients`.
+        """
+        gradients = self.own.gradients()
+        return None if gradients is None or self._norms is None else (gradients[0], self._norms)
+
+    def gradient_norm(self) -> float:
+        """Of all ranks' rows together, as `exchange_gradients` left them: the same bits on all ranks, whatever their
+        number. 0 where there are none."""
+        return 0.0 if self._norms is None else float(self._norms[0])
+
+    def scale_gradients(self, scale: float) -> None:
+        if self._norms is not None:
+            self._norms *= scale
+
+    def clear_gradients(self) -> None:
+        """Forgets them, and which micro-batches there were."""
+        self._forget_fetch()
+        with self._pending_lock:
+            self._pending = {}
+        self._num_micro_batches = 0
+        self._norms = None
+        self.own.clear_gradients()
+
+    def row_optimizer(self, kind: Callable[..., OptimizerT], **settings: Any) -> OptimizerT:
+        """`RowWiseAdagrad` or `RowAdam` over the rows that this rank owns. By all ranks."""
+        optimizer: OptimizerT = self._in_turn("optimizer", lambda: kind(self.own, **settings))
+        return optimizer
+
+    def open_state(self, name: str, width: int) -> RowState:
+        """The optimizer state of that name, of the file that this rank stores to. By all ranks."""
+        state: RowState = self._in_turn("state", lambda: self.own.open_state(name, width))
+        return state
+
+    def step_rows(self, optimizer: torch.optim.Optimizer) -> None:
+        """The owner's update of its rows, and in one file the wait for all others'. By all ranks."""
+        gradients = self.own.gradients()
+        if gradients is not None and self._norms is not None:
+            scale = float(self._norms[1]) / SCALE_UNIT
+            if scale != 1.0:
+                gradients[1].mul_(scale)
+            optimizer.step()
+        self.clear_gradients()
+        if self.layout == "file":
+            self.ranks.barrier("rows stored")  # nobody reads rows that are being stored
+
+    def take_traffic(self) -> Traffic:
+        """What was moved since the last call, on this rank."""
+        traffic = Traffic(self.ranks.take_sent_bytes(), self._exchange_seconds, self._waited_seconds)
+        self._exchange_seconds = self._waited_seconds = 0.0
+        return traffic
+
+    # Keeping
+
+    @property
+    def manifest(self) -> Manifest:
+        """Of the file that this rank stores to, as of the last commit."""
+        return self.own.manifest
+
+    @property
+    def generation(self) -> int:
+        """Commits of the whole so far."""
+        return self.own.manifest.generation if self._global is None else self._global.generation
+
+    @property
+    def committed_step(self) -> int | None:
+        return self.own.committed_step
+
+    @property
+    def committed_extra(self) -> dict[str, Any]:
+        return self.own.committed_extra
+
+    @property
+    def updates(self) -> int:
+        return self.own.updates
+
+    @property
+    def is_new(self) -> bool:
+        return self.own.is_new
+
+    @property
+    def durability(self) -> str:
+        return self.own.durability
+
+    @durability.setter
+    def durability(self, durability: str) -> None:
+        self.own.durability = durability
+
+    def commit(self, step: int | None = None, extra: Mapping[str, Any] | None = None) -> None:
+        """Keeps what all ranks stored, their optimizer states, `step` and `extra` (any JSON object) together, or
+        nothing of it. By all ranks. What fails on one is an error on all, and the table is opened again."""
+        self._commit(step, extra, durable=self.own.durability == "power")
+
+    def flush(self, step: int | None = None) -> None:
+        """A commit that is on the disks when this returns."""
+        self._commit(step, None, durable=True)
+
+    def _commit(self, step: int | None, extra: Mapping[str, Any] | None, *, durable: bool) -> None:
+        if self._global is not None:
+            self._global = global_commit.commit_shards(
+                self.own, self.ranks, self.global_path, self._global, step, extra, durable=durable
+            )
+        elif self.ranks.num_ranks > 1:
+            global_commit.commit_one_file(self.own, self.ranks, step, extra, durable=durable)
+        elif durable and extra is None:
+            # Alone in one file: its manifest is the global one.
+            self.own.flush(step)
+        else:
+            self.own.commit(step, extra)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """A copy opens the same file, read-only, as a copy of a storage does."""
+        if self._moves_rows:
+            raise ValueError(f"{self.path} lies in shards on {self.ranks.num_ranks} ranks, which can't be copied")
+        return self.own.__reduce__()
+
+    def close(self) -> None:
+        """Lets go of the files; no other rank is waited for."""
+        self._pool.shutdown()
+        self.own.close()
+
+
+def open_sharded_table(
+    config: EngramConfig, tokenizer: EngramTokenizer, ranks: Ranks, *, layout: str, mode: str = "r+"
+) -> ShardedTable:
+    """`open_table` for a table that all ranks share, by all of them; `layout` as `ShardedTable` has it."""
+    settings = table_settings(config, tokenizer)
+    num_rows, width = settings.pop("num_embeddings"), settings.pop("embedding_dim")
+    head_rows = [row for offsets_H in HeadLayout.from_config(config).offsets_LH for row in offsets_H]
+    return ShardedTable(
+        num_rows, width, config.storage_path, ranks=ranks, layout=layout, head_rows=head_rows, mode=mode, **settings
+    )
+
+
+def shard_name(table_name: str, rank: int, num_ranks: int) -> str:
+    """Name of one shard of a table.
+
+    >>> shard_name("engram_table.dat", 1, 4)
+    'engram_table.1-of-4.dat'
+    """
+    stem, dot, suffix = table_name.rpartition(".")
+    return f"{stem}.{rank}-of-{num_ranks}{dot}{suffix}" if stem else f"{table_name}.{rank}-of-{num_ranks}"
+
+
+def _read_global(path: Path) -> GlobalManifest | None:
+    try:
+        return GlobalManifest.read(path)
+    except FileNotFoundError:
+        return None

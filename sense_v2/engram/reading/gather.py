@@ -1,0 +1,233 @@
+"""Row ids -> rows of an array in memory: one copy a row, bounds checked, into memory that is used again.
+
+The array is usually a mapped file whose pages are in memory. A small call is dominated by what Python does around
+it, a large one by memory: page faults of a fresh result cost more than the copies. So a result's memory is filled
+again as soon as nothing refers to it: no tensor, no view of one, no array made from it, no operation that saved it
+for its backward.
+
+Where `_gather.c` was compiled (an optional extension), it copies and holds that memory; PyTorch tells it when a
+tensor's storage is freed (`_results.h`). Else NumPy and PyTorch copy, to the same bytes, small results are ordinary
+new arrays, and whether a large one's buffer is free is asked of CPython: PyTorch holds a reference to the array that
+a tensor was made from until its storage is freed. Who takes the buffer takes it off the list first, so two threads
+never fill one. An older PyTorch (before 2.10) can't be handed memory without an array: there the extension copies,
+and the buffers are Python's. benchmarks/lookup.py measures all of it.
+
+N rows, D row width.
+"""
+
+from __future__ import annotations
+
+import importlib
+import math
+import sys
+import warnings
+from typing import Any
+
+import numpy as np
+import torch
+
+from sense_v2.engram.table.compact_rows import decode, split
+from sense_v2.engram.table.format import RAW_BYTES, RowDtype
+
+# Of `_gather.c`: what it offers this version of the library.
+INTERFACE = 2
+
+
+def _load_compiled() -> Any:
+    try:
+        found = importlib.import_module("sense_v2.engram.reading._gather")
+    except ImportError:  # no compiler where it was installed
+        return None
+    if getattr(found, "INTERFACE", None) != INTERFACE:
+        warnings.warn(
+            f"{found.__file__} was compiled from another version's source, and isn't used: rows are read slowly. "
+            "Install sense-v2 again (pip install -e . in a checkout)",
+            UserWarning,
+            stacklevel=2,
+        )
+        return None
+    return found
+
+
+compiled: Any = _load_compiled()
+
+# A new array of this size still comes from the allocator's own memory; a larger one is new pages, cleared by the
+# kernel, every time.
+REUSED_BYTES = 64 << 10
+# From here on PyTorch's index_select, which has threads, is faster than NumPy's take.
+MANY_IDS = 1024
+_ID_BYTES = {torch.int64: 8, torch.int32: 4}
+# PyTorch's table of C functions that turn memory into tensors: DLPack's, for whoever has no header of PyTorch's.
+_exchange = getattr(torch.Tensor, "__dlpack_c_exchange_api__", None)
+# DLPack's numbers of the types that rows have.
+_DLPACK_CODES = {torch.uint8: 1, torch.float16: 2, torch.float32: 2, torch.bfloat16: 4}
+
+
+def lookup_of(
+    rows_ND: np.ndarray[Any, Any],
+    dtype: torch.dtype,
+    *,
+    fd: int = -1,
+    file_bytes: int = 0,
+    slow_ns: int = 0,
+    slow_ns_per_row: int = 0,
+) -> Any:
+    """`_gather.c`'s Lookup of an array whose rows are of `dtype`; None where it can't be made: no extension, an older
+    PyTorch, or another DLPack."""
+    if compiled is None or _exchange is None or dtype not in _DLPACK_CODES:
+        return None
+    of_rows = (rows_ND, *rows_ND.shape, _DLPACK_CODES[dtype], 8 * dtype.itemsize)
+    try:
+        return compiled.Lookup(*of_rows, _exchange, torch.Tensor, fd, file_bytes, slow_ns, slow_ns_per_row)
+    except NotImplementedError:
+        return None
+
+
+class OutOfRangeError(IndexError):
+    """A row id that the table doesn't have; `row_id` is the first one."""
+
+    def __init__(self, row_id: int, num_rows: int) -> None:
+        super().__init__(f"row id {row_id}: there are rows 0 to {num_rows - 1}")
+        self.row_id = row_id
+
+
+class ReusedBuffer:
+    """A buffer that grows, lent to one array at a time."""
+
+    def __init__(self) -> None:
+        self._spare = [_aligned(0)]
+
+    def take(self, shape: tuple[int, ...], dtype: np.dtype[Any]) -> np.ndarray[Any, Any]:
+        """An array of unknown content; its memory is nobody else's until it and all made from it are gone."""
+        num_bytes = math.prod(shape) * dtype.itemsize
+        try:
+            buffer = self._spare.pop()
+        except IndexError:  # another thread is between these lines
+            return _aligned(num_bytes).view(dtype).reshape(shape)
+        # Its references: the variable, and getrefcount's argument.
+        if sys.getrefcount(buffer) > 2 or buffer.nbytes < num_bytes:
+            buffer = _aligned(num_bytes)
+        array = buffer[:num_bytes].view(dtype).reshape(shape)
+        self._spare.append(buffer)
+        return array
+
+
+def _aligned(num_bytes: int) -> np.ndarray[Any, Any]:
+    """[num_bytes] of uint8 that begin at a cache line, as PyTorch's memory does and NumPy's doesn't."""
+    return torch.empty(num_bytes, dtype=torch.uint8, device="cpu").numpy()
+
+
+class RowGather:
+    """Gathers rows of `rows_ND`, a C-contiguous array whose rows are of `dtype`; keeps the array alive."""
+
+    def __init__(self, rows_ND: np.ndarray[Any, Any], dtype: RowDtype) -> None:
+        # Not the memmap class: its indexing runs Python code for every result.
+        self._rows_ND = np.ndarray(rows_ND.shape, rows_ND.dtype, buffer=rows_ND)
+        self._tensor_ND = shared_tensor(rows_ND)
+        self.num_rows, self.width = rows_ND.shape
+        self.row_bytes = self.width * rows_ND.itemsize
+        self.address = int(rows_ND.ctypes.data)
+        self.numpy_dtype, self._torch = rows_ND.dtype, dtype.torch
+        self.viewed = self._tensor_ND.dtype != dtype.torch
+        self._buffer = ReusedBuffer()
+        self._lookup = lookup_of(rows_ND, dtype.torch)
+
+    def __call__(self, row_ids: torch.Tensor, *, out: torch.Tensor | None = None) -> torch.Tensor:
+        """row_ids [...] of int64 or int32, on the CPU -> rows [..., D].
+
+        The result's memory is used again when nothing refers to it any more. `out`, [..., D], contiguous and of the
+        rows' dtype, is filled and returned in its place. Raises `OutOfRangeError` for an id outside 0 … N - 1, and
+        nothing is copied then.
+        """
+        if not row_ids.is_contiguous():
+            row_ids = row_ids.contiguous()
+        num_ids = row_ids.numel()
+        num_threads = torch.get_num_threads() if num_ids >= MANY_IDS else 1
+        if out is None and self._lookup is not None:
+            found = self._lookup.gather(row_ids, num_threads)
+            if isinstance(found, torch.Tensor):
+                return found
+            if found is not None:
+                raise self._out_of_range(row_ids, found)
+        if out is None:
+            shape = (*row_ids.shape, self.width)
+            if num_ids * self.row_bytes <= REUSED_BYTES:
+                array = np.empty(shape, self.numpy_dtype)
+            else:
+                array = self._buffer.take(shape, self.numpy_dtype)
+        else:
+            array = out.detach().view(self._tensor_ND.dtype).numpy()
+        if compiled is None:
+            self._plain(row_ids, array, num_ids)
+        else:
+            bad = compiled.gather(
+                self.address,
+                self.num_rows,
+                self.row_bytes,
+                row_ids.data_ptr(),
+                num_ids,
+                _ID_BYTES[row_ids.dtype],
+                array,
+                num_threads,
+            )
+            if bad >= 0:
+                raise self._out_of_range(row_ids, bad)
+        if out is not None:
+            return out
+        rows = torch.from_numpy(array)
+        return rows.view(self._torch) if self.viewed else rows
+
+    def _out_of_range(self, row_ids: torch.Tensor, position: int) -> OutOfRangeError:
+        return OutOfRangeError(int(row_ids.reshape(-1)[position]), self.num_rows)
+
+    def _plain(self, row_ids: torch.Tensor, array: np.ndarray[Any, Any], num_ids: int) -> None:
+        ids = row_ids.reshape(-1)
+        numbers = ids.numpy()
+        # A negative id is a large one without its sign: one comparison for both ends.
+        unsigned = numbers.view(np.uint64 if numbers.itemsize == 8 else np.uint32)
+        if num_ids and np.maximum.reduce(unsigned) >= self.num_rows:
+            raise OutOfRangeError(int(numbers[np.argmax(unsigned >= self.num_rows)]), self.num_rows)
+        flat = array.reshape(num_ids, self.width)
+        if num_ids < MANY_IDS:
+            # "raise", the default, would gather into memory of its own first and copy.
+            self._rows_ND.take(numbers, 0, flat, "clip")
+        else:
+            torch.index_select(self._tensor_ND, 0, ids, out=torch.from_numpy(flat))
+
+
+class CompactGather:
+    """As `RowGather`, of compact rows: `rows_NB`, uint8, whose rows hold `width` values; decoded after the gather."""
+
+    def __init__(self, rows_NB: np.ndarray[Any, Any], dtype: RowDtype, width: int) -> None:
+        self._raw = RowGather(rows_NB, RAW_BYTES)
+        self.num_rows, self.width = len(rows_NB), width
+        self.row_bytes, self.address = self._raw.row_bytes, self._raw.address
+        self._dtype = dtype
+        self._buffer = ReusedBuffer()
+
+    def __call__(self, row_ids: torch.Tensor, *, out: torch.Tensor | None = None) -> torch.Tensor:
+        raw_UB = self._raw(row_ids).view(-1, self.row_bytes)
+        if out is None:
+            shape, to = (*row_ids.shape, self.width), self._dtype.torch
+            if row_ids.numel() * self.width * to.itemsize <= REUSED_BYTES:
+                out = torch.empty(shape, dtype=to, device="cpu")
+            else:
+                # NumPy has no bfloat16: its bits.
+                bits = np.dtype(f"u{to.itemsize}")
+                out = torch.from_numpy(self._buffer.take(shape, bits)).view(to)
+        decode(*split(raw_UB, self.width, self._dtype.name), out.detach().view(-1, self.width))
+        return out
+
+
+class _Memory:
+    """Lends an array's memory, declared writable: torch has no read-only tensors and warns, once a process, about
+    arrays that are. Keeps the array, and with it the mapping, alive."""
+
+    def __init__(self, array: np.ndarray[Any, Any]) -> None:
+        self.array = array
+        self.__array_interface__ = {**array.__array_interface__, "data": (array.ctypes.data, False)}
+
+
+def shared_tensor(array: np.ndarray[Any, Any]) -> torch.Tensor:
+    """The same memory as a tensor, that of a read-only mapping too."""
+    return torch.from_numpy(np.asarray(_Memory(array)))

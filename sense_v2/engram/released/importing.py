@@ -1,0 +1,167 @@
+"""A released table -> one of ours: the same rows, in a file that is mapped, trained and converted as any other.
+
+Streamed, taken up again after a kill, read back and compared (`sense_v2.engram.upkeep.transfer`); checked before as
+`open_released_table` checks (`sense_v2.engram.released.released_table`). Where no other dtype is asked for, a row's
+bytes stay what they are: our float8_e4m3fn has DeepSeek's codes with their scales behind them, our bfloat16 Qwen's
+values.
+
+The manifest says which rows they are: variant, layer, layout, the tokenizer map's checksum. The fusion weights that
+the checkpoint has for the layer lie beside the table, under our names (`sense_v2.engram.released.fusion_names`).
+"""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import safe_open
+from safetensors.torch import save as to_safetensors
+
+from sense_v2.core.config import EngramConfig
+from sense_v2.engram.reading.safetensors_headers import TensorSpan, find_tensors
+from sense_v2.engram.released.fusion_names import FUSION_NAMES, Tensors, ours_from_theirs, scale_name
+from sense_v2.engram.released.released_table import ReleasedTensors, find_released_table, warn_unchecked
+from sense_v2.engram.table import disk
+from sense_v2.engram.table.compact_rows import BLOCK_VALUES, FLOAT8
+from sense_v2.engram.table.disk import new_file
+from sense_v2.engram.table.format import Manifest, as_json_object, row_dtype
+from sense_v2.engram.table.row_dtypes import DtypeCoding, ScaledCodes
+from sense_v2.engram.table.row_files import Column, Piece
+from sense_v2.engram.tokenizer import EngramTokenizer
+from sense_v2.engram.upkeep.convert import Conversion, make_table
+from sense_v2.engram.upkeep.transfer import Side
+
+FUSION_SUFFIX = ".fusion.safetensors"
+
+
+@dataclass
+class Imported:
+    """What `import_table` did."""
+
+    table: Conversion
+    source: ReleasedTensors
+    fusion_path: Path | None
+    """The layer's fusion weights under our names, where the checkpoint has them."""
+
+
+def import_table(
+    place: str | os.PathLike[str],
+    layer: int,
+    output: str | os.PathLike[str],
+    *,
+    dtype: str | None = None,
+    variant: str | None = None,
+    config: EngramConfig | None = None,
+    tokenizer: EngramTokenizer | None = None,
+    advance: Callable[[int], Any] = lambda num_bytes: None,
+) -> Imported:
+    """Writes the table of `layer` of the checkpoint at `place` as one of ours to `output`, or goes on with it.
+
+    Without `dtype` the rows' bytes stay what they are; else they are widened, or coded anew. The manifest gets what
+    is known: variant, layer, layout, the tokenizer map's checksum. The layer's fusion weights, where the checkpoint
+    has them, go to `output` with the suffix .fusion.safetensors, for `EngramFusionLayer.load_state_dict`. Other
+    arguments are those of `open_released_table`, and what is checked is what that checks.
+
+    Raises what `open_released_table` and `convert_table` raise; `ValueError` where no dtype of ours has these bytes.
+    """
+    output = Path(output)
+    found = find_released_table(place, layer, variant=variant, config=config, tokenizer=tokenizer)
+    warn_unchecked(found, stacklevel=3)
+    coding = _coding_of(found)
+    if dtype is None and not isinstance(coding, DtypeCoding):
+        raise ValueError(
+            f"{found.path}, layer {layer}: float8 codes with one scale ({coding.scale}) for the whole table are no "
+            "row type of ours. dtype='bfloat16' keeps every value as it is looked up, 'float8_e4m3fn' codes them anew"
+        )
+    wanted = Manifest(
+        found.facts.num_rows, found.facts.width, dtype or coding.name, provenance=_provenance(found, tokenizer)
+    )
+    done = make_table(
+        Side(found.path, _columns(found), coding),
+        output,
+        wanted,
+        identity=lambda: _identity(found),
+        advance=advance,
+    )
+    weights = _released_fusion(place, found.facts.variant, layer)
+    fusion_path = output.with_suffix(FUSION_SUFFIX) if weights else None
+    if fusion_path is not None:
+        content = to_safetensors(weights, metadata={"format": "pt"})
+        if not fusion_path.exists():
+            with new_file(fusion_path) as fd:
+                disk.write_at(fd, content, 0)
+        elif fusion_path.read_bytes() != content:
+            done.notes.append(f"{fusion_path} is there already, with other weights (trained?): it stays as it is")
+    return Imported(done, found, fusion_path)
+
+
+def _coding_of(found: ReleasedTensors) -> DtypeCoding | ScaledCodes:
+    if found.scale is not None:
+        return ScaledCodes(float(found.scale), found.scale.dtype)
+    return DtypeCoding(row_dtype("bfloat16" if found.facts.dtype == "BF16" else FLOAT8))
+
+
+def _columns(found: ReleasedTensors) -> list[Column]:
+    width = found.facts.width
+    columns = [_column(found.weights, width * (2 if found.facts.dtype == "BF16" else 1))]
+    if found.scales and found.scale is None:
+        columns.append(_column(found.scales, width // BLOCK_VALUES))
+    return columns
+
+
+def _column(spans: Sequence[TensorSpan], row_bytes: int) -> Column:
+    return Column(row_bytes, tuple(Piece(span.path, span.offset, span.shape[0]) for span in spans if span.shape[0]))
+
+
+def _identity(found: ReleasedTensors) -> dict[str, Any]:
+    """Which rows these are, as far as that is known without reading them all."""
+    paths = sorted({span.path for span in (*found.weights, *found.scales)})
+    files = [[path.name, os.stat(path).st_size, os.stat(path).st_mtime_ns] for path in paths]
+    facts = found.facts
+    return {"variant": facts.variant, "layer": facts.layer, "dtype": facts.dtype, "files": files}
+
+
+def _provenance(found: ReleasedTensors, tokenizer: EngramTokenizer | None) -> dict[str, Any]:
+    facts, config = found.facts, found.config
+    known = {
+        "variant": facts.variant,
+        "layer": facts.layer,
+        "seed": None if config is None else config.seed,
+        "table_size": None if config is None else config.table_size,
+        "pad_token_id": None if config is None else config.pad_token_id,
+        "layout": None if facts.layout is None else facts.layout.to_dict(),
+        "compressed_vocab_size": found.compressed_vocab_size,
+        "shadow_map_sha256": found.map_sha256,
+        "tokenizer_name": None if tokenizer is None else tokenizer.tokenizer_name,
+    }
+    return as_json_object({name: value for name, value in known.items() if value is not None})
+
+
+def _released_fusion(place: str | os.PathLike[str], variant: str, layer: int) -> Tensors:
+    names = [name.theirs for name in FUSION_NAMES[variant]]
+    names += [scale_name(name.theirs) for name in FUSION_NAMES[variant] if name.blocks]
+    of_layer = re.compile(rf"(?:model\.)?(?:language_model\.)?layers\.{layer}\.({'|'.join(map(re.escape, names))})")
+    spans = {
+        of_layer.fullmatch(name)[1]: found[0]  # type: ignore[index]
+        for name, found in find_tensors(place, lambda name: of_layer.fullmatch(name) is not None).tensors.items()
+    }
+
+    def get(theirs: str) -> torch.Tensor | None:
+        span = spans.get(theirs)
+        if span is None:
+            return None
+        with safe_open(span.path, framework="pt") as file:
+            tensor: torch.Tensor = file.get_tensor(span.name)
+            return tensor
+
+    try:
+        return ours_from_theirs(variant, get)
+    except (KeyError, ValueError, RuntimeError) as error:
+        raise ValueError(
+            f"{place}, layer {layer}: its fusion weights aren't whole ({error}). Fetch the rest of the checkpoint"
+        ) from None

@@ -1,0 +1,105 @@
+"""Rows as bytes on disk <-> float32 values, however they are coded: `Coding`, and the codings there are.
+
+    DtypeCoding    a row type of our own tables; float8_e4m3fn has the bytes of DeepSeek-V4.1's codes and scales
+    ScaledCodes    float8 codes with one scale for the whole table, as transformers has Qwen's
+
+U rows of a part, D row width, B bytes of a row.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import numpy as np
+import torch
+
+from sense_v2.engram.table import compact_rows
+from sense_v2.engram.table.compact_rows import FLOAT8_MAX
+from sense_v2.engram.table.format import RowDtype
+
+
+class Coding(Protocol):
+    """How values are rows of bytes."""
+
+    @property
+    def name(self) -> str: ...
+
+    def row_bytes(self, width: int) -> int: ...
+
+    def decode(self, rows_UB: np.ndarray[Any, Any], width: int) -> torch.Tensor:
+        """Rows as bytes, uint8 [U, B] -> float32 [U, D]."""
+
+    def encode(self, values_UD: torch.Tensor) -> np.ndarray[Any, Any]:
+        """float32 [U, D] -> rows as bytes, uint8 [U, B]. Raises `NotRepresentableError`."""
+
+
+class NotRepresentableError(Exception):
+    """A row that a coding can't hold: its number among those given, and why."""
+
+    def __init__(self, row: int, what: str) -> None:
+        super().__init__(f"row {row} {what}")
+        self.row, self.what = row, what
+
+
+@dataclass(frozen=True)
+class DtypeCoding:
+    """Rows as our own tables have them."""
+
+    dtype: RowDtype
+
+    @property
+    def name(self) -> str:
+        return self.dtype.name
+
+    def row_bytes(self, width: int) -> int:
+        return self.dtype.row_bytes(width)
+
+    def decode(self, rows_UB: np.ndarray[Any, Any], width: int) -> torch.Tensor:
+        raw_UB = torch.from_numpy(rows_UB)
+        if self.dtype.is_compact:
+            return compact_rows.decode_rows(raw_UB, width, self.name)
+        return raw_UB.view(self.dtype.torch).float()
+
+    def encode(self, values_UD: torch.Tensor) -> np.ndarray[Any, Any]:
+        refuse_not_finite(values_UD, "holds NaN or an infinity")
+        if self.dtype.is_compact:
+            return compact_rows.join(*compact_rows.encode(values_UD, self.name)).numpy()
+        new_UD = values_UD.to(self.dtype.torch)
+        refuse_not_finite(new_UD, f"holds a value too large for {self.name}")
+        new_UB: np.ndarray[Any, Any] = new_UD.view(torch.uint8).numpy()
+        return new_UB
+
+
+def refuse_not_finite(values_UD: torch.Tensor, what: str) -> None:
+    finite_U = values_UD.isfinite().all(dim=1)
+    if not finite_U.all():
+        raise NotRepresentableError(int(finite_U.logical_not().nonzero()[0]), what)
+
+
+@dataclass(frozen=True)
+class ScaledCodes:
+    """Float8 codes with one bfloat16 scale for all rows, as transformers has Qwen's: looked up as code × scale in
+    bfloat16."""
+
+    scale: float
+    """A number of the type `scale_type`."""
+    scale_type: torch.dtype = torch.bfloat16
+
+    @property
+    def name(self) -> str:
+        return f"float8_e4m3fn × {self.scale}"
+
+    def row_bytes(self, width: int) -> int:
+        return width
+
+    def decode(self, rows_UB: np.ndarray[Any, Any], width: int) -> torch.Tensor:
+        codes_UD = torch.from_numpy(rows_UB).view(torch.float8_e4m3fn)
+        return (codes_UD.to(self.scale_type) * torch.tensor(self.scale, dtype=self.scale_type)).float()
+
+    def encode(self, values_UD: torch.Tensor) -> np.ndarray[Any, Any]:
+        refuse_not_finite(values_UD, "holds NaN or an infinity")
+        codes_UB: np.ndarray[Any, Any] = (
+            (values_UD / self.scale).clamp(-FLOAT8_MAX, FLOAT8_MAX).to(torch.float8_e4m3fn).view(torch.uint8).numpy()
+        )
+        return codes_UB

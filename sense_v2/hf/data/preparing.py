@@ -1,0 +1,263 @@
+"""Preparing data at scale: a corpus -> files of token ids, and which rows it looks up, by many workers.
+
+    documents ──Tokenize──▶ token ids of each ──CountRows──▶ partial counts ──merged──▶ RowCounts
+
+A piece of work is a function from one Arrow table to another that knows nothing of who calls it: processes of one
+machine, or a Ray cluster (sense_v2.hf.data.workers). A document is a sequence of its own, so it doesn't matter which
+worker meets it, beside what: the merged counts are those of one process, exactly.
+
+A document longer than `PIECE_TOKENS` is hashed in pieces that know the tokens before them, in bounded memory.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import shutil
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from sense_v2.core.config import EngramConfig
+from sense_v2.engram.table.disk import new_file, write_at
+from sense_v2.engram.table.format import Manifest
+from sense_v2.engram.hashing import NgramHasher
+from sense_v2.engram.upkeep.hot_rows import RowCounts
+from sense_v2.engram.model import compressed_pad_id
+from sense_v2.engram.table.opening import TableFiles, read_manifest
+from sense_v2.engram.tokenizer import EngramTokenizer
+from sense_v2.hf.data.corpus import encode
+from sense_v2.hf.saving.folder import CONFIG_FILE, MEMORY_FOLDER, memory_paths
+from sense_v2.hf.data.streaming import TOKENS_FILE
+from sense_v2.hf.data.workers import Processes, RayCluster, columns_of
+
+TOKEN_COLUMN = "input_ids"
+PIECE_TOKENS = 1 << 16
+HELD_OUT_SHARE = 0.1
+
+
+# The work: from one Arrow table to another.
+
+
+@dataclass
+class Tokenize:
+    """{text} -> {input_ids}: the token ids (int32) of each document, `separator_id` behind them."""
+
+    tokenizer: Any
+    """A `tokenizers.Tokenizer` or one of transformers; it travels to the workers."""
+    separator_id: int | None = None
+    text_column: str = "text"
+
+    def __call__(self, documents: Any) -> Any:
+        import pyarrow
+
+        texts = documents.column(self.text_column).to_pylist()
+        ids = [encode([text], self.tokenizer, separator_id=self.separator_id) for text in texts]
+        return pyarrow.table({TOKEN_COLUMN: pyarrow.array(ids, type=pyarrow.list_(pyarrow.int32()))})
+
+
+class CountRows:
+    """{input_ids} -> {row_id, count, held_out}: each row that these documents look up, and how often, apart for the
+    documents that are held out (which ones, their tokens decide).
+
+    `folder` is that of a model with memory; a worker opens it once, when it first works.
+    """
+
+    def __init__(self, folder: str | Path) -> None:
+        self.folder = str(folder)
+        self._hash_rows: Callable[[np.ndarray[Any, Any]], Iterator[np.ndarray[Any, Any]]] | None = None
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {"folder": self.folder, "_hash_rows": None}
+
+    def __call__(self, documents: Any) -> Any:
+        import pyarrow
+
+        if self._hash_rows is None:
+            self._hash_rows = row_hasher(Path(self.folder))
+        counted = RowCounts(), RowCounts()
+        for token_ids in documents.column(TOKEN_COLUMN):
+            token_ids_T = np.array(token_ids.values, dtype=np.int64)  # Arrow's own memory can't be written to
+            counts = counted[is_held_out(token_ids_T)]
+            for row_ids in self._hash_rows(token_ids_T):
+                counts.add(row_ids)
+        parts = [counts.hottest() for counts in counted]
+        return pyarrow.table(
+            {
+                "row_id": np.concatenate([ids for ids, _ in parts]),
+                "count": np.concatenate([numbers for _, numbers in parts]),
+                "held_out": np.repeat([False, True], [len(ids) for ids, _ in parts]),
+            }
+        )
+
+
+def is_held_out(token_ids_T: np.ndarray[Any, Any]) -> bool:
+    """Whether a document is among the tenth that a profile is judged by: its tokens decide, everywhere alike."""
+    digest = hashlib.sha256(token_ids_T.astype("<i8").tobytes()).digest()
+    return int.from_bytes(digest[:8], "big") / 2**64 < HELD_OUT_SHARE
+
+
+def row_hasher(folder: Path) -> Callable[[np.ndarray[Any, Any]], Iterator[np.ndarray[Any, Any]]]:
+    """token_ids_T of a document -> the row ids that all memory layers of the model look up for it, in pieces."""
+    config, shadow_map, _ = read_memory(folder)
+    hashers = memory_hashers(config, shadow_map)
+
+    def hash_rows(token_ids_T: np.ndarray[Any, Any]) -> Iterator[np.ndarray[Any, Any]]:
+        back = max(config.ngram_orders) - 1
+        history_BP: torch.Tensor | None = None
+        for at in range(0, len(token_ids_T), PIECE_TOKENS):
+            compressed_BT = shadow_map(torch.from_numpy(token_ids_T[None, at : at + PIECE_TOKENS]))
+            for hasher in hashers:
+                yield hasher(compressed_BT, history=history_BP).numpy()
+            history_BP = compressed_BT[:, -back:]
+
+    return hash_rows
+
+
+def read_memory(folder: Path) -> tuple[EngramConfig, EngramTokenizer, Manifest]:
+    """Of a model's memory: settings, shadow map and the table's manifest; the table stays closed.
+
+    Raises `FileNotFoundError` where the folder has no memory.
+    """
+    path = folder / MEMORY_FOLDER / CONFIG_FILE
+    if not path.is_file():
+        raise FileNotFoundError(
+            f"{folder}: no model with memory there; name a folder that `sense-engram train` wrote"
+        )
+    table, map_path = memory_paths(folder)
+    return EngramConfig.load(path), EngramTokenizer(map_path), read_manifest(TableFiles(table).manifest)
+
+
+def memory_hashers(config: EngramConfig, shadow_map: EngramTokenizer) -> list[NgramHasher]:
+    """One hasher a memory layer, in the order of `config.layer_indices`."""
+    return [
+        NgramHasher.from_config(
+            config,
+            layer_id=layer_id,
+            compressed_vocab_size=shadow_map.compressed_vocab_size,
+            pad_id=compressed_pad_id(config, shadow_map, None),
+        )
+        for layer_id in config.layer_indices
+    ]
+
+
+# All of a corpus.
+
+
+@dataclass
+class RowProfile:
+    """Which rows a corpus looks up."""
+
+    trained: RowCounts
+    held_out: RowCounts
+    """Of the documents that a hot set is judged by."""
+
+
+def tokenize_corpus(
+    source: str | Path | Sequence[str | Path],
+    tokenizer: Any,
+    output: str | Path,
+    *,
+    workers: Processes | RayCluster,
+    separator_id: int | None = None,
+    text_column: str = "text",
+    split: str = "train",
+) -> dict[str, Any]:
+    """Writes the token ids of each document to Parquet files in the new folder `output`, and tokens.json, which says
+    what they are; returns that. `PackedStream(open_documents(output), token_column="input_ids")` trains on them.
+
+    `source` is what `open_documents` takes. Raises `FileExistsError` where `output` is there already, and what
+    reading the corpus raises; nothing is left at `output` then.
+    """
+    output = Path(output)
+    if output.exists():
+        raise FileExistsError(f"{output} is there already; name a new folder, or remove it")
+    work = [Tokenize(tokenizer, separator_id, text_column)]
+    unfinished = output.with_name(f".{output.name}.unfinished")
+    shutil.rmtree(unfinished, ignore_errors=True)
+    unfinished.mkdir(parents=True)
+    try:
+        workers.write(source, work, unfinished, split=split)
+        documents, tokens = _count_tokens(unfinished)
+        description = {
+            "format": "sense-engram tokens",
+            "format_version": 1,
+            "documents": documents,
+            "tokens": tokens,
+            "separator_id": separator_id,
+            "tokenizer_sha256": tokenizer_digest(tokenizer),
+        }
+        with new_file(unfinished / TOKENS_FILE) as fd:
+            write_at(fd, (json.dumps(description, indent=2) + "\n").encode(), 0)
+        unfinished.rename(output)
+    finally:
+        shutil.rmtree(unfinished, ignore_errors=True)
+    return description
+
+
+def profile_rows(
+    source: str | Path | Sequence[str | Path],
+    folder: str | Path,
+    tokenizer: Any,
+    *,
+    workers: Processes | RayCluster,
+    separator_id: int | None = None,
+    text_column: str = "text",
+    split: str = "train",
+) -> RowProfile:
+    """How often a corpus looks up each row of the model in `folder`: of texts, or of what `tokenize_corpus` wrote.
+
+    Raises `ValueError` where the tokens are another tokenizer's, `FileNotFoundError` where the model has no memory.
+    """
+    read_memory(Path(folder))  # what is wrong with it is said here, not by every worker
+    work: list[Any] = [CountRows(folder)]
+    if TOKEN_COLUMN in columns_of(source, split=split):
+        _check_tokens(source, tokenizer)
+    else:
+        work.insert(0, Tokenize(tokenizer, separator_id, text_column))
+    profile = RowProfile(RowCounts(), RowCounts())
+    with workers.tables(source, work, split=split) as tables:
+        for table in tables:
+            ids, counts, held_out = (table.column(name).to_numpy() for name in ("row_id", "count", "held_out"))
+            profile.trained.add_counted(ids[~held_out], counts[~held_out])
+            profile.held_out.add_counted(ids[held_out], counts[held_out])
+    return profile
+
+
+def tokenizer_digest(tokenizer: Any) -> str:
+    """SHA-256 of what decides a tokenizer's ids: its tokenizer.json, or its vocabulary where it has no such thing."""
+    backend = getattr(tokenizer, "backend_tokenizer", tokenizer)
+    whole = backend.to_str() if hasattr(backend, "to_str") else json.dumps(tokenizer.get_vocab(), sort_keys=True)
+    return hashlib.sha256(whole.encode()).hexdigest()
+
+
+def _check_tokens(source: str | Path | Sequence[str | Path], tokenizer: Any) -> None:
+    """Refuses tokens of another tokenizer, where the folder says whose they are."""
+    for path in [source] if isinstance(source, (str, Path)) else source:
+        described = Path(path) / TOKENS_FILE
+        if not described.is_file():
+            continue
+        found = json.loads(described.read_text(encoding="utf-8")).get("tokenizer_sha256")
+        if found != tokenizer_digest(tokenizer):
+            raise ValueError(
+                f"{path} has the tokens of another tokenizer ({found}) than the model's "
+                f"({tokenizer_digest(tokenizer)}); tokenize the corpus with the model's"
+            )
+
+
+def _count_tokens(folder: Path) -> tuple[int, int]:
+    """(documents, tokens) of the Parquet files in a folder."""
+    import pyarrow.compute
+    import pyarrow.parquet
+
+    documents = tokens = 0
+    for path in sorted(folder.glob("*.parquet")):
+        with pyarrow.parquet.ParquetFile(path) as file:
+            for batch in file.iter_batches(columns=[TOKEN_COLUMN]):
+                documents += batch.num_rows
+                tokens += pyarrow.compute.sum(pyarrow.compute.list_value_length(batch.column(0))).as_py() or 0
+    return documents, tokens

@@ -1,0 +1,365 @@
+"""Corpora of any size: documents read as they are needed -> blocks of tokens, packed, shuffled, resumable.
+
+    files or a hub name ──open_documents──▶ documents ──tokenizer──▶ one line of tokens, cut ──buffer──▶ blocks
+
+Documents come from `datasets` in streaming mode, which reads text, JSON lines, Parquet and what the hub has. They are
+put one behind the other and cut into blocks of one length. `position_ids` begin anew with each document, so that
+neither attention nor n-grams reach from one into the next.
+
+Order: the files' from the seed (by `datasets`), then blocks are drawn at random from a buffer. All of it is decided
+by the seed, and where it stands is a small state: the place among the documents, the buffer, the generator. Nothing
+is read twice to go on in the middle.
+
+T block length.
+"""
+
+from __future__ import annotations
+
+import copy
+import json
+import logging
+import os
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import numpy as np
+import torch
+from safetensors import safe_open
+from safetensors.torch import save as to_safetensors
+
+from sense_v2.engram.table.disk import new_file, write_at
+
+# How `datasets` calls the format of a file of that suffix; any other is text.
+FORMATS = {".jsonl": "json", ".json": "json", ".parquet": "parquet"}
+# A text file is read in shards of this size, in an order that the seed decides, and each in pieces: a file may be
+# larger than memory. A piece is a document of its own; so few of them begin in the middle of a text.
+SHARD_BYTES = 64 * 2**20
+PIECE_BYTES = 2**20
+# States are kept every so many blocks: a Trainer has read some batches ahead of the step that it saves.
+BLOCKS_BETWEEN_STATES = 256
+STATES_KEPT = 8
+STREAM_FILE = "stream.safetensors"
+# Beside files of tokens, and no corpus itself: what they are (sense_v2.hf.data.preparing).
+TOKENS_FILE = "tokens.json"
+
+
+def open_documents(source: str | Path | Sequence[str | Path], *, split: str = "train", **options: Any) -> Any:
+    """A `datasets.IterableDataset` of a corpus that is never loaded whole.
+
+    `source`: files or folders (all text, all JSON lines or all Parquet), or the name of a dataset on the hub, for
+    which `options` go to `datasets.load_dataset`. A text file is one document, or of several MiB: pieces of one MiB,
+    cut where a line ends; bytes that aren't UTF-8 become U+FFFD.
+
+    Raises `ValueError` for files of different kinds and folders without files, `ImportError` without `datasets`.
+    """
+    try:
+        import datasets
+    except ImportError as error:
+        raise ImportError("streaming a corpus needs the package datasets: pip install 'sense-v2[stream]'") from error
+    found = files_of_one_kind(source)
+    if found is None:
+        return datasets.load_dataset(source, split=split, streaming=True, **options)
+    kind, files = found
+    if kind == "text":
+        return text_documents([(Path(file), 0, os.path.getsize(file)) for file in files])
+    return datasets.load_dataset(kind, data_files={split: files}, split=split, streaming=True, **options)
+
+
+def files_of_one_kind(source: str | Path | Sequence[str | Path]) -> tuple[str, list[str]] | None:
+    """(kind, files) of a corpus, the kind as `datasets` calls it; None where `source` is a name on the hub.
+
+    Raises `ValueError` for files of different kinds and folders without files, `FileNotFoundError`.
+    """
+    if isinstance(source, str) and not Path(source).exists():
+        return None
+    paths = [source] if isinstance(source, (str, Path)) else list(source)
+    files = [file for path in paths for file in _files(Path(path))]
+    kinds = {FORMATS.get(file.suffix, "text") for file in files}
+    if len(kinds) != 1:
+        raise ValueError(
+            f"a corpus is files of one kind; {', '.join(map(str, paths))} has {', '.join(sorted(kinds)) or 'none'}"
+        )
+    return kinds.pop(), [str(file) for file in files]
+
+
+def _files(path: Path) -> list[Path]:
+    if not path.exists():
+        raise FileNotFoundError(f"{path}: no such file or folder")
+    if path.is_file():
+        return [path]
+    hidden = (".", "__pycache__")
+    below = (file for file in path.rglob("*") if file.is_file() and file.name != TOKENS_FILE)
+    return sorted(f for f in below if not any(part.startswith(hidden) for part in f.relative_to(path).parts))
+
+
+def text_documents(parts: Sequence[tuple[Path, int, int]]) -> Any:
+    """A `datasets.IterableDataset` of parts of text files: file, first byte, end. Raises `ValueError` for no text."""
+    import datasets
+
+    shards = [
+        (str(file), start, min(start + SHARD_BYTES, end))
+        for file, first, end in parts
+        for start in range(first, end, SHARD_BYTES)
+    ]
+    if not shards:
+        raise ValueError(f"{', '.join(str(file) for file, _, _ in parts[:3])}: no text there")
+    return datasets.IterableDataset.from_generator(_read_pieces, gen_kwargs={"shards": shards})
+
+
+def _read_pieces(shards: Sequence[tuple[str, int, int]]) -> Iterator[dict[str, str]]:
+    """The text of (file, first byte, end) in pieces. A shard ends where the next one begins, at a line's border."""
+    for path, start, end in shards:
+        with open(path, "rb") as file:
+            size = os.fstat(file.fileno()).st_size
+            place, stop = _border(file, start, size), _border(file, end, size)
+            while place < stop:
+                following = min(_border(file, place + PIECE_BYTES, size), stop)
+                file.seek(place)
+                text = file.read(following - place).decode("utf-8", errors="replace")
+                yield {"text": text.removeprefix("\ufeff") if place == 0 else text}
+                place = following
+
+
+def _border(file: BinaryIO, place: int, size: int) -> int:
+    """Where the first line begins at `place` or behind it; where none does for long, a character."""
+    if place == 0 or place >= size:
+        return min(place, size)
+    file.seek(place - 1)
+    line = file.readline(PIECE_BYTES)
+    if line.endswith(b"\n") or place - 1 + len(line) == size:
+        return place - 1 + len(line)
+    file.seek(place)
+    return place + next((at for at, byte in enumerate(file.read(4)) if byte & 0xC0 != 0x80), 0)
+
+
+class PackedStream(torch.utils.data.IterableDataset):
+    """Blocks {input_ids, position_ids, labels}, each int64 [T], without end: after the last document the first comes
+    again, in another order. What a Trainer takes as its train_dataset (with max_steps).
+
+    `documents` is what `open_documents` gives, or any `datasets.IterableDataset`; `text_column` names its text, or
+    `token_column` token ids that are there already. `separator_id` comes behind each document. `buffer_blocks` is
+    how many blocks are drawn from; 1 keeps the documents' order.
+
+    A label is the block's own token, and -100 at the beginning of a document: nothing foretells it.
+
+    `state_dict(n)` is where the stream stands after its first n blocks. Not for a DataLoader with workers, which
+    would read a copy each.
+
+    Raises `ValueError` where a whole round of documents holds no block.
+    """
+
+    def __init__(
+        self,
+        documents: Any,
+        tokenizer: Any = None,
+        *,
+        sequence_length: int,
+        separator_id: int | None = None,
+        text_column: str = "text",
+        token_column: str | None = None,
+        seed: int = 0,
+        buffer_blocks: int = 1024,
+    ) -> None:
+        if (tokenizer is None) == (token_column is None):
+            raise ValueError("PackedStream: give a tokenizer, or the token_column that has token ids already")
+        if sequence_length < 2 or buffer_blocks < 1:
+            raise ValueError(
+                f"PackedStream: sequence_length = {sequence_length} must be at least 2, buffer_blocks = "
+                f"{buffer_blocks} at least 1"
+            )
+        self.tokenizer, self.text_column, self.token_column = tokenizer, text_column, token_column
+        self.separator_id, self.sequence_length = separator_id, sequence_length
+        self.seed, self.buffer_blocks = seed, buffer_blocks
+        # Shards (files) in another order each epoch; blocks are shuffled here, in a buffer whose state can be kept.
+        self.documents = documents.shuffle(seed=seed, buffer_size=1) if buffer_blocks > 1 else documents
+        self._start: dict[str, Any] | None = None
+        self._states: list[dict[str, Any]] = []
+        self._placeholders = 0
+
+    def __iter__(self) -> Iterator[dict[str, torch.Tensor]]:
+        if torch.utils.data.get_worker_info() is not None:
+            raise ValueError("PackedStream: each worker would read all of it; use dataloader_num_workers=0")
+        placeholders, self._placeholders = self._placeholders, 0
+        nothing = torch.zeros(self.sequence_length, dtype=torch.int64)
+        for _ in range(placeholders):
+            yield {"input_ids": nothing, "position_ids": nothing, "labels": nothing}
+        state = self._start or self._first_state()
+        blocks = self._blocks(copy.deepcopy(state))
+        for _ in range(state["skip"]):
+            next(blocks)
+        yield from blocks
+
+    def take(self, num_blocks: int) -> list[dict[str, torch.Tensor]]:
+        """The first blocks, as a list: for evaluation, of a stream of its own."""
+        blocks = iter(self)
+        return [next(blocks) for _ in range(num_blocks)]
+
+    # Where it stands.
+
+    def state_dict(self, num_blocks: int) -> dict[str, Any]:
+        """Where the stream stood after its first `num_blocks` blocks, in what it is iterated now."""
+        known = [state for state in self._states if state["num_blocks"] <= num_blocks]
+        state = copy.deepcopy(known[-1] if known else self._start or self._first_state())
+        state["skip"] = num_blocks - state["num_blocks"]
+        return state
+
+    def load_state_dict(self, state: dict[str, Any], *, skipped_again: bool = False) -> None:
+        """The next iteration goes on from there. With `skipped_again` it first hands out as many blocks of zeros as
+        were read before: a Trainer that resumes skips these unseen."""
+        own = self._description()
+        for name, value in state["stream"].items():
+            if own[name] != value:
+                raise ValueError(f"this stream has {name} = {own[name]!r}, the one that was saved {value!r}")
+        self._start, self._states = copy.deepcopy(state), []
+        self._placeholders = state["num_blocks"] + state["skip"] if skipped_again else 0
+
+    def _description(self) -> dict[str, Any]:
+        return {
+            "sequence_length": self.sequence_length,
+            "separator_id": self.separator_id,
+            "seed": self.seed,
+            "buffer_blocks": self.buffer_blocks,
+        }
+
+    def _first_state(self) -> dict[str, Any]:
+        return {
+            "stream": self._description(),
+            "num_blocks": 0,
+            "skip": 0,
+            "epoch": 0,
+            "documents": None,
+            "generator": np.random.default_rng(self.seed).bit_generator.state,
+            "tail": np.empty((0, 2), dtype=np.int64),
+            "buffer": np.empty((0, self.sequence_length, 2), dtype=np.int64),
+        }
+
+    # Documents to blocks.
+
+    def _blocks(self, state: dict[str, Any]) -> Iterator[dict[str, torch.Tensor]]:
+        """From `state` on. A token and its position go together: [..., 2]."""
+        generator = np.random.default_rng()
+        generator.bit_generator.state = state["generator"]
+        tail, buffer = state["tail"], list(state["buffer"])
+        num_blocks, epoch = state["num_blocks"], state["epoch"]
+        next_state = num_blocks + BLOCKS_BETWEEN_STATES
+        self._restore_documents(state["documents"], epoch)
+        while True:
+            before = num_blocks, len(buffer)
+            for document in self.documents:
+                tail = np.concatenate([tail, self._tokens(document)])
+                while len(tail) >= self.sequence_length:
+                    buffer.append(tail[: self.sequence_length])
+                    tail = tail[self.sequence_length :]
+                    if len(buffer) < self.buffer_blocks:
+                        continue
+                    chosen = int(generator.integers(len(buffer)))
+                    buffer[chosen], buffer[-1] = buffer[-1], buffer[chosen]
+                    num_blocks += 1
+                    yield self._block(buffer.pop())
+                if num_blocks >= next_state:
+                    next_state = num_blocks + BLOCKS_BETWEEN_STATES
+                    self._keep(state, num_blocks, epoch, self.documents.state_dict(), generator, tail, buffer)
+            if before == (num_blocks, len(buffer)):
+                raise ValueError(
+                    f"all documents together have {len(tail)} tokens, less than one block of {self.sequence_length}"
+                )
+            epoch += 1
+            self._restore_documents(None, epoch)
+
+    def _restore_documents(self, state: Any, epoch: int) -> None:
+        self.documents.set_epoch(epoch)
+        # A state of an earlier epoch would be gone on from.
+        logger = logging.getLogger("datasets.iterable_dataset")
+        level = logger.level
+        logger.setLevel(logging.ERROR)  # it warns of a buffer of examples, which has none to lose here
+        try:
+            self.documents.load_state_dict(self._documents_start if state is None else state)
+        finally:
+            logger.setLevel(level)
+
+    @property
+    def _documents_start(self) -> Any:
+        if not hasattr(self, "_fresh_documents"):
+            self._fresh_documents = copy.deepcopy(self.documents.state_dict())
+        return copy.deepcopy(self._fresh_documents)
+
+    def _keep(
+        self,
+        first: dict[str, Any],
+        num_blocks: int,
+        epoch: int,
+        documents: Any,
+        generator: np.random.Generator,
+        tail: np.ndarray[Any, Any],
+        buffer: list[np.ndarray[Any, Any]],
+    ) -> None:
+        state = {
+            **first,
+            "num_blocks": num_blocks,
+            "skip": 0,
+            "epoch": epoch,
+            "documents": copy.deepcopy(documents),
+            "generator": copy.deepcopy(generator.bit_generator.state),
+            "tail": tail.copy(),
+            "buffer": np.array(buffer).reshape(-1, self.sequence_length, 2),
+        }
+        self._states = [*self._states[-STATES_KEPT + 1 :], state]
+
+    def _tokens(self, document: dict[str, Any]) -> np.ndarray[Any, Any]:
+        """Token ids and positions of a document, [its length, 2]."""
+        if self.token_column is not None:
+            ids = list(document[self.token_column])
+        elif hasattr(self.tokenizer, "encode_batch"):
+            ids = self.tokenizer.encode(document[self.text_column], add_special_tokens=False).ids
+        else:
+            ids = self.tokenizer(document[self.text_column], add_special_tokens=False, verbose=False)["input_ids"]
+        ids = ids if self.separator_id is None or not ids else [*ids, self.separator_id]
+        return np.stack([np.array(ids, dtype=np.int64), np.arange(len(ids), dtype=np.int64)], axis=1)
+
+    def _block(self, block_T2: np.ndarray[Any, Any]) -> dict[str, torch.Tensor]:
+        input_ids, positions = torch.from_numpy(block_T2.copy()).unbind(1)
+        # A document that began in an earlier block begins anew in this one.
+        later = (positions == 0).cumsum(0) > 0
+        position_ids = torch.where(later, positions, positions - positions[0])
+        labels = input_ids.masked_fill(position_ids == 0, -100)
+        return {"input_ids": input_ids.clone(), "position_ids": position_ids, "labels": labels}
+
+
+class StreamBatches:
+    """token_ids_BT of a stream's blocks, as `Batches` gives them of a text in memory: a document that begins inside
+    of a block is behind its separator, no more."""
+
+    def __init__(self, stream: PackedStream, *, batch_size: int) -> None:
+        self.stream = stream
+        self.batch_size = batch_size
+
+    def __iter__(self) -> Iterator[torch.Tensor]:
+        blocks = iter(self.stream)
+        while True:
+            yield torch.stack([next(blocks)["input_ids"] for _ in range(self.batch_size)])
+
+    def state_dict(self, num_batches: int) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
+        """Where they stand after the first `num_batches`: what JSON can hold, and tensors."""
+        state = self.stream.state_dict(num_batches * self.batch_size)
+        tensors = {name: torch.from_numpy(state.pop(name)) for name in ("tail", "buffer")}
+        return state, tensors
+
+    def load_state_dict(self, values: dict[str, Any], tensors: dict[str, torch.Tensor]) -> None:
+        """The next iteration goes on there. Raises `ValueError` where they are of another stream."""
+        self.stream.load_state_dict({**values, **{name: value.numpy() for name, value in tensors.items()}})
+
+
+def save_stream(state: dict[str, Any], folder: Path) -> None:
+    """Writes a stream's state to `folder/stream.safetensors`."""
+    arrays = {name: torch.from_numpy(state[name]) for name in ("tail", "buffer")}
+    rest = {name: value for name, value in state.items() if name not in arrays}
+    with new_file(folder / STREAM_FILE, replace=True) as fd:
+        write_at(fd, to_safetensors(arrays, metadata={"state": json.dumps(rest)}), 0)
+
+
+def load_stream(folder: Path) -> dict[str, Any]:
+    """What `save_stream` wrote."""
+    with safe_open(folder / STREAM_FILE, framework="np") as file:
+        state = json.loads(file.metadata()["state"])
+        return {**state, **{name: file.get_tensor(name) for name in ("tail", "buffer")}}

@@ -1,0 +1,177 @@
+"""Who works through a corpus: processes of this machine, or a Ray cluster. Both run the same functions.
+
+    documents ──function──▶ … ──function──▶ Arrow tables, one after another, or Parquet files
+
+A function takes an Arrow table with some documents and returns one with what it made of them; what it refers to must
+pickle, since it is sent to where it runs. Every function sees every document once; what comes out has the documents'
+order, cut into tables as it suits the workers.
+
+`Processes` is `datasets`' map, `RayCluster` Ray Data's map_batches. On a cluster of several machines the files, and
+what the functions open, must be under the same path on each: a shared folder, or a copy.
+"""
+
+from __future__ import annotations
+
+import logging
+import tempfile
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from sense_v2.hf.data.streaming import files_of_one_kind, open_documents
+
+BATCH_DOCUMENTS = 128
+Source = str | Path | Sequence[str | Path]
+Work = Sequence[Callable[[Any], Any]]
+
+
+def columns_of(source: Source, *, split: str = "train") -> list[str]:
+    """The names of a corpus's columns, from its first document. Raises `ValueError` where there is none."""
+    first = next(iter(open_documents(source, split=split)), None)
+    if first is None:
+        raise ValueError(f"{source} has no document")
+    return list(first)
+
+
+@dataclass
+class Processes:
+    """`count` processes of this machine. One works in the process that asks."""
+
+    count: int = 1
+    progress: bool = False
+    """Whether the bars that `datasets` draws are shown."""
+
+    def __post_init__(self) -> None:
+        if self.count < 1:
+            raise ValueError(f"{self.count} processes: at least 1")
+
+    @contextmanager
+    def tables(self, source: Source, work: Work, *, split: str = "train") -> Iterator[Iterator[Any]]:
+        """What comes out of the last function, while the context lasts."""
+        with self._mapped(source, work, split) as done:
+            yield done.with_format("arrow").iter(batch_size=1 << 16)
+
+    def write(self, source: Source, work: Work, folder: Path, *, split: str = "train") -> None:
+        """What comes out of the last function, as Parquet files in `folder`."""
+        with self._mapped(source, work, split) as done:
+            parts = max(1, min(self.count, len(done)))
+            for number in range(parts):
+                part = done.shard(parts, number, contiguous=True)
+                part.to_parquet(folder / f"part-{number:05}.parquet")
+
+    @contextmanager
+    def _mapped(self, source: Source, work: Work, split: str) -> Iterator[Any]:
+        import datasets
+
+        bars = datasets.are_progress_bars_disabled()
+        (datasets.enable_progress_bars if self.progress else datasets.disable_progress_bars)()
+        try:
+            with self._kept_apart(datasets, source, work, split) as done:
+                yield done
+        finally:
+            (datasets.disable_progress_bars if bars else datasets.enable_progress_bars)()
+
+    @contextmanager
+    def _kept_apart(self, datasets: Any, source: Source, work: Work, split: str) -> Iterator[Any]:
+        # `datasets` names what it keeps by a function's own attributes, not by what lies in the files that these
+        # name. So what it keeps is nobody else's, and gone afterwards.
+        with tempfile.TemporaryDirectory(prefix="sense-engram-") as kept:
+            documents = self._documents(datasets, source, split, kept)
+            for number, function in enumerate(work):
+                workers = max(1, min(self.count, len(documents)))
+                documents = documents.with_format("arrow").map(
+                    function,
+                    batched=True,
+                    batch_size=BATCH_DOCUMENTS,
+                    num_proc=workers if workers > 1 else None,
+                    remove_columns=documents.column_names,
+                    load_from_cache_file=False,
+                    cache_file_name=str(Path(kept, f"step{number}.arrow")),
+                )
+            yield documents
+
+    def _documents(self, datasets: Any, source: Source, split: str, kept: str) -> Any:
+        found = files_of_one_kind(source)
+        if found is None:  # a dataset of the hub: downloads are kept where all are
+            return datasets.load_dataset(source, split=split)
+        kind, files = found
+        workers = min(self.count, len(files))
+        return datasets.load_dataset(
+            kind,
+            data_files={split: files},
+            split=split,
+            cache_dir=kept,
+            num_proc=workers if workers > 1 else None,
+            **({"sample_by": "document"} if kind == "text" else {}),
+        )
+
+
+@dataclass
+class RayCluster:
+    """The workers of a Ray cluster: the one at `address`, the one that this process is connected to already, or,
+    where there is neither, a cluster of this machine's cores that lasts as long as the work."""
+
+    address: str | None = None
+    """As `ray.init` takes it: "auto", "local", or where the head listens."""
+    progress: bool = False
+    """Whether the bars that Ray Data draws are shown."""
+
+    @contextmanager
+    def tables(self, source: Source, work: Work, *, split: str = "train") -> Iterator[Iterator[Any]]:
+        """What comes out of the last function, while the context lasts."""
+        with self._mapped(source, work, split) as done:
+            yield done.iter_batches(batch_size=None, batch_format="pyarrow")
+
+    def write(self, source: Source, work: Work, folder: Path, *, split: str = "train") -> None:
+        """What comes out of the last function, as Parquet files in `folder`, written where they were made."""
+        with self._mapped(source, work, split) as done:
+            done.write_parquet(str(folder.resolve()))
+
+    @contextmanager
+    def _mapped(self, source: Source, work: Work, split: str) -> Iterator[Any]:
+        try:
+            import ray
+            import ray.data
+        except ImportError as error:
+            raise ImportError("a Ray cluster needs the package ray: pip install 'sense-v2[ray]'") from error
+        mine = not ray.is_initialized()
+        if mine:
+            # A cluster of its own needs no dashboard, and without one nothing is reported to anybody.
+            alone: dict[str, Any] = {} if self.address not in (None, "local") else {"include_dashboard": False}
+            ray.init(address=self.address, log_to_driver=False, logging_level=logging.ERROR, **alone)
+        context = ray.data.DataContext.get_current()
+        bars, context.enable_progress_bars = context.enable_progress_bars, self.progress
+        order, context.execution_options.preserve_order = context.execution_options.preserve_order, True
+        try:
+            documents = self._documents(ray.data, source, split)
+            for function in work:
+                documents = documents.map_batches(function, batch_size=BATCH_DOCUMENTS, batch_format="pyarrow")
+            yield documents
+        finally:
+            context.enable_progress_bars = bars
+            context.execution_options.preserve_order = order
+            if mine:
+                ray.shutdown()
+
+    def _documents(self, data: Any, source: Source, split: str) -> Any:
+        found = files_of_one_kind(source)
+        if found is None:
+            import datasets
+
+            return data.from_huggingface(datasets.load_dataset(source, split=split))
+        kind, files = found
+        paths = [str(Path(file).resolve()) for file in files]
+        if kind == "parquet":
+            return data.read_parquet(paths)
+        if kind == "json":
+            return data.read_json(paths, lines=True)
+        return data.read_binary_files(paths).map_batches(_decoded, batch_format="pyarrow")
+
+
+def _decoded(files: Any) -> Any:
+    """{bytes} -> {text}."""
+    import pyarrow
+
+    return pyarrow.table({"text": [raw.decode() for raw in files.column("bytes").to_pylist()]})

@@ -1,0 +1,109 @@
+"""A prompt -> how a model goes on with its memory and without it, and what each says of the other's text.
+
+Both sides are the same weights: without memory is the backbone alone, bit for bit. After
+the two have written, both read both texts once more, so that each token has two probabilities given the same text
+before it. Two texts that differ at one token differ in all that follows; the two probabilities of a token tell where
+the memory decided and where the texts only follow from that.
+
+T tokens of prompt and continuation, K candidates, V tokens of the vocabulary.
+"""
+
+from __future__ import annotations
+
+from contextlib import nullcontext
+from typing import Any
+
+import torch
+from transformers import PreTrainedModel
+
+from sense_v2.hf.data.corpus import encode
+from sense_v2.hf.data.token_texts import Words
+from sense_v2.hf.insight.evaluation import evaluating
+from sense_v2.hf.insight.interventions import memory_off
+from sense_v2.hf.memory import memory_of
+
+WITH_MEMORY, WITHOUT_MEMORY = "with_memory", "without_memory"
+NUM_CANDIDATES = 5
+
+
+def compare(
+    model: PreTrainedModel,
+    tokenizer: Any,
+    prompt: str,
+    *,
+    max_new_tokens: int = 40,
+    temperature: float = 0.0,
+    seed: int = 0,
+    max_tokens: int | None = None,
+) -> dict[str, Any]:
+    """Two continuations of `prompt`, each at most `max_new_tokens` long; temperature 0 takes the likeliest token each
+    time, and else both draw from the same seed. Of a prompt that doesn't fit `max_tokens` with them, the end is used.
+
+        {"prompt_tokens": int, used, "dropped_tokens": int, "with_memory": SIDE, "without_memory": SIDE}
+        SIDE = {"tokens": [str], "probabilities": [float], "other_probabilities": [float], the other side's at the
+                same place, "candidates": [[[str, float]]], the likeliest at each place}
+
+    Raises `ValueError` where the prompt has no tokens or no memory is attached.
+    """
+    ids_T = _encoded(tokenizer, prompt)
+    room = len(ids_T) if max_tokens is None else max(1, max_tokens - max_new_tokens)
+    prompt_1T = ids_T[-room:][None].to(model.device)
+    num_prompt = prompt_1T.shape[1]
+    result: dict[str, Any] = {"prompt_tokens": num_prompt, "dropped_tokens": len(ids_T) - num_prompt}
+    words = Words(tokenizer)
+    with evaluating(model):
+        for side in (WITH_MEMORY, WITHOUT_MEMORY):
+            with _side(model, side):
+                token_ids_1T = _continued(model, prompt_1T, max_new_tokens, temperature, seed)
+            other = WITHOUT_MEMORY if side == WITH_MEMORY else WITH_MEMORY
+            own_TV, other_TV = (_probabilities(model, token_ids_1T, num_prompt, name) for name in (side, other))
+            new_T1 = token_ids_1T[0, num_prompt:, None]
+            top = own_TV.topk(min(NUM_CANDIDATES, own_TV.shape[-1]))
+            result[side] = {
+                "tokens": [words.of(token_id) for token_id in new_T1[:, 0].tolist()],
+                "probabilities": own_TV.gather(1, new_T1)[:, 0].tolist(),
+                "other_probabilities": other_TV.gather(1, new_T1)[:, 0].tolist(),
+                "candidates": [
+                    [[words.of(token_id), value] for token_id, value in zip(ids_K, values_K, strict=True)]
+                    for ids_K, values_K in zip(top.indices.tolist(), top.values.tolist(), strict=True)
+                ],
+            }
+    return result
+
+
+def continue_text(model: PreTrainedModel, tokenizer: Any, prompt: str, *, max_new_tokens: int) -> str:
+    """What the model goes on with, its likeliest token each time. Raises `ValueError` for a prompt of no tokens."""
+    prompt_1T = _encoded(tokenizer, prompt)[None].to(model.device)
+    with evaluating(model):
+        token_ids_1T = _continued(model, prompt_1T, max_new_tokens, temperature=0.0, seed=0)
+    return Words(tokenizer).text(token_ids_1T[0, prompt_1T.shape[1] :].tolist())
+
+
+def _encoded(tokenizer: Any, prompt: str) -> torch.Tensor:
+    ids_T = torch.from_numpy(encode([prompt], tokenizer, separator_id=None)).long()
+    if len(ids_T) == 0:
+        raise ValueError("the prompt has no tokens; begin with at least one word")
+    return ids_T
+
+
+def _side(model: PreTrainedModel, side: str) -> Any:
+    return memory_off(memory_of(model)) if side == WITHOUT_MEMORY else nullcontext()
+
+
+def _continued(
+    model: Any, prompt_1T: torch.Tensor, max_new_tokens: int, temperature: float, seed: int
+) -> torch.Tensor:
+    sampling = {"do_sample": True, "temperature": temperature} if temperature > 0 else {"do_sample": False}
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        token_ids_1T: torch.Tensor = model.generate(
+            prompt_1T, attention_mask=torch.ones_like(prompt_1T), max_new_tokens=max_new_tokens, **sampling
+        )
+    return token_ids_1T
+
+
+def _probabilities(model: Any, token_ids_1T: torch.Tensor, num_prompt: int, side: str) -> torch.Tensor:
+    """[new tokens, V]: what one side expected at each place of the continuation."""
+    with _side(model, side):
+        logits_TV = model(input_ids=token_ids_1T, use_cache=False).logits[0, num_prompt - 1 : -1]
+    return logits_TV.float().softmax(dim=-1)

@@ -1,0 +1,206 @@
+"""A folder, or a model of the hub -> the model with its memory attached (`saving/folder.py` says what is in it)."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import re
+from pathlib import Path
+from typing import Any
+
+import transformers
+from huggingface_hub import snapshot_download
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import load_file
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+
+from sense_v2.core.config import EngramConfig
+from sense_v2.hf.attach import attach_engram
+from sense_v2.hf.memory import EngramMemory, attached_memory, memory_of
+from sense_v2.hf.overlays import add_overlay
+from sense_v2.hf.saving.backbone_facts import (
+    BACKBONE_FILE,
+    check_backbone,
+    check_tokenizer,
+    read_facts,
+    tokenizer_file_differs,
+)
+from sense_v2.hf.saving.folder import (
+    CONFIG_FILE,
+    FUSION_FILE,
+    FUSION_PREFIX,
+    MAP_FILE,
+    MEMORY_FOLDER,
+    OVERLAY_FILE,
+    check_folder,
+    table_of,
+)
+from sense_v2.hf.saving.model_config import MODEL_TYPE, EngramModelConfig
+
+# Weights that could run code when they are read: never downloaded.
+_PICKLES = ["*.bin", "*.pt", "*.pth", "*.ckpt", "*.pkl", "*.pickle", "*.msgpack", "*.h5"]
+_HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
+
+
+def from_pretrained(
+    name: str | Path,
+    *,
+    mode: str = "r",
+    overlay: str | Path | None = None,
+    backbone: PreTrainedModel | None = None,
+    tokenizer: Any = None,
+    config: EngramModelConfig | None = None,
+    revision: str | None = None,
+    cache_dir: str | Path | None = None,
+    token: str | bool | None = None,
+    local_files_only: bool = False,
+    output_loading_info: bool = False,
+    **options: Any,
+) -> Any:
+    """The model that `save_pretrained` wrote, with its memory attached, in eval mode.
+
+    `name` is a folder, or (a string where no folder of that name is) a model of the hub, downloaded to the hub's
+    cache by `revision`, `cache_dir`, `token`, `local_files_only`. With mode "r" its rows can't be trained, and
+    nothing in the folder changes; "r+" trains them in place, a referenced table where it lies.
+
+    `overlay` is a delta that was made on this table: rows that it has are looked up there, and with mode "r+" all
+    that is trained goes there (it is made, if it isn't there yet), while the table is only read. A folder that was
+    saved with an overlay has its own.
+
+    `backbone` is a model to attach the memory to, in place of the saved one. `tokenizer` is compared with the one
+    that the memory was trained with. `config` and `options` (`dtype`, `device_map`, `attn_implementation`,
+    …) are those of the backbone's own `from_pretrained`. Only safetensors are read.
+
+    Warns where backbone, tokenizer or versions aren't those that were saved. Raises `FileNotFoundError` where the
+    folder or a part of it is missing, `ValueError` where parts don't belong together, the fusion layers' weights are
+    damaged, a reference's table has gone on, the overlay is another table's, or backbone or tokenizer can't do.
+    """
+    if options.pop("use_safetensors", True) is False:
+        raise ValueError("from_pretrained: use_safetensors = False: only safetensors are read; leave it out")
+    folder = _found_folder(
+        name,
+        {"revision": revision, "cache_dir": cache_dir, "token": token, "local_files_only": local_files_only},
+        mode if overlay is None else "r",
+    )
+    memory_folder = folder / MEMORY_FOLDER
+    has_memory = memory_folder.is_dir()
+    if has_memory:
+        storage_path = table_of(memory_folder)
+    overlay = _overlay_of(memory_folder, overlay)
+    loading_info: Any = None
+    if backbone is None:
+        backbone, loading_info = _load_backbone(folder, config, options)
+        if tokenizer is None and tokenizer_file_differs(read_facts(memory_folder / BACKBONE_FILE), folder):
+            tokenizer = str(folder)
+    elif attached_memory(backbone) is not None:
+        raise ValueError("from_pretrained: the backbone has memory attached already; detach_engram(backbone) first")
+    if has_memory:
+        memory_config = dataclasses.replace(
+            EngramConfig.load(memory_folder / CONFIG_FILE),
+            storage_path=str(storage_path),
+            shadow_map_path=str(memory_folder / MAP_FILE),
+        )
+        facts = read_facts(memory_folder / BACKBONE_FILE)
+        if facts:
+            check_backbone(facts, backbone, memory_folder)
+        if tokenizer is not None:
+            try:
+                check_tokenizer(facts, tokenizer, memory_folder / MAP_FILE, memory_config.normalization)
+            except OSError as error:
+                raise ValueError(f"{folder}: the tokenizer can't be loaded: {error}; copy its files again") from error
+        attach_engram(backbone, memory_config, mode=mode if overlay is None else "r")
+        load_fusion(memory_of(backbone), memory_folder)
+        if overlay is not None:
+            add_overlay(backbone, overlay, mode=mode)
+    model = backbone.eval()
+    return (model, loading_info) if output_loading_info else model
+
+
+def load_fusion(memory: EngramMemory, folder: Path) -> None:
+    """Gives the fusion layers the weights that `save_memory` wrote to `folder`. Raises `ValueError` where they are
+    damaged, or of other layers."""
+    fusion_path = folder / FUSION_FILE
+    try:
+        weights = load_file(fusion_path)
+    except SafetensorError as error:
+        raise ValueError(
+            f"{fusion_path} can't be loaded ({type(error).__name__}: {error}); copy its files again, all of one model"
+        ) from error
+    try:
+        memory.layers.load_state_dict(weights)
+    except RuntimeError as error:
+        raise ValueError(
+            f"{fusion_path} doesn't hold the fusion layers that {folder / CONFIG_FILE} and the backbone ask "
+            f"for: {error}; copy its files again, all of one model"
+        ) from error
+
+
+def _overlay_of(memory_folder: Path, given: str | Path | None) -> Path | None:
+    saved = memory_folder / OVERLAY_FILE
+    if given is not None and not memory_folder.is_dir():
+        raise ValueError(f"{memory_folder.parent} has no memory that {given} could be an overlay of; leave it out")
+    if given is not None and saved.is_file():
+        raise ValueError(
+            f"{memory_folder.parent} was saved with an overlay, and {given} would be a second one. Make them one: "
+            f"sense-engram delta merge {saved} {given} --output FILE, and put that in its place"
+        )
+    return Path(given) if given is not None else saved if saved.is_file() else None
+
+
+def _found_folder(name: str | Path, download: dict[str, Any], mode: str) -> Path:
+    folder = Path(name)
+    if isinstance(name, str) and not folder.exists() and _HUB_NAME.fullmatch(name):
+        if mode != "r":
+            raise ValueError(
+                f"{name} is a model of the hub, and its rows would be trained in the hub's cache; load it with "
+                "mode='r' and save it to a folder (save_pretrained), or download it to one"
+            )
+        try:
+            return Path(snapshot_download(name, ignore_patterns=_PICKLES, **download))
+        except (OSError, ValueError) as error:  # which of many depends on how the hub can't be reached
+            raise FileNotFoundError(
+                f"{name}: there is no such folder, and no model of that name came from the hub "
+                f"({type(error).__name__}: {str(error).splitlines()[0]}); check the name"
+            ) from error
+    check_folder(folder)
+    return folder
+
+
+def _load_backbone(
+    folder: Path, config: EngramModelConfig | None, options: dict[str, Any]
+) -> tuple[PreTrainedModel, Any]:
+    """With the class that it was saved from: an encoder, say, is no causal model. And what loading reported."""
+    found: Any = config
+    if found is None:
+        code = {name: options[name] for name in ("trust_remote_code",) if name in options}
+        found = AutoConfig.from_pretrained(str(folder), local_files_only=True, **code)
+    if found.model_type == MODEL_TYPE:
+        found = found.backbone()
+        # The Auto classes have put what they knew into their own configuration; the rest is for this one.
+        for name in [name for name in options if name not in ("dtype", "torch_dtype") and hasattr(found, name)]:
+            setattr(found, name, options.pop(name))
+    names = found.architectures or [""]
+    model_class: Any = getattr(transformers, names[0], AutoModelForCausalLM)
+    is_checkpoint = _holds_fusion_weights(folder) and issubclass(model_class, PreTrainedModel)
+    model, loading_info = (_without_fusion(model_class) if is_checkpoint else model_class).from_pretrained(
+        str(folder), config=found, local_files_only=True, use_safetensors=True, output_loading_info=True, **options
+    )
+    if is_checkpoint:
+        model.__class__ = model_class
+    return model.eval(), loading_info
+
+
+def _holds_fusion_weights(folder: Path) -> bool:
+    """Whether the fusion layers' weights are among the backbone's, as in a checkpoint that a Trainer resumes from."""
+    for path in folder.glob("model*.safetensors"):
+        with contextlib.suppress(SafetensorError), safe_open(path, framework="pt") as file:
+            if any(name.startswith(FUSION_PREFIX) for name in file.keys()):  # noqa: SIM118  # no mapping
+                return True
+    return False
+
+
+def _without_fusion(model_class: type[PreTrainedModel]) -> Any:
+    """The class, whose models don't report weights of fusion layers that lie among their own as unexpected."""
+    ignored = [*(model_class._keys_to_ignore_on_load_unexpected or ()), rf"^{re.escape(FUSION_PREFIX)}"]
+    fields = {"__module__": model_class.__module__, "_keys_to_ignore_on_load_unexpected": ignored}
+    return type(model_class.__name__, (model_class,), fields)

@@ -1,0 +1,110 @@
+"""The methods of transformers' models that have to know of the memory: put on the one object while it is attached.
+
+    prepare_inputs_for_generation    generate's inputs come with ids and mask for the memory (`inputs.py`)
+    save_pretrained                  saves the memory as well, so that whatever calls it (`push_to_hub`, a Trainer's
+                                     save_model) loses nothing
+    init_continuous_batching         refused
+
+The class and its other objects stay as they are.
+"""
+
+from __future__ import annotations
+
+import inspect
+import warnings
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from transformers import PreTrainedModel
+
+from sense_v2.hf.inputs import prepare_inputs_with_memory
+from sense_v2.hf.memory import memory_of
+
+
+class OwnMethod:
+    """A method on one object in place of its class's; `remove()` gives back what was there, as a handle does."""
+
+    def __init__(self, owner: Any, name: str, function: Any) -> None:
+        self.owner, self.name = owner, name
+        self.replaced = {key: value for key, value in vars(owner).items() if key == name}
+        # generate asks the signature which arguments it may pass on.
+        theirs = list(inspect.signature(getattr(type(owner), name)).parameters.values())
+        ours = [p for p in inspect.signature(function).parameters.values() if p.kind is p.KEYWORD_ONLY]
+        ours = [p for p in ours if p.name not in {theirs_p.name for theirs_p in theirs}]
+        named = [p for p in theirs[1:] if p.kind is not p.VAR_KEYWORD]
+        rest = [p for p in theirs if p.kind is p.VAR_KEYWORD]
+        # Not a bound method: a deep copy and a pickle make one of these for the copy.
+        method = partial(function, owner)
+        parameters = [p.replace(annotation=p.empty) for p in (*named, *ours, *rest)]
+        method.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
+        setattr(owner, name, method)
+
+    def remove(self) -> None:
+        self.owner.__dict__.pop(self.name, None)
+        self.owner.__dict__.update(self.replaced)
+
+
+def replace_methods(model: PreTrainedModel) -> list[OwnMethod]:
+    """Puts them on `model`; returns what takes them off again."""
+    return [
+        OwnMethod(model, name, function)
+        for name, function in (
+            ("prepare_inputs_for_generation", prepare_inputs_with_memory),
+            ("save_pretrained", _save_with_memory),
+            ("init_continuous_batching", _refuse_continuous_batching),
+        )
+        if hasattr(model, name)
+    ]
+
+
+def _save_with_memory(
+    model: Any,
+    save_directory: Any,
+    is_main_process: bool = True,
+    state_dict: dict[str, Any] | None = None,
+    push_to_hub: bool = False,
+    **options: Any,
+) -> None:
+    """`sense_v2.hf.save_pretrained` with the arguments of the class's own, which gets all but `push_to_hub`'s."""
+    from sense_v2.hf.saving.save import save_pretrained
+
+    own = type(model).save_pretrained
+    if options.get("distributed_checkpoint"):
+        raise ValueError(
+            "distributed_checkpoint=True writes a format that holds no memory; save without it, or "
+            "detach_engram(model) and save the backbone alone"
+        )
+    memory = memory_of(model)
+    if memory.is_released:
+        warnings.warn(
+            "the tables of a released checkpoint stay there; what is saved are the weights, the fusion layers' among "
+            "them (engram.layers.…): attach the tables again to load these",
+            UserWarning,
+            stacklevel=2,
+        )
+    if memory.is_released or memory.checkpoint == Path(save_directory):
+        # EngramCallback adds the memory when the Trainer is done, and the Trainer resumes from all weights in one.
+        own(model, save_directory, is_main_process=is_main_process, state_dict=state_dict, **options)
+        return
+    if not is_main_process:
+        own(model, save_directory, is_main_process=False, state_dict=state_dict, **options)
+        return
+    if not push_to_hub:
+        save_pretrained(model, save_directory, state_dict=state_dict, **options)
+        return
+    from sense_v2.hf.saving.hub import push_to_hub as push
+
+    # What save_pretrained of the class doesn't name is push_to_hub's, as there.
+    saved = {name: options.pop(name) for name in inspect.signature(own).parameters if name in options}
+    save_pretrained(model, save_directory, state_dict=state_dict, **saved)
+    options.setdefault("token", saved.get("token"))
+    push(save_directory, options.pop("repo_id", Path(save_directory).name), **options)
+
+
+def _refuse_continuous_batching(model: Any, *args: Any, **kwargs: Any) -> Any:
+    """Before it starts: an error in its thread would only be logged, and every answer empty."""
+    raise ValueError(
+        "continuous batching keeps tokens in a paged cache, which has no place for what the memory must know of "
+        "earlier ones: use model.generate, a batch at a time, or detach_engram(model)"
+    )

@@ -1,0 +1,137 @@
+"""The folder that holds a model with memory: names of its files, and whether all parts of it are there.
+
+    folder/config.json                           the backbone's, announced as one with memory (`auto.py`)
+    folder/model.safetensors, …                  the backbone's weights
+    folder/tokenizer.json, tokenizer_config.json its tokenizer
+    folder/README.md                             the model card (`card.py`)
+    folder/engram/config.json                    EngramConfig; its paths are relative to folder/engram
+    folder/engram/fusion.safetensors             the fusion layers' weights
+    folder/engram/engram_table.dat, .json        the table and its manifest, or
+    folder/engram/table_reference.json           where the table is, and its commit
+    folder/engram/overlay.safetensors            rows that were changed on top of the table, where any were
+    folder/engram/shadow_map.npy, .json          the shadow map
+    folder/engram/backbone.json                  what the memory was trained on (`backbone.py`)
+
+The table is never rewritten: it is where it was trained, or it is copied. A reference takes no room and holds as long
+as its commit is the table's last: it is refused once another one has followed, never taken for the rows it named.
+Every file of the memory is written under another name first, so that a process that reads the old one keeps it.
+engram/config.json comes last and is taken away before a table is replaced: a folder without it was not saved to its
+end.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import re
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import torch
+from safetensors.torch import load_file
+
+from sense_v2.core.config import EngramConfig
+from sense_v2.engram.table.disk import new_file
+from sense_v2.engram.table.format import manifest_name
+from sense_v2.engram.table.opening import read_manifest
+
+MEMORY_FOLDER = "engram"
+CONFIG_FILE = "config.json"
+FUSION_FILE = "fusion.safetensors"
+TABLE_FILE = "engram_table.dat"
+REFERENCE_FILE = "table_reference.json"
+OVERLAY_FILE = "overlay.safetensors"
+MAP_FILE = "shadow_map.npy"
+# What the fusion layers' weights are called in the model's own state.
+FUSION_PREFIX = "engram.layers."
+# Optimizer state of a table of that name, as sense_v2.engram.table.format calls it.
+STATE_FILE = re.compile(r"engram_table\.[A-Za-z0-9_-]{1,64}\.dat")
+
+
+def memory_paths(folder: str | Path) -> tuple[Path, Path]:
+    """`storage_path` and `shadow_map_path` of a memory that is trained in place in `folder`."""
+    memory = Path(folder) / MEMORY_FOLDER
+    return memory / TABLE_FILE, memory / MAP_FILE
+
+
+def check_folder(folder: Path) -> dict[str, Any]:
+    """The config.json of a saved model, after a look at whether all parts of it are there. Raises `FileNotFoundError`
+    naming the one that isn't, `ValueError` where the file is damaged or a reference's table has gone on."""
+    path = folder / "config.json"
+    if not path.is_file():
+        raise FileNotFoundError(f"{folder}: no model there (it has no config.json); `sense-engram train` writes one")
+    if (folder / MEMORY_FOLDER).is_dir():
+        table_of(folder / MEMORY_FOLDER)
+    try:
+        values: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{path}: not valid JSON: {error}; copy it again") from error
+    return values
+
+
+def table_of(memory_folder: Path) -> Path:
+    """The table's path, after a look at whether all parts of the memory are there."""
+    is_reference = (memory_folder / REFERENCE_FILE).is_file()
+    for name, what in (
+        (CONFIG_FILE, "configuration is missing: it was not saved to its end, so save it again"),
+        (REFERENCE_FILE if is_reference else TABLE_FILE, "table is missing; copy it back"),
+        (MAP_FILE, "shadow map is missing; copy it back, or make it from the tokenizer with `sense-engram setup`"),
+        (FUSION_FILE, "fusion layers' weights are missing; copy them back"),
+    ):
+        if not (memory_folder / name).is_file():
+            raise FileNotFoundError(f"{memory_folder / name}: the memory's {what}")
+    return referenced_table(memory_folder) if is_reference else memory_folder / TABLE_FILE
+
+
+def memory_parts(folder: str | Path) -> tuple[EngramConfig, Path, dict[int, dict[str, torch.Tensor]]]:
+    """(configuration, table, weights of the fusion layers by layer) of the model that was saved to `folder`, to write
+    them in another form. Raises as `from_pretrained`."""
+    memory = Path(folder) / MEMORY_FOLDER
+    table = table_of(memory)
+    fusion: dict[int, dict[str, torch.Tensor]] = {}
+    for name, value in load_file(memory / FUSION_FILE).items():
+        layer, _, rest = name.partition(".")
+        fusion.setdefault(int(layer), {})[rest] = value
+    return EngramConfig.load(memory / CONFIG_FILE), table, fusion
+
+
+def read_reference(path: Path) -> dict[str, Any]:
+    """storage_path, commit and step of a referenced table. Raises `ValueError` where the file is damaged."""
+    try:
+        named = json.loads(path.read_text(encoding="utf-8"))
+        if not all(isinstance(named[name], str) for name in ("storage_path", "commit")):
+            raise ValueError("storage_path and commit must be strings")
+    except (ValueError, KeyError, TypeError) as error:
+        raise ValueError(f"{path} is no reference to a table: {error}; save the model again") from error
+    return {"step": None, **named}
+
+
+def referenced_table(memory_folder: Path) -> Path:
+    named = read_reference(memory_folder / REFERENCE_FILE)
+    path = Path(named["storage_path"])
+    if not path.is_file():
+        raise FileNotFoundError(
+            f"{path}: the table that {memory_folder / REFERENCE_FILE} names isn't there (on another machine?); bring "
+            "it back, or save the model with table='copy'"
+        )
+    manifest = read_manifest(path.with_name(manifest_name(path.name)))
+    if manifest.commit != named["commit"]:
+        raise ValueError(
+            f"{memory_folder / REFERENCE_FILE} names {path} as committed at step {named['step']} (commit "
+            f"{named['commit']}). The table has gone on since then (step {manifest.step}, commit {manifest.commit}), "
+            "and rows that changed can't be had back; save the model again"
+        )
+    return path
+
+
+@contextlib.contextmanager
+def replaced_file(path: Path) -> Iterator[BinaryIO]:
+    """A file to write to, which takes the place of the one at `path` once it is whole."""
+    with new_file(path, replace=True) as fd, open(fd, "wb", closefd=False) as file:
+        yield file
+
+
+def is_same_file(path: Path, other: Path) -> bool:
+    return path.exists() and other.exists() and os.path.samefile(path, other)

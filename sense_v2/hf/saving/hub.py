@@ -1,0 +1,119 @@
+"""A saved folder -> a repository of the Hugging Face hub. (The way back is `from_pretrained("name/model")`.)
+
+What is uploaded is named file by file: the backbone's weights as safetensors, tokenizer, configuration, card and
+memory. A table's optimizer states, journals, locks and whatever else lies in the folder stay here. huggingface_hub
+uploads the table as it does any large file, in chunks, of which those that the hub has already aren't sent again.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import tempfile
+from pathlib import Path
+from typing import Any
+
+from huggingface_hub import HfApi
+
+from sense_v2.engram.delta.apply import strip_delta
+from sense_v2.engram.table.format import manifest_name
+from sense_v2.engram.table.opening import TableFiles, read_manifest
+from sense_v2.engram.tokenizer import description_path
+from sense_v2.hf.saving.backbone_facts import BACKBONE_FILE
+from sense_v2.hf.saving.folder import (
+    CONFIG_FILE,
+    FUSION_FILE,
+    MAP_FILE,
+    MEMORY_FOLDER,
+    OVERLAY_FILE,
+    REFERENCE_FILE,
+    TABLE_FILE,
+)
+from sense_v2.hf.saving.model_card import CARD_FILE
+
+_FILES = (
+    "config.json",
+    "generation_config.json",
+    "*.safetensors",
+    "*.safetensors.index.json",
+    "*token*.json",
+    "tokenizer.model",
+    "vocab.*",
+    "merges.txt",
+    "chat_template.jinja",
+    "config.yaml",
+    CARD_FILE,
+)
+_MEMORY_FILES = (CONFIG_FILE, FUSION_FILE, TABLE_FILE, MAP_FILE, description_path(Path(MAP_FILE)).name, BACKBONE_FILE)
+
+
+def push_to_hub(
+    folder: str | Path,
+    repo_id: str,
+    *,
+    private: bool | None = None,
+    token: str | bool | None = None,
+    revision: str | None = None,
+    create_pr: bool = False,
+    commit_message: str = "Upload a model with memory",
+) -> Any:
+    """Uploads what `save_pretrained` wrote to `folder`, and makes the repository where there is none. Returns
+    huggingface_hub's `CommitInfo`. Nothing in `folder` changes.
+
+    Raises `FileNotFoundError` where no model is there or it was not saved to its end, `ValueError` where its table is
+    a reference or has uncommitted rows, and what huggingface_hub raises.
+    """
+    folder = Path(folder)
+    memory = folder / MEMORY_FOLDER
+    if not (folder / "config.json").is_file() or not any(folder.glob("*.safetensors")):
+        raise FileNotFoundError(f"{folder}: no model there (config.json and safetensors); save_pretrained writes one")
+    if (memory / REFERENCE_FILE).is_file():
+        raise ValueError(
+            f"{folder} names its table by reference, which nobody else can follow; save the model with table='copy' "
+            "and push that folder"
+        )
+    if memory.is_dir():
+        missing = [name for name in (CONFIG_FILE, FUSION_FILE, TABLE_FILE, MAP_FILE) if not (memory / name).is_file()]
+        if missing or not (memory / manifest_name(TABLE_FILE)).is_file():
+            raise FileNotFoundError(
+                f"{memory} lacks {', '.join(missing) or manifest_name(TABLE_FILE)}: it was not saved to its end; "
+                "save it again"
+            )
+        files = TableFiles(memory / TABLE_FILE)
+        for journal in (files.journal, *files.other_journals):
+            if not (journal.is_file() and journal.stat().st_size):
+                continue
+            raise ValueError(
+                f"{journal}: somebody trains {memory / TABLE_FILE}, or died doing it; commit or close it first, or "
+                "run `sense-engram verify --repair` where nobody does"
+            )
+    api = HfApi(token=token)
+    repo_id = api.create_repo(repo_id, private=private, exist_ok=True, repo_type="model").repo_id
+    with tempfile.TemporaryDirectory(prefix="sense-v2-push-") as staging:
+        _stage(folder, Path(staging))
+        return api.upload_folder(
+            repo_id=repo_id,
+            folder_path=staging,
+            revision=revision,
+            create_pr=create_pr,
+            commit_message=commit_message,
+        )
+
+
+def _stage(folder: Path, staging: Path) -> None:
+    """Links to what is uploaded, and a manifest and an overlay without optimizer states."""
+    for pattern in _FILES:
+        for path in folder.glob(pattern):
+            link = staging / path.name
+            if path.is_file() and not link.is_symlink():
+                link.symlink_to(path.resolve())
+    memory = folder / MEMORY_FOLDER
+    if not memory.is_dir():
+        return
+    (staging / MEMORY_FOLDER).mkdir()
+    for name in _MEMORY_FILES:
+        if (memory / name).is_file():
+            (staging / MEMORY_FOLDER / name).symlink_to((memory / name).resolve())
+    if (memory / OVERLAY_FILE).is_file():
+        strip_delta(memory / OVERLAY_FILE, staging / MEMORY_FOLDER / OVERLAY_FILE)
+    manifest = dataclasses.replace(read_manifest(memory / manifest_name(TABLE_FILE)), states={})
+    (staging / MEMORY_FOLDER / manifest_name(TABLE_FILE)).write_text(manifest.to_json(), encoding="utf-8")

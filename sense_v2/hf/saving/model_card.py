@@ -1,0 +1,97 @@
+"""What is known of a model -> the model card, README.md in its folder. Everything in it is a fact that was given or
+read; there is no prose to be wrong.
+
+A card that somebody else wrote, or changed the first line of, stays as it is.
+"""
+
+from __future__ import annotations
+
+import numbers
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import transformers
+from huggingface_hub import ModelCardData
+from transformers import PreTrainedModel
+
+from sense_v2 import __version__
+from sense_v2.engram.table.disk import new_file, write_at
+from sense_v2.hf.memory import attached_memory
+
+CARD_FILE = "README.md"
+_MARK = "<!-- Written by sense_v2; without this line it is not written again. -->"
+
+
+def model_card(
+    model: PreTrainedModel, name: str, *, training: Mapping[str, Any], evaluation: Mapping[str, Any]
+) -> str:
+    """The card's text. `training` and `evaluation` become tables, a row for each name."""
+    memory = attached_memory(model)
+    base = str(getattr(model.config, "_name_or_path", "") or "")
+    front = ModelCardData(
+        library_name="transformers",
+        tags=["engram", "sense-v2"] if memory is not None else ["sense-v2"],
+        pipeline_tag="text-generation" if hasattr(model, "generate") and model.can_generate() else None,
+        # A name of the hub; a folder of some machine says nothing elsewhere.
+        base_model=base
+        if base.count("/") == 1 and not base.startswith(("/", ".")) and not Path(base).exists()
+        else None,
+    )
+    backbone = {
+        "class": type(model).__name__,
+        "layers": model.config.get_text_config().num_hidden_layers,
+        "hidden size": model.config.get_text_config().hidden_size,
+        "parameters": sum(
+            value.numel() for name, value in model.named_parameters() if not name.startswith("engram.")
+        ),
+        "weights": str(model.dtype).removeprefix("torch."),
+    }
+    sections = {"Backbone": backbone}
+    if memory is not None:
+        config, manifest, shadow_map = memory.config, memory.storage.manifest, memory.tokenizer
+        sections["Memory"] = {
+            "variant": config.variant,
+            "before layers": ", ".join(map(str, config.layer_indices)),
+            "n-grams of": f"{', '.join(map(str, config.ngram_orders))} tokens",
+            "heads": config.total_heads,
+            "rows": manifest.rows,
+            "row width": manifest.width,
+            "row type": manifest.dtype,
+            "tokenizer": config.tokenizer_name or shadow_map.tokenizer_name,
+            "token ids, compressed ids": f"{shadow_map.vocab_size:,}, {shadow_map.compressed_vocab_size:,}",
+            "step of the last commit": manifest.step,
+        }
+    sections["Training"], sections["Evaluation"] = dict(training), dict(evaluation)
+    sections["Versions"] = {"sense_v2": __version__, "transformers": transformers.__version__}
+    lines = ["---", front.to_yaml().strip(), "---", _MARK, "", f"# {name}"]
+    for title, facts in sections.items():
+        known = {fact: value for fact, value in facts.items() if value is not None}
+        if known:
+            lines += ["", f"## {title}", "", "| | |", "|---|---|"]
+            lines += [f"| {_cell(fact)} | {_cell(value)} |" for fact, value in known.items()]
+    lines += ["", "## Use", "", "```python", *_use(name, memory is not None), "```", ""]
+    return "\n".join(lines)
+
+
+def write_card(
+    model: PreTrainedModel, folder: Path, name: str, *, training: Mapping[str, Any], evaluation: Mapping[str, Any]
+) -> None:
+    """Writes the card to `folder`, unless one is there that isn't ours."""
+    path = folder / CARD_FILE
+    if path.exists() and _MARK not in path.read_text(encoding="utf-8", errors="replace").splitlines():
+        return
+    text = model_card(model, name, training=training, evaluation=evaluation)
+    with new_file(path, replace=True) as fd:
+        write_at(fd, text.encode(), 0)
+
+
+def _use(name: str, has_memory: bool) -> list[str]:
+    lines = ["from transformers import pipeline", "", f'pipeline("text-generation", model="{name}")("…")']
+    return ["import sense_v2.hf  # makes transformers know models with memory", *lines] if has_memory else lines
+
+
+def _cell(value: Any) -> str:
+    if isinstance(value, bool) or not isinstance(value, numbers.Real):
+        return " ".join(str(value).replace("|", "\\|").split())
+    return f"{value:,}" if isinstance(value, numbers.Integral) else f"{float(value):.4g}"

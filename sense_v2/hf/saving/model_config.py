@@ -1,0 +1,83 @@
+"""config.json of a model with memory: the backbone's own, announced as one that has a memory.
+
+config.json    the backbone's own, but model_type "sense_engram", with the backbone's under another name
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForMaskedLM, PreTrainedConfig, PreTrainedModel
+from transformers.models.auto.configuration_auto import CONFIG_MAPPING_NAMES
+from transformers.models.auto.modeling_auto import (
+    MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
+    MODEL_FOR_MASKED_LM_MAPPING_NAMES,
+)
+
+from sense_v2.engram.table.disk import new_file, write_at
+
+MODEL_TYPE = "sense_engram"
+
+_BACKBONE_TYPE, _BACKBONE_ARCHITECTURES = "backbone_model_type", "backbone_architectures"
+
+
+class EngramModelConfig(PreTrainedConfig):
+    """config.json of a model with memory. `backbone()` is the configuration that the model itself has."""
+
+    model_type = MODEL_TYPE
+
+    def __init__(self, **fields: Any) -> None:
+        super().__init__(**fields)
+        # As they are in the file: what it leaves out has the backbone's defaults, not those of this class.
+        self._fields = {name: value for name, value in fields.items() if name != "model_type"}
+        if "name_or_path" in fields:
+            self._fields["name_or_path"] = str(fields["name_or_path"])
+
+    def backbone(self) -> PreTrainedConfig:
+        fields = dict(self._fields)
+        if _BACKBONE_TYPE not in fields:
+            raise ValueError(
+                f"this {MODEL_TYPE} configuration names no {_BACKBONE_TYPE}; copy the model's config.json again"
+            )
+        model_type, fields["architectures"] = fields.pop(_BACKBONE_TYPE), fields.pop(_BACKBONE_ARCHITECTURES, None)
+        return AutoConfig.for_model(model_type, **fields)
+
+    def to_dict(self) -> dict[str, Any]:
+        values = {**self._fields, "model_type": MODEL_TYPE}
+        return {
+            name: str(value).removeprefix("torch.") if isinstance(value, torch.dtype) else value
+            for name, value in values.items()
+        }
+
+    def to_diff_dict(self) -> dict[str, Any]:
+        return self.to_dict()
+
+
+def announce_memory(folder: Path, model: PreTrainedModel) -> bool:
+    """Rewrites the config.json that `model` was saved with, so that it says what the folder is. False, and the file
+    stays, where no Auto class of transformers opens such a backbone."""
+    auto_class = next(
+        (
+            auto_class
+            for auto_class, names in (
+                (AutoModelForCausalLM, MODEL_FOR_CAUSAL_LM_MAPPING_NAMES),
+                (AutoModelForMaskedLM, MODEL_FOR_MASKED_LM_MAPPING_NAMES),
+            )
+            if type(model).__name__ in names.values()
+        ),
+        None,
+    )
+    path = folder / "config.json"
+    values = json.loads(path.read_text(encoding="utf-8"))
+    if auto_class is None or values.get("model_type") not in CONFIG_MAPPING_NAMES:
+        return False
+    values[_BACKBONE_TYPE], values[_BACKBONE_ARCHITECTURES] = values["model_type"], [type(model).__name__]
+    # Pipelines and transformers' server load the class that stands here, if transformers has one of that name: the
+    # backbone's own would open without its memory.
+    values["model_type"], values["architectures"] = MODEL_TYPE, [auto_class.__name__]
+    with new_file(path, replace=True) as fd:
+        write_at(fd, (json.dumps(values, indent=2, sort_keys=True) + "\n").encode(), 0)
+    return True

@@ -1,0 +1,269 @@
+"""A model with memory -> its folder (`folder.py`): the backbone as transformers saves it, and the memory beside it.
+
+The table is never rewritten: it is where it was trained, or it is copied. Every file is written under another name
+first, so that a process that reads the old one keeps it. engram/config.json comes last and is taken away before a
+table is replaced: a folder without it was not saved to its end.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import json
+import warnings
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import save as to_safetensors
+from transformers import PreTrainedModel, PreTrainedTokenizerFast
+
+from sense_v2.core.config import EngramConfig
+from sense_v2.engram.delta.overlay import OverlayStorage
+from sense_v2.engram.ranks.sharded_table import ShardedTable
+from sense_v2.engram.storage import MMapEmbeddingStorage
+from sense_v2.engram.table.disk import WriterLock, copy_file
+from sense_v2.engram.table.format import lock_name, manifest_name
+from sense_v2.engram.table.opening import read_manifest
+from sense_v2.engram.tokenizer import description_path
+from sense_v2.engram.upkeep.table_copy import copy_table
+from sense_v2.hf.memory import EngramMemory, attached_memory
+from sense_v2.hf.saving.backbone_facts import (
+    BACKBONE_FILE,
+    backbone_facts,
+    read_facts,
+    tokenizer_facts,
+)
+from sense_v2.hf.saving.folder import (
+    CONFIG_FILE,
+    FUSION_FILE,
+    FUSION_PREFIX,
+    MAP_FILE,
+    MEMORY_FOLDER,
+    OVERLAY_FILE,
+    REFERENCE_FILE,
+    STATE_FILE,
+    TABLE_FILE,
+    is_same_file,
+    replaced_file,
+)
+from sense_v2.hf.saving.model_card import write_card
+from sense_v2.hf.saving.model_config import announce_memory
+
+TABLE_WAYS = ("copy", "reflink", "reference")
+
+
+def save_pretrained(
+    model: PreTrainedModel,
+    folder: str | Path,
+    *,
+    tokenizer: Any = None,
+    table: str = "copy",
+    training: Mapping[str, Any] | None = None,
+    evaluation: Mapping[str, Any] | None = None,
+    name: str | None = None,
+    state_dict: Mapping[str, torch.Tensor] | None = None,
+    **options: Any,
+) -> None:
+    """Writes the model, its memory (if any is attached) and its tokenizer to `folder`.
+
+    A table that lies in `folder/engram` stays. For one that lies elsewhere `table` says what is saved, without its
+    optimizer states: "copy" (a reflink where the file system has them), "reflink" (refused where it hasn't), or
+    "reference", its path and commit. `model` goes on with the table it has. `tokenizer` is a `tokenizers.Tokenizer`
+    or a transformers tokenizer. `training` and `evaluation`, names and values, go into the model card, whose title is
+    `name`, by default the folder's. `state_dict` is saved in place of the model's own weights, those of the fusion
+    layers included; `options` (`max_shard_size`, `variant`, …) are those of the backbone's own `save_pretrained`.
+
+    Raises `FileExistsError` where a model without memory would be saved beside the memory of another, or a reference
+    beside a table, `BlockingIOError` where somebody writes to the table whose place would be taken, `ValueError` for
+    another `table` and for a model that a PEFT adapter wraps, `OSError` where there is no room or no reflink.
+    """
+    folder = Path(folder)
+    target = folder / MEMORY_FOLDER
+    if table not in TABLE_WAYS:
+        raise ValueError(f"save_pretrained: table = {table!r}: must be one of {', '.join(TABLE_WAYS)}")
+    if hasattr(model, "peft_config") and hasattr(model, "get_base_model"):
+        raise ValueError(
+            "save_pretrained: this model is wrapped in a PEFT adapter, whose weights wouldn't be saved in a form "
+            "that loads; save model.merge_and_unload()"
+        )
+    if getattr(model, "_hf_peft_config_loaded", False):
+        raise ValueError(
+            "save_pretrained: this model has adapters (add_adapter), and transformers would save those alone; "
+            "model.delete_adapter(…) first, or use peft.get_peft_model and save model.merge_and_unload()"
+        )
+    memory = attached_memory(model)
+    if memory is None and target.exists():
+        raise FileExistsError(
+            f"{target} is another model's memory, and this one, which has none, would be loaded with it; "
+            "remove it, or choose another folder"
+        )
+    if memory is not None and memory.is_released:
+        raise ValueError(
+            "save_pretrained: this memory reads tables of a released checkpoint, which stay there; save "
+            "model.engram.layers.state_dict() and the backbone by themselves, and attach the tables again to load "
+            "them. sense-engram convert makes a table of ours from each"
+        )
+    in_place = memory is not None and is_same_file(memory.table.path, target / TABLE_FILE)
+    if table == "reference" and not in_place and (target / TABLE_FILE).exists():
+        raise FileExistsError(
+            f"{target / TABLE_FILE} is there already, and a reference would leave it without a use; remove it, or "
+            "choose another folder"
+        )
+    with contextlib.nullcontext() if in_place else _sole_writer(target / TABLE_FILE):
+        if not in_place:
+            (target / CONFIG_FILE).unlink(missing_ok=True)
+        folder.mkdir(parents=True, exist_ok=True)
+        given = model.state_dict() if state_dict is None else state_dict
+        weights = {name: value for name, value in given.items() if not name.startswith("engram.")}
+        # The class's: the object's own is this function, while memory is attached.
+        type(model).save_pretrained(model, folder, state_dict=dict(weights), **options)  # takes it apart
+        if tokenizer is not None:
+            tokenizer = _save_tokenizer(tokenizer, model, folder)
+        if memory is not None:
+            # Several processes commit together, and one of them may save alone what was committed.
+            if memory.storage.mode == "r+" and not isinstance(memory.storage, ShardedTable):
+                memory.storage.flush()
+            # What is recorded of a tokenizer that isn't saved again still holds.
+            facts = {
+                name: value
+                for name, value in read_facts(target / BACKBONE_FILE).items()
+                if name in ("token_texts", "tokenizer_file") and in_place
+            }
+            facts |= backbone_facts(model, weights) | (
+                tokenizer_facts(tokenizer, folder) if tokenizer is not None else {}
+            )
+            describe_backbone(model, folder, facts)
+            fusion = {
+                name.removeprefix(FUSION_PREFIX): value
+                for name, value in given.items()
+                if name.startswith(FUSION_PREFIX)
+            }
+            save_memory(memory, target, table="stay" if in_place else table, states=False, fusion=fusion or None)
+        write_card(model, folder, name or folder.resolve().name, training=training or {}, evaluation=evaluation or {})
+
+
+def describe_backbone(model: PreTrainedModel, folder: Path, facts: Mapping[str, Any]) -> None:
+    """Says in `folder`, to which transformers has saved `model`, that it is one with memory, and what the memory was
+    trained on."""
+    (folder / MEMORY_FOLDER).mkdir(parents=True, exist_ok=True)
+    with replaced_file(folder / MEMORY_FOLDER / BACKBONE_FILE) as file:
+        file.write((json.dumps(facts, indent=2) + "\n").encode())
+    if not announce_memory(folder, model):
+        warnings.warn(
+            f"{type(model).__name__} is none of transformers' own models with a language head: "
+            f"sense_v2.hf.from_pretrained({str(folder)!r}) opens what was saved, the Auto classes open it "
+            "without memory",
+            UserWarning,
+            stacklevel=3,
+        )
+
+
+def save_memory(
+    memory: EngramMemory,
+    target: Path,
+    *,
+    table: str,
+    states: bool,
+    fusion: Mapping[str, torch.Tensor] | None = None,
+) -> None:
+    """Writes what of a model is memory to the folder `target`, as above, its configuration last. `fusion` are the
+    fusion layers' weights, by default those that they have.
+
+    `table`: "copy" and "reflink" copy the table of the last commit, with its optimizer states where `states`;
+    "reference" names it; "stay" is for one that lies there already. An overlay's rows are written beside it.
+    """
+    target.mkdir(parents=True, exist_ok=True)
+    if table == "reference":
+        _write_reference(memory.whole_table, target)
+    else:
+        (target / REFERENCE_FILE).unlink(missing_ok=True)
+        if table != "stay":
+            _copy_table(memory, target, states, reflink_only=table == "reflink")
+    _save_overlay(memory, target / OVERLAY_FILE, states)
+    map_path = memory.tokenizer.path
+    if description_path(map_path).exists():
+        copy_file(description_path(map_path), description_path(target / MAP_FILE))
+    else:
+        description_path(target / MAP_FILE).unlink(missing_ok=True)  # of another map
+    copy_file(map_path, target / MAP_FILE)
+    fusion = memory.layers.state_dict() if fusion is None else fusion
+    weights = {name: value.contiguous() for name, value in fusion.items()}
+    with replaced_file(target / FUSION_FILE) as file:
+        file.write(to_safetensors(weights, metadata={"format": "pt"}))
+    with replaced_file(target / CONFIG_FILE) as file:
+        file.write(_portable_config(memory).to_json().encode())
+
+
+def _save_overlay(memory: EngramMemory, path: Path, states: bool) -> None:
+    overlay: Any = memory.storage
+    if not isinstance(overlay, OverlayStorage):
+        path.unlink(missing_ok=True)  # of another memory
+    elif overlay.path is None or not is_same_file(overlay.path, path):
+        overlay.export(path, states=states)
+
+
+def _write_reference(storage: MMapEmbeddingStorage, target: Path) -> None:
+    if storage.manifest.commit is None:
+        raise ValueError(
+            f"{storage.path} was never committed, so that nothing identifies its rows; commit() before it is "
+            "referenced, or save a copy"
+        )
+    named = {
+        "storage_path": str(storage.path.absolute()),
+        "commit": storage.manifest.commit,
+        "step": storage.manifest.step,
+    }
+    with replaced_file(target / REFERENCE_FILE) as file:
+        file.write((json.dumps(named, indent=2) + "\n").encode())
+
+
+def _save_tokenizer(tokenizer: Any, model: PreTrainedModel, folder: Path) -> Any:
+    if not hasattr(tokenizer, "save_pretrained"):
+        # A lone tokenizer.json wouldn't do: AutoTokenizer takes the model's type to know the rest, and for some types
+        # reads other tokens from it without a word.
+        eos, pad = (getattr(model.config, name, None) for name in ("eos_token_id", "pad_token_id"))
+        if isinstance(eos, list):  # a configuration can list several ends, a tokenizer has one
+            eos = eos[0] if eos else None
+        # Only a token that was added: an ordinary one, made special, would be cut out of words.
+        added = {token_id: token.content for token_id, token in tokenizer.get_added_tokens_decoder().items()}
+        tokenizer = PreTrainedTokenizerFast(
+            tokenizer_object=tokenizer, eos_token=added.get(eos), pad_token=added.get(pad)
+        )
+    tokenizer.save_pretrained(folder)
+    return tokenizer
+
+
+def _portable_config(memory: EngramMemory) -> EngramConfig:
+    """Paths relative to the folder, and the pad token by name: left open, it would be the one that the model has when
+    it is loaded, and other rows would be looked up."""
+    pad_token_id = memory.config.pad_token_id
+    if pad_token_id is None:
+        compressed_V = memory.tokenizer(torch.arange(memory.tokenizer.vocab_size))
+        pad_token_id = int((compressed_V == next(iter(memory)).hasher.pad_id).nonzero()[0])
+    return dataclasses.replace(
+        memory.config, storage_path=TABLE_FILE, shadow_map_path=MAP_FILE, pad_token_id=pad_token_id
+    )
+
+
+def _copy_table(memory: EngramMemory, target: Path, states: bool, *, reflink_only: bool) -> None:
+    """The table and its manifest. State that an earlier table left there would be taken for its own."""
+    copy_table(memory.whole_table, target / TABLE_FILE, states=states, reflink_only=reflink_only)
+    kept = {entry.file for entry in read_manifest(target / manifest_name(TABLE_FILE)).states.values()}
+    for path in target.glob("engram_table.*.dat"):
+        is_table = path.with_name(manifest_name(path.name)).exists() or is_same_file(path, memory.table.path)
+        if STATE_FILE.fullmatch(path.name) and not is_table and path.name not in kept:
+            path.unlink()
+
+
+@contextlib.contextmanager
+def _sole_writer(table: Path) -> Iterator[None]:
+    """While a table that is there is replaced, nobody else writes to it: the next commit would put its own manifest
+    beside the new rows."""
+    lock = WriterLock(table.with_name(lock_name(table.name)), str(table)) if table.exists() else None
+    try:
+        yield
+    finally:
+        if lock is not None:
+            lock.release()

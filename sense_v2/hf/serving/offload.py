@@ -1,0 +1,122 @@
+"""A Qwen4-Exp model of transformers whose n-gram tables stay on disk: the same outputs, without the table in memory.
+
+    load_with_tables_on_disk(folder)    builds and loads the model, all but the tables
+    offload_ngram_table(model, folder)  takes the tables out of a model that is there
+
+What transformers computes is left to transformers: hashing, projections, gate and convolution are its own modules,
+and so is the cache. Only `ngram_embedding`, an `nn.Embedding` of 95 GiB in the released model, is replaced by one
+that looks the same rows up in the checkpoint's files (`sense_v2.engram.released.released_table`).
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import AutoModelForCausalLM, PreTrainedModel
+
+from sense_v2.engram.released.released_table import ReleasedTable, open_released_table, released_config
+
+
+class EmbeddingOnDisk(nn.Module):
+    """In the place of `ngram_embedding`: row ids -> rows, in the type that the layer computes in.
+
+    `table` None is a place that is still empty; to call it is a `ValueError`.
+    """
+
+    def __init__(
+        self, num_embeddings: int, embedding_dim: int, layer: nn.Module, table: ReleasedTable | None
+    ) -> None:
+        super().__init__()
+        self.num_embeddings, self.embedding_dim = num_embeddings, embedding_dim
+        self.table = table
+        # In a tuple, so that the layer isn't a part of its own part. Its norms keep the model's type in a quantized
+        # model, too.
+        self._layer = (layer,)
+
+    @property
+    def weight(self) -> torch.Tensor:
+        """No rows: a shape on the device meta, from which transformers sees that ids stay where they are."""
+        return torch.empty(self.num_embeddings, self.embedding_dim, device="meta")
+
+    def forward(self, row_ids: torch.Tensor) -> torch.Tensor:
+        if self.table is None:
+            raise ValueError("this model was built without its n-gram table; call offload_ngram_table(model, folder)")
+        layer: Any = self._layer[0]
+        return self.table.rows_as(row_ids, layer.norm_key.weight.dtype)
+
+
+def offload_ngram_table(model: PreTrainedModel, folder: str | os.PathLike[str]) -> PreTrainedModel:
+    """Replaces the n-gram tables of `model`, in place, by those in the checkpoint in `folder`; returns the model.
+
+    The tables' memory is given back when nothing else refers to it. The rows aren't trained, and `save_pretrained`
+    leaves them out: they are in `folder`.
+
+    Raises `ValueError` where the model has no such table, or where that of the folder doesn't fit it; the model is
+    then as it was.
+    """
+    places = list(_ngram_embeddings(model))
+    if not places:
+        raise ValueError(
+            f"{type(model).__name__} has no n-gram table of Qwen4-Exp. For memory on other models: attach_engram"
+        )
+    config = released_config(model.config.get_text_config().to_dict())
+    found = []
+    for layer, inner in places:
+        table = open_released_table(folder, int(inner.layer_idx), variant="qwen_ple", config=config)
+        old = inner.ngram_embedding
+        if (old.num_embeddings, old.embedding_dim) != (table.num_embeddings, table.embedding_dim):
+            raise ValueError(
+                f"{table.path}, layer {inner.layer_idx}: {table.num_embeddings} rows of {table.embedding_dim}, but "
+                f"the model has {old.num_embeddings} of {old.embedding_dim}. Name the model's own checkpoint"
+            )
+        found.append((layer, inner, table))
+    for layer, inner, table in found:
+        inner.ngram_embedding = EmbeddingOnDisk(table.num_embeddings, table.embedding_dim, layer, table)
+    return model
+
+
+def load_with_tables_on_disk(
+    folder: str | os.PathLike[str], *, model_class: type[PreTrainedModel] | None = None, **from_pretrained: Any
+) -> PreTrainedModel:
+    """`model_class.from_pretrained(folder, …)` without ever having a table in memory, and the tables offloaded.
+
+    `model_class` is by default what `AutoModelForCausalLM` takes. Raises as `offload_ngram_table`.
+    """
+    wanted = model_class or _causal_lm_class(folder)
+
+    def build(self: Any, config: Any, *args: Any, **kwargs: Any) -> None:
+        # from_pretrained builds on the device meta: what is taken out here has never had memory.
+        wanted.__init__(self, config, *args, **kwargs)
+        for layer, inner in list(_ngram_embeddings(self)):
+            old = inner.ngram_embedding
+            inner.ngram_embedding = EmbeddingOnDisk(old.num_embeddings, old.embedding_dim, layer, None)
+
+    ignored = [*(wanted._keys_to_ignore_on_load_unexpected or []), r"ngram_embedding\."]
+    without_tables: Any = type(
+        wanted.__name__,
+        (wanted,),
+        {"__init__": build, "__module__": wanted.__module__, "_keys_to_ignore_on_load_unexpected": ignored},
+    )
+    model = without_tables.from_pretrained(folder, **from_pretrained)
+    model.__class__ = wanted
+    return offload_ngram_table(model, folder)
+
+
+def _ngram_embeddings(model: nn.Module) -> Iterator[tuple[nn.Module, Any]]:
+    """(layer, the module in it that has `ngram_embedding`) of each table."""
+    for layer in model.modules():
+        inner = getattr(layer, "ple_embedding", None)
+        if isinstance(inner, nn.Module) and hasattr(inner, "ngram_embedding") and hasattr(layer, "norm_key"):
+            yield layer, inner
+
+
+def _causal_lm_class(folder: str | os.PathLike[str]) -> type[PreTrainedModel]:
+    from transformers import AutoConfig
+
+    found: Any = AutoModelForCausalLM._model_mapping[type(AutoConfig.from_pretrained(folder))]
+    chosen: type[PreTrainedModel] = found[0] if isinstance(found, tuple) else found
+    return chosen

@@ -1,0 +1,395 @@
+"""EngramCallback: what makes transformers' Trainer train the rows along with the weights.
+
+The Trainer knows parameters. So while it trains, the rows are one of the model's: `RowGradients`, a stand-in of no
+elements whose `.grad` is the rows' gradient. The Trainer puts it into its optimizer, counts it when it clips,
+unscales it where losses are scaled, forgets it after the step, and lets its schedule set the rate. Just before the
+optimizer's own step, a hook takes the gradient away and lets a row optimizer store the rows. A step that a gradient
+scaler skips skips the hook, or tells it to.
+
+    backward ──▶ rows' gradients ──Trainer: unscale, clip──▶ optimizer.step ──hook──▶ rows on disk
+                                                                            └───────▶ weights
+
+A checkpoint commits the table and keeps what is needed to come back to it (`checkpoint.py`).
+"""
+
+from __future__ import annotations
+
+import math
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers.trainer_callback import CallbackHandler
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
+
+from sense_v2.core.config import DURABILITIES, ROW_OPTIMIZERS
+from sense_v2.engram.optim import RowAdam, RowGradients, RowWiseAdagrad
+from sense_v2.engram.ranks.range_copy import copy_table
+from sense_v2.engram.ranks.sharded_table import ShardedTable
+from sense_v2.hf.load import load_fusion
+from sense_v2.hf.memory import EngramMemory, memory_of
+from sense_v2.hf.saving.folder import MEMORY_FOLDER, TABLE_FILE
+from sense_v2.hf.training.checkpoint import TABLES, restore_rows, write_checkpoint
+
+STAND_IN = "rows"
+
+
+class RowStandIn(nn.Module):
+    """Holds the rows' stand-in among a model's parameters, and keeps it out of what is saved."""
+
+    def __init__(self, gradients: RowGradients) -> None:
+        super().__init__()
+        self.gradients = gradients
+
+    def _save_to_state_dict(self, *_: Any) -> None:
+        pass
+
+    def _load_from_state_dict(self, *_: Any) -> None:
+        pass
+
+
+class EngramCallback(TrainerCallback):
+    """Trains the rows of a model with memory attached, in a plain `Trainer`, an `SFTTrainer` or an `EngramTrainer`.
+
+    `row_rate` is how many times the Trainer's learning rate the rows get, at each moment of its schedule; they have
+    no weight decay. `row_optimizer`: "adagrad" (one float of state a row) or "adam" (two a value).
+
+    `checkpoints` says what a checkpoint does with the table. "copy": each holds a copy (a reflink, which takes
+    neither time nor room, where the file system has them), and each can be resumed and loaded as the best model.
+    "reference": a checkpoint names the commit, and only the last one can be resumed.
+
+    With "copy" the table is committed every `commit_steps` steps (0: only with checkpoints), so that the journal of
+    old rows stays small. `durability` is the storage's.
+
+    `train_backbone=False` freezes every weight outside of the memory. Otherwise what asks for a gradient is trained,
+    and beside a PEFT adapter, which froze them, the fusion layers.
+
+    A plain Trainer resumes from `output_dir/checkpoint-STEP`; where `resume_from_checkpoint` is another folder,
+    give it here too. (An EngramTrainer knows.)
+
+    >>> from transformers import Trainer
+    >>> Trainer(model, arguments, train_dataset=blocks, callbacks=[EngramCallback()]).train()  # doctest: +SKIP
+    """
+
+    def __init__(
+        self,
+        *,
+        row_rate: float = 20.0,
+        row_optimizer: str = "adagrad",
+        checkpoints: str = "copy",
+        commit_steps: int = 100,
+        durability: str = "process",
+        train_backbone: bool = True,
+        resume_from_checkpoint: str | Path | None = None,
+    ) -> None:
+        for name, value, allowed in (
+            ("row_optimizer", row_optimizer, ROW_OPTIMIZERS),
+            ("checkpoints", checkpoints, TABLES),
+            ("durability", durability, DURABILITIES),
+        ):
+            if value not in allowed:
+                raise ValueError(f"EngramCallback: {name} = {value!r}: must be one of {', '.join(allowed)}")
+        if not (row_rate >= 0 and math.isfinite(row_rate)):
+            raise ValueError(f"EngramCallback: row_rate = {row_rate}: must be 0 or more")
+        if commit_steps < 0:
+            raise ValueError(f"EngramCallback: commit_steps = {commit_steps}: must be 0 or more")
+        self.row_rate, self.row_optimizer, self.checkpoints = row_rate, row_optimizer, checkpoints
+        self.commit_steps, self.durability, self.train_backbone = commit_steps, durability, train_backbone
+        self.resume_from_checkpoint = resume_from_checkpoint
+        self.averages_ranks = False
+        """Whether somebody averages the rows' gradients over the processes before each step: EngramTrainer does."""
+        self._memory: EngramMemory | None = None
+        self._stand_in: RowGradients | None = None
+        self._rows: RowWiseAdagrad | RowAdam | None = None
+        self._group: dict[str, Any] = {}
+        self._handles: list[Any] = []
+        self._num_ranks = 1
+        self._step, self._rate = 0, 0.0
+        self._gates: dict[int, list[torch.Tensor]] = {}
+        self._touched: list[int] = []
+
+    @property
+    def memory(self) -> EngramMemory:
+        if self._memory is None:
+            raise RuntimeError("EngramCallback: no Trainer has been made with it yet")
+        return self._memory
+
+    @property
+    def stand_in(self) -> RowGradients | None:
+        """The parameter that the rows are to the Trainer; None where they are frozen."""
+        return self._stand_in
+
+    @property
+    def writes(self) -> bool:
+        """Whether this process stores the rows."""
+        return self.memory.storage.mode == "r+"
+
+    # Events of the Trainer, in their order.
+
+    def on_init_end(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        model: Any = None,
+        optimizer: Any = None,
+        lr_scheduler: Any = None,
+        **_: Any,
+    ) -> None:
+        self._memory = memory_of(model)
+        self._num_ranks = args.world_size
+        _before_reporters(self, sys._getframe(1).f_locals.get("self"))
+        storage = self._memory.storage
+        if storage.rows_require_grad and not self.writes:
+            raise ValueError(
+                f"{storage.path} is open read-only: attach with mode='r+' to train its rows, or freeze them "
+                "(storage.requires_grad_(False))"
+            )
+        if isinstance(storage, ShardedTable) and storage.layout == "shards" and self.checkpoints == "reference":
+            raise ValueError(
+                "EngramCallback(checkpoints='reference') names one file, and this table lies in shards; use "
+                "checkpoints='copy'"
+            )
+        if args.load_best_model_at_end and self.checkpoints == "reference":
+            raise ValueError(
+                "load_best_model_at_end goes back to earlier rows, which EngramCallback(checkpoints='reference') "
+                "doesn't keep; use checkpoints='copy'"
+            )
+        _choose_weights(model, self._memory, self.train_backbone)
+        if not storage.rows_require_grad:
+            return
+        self._stand_in = RowGradients(storage)
+        self._memory.add_module(STAND_IN, RowStandIn(self._stand_in))
+        _keep_from_ddp(model, self._stand_in)
+        if optimizer is not None:
+            if lr_scheduler is not None:
+                raise ValueError(
+                    "EngramCallback: the optimizer that was given doesn't hold the rows, and its schedule is made "
+                    "already; pass optimizers=(optimizer, None), or let the Trainer make both"
+                )
+            optimizer.add_param_group({"params": [self._stand_in], "weight_decay": 0.0})
+
+    def on_train_begin(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        model: Any = None,
+        optimizer: Any = None,
+        **_: Any,
+    ) -> None:
+        if memory_of(model) is not self.memory:
+            raise ValueError(
+                "the Trainer has another model than at its beginning (model_init?): a table has one writer, so give "
+                "the Trainer the model itself"
+            )
+        is_sharded = isinstance(self.memory.storage, ShardedTable)
+        if (is_sharded or self._num_ranks > 1) and not self.averages_ranks:
+            raise ValueError(
+                "several processes train, and a plain Trainer doesn't bring their rows' gradients together: use "
+                "EngramTrainer, or put EngramTraining before your Trainer's class"
+            )
+        if self._num_ranks > 1 and not is_sharded:
+            raise ValueError(
+                f"{self._num_ranks} processes train, and this one has attached the table for itself: use "
+                "sense_v2.hf.training.ranks.attach_on_every_rank"
+            )
+        self._step = state.global_step
+        self._stop_listening()
+        if self.writes:
+            self.memory.storage.durability = self.durability
+        if self._stand_in is not None:
+            while hasattr(optimizer, "optimizer"):  # accelerate's wrapper
+                optimizer = optimizer.optimizer
+            self._group = _group_of(self._stand_in, optimizer)
+            kind: Any = RowAdam if self.row_optimizer == "adam" else RowWiseAdagrad
+            storage = self.memory.storage
+            self._rows = storage.row_optimizer(kind) if isinstance(storage, ShardedTable) else kind(storage)
+            self._handles.append(optimizer.register_step_pre_hook(self._before_step))
+        if state.global_step > 0:
+            self._resume(args, state, model)
+        self._handles += [layer.gate.register_forward_hook(self._gate_hook(layer.layer_id)) for layer in self.memory]
+
+    def on_step_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+        self.memory.checkpoint = None
+
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+        self._step = state.global_step
+        self.memory.checkpoint = _checkpoint_folder(args, state.global_step)
+        due = self.commit_steps and state.global_step % self.commit_steps == 0
+        # By reference a checkpoint holds while no commit follows it.
+        if due and self.writes and self.checkpoints == "copy":
+            self._commit(state)
+
+    def on_save(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, model: Any = None, **_: Any
+    ) -> None:
+        if self.writes:
+            self._commit(state)
+        folder, states = _checkpoint_folder(args, state.global_step), not args.save_only_model
+        table, storage = self.checkpoints, self.memory.storage
+        if isinstance(storage, ShardedTable) and storage.layout == "shards":
+            # No rank has all rows: each copies its own.
+            copy_table(storage, folder / MEMORY_FOLDER / TABLE_FILE, states=states)
+            table = "stay"
+        if args.should_save:
+            write_checkpoint(model, folder, table=table, states=states)
+
+    def on_log(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        logs: dict[str, float] | None = None,
+        **_: Any,
+    ) -> None:
+        # EngramTrainer has added them already.
+        if logs is not None and "loss" in logs and not any(name.startswith("engram/") for name in logs):
+            metrics = self.take_metrics()
+            logs.update(metrics)
+            if state.log_history and state.log_history[-1].get("step") == state.global_step:
+                state.log_history[-1].update(metrics)
+
+    def on_train_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, model: Any = None, **_: Any
+    ) -> None:
+        self._stop_listening()
+        self.memory.checkpoint = None
+        self.memory.storage.clear_gradients()
+        if args.load_best_model_at_end and state.best_model_checkpoint is not None:
+            best = Path(state.best_model_checkpoint)
+            restore_rows(self.memory, best)
+            load_fusion(self.memory, best / MEMORY_FOLDER)
+        if self.writes and self.memory.storage.updates != self.memory.storage.manifest.updates:
+            self.memory.storage.flush(step=state.global_step)
+        if self._num_ranks > 1:
+            torch.distributed.barrier()
+
+    # What they do.
+
+    def _before_step(self, optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
+        """The hook before the weights' step: the rows' step, after which there is no gradient left to be seen."""
+        storage = self.memory.storage
+        # Of a table over several ranks, one that stands for all ranks' rows: all scale, and find infinities, alike.
+        gradients = storage.gradients()
+        # An optimizer that unscales by itself (fused AdamW) gets these from a gradient scaler, for the step.
+        found_inf, scale = getattr(optimizer, "found_inf", None), getattr(optimizer, "grad_scale", None)
+        if gradients is not None and not (found_inf is not None and found_inf.item()):
+            row_ids_U, grads_UD = gradients
+            if scale is not None:
+                grads_UD.div_(scale.to(grads_UD.device))
+            if not torch.isfinite(grads_UD).all():
+                raise FloatingPointError(
+                    f"the rows' gradient isn't finite at step {self._step + 1}; the rows are those of step "
+                    f"{self._step}. Lower learning_rate or EngramCallback(row_rate=)"
+                )
+            is_sharded = isinstance(storage, ShardedTable)
+            self._touched.append(storage.num_rows_met if is_sharded else len(row_ids_U))
+            self._rate = float(self._group["lr"] * self.row_rate)
+            assert self._rows is not None
+            self._rows.param_groups[0]["lr"] = self._rate
+            if is_sharded:
+                storage.step_rows(self._rows)
+            else:
+                self._rows.step()
+        storage.clear_gradients()
+
+    def _commit(self, state: TrainerState) -> None:
+        self.memory.storage.commit(step=state.global_step, extra={"epoch": state.epoch})
+
+    def _resume(self, args: TrainingArguments, state: TrainerState, model: Any) -> None:
+        given = self.resume_from_checkpoint
+        checkpoint = Path(given) if given is not None else _checkpoint_folder(args, state.global_step)
+        if not checkpoint.is_dir():
+            raise FileNotFoundError(
+                f"{checkpoint} isn't there: training resumes at step {state.global_step}, and the memory of that "
+                "step is looked for there. Give the folder: EngramCallback(resume_from_checkpoint=FOLDER)"
+            )
+        restore_rows(self.memory, checkpoint)
+        loaded = {name: value.clone() for name, value in self.memory.layers.state_dict().items()}
+        load_fusion(self.memory, checkpoint / MEMORY_FOLDER)
+        # The Trainer loads all weights, or an adapter's alone.
+        differs = [
+            name for name, value in self.memory.layers.state_dict().items() if not torch.equal(value, loaded[name])
+        ]
+        if differs and not hasattr(model, "peft_config"):
+            raise ValueError(
+                f"the Trainer resumed from another folder than {checkpoint}, whose memory has another {differs[0]}. "
+                "Give that folder: EngramCallback(resume_from_checkpoint=FOLDER)"
+            )
+
+    def take_metrics(self) -> dict[str, float]:
+        """What the steps since the last call did: the mean gate of each memory layer, the rows a step touched (the
+        mean), the rows' rate. {} where there was no step."""
+        metrics = {}
+        for layer_id, alphas in self._gates.items():
+            metrics[f"engram/gate_layer_{layer_id}"] = float(torch.stack(alphas).mean())
+        if self._touched:
+            metrics["engram/rows_touched"] = sum(self._touched) / len(self._touched)
+            metrics["engram/row_learning_rate"] = self._rate
+        self._gates, self._touched = {}, []
+        return metrics
+
+    def _gate_hook(self, layer_id: int) -> Any:
+        def hook(gate: nn.Module, inputs: Any, alpha_BTS: torch.Tensor) -> None:
+            if gate.training and not torch.compiler.is_compiling():
+                self._gates.setdefault(layer_id, []).append(alpha_BTS.detach().float().mean())
+
+        return hook
+
+    def _stop_listening(self) -> None:
+        for handle in self._handles:
+            handle.remove()
+        self._handles = []
+        self._rows = None
+
+
+def _before_reporters(callback: EngramCallback, caller: Any) -> None:
+    """Moves the callback to the front of the Trainer's list: what it adds to the logs reaches only those behind it,
+    and a Trainer puts the callbacks of `report_to` before a user's. Nobody but the list's holder, which is calling,
+    knows the list; where somebody else calls, the metrics are in the Trainer's state alone."""
+    if isinstance(caller, CallbackHandler) and callback in caller.callbacks:
+        # While it is gone through: nobody is left out or called twice, since what moves is what is being called.
+        caller.callbacks.remove(callback)
+        caller.callbacks.insert(0, callback)
+
+
+def _choose_weights(model: Any, memory: EngramMemory, train_backbone: bool) -> None:
+    own = set(memory.parameters())
+    if not train_backbone:
+        for parameter in model.parameters():
+            if parameter not in own:
+                parameter.requires_grad_(False)
+    if hasattr(model, "peft_config"):
+        adapted = [name for name, _ in memory.named_parameters() if "lora_" in name or ".base_layer." in name]
+        if adapted:
+            raise ValueError(
+                f"the PEFT adapter reaches into the memory ({adapted[0]}), whose weights are trained themselves: "
+                "keep it to the backbone, LoraConfig(..., exclude_modules=r'(.*\\.)?engram\\..*')"
+            )
+        memory.requires_grad_(True)
+
+
+def _keep_from_ddp(model: Any, stand_in: RowGradients) -> None:
+    """DDP would wait for a gradient of the stand-in, which never comes."""
+    name = next(name for name, parameter in model.named_parameters() if parameter is stand_in)
+    ignored = {*getattr(model, "_ddp_params_and_buffers_to_ignore", ()), name}
+    nn.parallel.DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(model, sorted(ignored))
+
+
+def _group_of(stand_in: RowGradients, optimizer: torch.optim.Optimizer) -> dict[str, Any]:
+    for group in optimizer.param_groups:
+        if any(parameter is stand_in for parameter in group["params"]):
+            return group
+    raise ValueError(
+        f"{type(optimizer).__name__} doesn't hold the rows' stand-in: it was made before the Trainer had an "
+        "EngramCallback. Give the callback to the Trainer: Trainer(..., callbacks=[EngramCallback()])"
+    )
+
+
+def _checkpoint_folder(args: TrainingArguments, step: int) -> Path:
+    assert args.output_dir is not None  # TrainingArguments fills it in
+    return Path(args.output_dir) / f"{PREFIX_CHECKPOINT_DIR}-{step}"

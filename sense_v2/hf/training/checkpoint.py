@@ -1,0 +1,86 @@
+"""A Trainer's checkpoint folder <-> the memory at that step.
+
+    checkpoint-N/              what the Trainer writes: weights, optimizer, schedule, random states
+    checkpoint-N/engram/       what is written here, as in a saved model (`pretrained.py`); with the table
+        engram_table.*         copied ("copy"), or
+        table_reference.json   named by the commit it had then ("reference"), or
+        overlay.safetensors    where an overlay is trained: its rows and their optimizer states, and no table
+
+The table has one state, and training goes on in it. A copy can be gone back to at any time. A reference takes no
+room, and holds only as long as its commit is the table's last: it is refused once another one has followed, never
+taken for the rows it named.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from transformers import PreTrainedModel
+
+from sense_v2.engram.delta.overlay import OverlayStorage
+from sense_v2.engram.ranks import range_copy
+from sense_v2.engram.ranks.sharded_table import ShardedTable
+from sense_v2.engram.upkeep.table_copy import restore_table
+from sense_v2.hf.memory import EngramMemory, memory_of
+from sense_v2.hf.saving.backbone_facts import backbone_facts
+from sense_v2.hf.saving.folder import (
+    CONFIG_FILE,
+    MEMORY_FOLDER,
+    OVERLAY_FILE,
+    REFERENCE_FILE,
+    TABLE_FILE,
+    read_reference,
+)
+from sense_v2.hf.saving.save import describe_backbone, save_memory
+
+TABLES = ("copy", "reference")
+
+
+def write_checkpoint(model: PreTrainedModel, checkpoint: Path, *, table: str, states: bool = True) -> None:
+    """Writes `checkpoint/engram`, and says in the config.json there that the model has memory; the table must have
+    nothing uncommitted. `states` False leaves the optimizer states out: good for going back to these rows, not for
+    training on."""
+    folder = checkpoint / MEMORY_FOLDER
+    (folder / CONFIG_FILE).unlink(missing_ok=True)
+    memory = memory_of(model)
+    # Else it holds an adapter alone, or no table.
+    if (checkpoint / "config.json").is_file() and not memory.is_released:
+        describe_backbone(model, checkpoint, backbone_facts(model))
+    # A table under an overlay, or a released one, is the same in all checkpoints.
+    stays = memory.is_released or memory.table is not memory.storage
+    save_memory(memory, folder, table="stay" if stays else table, states=states)
+
+
+def restore_rows(memory: EngramMemory, checkpoint: Path) -> None:
+    """Makes the table's rows and optimizer states those of the checkpoint.
+
+    Raises `FileNotFoundError` for a checkpoint without memory and `ValueError` for one whose rows are gone, damaged,
+    or of another table; nothing has changed then.
+    """
+    folder = checkpoint / MEMORY_FOLDER
+    if not (folder / CONFIG_FILE).is_file():
+        raise FileNotFoundError(
+            f"{folder / CONFIG_FILE} isn't there: the checkpoint was saved without an EngramCallback, or saving was "
+            "cut off. Resume from an earlier one: trainer.train(resume_from_checkpoint=FOLDER)"
+        )
+    storage: Any = memory.storage
+    if isinstance(storage, OverlayStorage):
+        storage.restore(folder / OVERLAY_FILE)
+        return
+    if memory.is_released:  # its rows are what they were
+        return
+    if not (folder / REFERENCE_FILE).is_file():
+        if isinstance(memory.storage, ShardedTable):
+            range_copy.restore_table(memory.storage, folder / TABLE_FILE)
+        else:
+            restore_table(memory.storage, folder / TABLE_FILE)
+        return
+    named, manifest = read_reference(folder / REFERENCE_FILE), memory.storage.manifest
+    if named["commit"] != manifest.commit or memory.storage.updates != manifest.updates:
+        raise ValueError(
+            f"{checkpoint} names its rows by reference: {named['storage_path']} as committed at step "
+            f"{named['step']}. {memory.storage.path} has gone on since then (step {manifest.step}), and rows that "
+            "changed can't be had back. Resume from the last checkpoint, or train with EngramCallback("
+            "checkpoints='copy')"
+        )

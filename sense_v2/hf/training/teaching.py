@@ -1,0 +1,202 @@
+"""A short text -> the rows of its n-grams, moved until the model says it: a fact, taught and undone.
+
+    before = what the model says
+    taught = teach(model, tokenizer, " Lutz.", prompt="The capital of Zubrowka is")
+    taught.undo()
+
+Only rows change, in an overlay (`engram/overlay.py`): backbone, fusion layers and table are the same bits afterwards.
+And only rows of positions whose next token is learned: the n-grams that end with the prompt, and those of the text.
+Rows at the prompt's other positions could help as well, through attention, but they are those of phrases that other
+texts share; leaving them alone costs nothing that was measured (benchmarks/LOG.md).
+
+The loss is the model's own on the text; Adam's moments live for one call, so what a fact costs is a few forwards and
+backwards of one short sequence. A row is shared by all n-grams that hash to it and by every text in which its n-gram
+stands, so what else the model says can change with it: look at that too.
+
+U rows of the text, D row width, T tokens.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from transformers import PreTrainedModel
+
+from sense_v2.engram.delta.overlay import OverlayStorage
+from sense_v2.engram.optim import row_adam
+from sense_v2.hf.data.corpus import encode
+from sense_v2.hf.memory import EngramMemory, memory_of
+from sense_v2.hf.overlays import add_overlay, overlay_of
+
+
+@dataclass
+class Taught:
+    """What one call of `teach` has changed."""
+
+    losses: list[float]
+    """Of the text, in nats a token: before, and after each step."""
+    row_ids_U: torch.Tensor
+    """The rows that moved, ascending."""
+    distances_U: torch.Tensor
+    """How far each one did (Euclidean)."""
+    overlay: OverlayStorage
+    _before_UD: torch.Tensor
+    _after_UD: torch.Tensor
+    _were_changed_U: torch.Tensor
+
+    def undo(self) -> None:
+        """Puts the rows back as they were, bit for bit. Raises `ValueError` where they were changed since."""
+        if not _are_same_bits(self.overlay(self.row_ids_U), self._after_UD):
+            raise ValueError("rows of this text were changed since it was taught. Undo what was taught later first")
+        self.overlay.write(self.row_ids_U, self._before_UD)
+        # Those that came from the base come from it again.
+        self.overlay.forget(self.row_ids_U[~self._were_changed_U])
+
+
+def teach(
+    model: PreTrainedModel,
+    tokenizer: Any,
+    text: str,
+    *,
+    prompt: str = "",
+    steps: int = 40,
+    lr: float = 0.02,
+    stop_below: float = 0.1,
+) -> Taught:
+    """Moves rows that `text`, behind `prompt`, looks up until the model goes on from `prompt` with `text`.
+
+    `tokenizer` is the model's. `prompt` is context: how it itself goes on isn't learned. `lr` is Adam's, in units of
+    a row's values. It ends after `steps`, or once the loss is below `stop_below`. A model without an overlay gets one
+    in memory (`add_overlay(model, path)` before makes it a file); nothing is committed.
+
+    Raises `ValueError` for a text of no tokens to learn, and for a model whose memory can't be heard (W_v is zero);
+    `FloatingPointError` where the loss isn't finite, and the rows are what they were.
+    """
+    memory = memory_of(model)
+    if not any(bool(layer.W_v.weight.any()) for layer in memory):
+        raise ValueError(
+            "this memory was never trained: W_v is zero in each of its layers, so whatever its rows hold isn't "
+            "heard. Train the memory first"
+        )
+    token_ids_1T, labels_1T = _tokens(model, tokenizer, prompt, text)
+    overlay = overlay_of(model) or add_overlay(model)
+    with _rows_alone(model, memory, overlay):
+        learned_T = labels_1T[0, 1:] != -100  # whose next token is learned
+        row_ids_LBTH = memory.hash_tokens(token_ids_1T, None, None, None)[1]
+        row_ids_U = row_ids_LBTH[:, 0, :-1][:, learned_T.to(row_ids_LBTH.device)].unique().cpu()
+        return _descend(model, overlay, row_ids_U, token_ids_1T, labels_1T, steps=steps, lr=lr, stop_below=stop_below)
+
+
+def _descend(
+    model: PreTrainedModel,
+    overlay: OverlayStorage,
+    row_ids_U: torch.Tensor,
+    token_ids_1T: torch.Tensor,
+    labels_1T: torch.Tensor,
+    *,
+    steps: int,
+    lr: float,
+    stop_below: float,
+) -> Taught:
+    losses = [_loss(model, token_ids_1T, labels_1T)]
+    grads_UD = _taken(overlay, row_ids_U)
+    before_UD = overlay(row_ids_U).detach()
+    were_changed_U = torch.isin(row_ids_U, overlay.changed_ids)
+    # Kept in float32 between the steps, so that a step too small for the table's type still counts.
+    rows_UD = before_UD.to(torch.float32, copy=True)
+    moments = torch.zeros_like(rows_UD), torch.zeros_like(rows_UD)
+    try:
+        for step in range(1, steps + 1):
+            if losses[-1] < stop_below:
+                break
+            row_adam(rows_UD, grads_UD, *moments, step=step, lr=lr, betas=(0.9, 0.999), eps=1e-8)
+            overlay.write(row_ids_U, rows_UD)
+            losses.append(_loss(model, token_ids_1T, labels_1T))
+            grads_UD = _taken(overlay, row_ids_U)
+    except BaseException:
+        overlay.write(row_ids_U, before_UD)
+        overlay.forget(row_ids_U[~were_changed_U])
+        raise
+    after_UD = overlay(row_ids_U).detach()
+    distances_U = (after_UD.float() - before_UD.float()).norm(dim=1)
+    moved_U = ~_same_rows(before_UD, after_UD)
+    overlay.forget(row_ids_U[~moved_U & ~were_changed_U])
+    return Taught(
+        losses,
+        row_ids_U[moved_U],
+        distances_U[moved_U],
+        overlay,
+        before_UD[moved_U],
+        after_UD[moved_U],
+        were_changed_U[moved_U],
+    )
+
+
+def _loss(model: PreTrainedModel, token_ids_1T: torch.Tensor, labels_1T: torch.Tensor) -> float:
+    """Of the text; the rows' gradients are left with the overlay."""
+    loss: torch.Tensor = model(input_ids=token_ids_1T, labels=labels_1T, use_cache=False).loss
+    if not torch.isfinite(loss):
+        raise FloatingPointError(f"the loss of the text is {loss.item()}; lower lr")
+    loss.backward()
+    return loss.item()
+
+
+def _taken(overlay: OverlayStorage, row_ids_U: torch.Tensor) -> torch.Tensor:
+    """The gradients of these rows, all of which the text looks up, ascending."""
+    gradients = overlay.gradients()
+    assert gradients is not None
+    overlay.clear_gradients()
+    ids, grads = gradients
+    return grads[torch.searchsorted(ids, row_ids_U)]
+
+
+def _tokens(model: PreTrainedModel, tokenizer: Any, prompt: str, text: str) -> tuple[torch.Tensor, torch.Tensor]:
+    """Ids and labels [1, T]. Prompt and text are taken apart, as they are when the model is given the prompt."""
+    context, learned = (encode([part], tokenizer, separator_id=None).tolist() for part in (prompt, text))
+    num_learned = len(learned) if context else len(learned) - 1  # nothing comes before the first token
+    if num_learned < 1:
+        raise ValueError(f"{text!r} has {len(learned)} tokens, and none of them can be learned. Give a longer text")
+    token_ids_1T = torch.tensor([[*context, *learned]], device=model.device)
+    labels_1T = token_ids_1T.clone()
+    labels_1T[:, : len(context)] = -100
+    return token_ids_1T, labels_1T
+
+
+@contextmanager
+def _rows_alone(model: PreTrainedModel, memory: EngramMemory, overlay: OverlayStorage) -> Iterator[None]:
+    """While it lasts, rows ask for a gradient, weights don't, and dropout is off. No gradient is left at its end."""
+    asked = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    were_training = [module for module in model.modules() if module.training]
+    rows_asked = overlay.rows_require_grad
+    for parameter in asked:
+        parameter.requires_grad_(False)
+    model.eval()
+    overlay.train().requires_grad_()
+    overlay.clear_gradients()
+    try:
+        with torch.enable_grad():
+            yield
+    finally:
+        overlay.clear_gradients()
+        overlay.requires_grad_(rows_asked)
+        model.eval()
+        for module in were_training:
+            module.training = True
+        for parameter in asked:
+            parameter.requires_grad_(True)
+
+
+def _same_rows(rows_UD: torch.Tensor, others_UD: torch.Tensor) -> torch.Tensor:
+    """Which rows are the same bits."""
+    if not len(rows_UD):
+        return torch.empty(0, dtype=torch.bool)
+    rows, others = (one.contiguous().view(torch.uint8) for one in (rows_UD, others_UD))
+    return (rows == others).all(dim=1)
+
+
+def _are_same_bits(rows_UD: torch.Tensor, others_UD: torch.Tensor) -> bool:
+    return bool(_same_rows(rows_UD, others_UD).all())

@@ -1,0 +1,165 @@
+"""`sense-engram delta …` on small tables, and on the folder of a model."""
+
+import json
+import shutil
+
+import pytest
+import torch
+from tiny import tiny_config, tiny_model, tiny_tokenizer
+
+from sense_v2.cli.main import main
+from sense_v2.engram.delta.delta_file import Source, read_delta, write_delta
+from sense_v2.hf.attach import attach_engram
+from sense_v2.hf.memory import memory_of
+from sense_v2.hf.saving.save import save_pretrained
+
+
+@pytest.fixture
+def run(capfd):
+    """run("show", …) -> (exit status, stdout, stderr)"""
+
+    def call(*arguments):
+        capfd.readouterr()
+        return main(["delta", *map(str, arguments)]), *capfd.readouterr()
+
+    return call
+
+
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory):
+    """Folders of a model, and of the same one with four rows changed."""
+    folder = tmp_path_factory.mktemp("models")
+    (folder / "table").mkdir()
+    model = attach_engram(tiny_model("llama"), tiny_config(folder / "table"), tiny_tokenizer())
+    for layer in memory_of(model):
+        torch.nn.init.normal_(layer.W_v.weight, std=0.3)
+    save_pretrained(model, folder / "base", tokenizer=tiny_tokenizer())
+    storage = memory_of(model).storage
+    storage.write(torch.tensor([1, 2, 700, 1499]), torch.ones(4, 8))
+    storage.commit(step=5)
+    save_pretrained(model, folder / "taught")
+    storage.close()
+    return folder
+
+
+@pytest.fixture
+def folder(saved, tmp_path):
+    shutil.copytree(saved, tmp_path, dirs_exist_ok=True)
+    return tmp_path
+
+
+def table_bytes(folder):
+    return (folder / "engram" / "engram_table.dat").read_bytes()
+
+
+def test_changes_are_exported_shown_applied_and_reverted(folder, run):
+    base, taught, delta = folder / "base", folder / "taught", folder / "facts.safetensors"
+    before = table_bytes(base)
+    status, out, error = run("export", taught, "--base", base, "--output", delta)
+    assert (status, error) == (0, "")
+    assert "written and verified" in out
+    assert "rows     4 of 1,500 (0.3 %), 8 float32 each" in out
+    status, out, _ = run("show", delta, "--base", base, "--verify")
+    assert status == 0
+    assert "layer 1" in out
+    assert f"fits     {base / 'engram' / 'engram_table.dat'}, all of its 48 KB read" in out
+    status, out, _ = run("apply", delta, base)
+    assert status == 0
+    assert "4 rows, one commit, verified" in out
+    assert table_bytes(base) == table_bytes(taught)
+    assert run("show", delta, "--base", base)[0] == 1
+    status, out, _ = run("revert", base)
+    assert status == 0
+    assert "4 rows as they were, bit for bit" in out
+    assert table_bytes(base) == before
+    assert table_bytes(taught) != before
+
+
+def test_json_says_the_same(folder, run):
+    base, delta = folder / "base", folder / "facts.safetensors"
+    status, out, error = run("export", folder / "taught", "--base", base, "--output", delta, "--json")
+    exported = json.loads(out)
+    assert status == 0
+    assert "written" in error
+    assert (exported["rows"], exported["step"], exported["dtype"]) == (4, 5, "float32")
+    assert sum(head["rows"] for head in exported["heads"]) == 3  # row 1,499 is behind the last head's
+    assert exported["heads"][0] == {"layer": 1, "order": 2, "head": 0, "rows": 2}
+    assert exported["base"]["digest_of"] == "block checksums"
+    shown = json.loads(run("show", delta, "--base", base, "--verify", "--json")[1])
+    assert shown["rows"] == 4
+    assert shown["verified"] == 1_500 * 8 * 4
+    applied = json.loads(run("apply", delta, base, "--json")[1])
+    assert applied["digest_before"] == exported["base"]["digest"]
+    reverted = json.loads(run("revert", base, "--json")[1])
+    assert (reverted["digest"], reverted["undo"]) == (applied["digest_before"], None)
+
+
+def test_a_fact_is_taught_into_a_file_and_another_one_beside_it(folder, run):
+    base, delta = folder / "base", folder / "facts.safetensors"
+    files = {file: file.read_bytes() for file in base.rglob("*") if file.is_file()}
+    teach = ("teach", base, "word3 word1", "--prompt", "word5 word6", "--output", delta, "--lr", 0.3)
+    status, out, error = run(*teach, "--steps", 20)
+    assert status == 0, error
+    assert out.startswith("taught   'word3 word1' after 'word5 word6': loss ")
+    first = read_delta(delta)
+    assert 6 <= len(first.row_ids_U) <= 8  # 4 heads, 2 positions
+    assert first.states == {}
+    status, out, _ = run(*teach[:2], "Word9 word2", *teach[3:], "--json")
+    second = json.loads(out)
+    assert second["loss"][1] < second["loss"][0]
+    assert second["rows_in_all"] == len(read_delta(delta).row_ids_U) > len(first.row_ids_U)
+    assert {file: file.read_bytes() for file in base.rglob("*") if file.is_file()} == files
+    status, _, error = run("teach", folder / "table", "a", "--output", folder / "d")
+    assert status == 1
+    assert "no folder of a model with memory" in error
+
+
+def test_two_deltas_are_merged_and_a_conflict_names_the_way_out(folder, run):
+    base, first = folder / "base", folder / "first.safetensors"
+    run("export", folder / "taught", "--base", base, "--output", first)
+    delta = read_delta(first)
+    assert run("merge", first, first, "--output", folder / "same.safetensors")[0] == 0
+    rows = Source(8, torch.float32, lambda part: delta.rows_UD[part] * 2)
+    write_delta(folder / "second.safetensors", delta.info, delta.row_ids_U, {"rows": rows})
+    paths = (first, folder / "second.safetensors")
+    status, out, error = run("merge", *paths, "--output", folder / "m.safetensors")
+    assert (status, out) == (1, "")
+    assert error.startswith("error: 4 of 4 rows were changed by more than one of")
+    assert " help: Choose whose are taken: --prefer first, last or mean" in error
+    status, out, _ = run("merge", *paths, "--output", folder / "m.safetensors", "--prefer", "mean", "--json")
+    assert status == 0
+    assert json.loads(out)["conflicts"] == 4
+    assert read_delta(folder / "m.safetensors").rows_UD[0].tolist() == [1.5] * 8
+
+
+def test_fusion_layers_that_were_trained_are_not_lost_without_a_word(folder, run):
+    base, taught, delta = folder / "base", folder / "taught", folder / "facts.safetensors"
+    file = taught / "engram" / "fusion.safetensors"
+    raw = file.read_bytes()
+    file.write_bytes(raw[:-1] + bytes([raw[-1] ^ 1]))
+    status, _, error = run("export", taught, "--base", base, "--output", delta)
+    assert status == 1
+    assert "fusion layers of" in error
+    assert "--rows-only exports the rows all the same" in error
+    assert not delta.exists()
+    assert run("export", taught, "--base", base, "--output", delta, "--rows-only")[0] == 0
+
+
+@pytest.mark.parametrize(
+    ("arguments", "what", "way_out"),
+    [
+        (["export", "taught", "--output", "d"], "nothing says what it was trained from", "--base BASE"),
+        (["export", "taught", "--base", "base", "--output", "taught"], "is there already", "--output"),
+        (["export", "taught", "--base", "nowhere", "--output", "d"], "isn't there", "name a table"),
+        (["merge", "d", "--output", "m"], "no delta there", "sense-engram delta export"),
+        (["revert", "base"], "has nothing to revert", "Go back to a copy"),
+        (["show", "base/config.json"], "config.json", "Fetch the file again"),
+    ],
+)
+def test_what_cant_be_done_is_two_lines(folder, run, monkeypatch, arguments, what, way_out):
+    monkeypatch.chdir(folder)
+    status, out, error = run(*arguments)
+    assert (status, out) == (1, "")
+    first, second = error.splitlines()
+    assert what in first
+    assert way_out in second

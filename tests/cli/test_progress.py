@@ -1,0 +1,93 @@
+"""How far a command is: a bar with the time left in a terminal, plain lines elsewhere, and neither in two seconds."""
+
+import contextlib
+import io
+import time
+
+import pytest
+import torch
+from test_pretrained import with_memory
+from tiny import tiny_tokenizer
+
+from sense_v2.cli import progress
+from sense_v2.hf.data.corpus import encode
+from sense_v2.hf.insight.evaluation import evaluate
+
+
+class Clock:
+    """Time, ours and the bar's, that only move when they are told to."""
+
+    def __init__(self, monkeypatch):
+        self.now = 1000.0
+        monkeypatch.setattr(time, "perf_counter", lambda: self.now)
+        monkeypatch.setattr("tqdm.std.time", lambda: self.now)
+
+
+@pytest.fixture
+def clock(monkeypatch):
+    return Clock(monkeypatch)
+
+
+@contextlib.contextmanager
+def terminal():
+    """A stderr that says it is one; what was written to it."""
+    screen = io.StringIO()
+    screen.isatty = lambda: True
+    with contextlib.redirect_stderr(screen):
+        yield screen
+
+
+def advance(clock, *, seconds, steps=10):
+    lines = []
+    with progress.ByteProgress("copying", 10 * 2**20, echo=lines.append) as told:
+        for _ in range(steps):
+            clock.now += seconds / steps
+            told(2**20)
+    return lines
+
+
+def test_elsewhere_a_few_plain_lines_say_the_time_left(clock, capfd):
+    lines = advance(clock, seconds=100)
+    assert 2 <= len(lines) <= 5
+    assert lines[0] == "  copying: 10%, 105 KB/s, 90 s left"
+    assert all(" left" in line and "\r" not in line for line in lines)
+    assert capfd.readouterr() == ("", "")
+
+
+def test_what_is_done_within_two_seconds_says_nothing(clock, capfd):
+    assert advance(clock, seconds=1.9) == []
+    assert capfd.readouterr() == ("", "")
+
+
+def test_a_terminal_shows_a_bar_with_the_time_left_and_takes_it_away(clock):
+    with terminal() as screen:
+        assert advance(clock, seconds=100) == []
+    shown = screen.getvalue()
+    assert "copying" in shown
+    assert "[00:10<01:30, 105kB/s]" in shown
+    assert shown.rsplit("\r", 2)[-2].strip() == ""  # overwritten with spaces at the end
+
+
+def test_a_terminal_shows_nothing_within_two_seconds(clock):
+    with terminal() as screen:
+        advance(clock, seconds=1.9)
+    assert screen.getvalue().strip() == ""
+
+
+def test_generated_tokens_are_counted_without_the_prompt(clock):
+    with terminal() as screen, progress.TokenProgress("generating", 4) as streamer:
+        streamer.put(torch.zeros(1, 7))
+        for _ in range(3):
+            clock.now += 3
+            streamer.put(torch.zeros(1))
+        assert "3.00/4.00" in screen.getvalue()
+
+
+def test_texts_and_blocks_are_told_as_they_are_done(tmp_path):
+    told = []
+    texts = ["word1 word2", "word3", "word4 word5 word6"]
+    encode(texts, tiny_tokenizer(), separator_id=None, batch=2, advance=told.append)
+    assert told == [16, 17]
+    told.clear()
+    evaluate(with_memory(tmp_path), torch.ones(5, 6, dtype=torch.long), batch_size=2, advance=told.append)
+    assert told == [12, 12, 6]

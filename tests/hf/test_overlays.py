@@ -1,0 +1,223 @@
+"""Models whose table lies under an overlay: saved, loaded, copied, trained and resumed."""
+
+import copy
+import dataclasses
+import shutil
+
+import pytest
+import torch
+from test_attach_released import attached
+from test_attach_released import released as released_checkpoint
+from tiny import tiny_config, tiny_model, tiny_tokenizer, wake
+from transformers import TrainingArguments
+
+from sense_v2.core.config import TrainConfig
+from sense_v2.engram.delta.delta_file import read_delta
+from sense_v2.engram.delta.overlay import OverlayStorage
+from sense_v2.engram.released.released_table import open_released_table
+from sense_v2.hf.attach import attach_engram, detach_engram
+from sense_v2.hf.load import from_pretrained
+from sense_v2.hf.memory import memory_of
+from sense_v2.hf.overlays import add_overlay, remove_overlay
+from sense_v2.hf.saving.convert_model import convert_trained
+from sense_v2.hf.saving.save import save_pretrained
+from sense_v2.hf.training.callback import EngramCallback
+from sense_v2.hf.training.plain_loop import train
+from sense_v2.hf.training.teaching import teach
+from sense_v2.hf.training.trainer import EngramTrainer
+
+checkpoint = released_checkpoint
+IDS = torch.arange(1, 65).reshape(2, 32)
+
+
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("saved")
+    model = attach_engram(tiny_model("llama"), tiny_config(folder / "table"), tiny_tokenizer())
+    wake(memory_of(model), 0.1)
+    # As `wake` has stored around the journal, the manifest doesn't know these rows; they are stored once more.
+    storage = memory_of(model).storage
+    rows = storage.weight.clone()
+    storage.weight.div_(50)
+    storage.write(torch.arange(1_500), rows)
+    storage.commit()
+    save_pretrained(model, folder / "model")
+    detach_engram(model)
+    return folder / "model"
+
+
+@pytest.fixture
+def folder(saved, tmp_path):
+    shutil.copytree(saved, tmp_path / "model")
+    return tmp_path / "model"
+
+
+def logits(model):
+    with torch.no_grad():
+        return model.eval()(IDS).logits
+
+
+def table_bytes(folder):
+    return (folder / "engram" / "engram_table.dat").read_bytes()
+
+
+def change(model, *row_ids):
+    memory_of(model).storage.write(torch.tensor(row_ids), torch.full((len(row_ids), 8), 3.0))
+
+
+def all_rows(model):
+    return memory_of(model).storage.eval()(torch.arange(1_500))
+
+
+# Saved and loaded
+
+
+@pytest.mark.parametrize("table", ["copy", "reference"])
+def test_a_model_is_saved_with_its_overlay_and_loaded_with_it(folder, tmp_path, table):
+    model = from_pretrained(folder)
+    plain = logits(model)
+    add_overlay(model)
+    change(model, *range(0, 1_500, 2))
+    changed = logits(model)
+    assert not torch.equal(changed, plain)
+    save_pretrained(model, tmp_path / "changed", table=table)
+    assert read_delta(tmp_path / "changed" / "engram" / "overlay.safetensors").row_ids_U.tolist()[:2] == [0, 2]
+    again = from_pretrained(tmp_path / "changed")
+    assert torch.equal(logits(again), changed)
+    assert torch.equal(logits(from_pretrained(folder)), plain)
+    with pytest.raises(ValueError, match=r"would be a second one\. Make them one: sense-engram delta merge"):
+        from_pretrained(tmp_path / "changed", overlay=tmp_path / "other.safetensors")
+    with pytest.raises(ValueError, match="Put it into the table first: sense-engram delta apply"):
+        convert_trained(tmp_path / "changed", tmp_path / "int8", "int8")
+
+
+def test_a_model_saved_where_it_lies_keeps_table_and_overlay_and_then_neither(folder):
+    before = table_bytes(folder)
+    model = from_pretrained(folder)
+    add_overlay(model, folder / "engram" / "overlay.safetensors")
+    change(model, 7)
+    changed = logits(model)
+    save_pretrained(model, folder)
+    detach_engram(model)
+    model = from_pretrained(folder, mode="r+")
+    assert torch.equal(logits(model), changed)
+    assert memory_of(model).storage.mode == "r+"
+    detach_engram(model)
+    (folder / "engram" / "overlay.safetensors").unlink()
+    model = from_pretrained(folder)
+    save_pretrained(model, folder)
+    assert not (folder / "engram" / "overlay.safetensors").exists()
+    assert table_bytes(folder) == before
+
+
+def test_an_overlay_is_named_when_a_model_is_loaded_and_made_where_there_is_none(folder, tmp_path):
+    with pytest.raises(FileNotFoundError, match="no delta there"):
+        from_pretrained(folder, overlay=tmp_path / "facts.safetensors")
+    model = from_pretrained(folder, overlay=tmp_path / "facts.safetensors", mode="r+")
+    change(model, 3)
+    memory_of(model).storage.commit()
+    changed = logits(model)
+    detach_engram(model)
+    model = from_pretrained(folder, overlay=tmp_path / "facts.safetensors")
+    assert torch.equal(logits(model), changed)
+    with pytest.raises(PermissionError):
+        change(model, 4)
+    (tmp_path / "plain").mkdir()
+    tiny_model("llama").save_pretrained(tmp_path / "plain")
+    with pytest.raises(ValueError, match="has no memory that"):
+        from_pretrained(tmp_path / "plain", overlay=tmp_path / "facts.safetensors")
+
+
+def test_a_copy_of_a_model_has_its_changes_and_is_a_model_of_its_own(folder, tmp_path):
+    model = from_pretrained(folder)
+    add_overlay(model)
+    change(model, 5)
+    other = copy.deepcopy(model)
+    assert torch.equal(logits(other), logits(model))
+    change(other, 6)
+    assert memory_of(model).storage.changed_ids.tolist() == [5]
+    model = from_pretrained(folder, overlay=tmp_path / "facts.safetensors", mode="r+")
+    change(model, 9)
+    memory_of(model).storage.commit()
+    other = copy.deepcopy(model)
+    assert torch.equal(logits(other), logits(model))
+    assert memory_of(other).storage.mode == "r"
+    detach_engram(model)
+
+
+# Trained
+
+
+@pytest.mark.filterwarnings("ignore:.*not checked:UserWarning")
+def test_rows_are_trained_and_taught_on_top_of_a_released_table(checkpoint, tmp_path):
+    folder, _ = checkpoint
+    before = {path: path.read_bytes() for path in folder.iterdir()}
+    table = open_released_table(folder, 1)
+    config = dataclasses.replace(table.config, shadow_map_path=str(tmp_path / "map.npy"))
+    overlay = OverlayStorage(table, tmp_path / "facts.safetensors")
+    model = attach_engram(tiny_model("llama"), config, tiny_tokenizer(), storage=overlay)
+    for layer in memory_of(model):
+        torch.nn.init.normal_(layer.W_v.weight, std=0.02)
+    train(model, [IDS] * 3, TrainConfig(steps=3, warmup_steps=1, train_backbone=False, row_learning_rate=0.1))
+    assert len(overlay.changed_ids) > 0
+    assert overlay.dtype == torch.bfloat16
+    assert overlay.committed_step == 3
+    overlay.forget(overlay.changed_ids)
+    taught = teach(model, tiny_tokenizer(), "word3 word1", prompt="word5 word6", steps=5)
+    assert taught.losses[-1] < taught.losses[0]
+    assert taught.overlay is overlay
+    taught.undo()
+    assert len(overlay.changed_ids) == 0
+    detach_engram(model)
+    overlay.close()
+    assert {path: path.read_bytes() for path in folder.iterdir()} == before
+
+
+def test_a_memory_of_several_tables_is_told_how_to_get_its_overlays(checkpoint, tmp_path):
+    model, _ = attached(checkpoint, tmp_path, {1: 1, 2: 14})
+    for refused in (add_overlay, remove_overlay):
+        with pytest.raises(ValueError, match=r"storage=\{layer: OverlayStorage"):
+            refused(model)
+
+
+def test_the_training_loop_trains_the_overlay_and_leaves_the_table(folder, tmp_path):
+    before = table_bytes(folder)
+    model = from_pretrained(folder, overlay=tmp_path / "facts.safetensors", mode="r+")
+    history = train(
+        model, [IDS] * 4, TrainConfig(steps=4, warmup_steps=1, train_backbone=False, row_learning_rate=0.1)
+    )
+    assert history.train_loss[-1] < history.train_loss[0]
+    assert memory_of(model).storage.committed_step == 4
+    detach_engram(model)
+    delta = read_delta(tmp_path / "facts.safetensors")
+    assert len(delta.row_ids_U) > 100
+    assert delta.states.keys() == {"adagrad"}
+    assert table_bytes(folder) == before
+
+
+def test_a_trainer_on_an_overlay_is_resumed_bit_for_bit(folder, tmp_path):
+    def trained(name, resume=None, **changes):
+        model = from_pretrained(folder, overlay=tmp_path / f"{name}.safetensors", mode="r+")
+        settings = {"per_device_train_batch_size": 1, "learning_rate": 1e-3, "max_steps": 4, "save_steps": 2}
+        arguments = TrainingArguments(
+            str(tmp_path / name), report_to="none", disable_tqdm=True, use_cpu=True, seed=1, **{**settings, **changes}
+        )
+        blocks = [{"input_ids": ids, "labels": ids} for ids in torch.stack([*IDS, *IDS.flip(1)])]
+        trainer = EngramTrainer(
+            model, arguments, train_dataset=blocks, callbacks=[EngramCallback(row_optimizer="adam")]
+        )
+        trainer.train(resume_from_checkpoint=resume)
+        assert isinstance(memory_of(model).storage, OverlayStorage)
+        rows, weights = all_rows(model), {name: value.clone() for name, value in model.state_dict().items()}
+        detach_engram(model)
+        return rows, weights, read_delta(tmp_path / f"{name}.safetensors").states["adam"].clone()
+
+    before = table_bytes(folder)
+    whole = trained("whole")
+    checkpoint = tmp_path / "whole" / "checkpoint-2" / "engram"
+    assert sorted(file.name for file in checkpoint.iterdir() if "table" in file.name) == []
+    resumed = trained("resumed", resume=str(tmp_path / "whole" / "checkpoint-2"))
+    assert torch.equal(whole[0], resumed[0])
+    assert torch.equal(whole[2], resumed[2])
+    assert all(torch.equal(value, resumed[1][name]) for name, value in whole[1].items())
+    assert table_bytes(folder) == before

@@ -1,0 +1,50 @@
+"""The benchmarks run, at sizes that measure nothing, and say what they found as JSON."""
+
+import importlib
+import json
+import shutil
+import sys
+from pathlib import Path
+
+import pytest
+
+from sense_v2.engram.reading import gather
+
+FOLDER = Path(__file__).parents[2] / "benchmarks"
+needs_compiler = pytest.mark.skipif(
+    sys.platform != "linux" or shutil.which("cc") is None, reason="the probe needs Linux and a C compiler"
+)
+
+
+def last_line(name: str, arguments: str, monkeypatch, capsys) -> dict:
+    monkeypatch.syspath_prepend(FOLDER)
+    monkeypatch.setattr(sys, "argv", [name, *arguments.split()])
+    importlib.import_module(name).main()
+    return json.loads(capsys.readouterr().out.splitlines()[-1])
+
+
+@needs_compiler
+def test_lookup(tmp_path, monkeypatch, capsys):
+    parts = "warm,o1,cold,ahead"
+    found = last_line("lookup", f"--tiny --parts {parts} --folder {tmp_path}", monkeypatch, capsys)
+    assert found["compiled"] == (gather.compiled is not None)
+    assert {*parts.split(",")} <= found.keys()
+    assert len(found["warm"]) == 9
+    for case in found["warm"].values():
+        assert case["x numpy"] > 0
+        assert all(0 < times["low"] <= times["median"] <= times["high"] for times in case["seconds"].values())
+    assert found["cold"]["16 rows"]["rows/s"] > 0
+    assert found["o1"]["16 rows"]["1 M"] == 1
+    assert {*found["ahead"]} == {"decode, cold", "decode, warm", "train, cold", "train, warm"}
+    assert not [*tmp_path.iterdir()]
+
+
+def test_compact(monkeypatch, capsys):
+    found = last_line("compact", "--rows 64 --width 64 --rounds 1", monkeypatch, capsys)
+    assert all(times > 0 for times in found["ours_times_as_fast"].values())
+
+
+def test_fill(tmp_path, monkeypatch, capsys):
+    found = last_line("fill", f"--megabytes 2 --rounds 1 --folder {tmp_path}", monkeypatch, capsys)
+    assert found["median_seconds"].keys() == {"dd", "numpy", "ours"}
+    assert not [*tmp_path.iterdir()]

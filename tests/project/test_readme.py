@@ -1,0 +1,38 @@
+"""What the README shows runs as it stands there."""
+
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+
+ROOT = Path(__file__).parents[2]
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+
+
+def test_the_python_examples_run_one_after_the_other_and_leave_the_files_they_name(tmp_path):
+    examples = re.findall(r"```python\n(.*?)```", README, flags=re.DOTALL)
+    assert len(examples) == 2
+    subprocess.run([sys.executable, "-c", "\n".join(examples)], cwd=tmp_path, check=True)
+    assert np.load(tmp_path / "data/shadow_map.npy").shape == (129_280,)
+    rows = np.memmap(tmp_path / "data/engram_table.dat", "<f4", mode="r").reshape(-1, 16)
+    assert rows.shape == (100_000, 16)
+
+
+def test_the_links_lead_somewhere():
+    for target in re.findall(r"\]\(((?!https?://)[^)#]+)", README):
+        assert (ROOT / target).exists(), f"README.md links to {target}, which isn't there"
+
+
+def test_the_tree_names_files_that_exist():
+    (tree,) = re.findall(r"```\n(sense_v2/\n.*?)```", README, flags=re.DOTALL)
+    folder, missing = ROOT, []
+    for line in tree.splitlines():
+        depth, name = (len(line) - len(line.lstrip())) // 2, line.split()[0]
+        if name.endswith("/") and depth <= 1:
+            folder = ROOT / name if depth == 0 else ROOT / "sense_v2" / name
+        path = folder if name.endswith("/") else folder / name
+        if not path.exists():
+            missing.append(str(path.relative_to(ROOT)))
+    assert not missing
