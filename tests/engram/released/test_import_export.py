@@ -25,7 +25,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from tables import manifest, names
 from test_qwen import text_config as qwen_text_config
-from test_released import DEEPSEEK, QWEN, change_config, qwen_config
+from test_released_table import DEEPSEEK, QWEN, change_config, qwen_config
 from transformers.models.qwen4_exp.modeling_qwen4_exp import Qwen4ExpTextPLELayer
 
 from sense_v2.engram.hashing import HeadLayout

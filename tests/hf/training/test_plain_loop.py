@@ -16,8 +16,9 @@ from sense_v2.hf.attach import attach_engram, detach_engram
 from sense_v2.hf.data.corpus import Batches
 from sense_v2.hf.insight.evaluation import Evaluation
 from sense_v2.hf.memory import memory_of
+from sense_v2.hf.training import plain_loop
 from sense_v2.hf.training.controls import freeze_rows
-from sense_v2.hf.training.plain_loop import History, make_optimizers, plain_loop, rate_factor, row_rate_factor, train
+from sense_v2.hf.training.plain_loop import History, make_optimizers, rate_factor, row_rate_factor, train
 
 
 def settings(**changes) -> TrainConfig:
