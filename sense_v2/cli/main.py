@@ -14,7 +14,7 @@ A command is added in three places:
    inside the function, so that `--help` and the shell's completion never load a model library.
 3. `COMMANDS` below: one line.
 
-tests/test_cli_commands.py walks through all commands and holds each to this.
+tests/cli/test_commands.py walks through all commands and holds each to this.
 """
 
 from __future__ import annotations

@@ -3,7 +3,7 @@
     corpus ──▶ backbone, tokenizer, shadow map ──▶ memory attached in the folder ──▶ steps ──▶ the folder, whole
 
 The folder is one that `eval`, `generate`, `serve` and `from_pretrained` take. Nothing appears in it before everything
-is there. What a run needs to go on lies beside it until it has taken all its steps (`staging.py`, `hf/resume.py`).
+is there. What a run needs to go on lies beside it until it has taken all its steps (`staging.py`, `resume.py`).
 """
 
 from __future__ import annotations

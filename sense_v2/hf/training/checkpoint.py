@@ -1,7 +1,7 @@
 """A Trainer's checkpoint folder <-> the memory at that step.
 
     checkpoint-N/              what the Trainer writes: weights, optimizer, schedule, random states
-    checkpoint-N/engram/       what is written here, as in a saved model (`pretrained.py`); with the table
+    checkpoint-N/engram/       what is written here, as in a saved model (`saving/folder.py`); with the table
         engram_table.*         copied ("copy"), or
         table_reference.json   named by the commit it had then ("reference"), or
         overlay.safetensors    where an overlay is trained: its rows and their optimizer states, and no table

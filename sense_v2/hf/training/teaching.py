@@ -4,7 +4,7 @@
     taught = teach(model, tokenizer, " Lutz.", prompt="The capital of Zubrowka is")
     taught.undo()
 
-Only rows change, in an overlay (`engram/overlay.py`): backbone, fusion layers and table are the same bits afterwards.
+Only rows change, in an overlay (`delta/overlay.py`): backbone, fusion layers and table are the same bits afterwards.
 And only rows of positions whose next token is learned: the n-grams that end with the prompt, and those of the text.
 Rows at the prompt's other positions could help as well, through attention, but they are those of phrases that other
 texts share; leaving them alone costs nothing that was measured (benchmarks/LOG.md).
