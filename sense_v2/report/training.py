@@ -14,8 +14,8 @@ typed in by hand: numbers are formatted in wording.py, sentences chosen in verdi
       "engram": the fields of EngramConfig, "train": the fields of TrainConfig,
       "table": {"rows", "width", "dtype", "bytes"}, "fusion_parameters": int,
       "runs": {"plain": RUN, "engram": RUN, "random_rows": RUN (optional), "shuffled": RUN (optional)},
-      "step_time_ratio": median step of engram / median step of plain,
-      "same_seconds": {"seconds", "plain", "engram"}: both perplexities when the faster of the two ended; or None,
+      "step_times": how long a step of "engram" takes as against "plain", measured in turns, and
+      "equal_time": both runs after equal training time, or None, as sense_v2.hf.training.step_times gives them,
       "controls": {"random_rows": kept, "shuffled": kept}: share of the loss gain that a control keeps; may be empty,
       "gates": [{"layer", "tokens": [str, ...], "gates": [float, ...]}]: may be empty,
       "rows_touched": [{"layer", "order", "head", "rows", "touched"}]: may be empty,
@@ -26,10 +26,11 @@ typed in by hand: numbers are formatted in wording.py, sentences chosen in verdi
     RUN = {
       "label": str, "description": str (optional, what a control takes away),
       "steps": [int], "train_loss": [float], "seconds": [float], training seconds up to and with that step,
-      "evals": [{"step", "seconds", "loss", "perplexity"}], on held-out text, the last one at the end,
-      "loss", "perplexity", "bits_per_byte": at the end, on held-out text,
-      "step_seconds_median": float, "step_seconds_spread": [10th percentile, 90th percentile]
+      "evals": [{"step", "loss", "perplexity"}], on held-out text, the last one at the end,
+      "loss", "perplexity", "bits_per_byte": at the end, on held-out text
     }
+
+The runs follow each other, and the speed of a machine drifts, so no page compares their seconds.
 
 Losses are nats a token. A measured number may be NaN, infinite or None (what JSON has for both): the report says that
 it isn't finite and goes on.
@@ -58,8 +59,8 @@ REQUIRED = (
     "fusion_parameters",
     "train",
     "runs",
-    "step_time_ratio",
-    "same_seconds",
+    "step_times",
+    "equal_time",
     "controls",
     "gates",
     "rows_touched",
@@ -108,7 +109,7 @@ def terminal_table(results: dict[str, Any]) -> str:
     Raises `ValueError` when `results` lacks a part.
     """
     _check(results)
-    header = ("run", "perplexity", "change", "loss", "bits/byte", "a step", "training")
+    header = ("run", "perplexity", "change", "loss", "bits/byte", "training")
     rows = [header]
     for name in _names(results):
         run = results["runs"][name]
@@ -119,7 +120,6 @@ def terminal_table(results: dict[str, Any]) -> str:
                 verdict.against_plain(results, name),
                 wording.decimals(run["loss"]),
                 wording.decimals(run["bits_per_byte"]),
-                wording.duration(run["step_seconds_median"]),
                 wording.duration(run["seconds"][-1]),
             )
         )
@@ -133,7 +133,7 @@ def terminal_table(results: dict[str, Any]) -> str:
     lines.insert(1, "  ".join("-" * width for width in widths))
     sentences = [
         verdict.headline(results),
-        f"{verdict.steps(results)} {verdict.same_seconds(results)}",
+        f"{verdict.steps(results)} {verdict.equal_time(results)}",
         verdict.controls(results),
         *verdict.curiosities(results),
     ]
@@ -166,11 +166,9 @@ def gate_layers(gates: list[dict[str, Any]]) -> tuple[float, float, list[dict[st
 
 
 def step_bars(results: dict[str, Any]) -> list[dict[str, Any]]:
-    """Step times as shares of the longest, in percent."""
+    """Step times that were measured in turns, as shares of the longest, in percent."""
     runs = results["runs"]
-    times = {
-        name: [runs[name]["step_seconds_median"], *runs[name]["step_seconds_spread"]] for name in _names(results)
-    }
+    times = {name: [own["median"], own["low"], own["high"]] for name, own in results["step_times"]["seconds"].items()}
     longest = max((t for three in times.values() for t in three if wording.is_finite(t)), default=0) or 1
     bars = []
     for name, (median, low, high) in times.items():

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from typing import Any
 
+from sense_v2.hf.training.step_times import CONFIDENCE, is_clear
 from sense_v2.report.wording import (
     SAME,
     change,
@@ -73,30 +74,48 @@ def against_plain(results: dict[str, Any], name: str) -> str:
 
 
 def steps(results: dict[str, Any]) -> str:
-    """What a step costs: median step times."""
-    plain, engram = (results["runs"][name]["step_seconds_median"] for name in ("plain", "engram"))
-    ratio = results["step_time_ratio"]
-    if not is_finite(ratio):
+    """What a step costs, as measured in turns."""
+    times = results["step_times"]
+    if not all(is_finite(times[name]) for name in ("ratio", "low", "high")):
         return "The step times could not be compared."
-    times = f"(median {duration(engram)} against {duration(plain)})"
-    if abs(ratio - 1) < SAME:
-        return f"A step of the memory model takes as long as a plain step {times}."
-    return f"A step of the memory model takes {decimals(ratio, 2)} times as long as a plain step {times}."
+    low, high = decimals(times["low"], 2), decimals(times["high"], 2)
+    if not is_clear(times):
+        return (
+            "This machine's speed changed too much to say what a step costs: the memory model's step time, "
+            f"divided by the plain model's, has a {percent(CONFIDENCE)} interval of {low} to {high}."
+        )
+    plain, engram = (times["seconds"][name]["median"] for name in ("plain", "engram"))
+    found = f"({percent(CONFIDENCE)} interval {low} to {high}; median {duration(engram)} against {duration(plain)})"
+    if times["low"] <= 1 <= times["high"]:
+        return f"As far as this run can tell, a step of the memory model takes as long as a plain step {found}."
+    return f"A step of the memory model takes {decimals(times['ratio'], 2)} times as long as a plain step {found}."
 
 
-def same_seconds(results: dict[str, Any]) -> str:
-    """The comparison at equal training time: both perplexities when the faster run ended."""
-    same = results["same_seconds"]
-    if not (same and is_finite(same["seconds"])):
-        return "The runs were not compared at equal training time."
-    plain, engram = same["plain"], same["engram"]
-    told = f"At equal training time, {duration(same['seconds'])} each, "
-    if not (is_finite(plain) and is_finite(engram)):
-        return f"{told}perplexity is {perplexity(engram)} with memory and {perplexity(plain)} without."
-    if abs(engram - plain) < SAME * plain:
-        return f"{told}the two are level: perplexity {perplexity(engram)} with memory, {perplexity(plain)} without."
+def equal_time(results: dict[str, Any]) -> str:
+    """Both perplexities after equal training time, by the ratio of the step times."""
+    found = results["equal_time"]
+    if not found:
+        return (
+            "So no comparison at equal training time is made."
+            if not is_clear(results["step_times"])
+            else ("The models were not compared at equal training time.")
+        )
+    plain, engram = found["base"], found["other"]
+    told = (
+        f"At equal training time, {count(found['base_steps'])} plain steps and {count(found['other_steps'])} with "
+        "memory, "
+    )
+    values = f"{perplexity(engram)} with memory and {perplexity(plain)} without"
+    if not all(is_finite(found[name]) for name in ("base", "other", "ratio", "low", "high")):
+        return f"{told}perplexity is {values}."
+    if abs(found["ratio"] - 1) < SAME:
+        return f"{told}the two are level: perplexity {values}."
+    low, high = change(found["low"], 1), change(found["high"], 1)
+    if found["low"] < 1 < found["high"]:
+        return f"{told}this run doesn't tell which is better: perplexity {values}, somewhere from {low} to {high}."
+    ends = "" if low == high else f" ({low} to {high} over that interval)"
     return (
-        f"{told}the memory model's perplexity is {change(engram, plain)}: "
+        f"{told}the memory model's perplexity is {change(engram, plain)}{ends}: "
         f"{perplexity(engram)} against {perplexity(plain)}."
     )
 
