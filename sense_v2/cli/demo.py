@@ -168,6 +168,7 @@ def run_demo(
         },
         "engram": config.engram.to_dict(),
         "train": settings.to_dict(),
+        "trained_tokens": settings.steps * settings.batch_size * settings.sequence_length,
         "table": {
             "rows": memory.storage.num_embeddings,
             "width": memory.storage.embedding_dim,
@@ -225,7 +226,7 @@ def metrics(results: dict[str, Any]) -> dict[str, Any]:
         "equal_time": results["equal_time"],
         "gain_kept_by_controls": results["controls"],
         "compression": {name: results["compression"][name] for name in ("tokens", "ids")},
-        "tokens": len(runs["plain"]["steps"]) * results["train"]["batch_size"] * results["train"]["sequence_length"],
+        "tokens": results["trained_tokens"],
         "seconds": results["seconds"],
     }
 

@@ -1,7 +1,7 @@
-"""What a training run showed, in sentences. Goes in: the results that `training.py` describes. Comes out: text.
+"""Sentences about a training run, made from the results that training.py describes.
 
-No sentence is typed in: each is chosen and filled by the numbers, so that it reads right when the memory loses, when
-a run diverges and when the controls were left out. "Level" means less than `wording.SAME` apart.
+The numbers choose and fill each sentence, so it reads right when the memory loses, when a run diverges and when the
+controls were left out. "Level" means less than `wording.SAME` apart.
 """
 
 from __future__ import annotations
@@ -9,6 +9,7 @@ from __future__ import annotations
 from typing import Any
 
 from sense_v2.hf.training.step_times import CONFIDENCE, is_clear
+from sense_v2.report import wording
 from sense_v2.report.wording import (
     SAME,
     change,
@@ -17,6 +18,7 @@ from sense_v2.report.wording import (
     duration,
     is_finite,
     listing,
+    number_of,
     percent,
     perplexity,
     short,
@@ -32,13 +34,8 @@ MOST, LITTLE = 0.75, 0.25
 
 
 def outcome(results: dict[str, Any]) -> str:
-    """better, worse, level or broken: the memory model's final perplexity against the plain model's."""
-    plain, engram = (results["runs"][name]["perplexity"] for name in ("plain", "engram"))
-    if not (is_finite(plain) and is_finite(engram)):
-        return "broken"
-    if abs(engram - plain) < SAME * plain:
-        return "level"
-    return "better" if engram < plain else "worse"
+    """Return better, worse, level or broken: the memory model's final perplexity against the plain model's."""
+    return wording.outcome(*(results["runs"][name]["perplexity"] for name in ("engram", "plain")))
 
 
 def headline(results: dict[str, Any]) -> str:
@@ -46,12 +43,16 @@ def headline(results: dict[str, Any]) -> str:
     plain, engram = (results["runs"][name]["perplexity"] for name in ("plain", "engram"))
     kind = outcome(results)
     if kind == "broken":
-        bad = [name for name, value in (("memory", engram), ("plain", plain)) if not is_finite(value)]
-        models = "model's" if len(bad) == 1 else "models'"
-        told = f"The {listing(bad)} {models} perplexity is no finite number: training broke down. "
-        left = [(name, value) for name, value in (("memory", engram), ("plain", plain)) if is_finite(value)]
-        other = "".join(f"The {name} model ended at {perplexity(value)}. " for name, value in left)
-        return f"{told}{other}This run does not say whether the memory helps."
+        models = (("memory", engram), ("plain", plain))
+        bad = [name for name, value in models if not is_finite(value)]
+        told = f"The {listing(bad)} model's" if len(bad) == 1 else f"The {listing(bad)} models'"
+        other = "".join(
+            f"The {name} model ended at {perplexity(value)}. " for name, value in models if name not in bad
+        )
+        return (
+            f"{told} perplexity is not a finite number: training broke down. {other}"
+            "This run does not say whether the memory helps."
+        )
     if kind == "level":
         apart = abs(engram - plain) / plain
         distance = percent(apart) if apart >= 0.001 else f"less than {percent(0.001)}"
@@ -135,7 +136,7 @@ def controls(results: dict[str, Any]) -> str:
         told = {
             "worse": "There is no gain over the plain model",
             "level": "The two models end level, so there is no gain",
-            "broken": "The gain is no finite number, so there is nothing",
+            "broken": "The gain is not a finite number, so there is nothing",
         }[outcome(results)]
         return f"{told} for the controls to keep. Their results are in the table above.{left_out}"
     kept = {name: results["controls"].get(name) for name in present}
@@ -193,12 +194,27 @@ def curiosities(results: dict[str, Any]) -> list[str]:
 def memory(results: dict[str, Any]) -> str:
     """How large the model is and what the memory adds to it."""
     model, table = results["model"], results["table"]
+    asked = results["engram"]["table_size"]
+    rounded = (
+        f" (table_size asks for {count(asked)}; each head gets a prime number of rows.)"
+        if asked != table["rows"]
+        else ""
+    )
     return (
         f"The plain model has {short(model['parameters'])} parameters. The memory model is the same with "
         f"{short(results['fusion_parameters'])} more parameters inside its layers and a table of "
         f"{count(table['rows'])} rows of {count(table['width'])} {table['dtype']} values, "
-        f"{size(table['bytes'])} on disk."
+        f"{size(table['bytes'])} on disk.{rounded}"
     )
+
+
+def trained_on(results: dict[str, Any]) -> str:
+    """How much text each run read, which may be less than a corpus holds."""
+    train, tokens = results["train"], results["trained_tokens"]
+    share = tokens / results["corpus"]["tokens"]
+    part = f"{percent(share)} of that text" if share < 1 else f"that text {decimals(share, 1)} times over"
+    shape = f"{count(train['batch_size'])} × {count(train['sequence_length'])}"
+    return f"{number_of(tokens, 'token')} in each run, {part}: {number_of(train['steps'], 'step')} of {shape}"
 
 
 def rows_touched(results: dict[str, Any]) -> str:

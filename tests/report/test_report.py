@@ -6,18 +6,17 @@ import itertools
 import json
 import math
 import re
-from html.parser import HTMLParser
 from pathlib import Path
 
 import numpy as np
 import pytest
+from report_pages import HOSTILE, NAN, Page, contrast, schemes
 
 from sense_v2.core.config import EngramConfig, TrainConfig
 from sense_v2.hf.training.step_times import at_equal_time
 from sense_v2.report import page, plots, training, verdict, wording
 from sense_v2.report.training import terminal_table, write_picture, write_report
 
-NAN = float("nan")
 LABELS = {
     "plain": "without memory",
     "engram": "with memory",
@@ -122,6 +121,7 @@ def made_results(engram: float = 2.47, controls: bool = True) -> dict:
         "table": {"rows": 1_999_840, "width": 32, "dtype": "float32", "bytes": 1_999_840 * 32 * 4},
         "fusion_parameters": 265_216,
         "train": TrainConfig().to_dict(),
+        "trained_tokens": 614_400,
         "runs": runs,
         "step_times": step_times(),
         "equal_time": at_equal_time(runs["plain"]["evals"], runs["engram"]["evals"], step_times()),
@@ -212,9 +212,6 @@ def sparse() -> dict:
     return results
 
 
-HOSTILE = "<script>alert('x')</script>&\"quote\" $x^2$ \u202e\x00\ud83d ]]> -->"
-
-
 def hostile() -> dict:
     results = made_results()
     results["title"] = results["corpus"]["name"] = results["machine"]["cpu"] = HOSTILE
@@ -234,42 +231,6 @@ def too_noisy() -> dict:
 
 
 SHAPES = [made_results, too_noisy, losing, quick, level, diverged, never_finite, sparse, hostile]
-
-
-class Page(HTMLParser):
-    """Reads a page: the text, the elements, and whether every element that was opened was closed."""
-
-    VOID = ("meta", "link", "br", "img", "hr", "input")
-
-    def __init__(self, html: str) -> None:
-        super().__init__(convert_charrefs=True)
-        self.open: list[str] = []
-        self.seen: list[tuple[str, dict[str, str | None]]] = []
-        self.texts: list[str] = []
-        self.feed(html)
-        self.close()
-        assert self.open == []
-
-    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
-        assert len(dict(attrs)) == len(attrs), f"an attribute twice: {attrs}"
-        self.seen.append((tag, dict(attrs)))
-        if tag not in self.VOID:
-            self.open.append(tag)
-
-    def handle_startendtag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
-        self.seen.append((tag, dict(attrs)))
-
-    def handle_endtag(self, tag: str) -> None:
-        assert self.open, f"</{tag}> closes nothing"
-        assert self.open.pop() == tag
-
-    def handle_data(self, data: str) -> None:
-        if not self.open or self.open[-1] != "style":
-            self.texts.append(data)
-
-    @property
-    def text(self) -> str:
-        return re.sub(r"\s+", " ", "".join(self.texts))
 
 
 def written(results: dict, folder: Path) -> str:
@@ -325,7 +286,9 @@ def test_every_part_of_the_results_is_on_the_page(tmp_path):
         "6.82 M parameters",
         "265 K more parameters inside its layers and a table of 1,999,840 rows of 32 float32 values, 256 MB on disk",
         "Training reached 682,400 of 1,048,336 rows, 65 %: 58 % of those for 2-grams and 72 % of those for 3-grams",
-        "4,120,331 tokens, 812 files, 13.4 MB",
+        "Training text4,120,331 tokens, 812 files, 13.4 MB",
+        "Trained on614,400 tokens in each run, 15 % of that text: 300 steps of 8 × 256",
+        "(table_size asks for 2,000,000; each head gets a prime number of rows.)",
         "455,120 tokens, 90 files, 1.48 MB",
         "Intel Xeon Processor @ 2.10GHz, 2 cores, 8.2 GB of memory",
         "Python 3.11.9, PyTorch 2.8.0",
@@ -363,13 +326,13 @@ def test_headline_follows_the_numbers():
     assert verdict.headline(results).endswith("end level: their perplexities, 20.06 and 20.00, are 0.3 % apart.")
     engram["perplexity"] = NAN
     assert verdict.headline(results) == (
-        "The memory model's perplexity is no finite number: training broke down. The plain model ended at 20.00. "
+        "The memory model's perplexity is not a finite number: training broke down. The plain model ended at 20.00. "
         "This run does not say whether the memory helps."
     )
     plain["perplexity"] = float("inf")
-    assert verdict.headline(results).startswith("The memory and plain models' perplexity is no finite number")
+    assert verdict.headline(results).startswith("The memory and plain models' perplexity is not a finite number")
     engram["perplexity"] = 9.0
-    assert verdict.headline(results).startswith("The plain model's perplexity is no finite number")
+    assert verdict.headline(results).startswith("The plain model's perplexity is not a finite number")
 
 
 def test_a_losing_memory_is_nowhere_called_a_gain(tmp_path):
@@ -633,29 +596,6 @@ def test_labels_never_overlap():
         assert edges[0] >= -1e-5
         assert edges[-1] <= 1 + 1e-5
         assert all(a <= b + 1e-5 for a, b in itertools.pairwise(edges))
-
-
-def luminance(color: tuple[float, ...]) -> float:
-    linear = [c / 12.92 if c <= 0.03928 else ((c + 0.055) / 1.055) ** 2.4 for c in color]
-    return 0.2126 * linear[0] + 0.7152 * linear[1] + 0.0722 * linear[2]
-
-
-def contrast(a: tuple[float, ...], b: tuple[float, ...]) -> float:
-    high, low = sorted((luminance(a), luminance(b)), reverse=True)
-    return (high + 0.05) / (low + 0.05)
-
-
-def schemes() -> dict[str, dict[str, tuple[float, ...]]]:
-    css = (page.FOLDER / "style.css").read_text()
-    light, dark = css.split("@media (prefers-color-scheme: dark)")[:2]
-    found = {}
-    for name, part in (("light", light), ("dark", dark.split("* {")[0])):
-        colors = {
-            key: tuple(int(value[i : i + 2], 16) / 255 for i in (0, 2, 4))
-            for key, value in re.findall(r"--([\w-]+): #(\w{6});", part)
-        }
-        found[name] = colors
-    return found
 
 
 def test_colours_reach_the_contrast_that_text_needs():
