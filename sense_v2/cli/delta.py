@@ -20,7 +20,7 @@ from sense_v2.engram.delta.apply import (
     revert_delta,
     strip_delta,
 )
-from sense_v2.engram.delta.delta_file import Delta, base_of, read_delta
+from sense_v2.engram.delta.delta_file import Delta, read_delta
 from sense_v2.engram.upkeep.check import check_table
 from sense_v2.report import wording
 
@@ -151,7 +151,7 @@ def _table_in(path: Path) -> Path:
 def _refuse_other_base(delta: Delta, table: Path) -> None:
     storage = open_table_as_it_is(table)
     try:
-        delta.info.base.refuse_other(base_of(storage), delta.path, table)
+        delta.info.base.refuse_other(storage.identity(), delta.path, table)
     finally:
         storage.close()
 

@@ -15,11 +15,8 @@ from torch import nn
 
 from sense_v2.core.config import EngramConfig
 from sense_v2.engram import operators
-from sense_v2.engram.delta.overlay import OverlayStorage, Storage
 from sense_v2.engram.model import EngramFusionLayer, open_table
-from sense_v2.engram.ranks.sharded_table import ShardedTable
-from sense_v2.engram.released.released_table import ReleasedTable
-from sense_v2.engram.storage import MMapEmbeddingStorage
+from sense_v2.engram.row_source import RowSource, TrainableRows
 from sense_v2.engram.tokenizer import EngramTokenizer
 
 
@@ -33,7 +30,7 @@ class EngramMemory(nn.Module):
         tokenizer: EngramTokenizer,
         pad_token_id: int | None,
         mode: str = "r+",
-        given: Mapping[int, tuple[int, MMapEmbeddingStorage | ReleasedTable | ShardedTable]] | None = None,
+        given: Mapping[int, tuple[int, RowSource]] | None = None,
     ) -> None:
         """`given`: by layer of the model, the layer of `config` whose rows it reads, and the table that has them;
         without it `config`'s table is opened."""
@@ -42,7 +39,7 @@ class EngramMemory(nn.Module):
         self.tokenizer = tokenizer
         self.owns_tables = given is None
         if given is None:
-            table = open_table(config, tokenizer, mode=mode)
+            table: RowSource = open_table(config, tokenizer, mode=mode)
             given = {layer_id: (layer_id, table) for layer_id in config.layer_indices}
         if len({id(table) for _, table in given.values()}) == 1:
             # Tables of their own for several layers are `storages` alone.
@@ -72,7 +69,7 @@ class EngramMemory(nn.Module):
         super().__setstate__(state)
         self._handle = operators.handle_of(self)
 
-    def use_storage(self, storage: Storage) -> None:
+    def use_storage(self, storage: RowSource) -> None:
         """Looks up, and trains, through another storage of the same rows from here on."""
         self.storage = storage
         for fusion in self:
@@ -80,8 +77,8 @@ class EngramMemory(nn.Module):
 
     @property
     def table(self) -> Any:
-        """The table itself: what the storage is, or what its overlay lies on."""
-        return self.storage.base if isinstance(self.storage, OverlayStorage) else self.storage
+        """The table itself: the storage, or what its overlay lies on."""
+        return self.storage.table
 
     def __getattr__(self, name: str) -> Any:
         if name == "storage" and name not in self.__dict__.get("_modules", {}):
@@ -102,8 +99,8 @@ class EngramMemory(nn.Module):
 
     @property
     def is_released(self) -> bool:
-        """Whether a table is a released checkpoint's, by itself or under an overlay: nobody's to copy."""
-        return any(isinstance(getattr(storage, "base", storage), ReleasedTable) for storage in self.storages)
+        """True if a table is a released checkpoint's, by itself or under an overlay: nobody's to copy."""
+        return any(storage.is_released for storage in self.storages)
 
     @property
     def reach(self) -> int:
@@ -141,27 +138,15 @@ class EngramMemory(nn.Module):
         return compressed_BT, torch.stack([fusion.hasher(compressed_BT, **masks) for fusion in self])
 
     @property
-    def own_storage(self) -> MMapEmbeddingStorage:
-        """The file that this process stores to: the whole table, or a rank's shard of it."""
-        table: Any = self.table
-        storage: MMapEmbeddingStorage = table.own if isinstance(table, ShardedTable) else table
-        return storage
-
-    @property
-    def whole_table(self) -> MMapEmbeddingStorage:
-        """The file that has all rows. Raises `ValueError` where no file has: a table in shards."""
-        table = self.table
-        if isinstance(table, ShardedTable) and table.layout == "shards":
-            raise ValueError(
-                f"{table.path} lies in shards, so there is no file to copy: copy_table(table, path) of "
-                "sense_v2.engram.ranks.range_copy makes one, on all ranks"
-            )
-        return self.own_storage
+    def whole_table(self) -> TrainableRows:
+        """The file that has all rows. Raises `ValueError` if no file has: a table in shards."""
+        table: TrainableRows = self.storage.whole_table
+        return table
 
     def begin_rows(self, row_ids_LBTH: torch.Tensor, valid_BT: torch.Tensor | None) -> None:
         """A forward needs these rows, but for those of masked positions: they begin to come."""
         table = self.storages[0]
-        if not isinstance(table, ShardedTable):
+        if not table.needs_all_ranks:
             self.prefetch_rows(row_ids_LBTH)
         elif not torch.compiler.is_compiling():
             table.begin(row_ids_LBTH if valid_BT is None else row_ids_LBTH[:, valid_BT])
