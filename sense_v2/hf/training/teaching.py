@@ -86,7 +86,7 @@ def teach(
     overlay = overlay_of(model) or add_overlay(model)
     with _rows_alone(model, memory, overlay):
         learned_T = labels_1T[0, 1:] != -100  # whose next token is learned
-        row_ids_LBTH = memory.hash_tokens(token_ids_1T, None, None, None)[1]
+        row_ids_LBTH = memory.hash_tokens(token_ids_1T)[1]
         row_ids_U = row_ids_LBTH[:, 0, :-1][:, learned_T.to(row_ids_LBTH.device)].unique().cpu()
         return _descend(model, overlay, row_ids_U, token_ids_1T, labels_1T, steps=steps, lr=lr, stop_below=stop_below)
 
