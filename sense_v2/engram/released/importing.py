@@ -1,4 +1,4 @@
-"""A released table -> one of ours: the same rows, in a file that is mapped, trained and converted as any other.
+"""A released table -> one of ours, which is mapped, trained and converted as any other.
 
 Streamed, taken up again after a kill, read back and compared (`sense_v2.engram.upkeep.transfer`); checked before as
 `open_released_table` checks (`sense_v2.engram.released.released_table`). Where no other dtype is asked for, a row's

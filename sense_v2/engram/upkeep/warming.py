@@ -1,4 +1,4 @@
-"""A table, or its hottest rows -> the page cache, where every process that opens the table finds them."""
+"""A table, or its hottest rows -> the page cache, for every process that opens the table."""
 
 from __future__ import annotations
 

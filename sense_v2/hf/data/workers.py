@@ -1,4 +1,6 @@
-"""Who works through a corpus: processes of this machine, or a Ray cluster. Both run the same functions.
+"""Who works through a corpus: processes of this machine, or a Ray cluster.
+
+Both run the same functions:
 
     documents ──function──▶ … ──function──▶ Arrow tables, one after another, or Parquet files
 

@@ -1,4 +1,6 @@
-"""A Qwen4-Exp model of transformers whose n-gram tables stay on disk: the same outputs, without the table in memory.
+"""A Qwen4-Exp model of transformers whose n-gram tables stay on disk.
+
+Its outputs are the same, without the table in memory:
 
     load_with_tables_on_disk(folder)    builds and loads the model, all but the tables
     offload_ngram_table(model, folder)  takes the tables out of a model that is there

@@ -1,4 +1,4 @@
-"""The page of `sense-engram play`: its texts, its components, and which of them calls what of a `Player`.
+"""The page of `sense-engram play`: its texts and components, and what they call of a `Player`.
 
 Only Gradio is here. What a request comes to is in `player.py`, what is shown of it in `sense_v2.report.playground`.
 """
