@@ -28,10 +28,10 @@ from transformers import PreTrainedModel
 
 from sense_v2.cli.models import token_stream
 from sense_v2.cli.progress import TrainingProgress
-from sense_v2.cli.setup import shared_spellings
 from sense_v2.core.config import Config, EngramConfig, TrainConfig
 from sense_v2.engram.optim import clip_grad_norm_
 from sense_v2.engram.tokenizer import DEEPSEEK_PACKAGE, EngramTokenizerBuilder
+from sense_v2.engram.upkeep.shadow_map_setup import shared_spellings
 from sense_v2.hf.attach import attach_engram, detach_engram
 from sense_v2.hf.data.corpus import Batches, Corpus, read_corpus
 from sense_v2.hf.insight.evaluation import Evaluation, evaluate, gate_strengths, rows_touched

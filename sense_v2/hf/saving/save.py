@@ -1,9 +1,4 @@
-"""A model with memory -> its folder (`folder.py`): the backbone as transformers saves it, and the memory beside it.
-
-The table is never rewritten: it is where it was trained, or it is copied. Every file is written under another name
-first, so that a process that reads the old one keeps it. engram/config.json comes last and is taken away before a
-table is replaced: a folder without it was not saved to its end.
-"""
+"""A model with memory -> its folder: the backbone, and the memory beside it."""
 
 from __future__ import annotations
 
@@ -63,18 +58,27 @@ def save_pretrained(
     state_dict: Mapping[str, torch.Tensor] | None = None,
     **options: Any,
 ) -> None:
-    """Writes the model, its memory (if any is attached) and its tokenizer to `folder`.
+    """Save a model, its memory if any is attached, and its tokenizer.
 
-    A table that lies in `folder/engram` stays. For one that lies elsewhere `table` says what is saved, without its
-    optimizer states: "copy" (a reflink where the file system has them), "reflink" (refused where it hasn't), or
-    "reference", its path and commit. `model` goes on with the table it has. `tokenizer` is a `tokenizers.Tokenizer`
-    or a transformers tokenizer. `training` and `evaluation`, names and values, go into the model card, whose title is
-    `name`, by default the folder's. `state_dict` is saved in place of the model's own weights, those of the fusion
-    layers included; `options` (`max_shard_size`, `variant`, …) are those of the backbone's own `save_pretrained`.
+    A table that lies in `folder/engram` already stays there. The model goes on with the table it has.
 
-    Raises `FileExistsError` where a model without memory would be saved beside the memory of another, or a reference
-    beside a table, `BlockingIOError` where somebody writes to the table whose place would be taken, `ValueError` for
-    another `table` and for a model that a PEFT adapter wraps, `OSError` where there is no room or no reflink.
+    Args:
+        model: A model of transformers.
+        folder: Where everything goes.
+        tokenizer: A `tokenizers.Tokenizer`, or a tokenizer of transformers.
+        table: What is saved of a table that lies elsewhere, without its optimizer states: "copy" (a reflink where
+            the file system has them), "reflink" (refused where it hasn't), or "reference", its path and commit.
+        training: Names and values for the model card.
+        evaluation: More of them.
+        name: The model card's title, by default the folder's name.
+        state_dict: Saved in place of the model's own weights, those of the fusion layers included.
+        **options: Those of the backbone's own `save_pretrained` (`max_shard_size`, `variant`, …).
+
+    Raises:
+        FileExistsError: A model without memory would be saved beside another's memory, or a reference beside a table.
+        BlockingIOError: Another process writes to the table whose place would be taken.
+        ValueError: `table` is something else, or a PEFT adapter wraps the model.
+        OSError: There is no room, or no reflink.
     """
     folder = Path(folder)
     target = folder / MEMORY_FOLDER
