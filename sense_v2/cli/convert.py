@@ -11,10 +11,10 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from sense_v2.cli.errors import CommandError
 from sense_v2.cli.evaluate import WITH, run_eval
 from sense_v2.cli.progress import ByteProgress
 from sense_v2.core.config import COMPACT_DTYPES, ROW_DTYPES
+from sense_v2.core.errors import CommandError
 from sense_v2.engram.table.format import row_dtype
 from sense_v2.engram.table.opening import TableFiles, read_manifest
 from sense_v2.engram.upkeep.convert import convert_table

@@ -9,8 +9,8 @@ from typing import Any
 
 import numpy as np
 
-from sense_v2.cli.errors import CommandError
 from sense_v2.cli.verify import find_table
+from sense_v2.core.errors import CommandError
 from sense_v2.engram.delta.apply import (
     Applied,
     apply_delta,

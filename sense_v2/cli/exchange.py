@@ -14,9 +14,9 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-from sense_v2.cli.errors import CommandError
 from sense_v2.cli.progress import ByteProgress
 from sense_v2.core.config import COMPACT_DTYPES, ROW_DTYPES
+from sense_v2.core.errors import CommandError
 from sense_v2.engram.released.exporting import Exported, export_tables
 from sense_v2.engram.released.importing import FUSION_SUFFIX, Imported, import_table
 from sense_v2.engram.released.layouts import LAYOUTS

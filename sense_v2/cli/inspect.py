@@ -6,7 +6,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from sense_v2.cli.errors import CommandError
+from sense_v2.core.errors import CommandError
 from sense_v2.engram.released.released_table import TableFacts, released_tables
 from sense_v2.report import wording
 

@@ -10,8 +10,8 @@ from typing import Any
 
 import torch
 
-from sense_v2.cli.errors import CommandError
 from sense_v2.core.config import EngramConfig
+from sense_v2.core.errors import CommandError
 from sense_v2.engram.hashing import NgramHasher
 from sense_v2.engram.model import compressed_pad_id
 from sense_v2.engram.pretrained_tokenizer import load_tokenizer

@@ -9,8 +9,8 @@ from typing import Annotated, Any
 
 import typer
 
-from sense_v2.cli.errors import CommandError
 from sense_v2.core.config import VARIANT_NAMES, Config
+from sense_v2.core.errors import CommandError
 
 
 def one_of(*names: str) -> Callable[[str], list[str]]:

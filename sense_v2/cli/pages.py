@@ -6,8 +6,8 @@ import json
 from pathlib import Path
 from typing import Any
 
-from sense_v2.cli.errors import CommandError
 from sense_v2.cli.output import finite
+from sense_v2.core.errors import CommandError
 
 
 def report_paths(output: str | Path) -> tuple[Path, Path]:

@@ -19,8 +19,9 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel
 
-from sense_v2.cli.errors import CommandError, explain
+from sense_v2.cli.errors import explain
 from sense_v2.cli.models import max_positions
+from sense_v2.core.errors import CommandError
 from sense_v2.engram.delta.overlay import OverlayStorage
 from sense_v2.hf.data.corpus import encode
 from sense_v2.hf.insight.comparison import compare, continue_text

@@ -16,13 +16,13 @@ from typing import Any
 import numpy as np
 import torch
 
-from sense_v2.cli.errors import CommandError
 from sense_v2.cli.folders import new_folders
 from sense_v2.cli.models import saved_tokenizer, separator_id, token_stream
 from sense_v2.cli.progress import ByteProgress
 from sense_v2.cli.tokenize import source_of
 from sense_v2.cli.workers import chosen_workers
 from sense_v2.core.config import Config, TrainConfig
+from sense_v2.core.errors import CommandError
 from sense_v2.engram.table.format import row_dtype
 from sense_v2.engram.upkeep.hot_rows import HotRows, RowCounts, identity, save
 from sense_v2.hf.data.corpus import read_corpus, standard_library

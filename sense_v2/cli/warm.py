@@ -8,8 +8,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from sense_v2.cli.errors import CommandError
 from sense_v2.cli.progress import ByteProgress
+from sense_v2.core.errors import CommandError
 from sense_v2.engram.reading.reader import usable_memory_bytes
 from sense_v2.engram.table.format import row_dtype
 from sense_v2.engram.table.opening import TableFiles, read_manifest

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 
-from sense_v2.cli.errors import CommandError
+from sense_v2.core.errors import CommandError
 from sense_v2.hf.data.workers import Processes, RayCluster
 
 

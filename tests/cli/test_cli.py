@@ -16,6 +16,7 @@ from transformers import AutoModelForCausalLM, LlamaForCausalLM
 
 from sense_v2.cli import demo, errors, main, train
 from sense_v2.core.config import Config, EngramConfig, TrainConfig
+from sense_v2.core.errors import CommandError
 from sense_v2.hf.load import from_pretrained
 from sense_v2.hf.memory import attached_memory
 
@@ -89,7 +90,7 @@ def test_debug_shows_the_traceback_before_the_two_lines(run, tmp_path):
         (MemoryError(), "there is not enough memory", "--batch-size"),
         (RuntimeError("I/O error: File too large (os error 27)"), "I/O error: File too large", "make room"),
         (KeyError("name"), "KeyError: 'name'", "`x --debug run …` shows where"),
-        (errors.CommandError("two\n lines", "way\nout"), "two lines", "way out"),
+        (CommandError("two\n lines", "way\nout"), "two lines", "way out"),
     ],
 )
 def test_every_error_has_a_way_out(error, what, way_out):
