@@ -9,10 +9,10 @@ from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
 
-from sense_v2.cli.blocks import read_blocks
-from sense_v2.cli.models import open_with_memory
 from sense_v2.cli.pages import report_paths, write_json
-from sense_v2.cli.progress import ByteProgress
+from sense_v2.cli.progress import ByteProgress, characters
+from sense_v2.hf.backbones import open_with_memory
+from sense_v2.hf.data.held_out import read_blocks
 from sense_v2.hf.insight.ablation import ablate, num_passes
 from sense_v2.hf.insight.evaluation import Evaluation, count_text_bytes
 
@@ -51,7 +51,7 @@ def run_ablate(
         sequence_length=sequence_length,
         all_files=all_files,
         text_column=text_column,
-        echo=echo,
+        counting=characters(echo),
     )
     blocks_BT = blocks.token_ids_BT
     passes = num_passes(memory, single_heads=single_heads)

@@ -15,12 +15,12 @@ from typing import Any
 import numpy as np
 import torch
 
-from sense_v2.cli.blocks import Blocks, read_blocks, settings_of
-from sense_v2.cli.models import open_with_memory, token_stream
 from sense_v2.cli.pages import report_paths, write_json
-from sense_v2.cli.progress import ByteProgress
+from sense_v2.cli.progress import ByteProgress, characters
 from sense_v2.engram.upkeep.ngram_usage import Ngrams, number_ngrams, rows_of
 from sense_v2.engram.upkeep.row_lengths import MAX_ROWS, measure_rows, num_measured
+from sense_v2.hf.backbones import open_with_memory, token_stream
+from sense_v2.hf.data.held_out import Blocks, read_blocks, settings_of
 from sense_v2.hf.data.token_texts import Words
 from sense_v2.hf.insight import analysis
 from sense_v2.hf.insight.evaluation import Evaluation, count_text_bytes
@@ -66,7 +66,7 @@ def run_analyze(
         sequence_length=sequence_length,
         all_files=all_files,
         text_column=text_column,
-        echo=echo,
+        counting=characters(echo),
     )
     blocks_BT = blocks.token_ids_BT
     echo(f"model   {folder}")
@@ -144,7 +144,7 @@ def _counted(
     texts = blocks.corpus.train_texts
     if not blocks.is_held_out:
         texts = [*texts, *blocks.corpus.held_out_texts]
-    stream = token_stream(texts, tokenizer, echo=echo)
+    stream = token_stream(texts, tokenizer, characters(echo))
     taken = stream[:MAX_COUNTED_TOKENS].astype(np.int64)
     whole = len(taken) // length * length
     parts = [taken[:whole].reshape(-1, length), taken[None, whole:]]

@@ -8,10 +8,10 @@ from typing import Any
 
 import torch
 
-from sense_v2.cli.models import max_positions, open_trained
 from sense_v2.cli.progress import TokenProgress
 from sense_v2.core.errors import CommandError
 from sense_v2.hf.attach import detach_engram
+from sense_v2.hf.backbones import max_positions, open_trained
 from sense_v2.hf.data.corpus import encode
 from sense_v2.hf.memory import attached_memory
 

@@ -17,8 +17,8 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
-from sense_v2.cli.models import open_trained
 from sense_v2.core.errors import CommandError
+from sense_v2.hf.backbones import open_trained
 from sense_v2.hf.memory import attached_memory
 
 HOST = "127.0.0.1"

@@ -20,9 +20,9 @@ import torch
 from transformers import PreTrainedModel
 
 from sense_v2.cli.errors import explain
-from sense_v2.cli.models import max_positions
 from sense_v2.core.errors import CommandError
 from sense_v2.engram.delta.overlay import OverlayStorage
+from sense_v2.hf.backbones import max_positions
 from sense_v2.hf.data.corpus import encode
 from sense_v2.hf.insight.comparison import compare, continue_text
 from sense_v2.hf.insight.inspection import inspect_text

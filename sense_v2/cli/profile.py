@@ -16,15 +16,15 @@ from typing import Any
 import numpy as np
 import torch
 
-from sense_v2.cli.folders import new_folders
-from sense_v2.cli.models import saved_tokenizer, separator_id, token_stream
-from sense_v2.cli.progress import ByteProgress
+from sense_v2.cli.progress import ByteProgress, characters
 from sense_v2.cli.tokenize import source_of
 from sense_v2.cli.workers import chosen_workers
 from sense_v2.core.config import Config, TrainConfig
 from sense_v2.core.errors import CommandError
+from sense_v2.core.folders import new_folders
 from sense_v2.engram.table.format import row_dtype
 from sense_v2.engram.upkeep.hot_rows import HotRows, RowCounts, identity, save
+from sense_v2.hf.backbones import saved_tokenizer, separator_id, token_stream
 from sense_v2.hf.data.corpus import read_corpus, standard_library
 from sense_v2.hf.data.preparing import memory_hashers, profile_rows, read_memory
 from sense_v2.hf.data.workers import Processes, RayCluster
@@ -122,7 +122,7 @@ def _count_as_trained(folder: Path, corpus: Sequence[str | Path] | None, echo: C
     length = (Config.load(settings).train if settings.is_file() else TrainConfig()).sequence_length
     tokenizer = saved_tokenizer(folder)
     text = read_corpus(corpus or None)
-    streams = [token_stream(texts, tokenizer, echo=echo) for texts in (text.train_texts, text.held_out_texts)]
+    streams = [token_stream(texts, tokenizer, characters(echo)) for texts in (text.train_texts, text.held_out_texts)]
     counted = [RowCounts(), RowCounts()]
     with ByteProgress("counting", sum(map(len, streams)), unit="tokens", echo=echo) as advance:
         for stream, counts in zip(streams, counted, strict=True):

@@ -14,8 +14,8 @@ from pathlib import Path
 from typing import Any
 
 import sense_v2.hf  # noqa: F401  # makes transformers know models with memory
-from sense_v2.cli.models import saved_tokenizer
 from sense_v2.core.errors import CommandError
+from sense_v2.hf.backbones import saved_tokenizer
 from sense_v2.hf.saving.folder import MEMORY_FOLDER, check_folder
 from sense_v2.hf.saving.model_config import MODEL_TYPE
 

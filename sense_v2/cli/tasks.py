@@ -8,9 +8,9 @@ from pathlib import Path
 from typing import Any
 
 from sense_v2.cli.evaluate import WITH, WITHOUT
-from sense_v2.cli.models import open_trained
 from sense_v2.core.errors import CommandError
 from sense_v2.hf.attach import detach_engram
+from sense_v2.hf.backbones import open_trained
 from sense_v2.hf.insight import harness
 from sense_v2.hf.memory import attached_memory
 from sense_v2.report import wording

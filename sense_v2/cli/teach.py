@@ -9,9 +9,9 @@ from typing import Any
 
 import torch
 
-from sense_v2.cli.models import saved_tokenizer
 from sense_v2.core.errors import CommandError
 from sense_v2.hf.attach import detach_engram
+from sense_v2.hf.backbones import saved_tokenizer
 from sense_v2.hf.data.corpus import encode
 from sense_v2.hf.load import from_pretrained
 from sense_v2.hf.saving.folder import MEMORY_FOLDER

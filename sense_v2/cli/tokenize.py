@@ -7,10 +7,10 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from sense_v2.cli.folders import new_folders
-from sense_v2.cli.models import saved_tokenizer, separator_id
 from sense_v2.cli.workers import chosen_workers
+from sense_v2.core.folders import new_folders
 from sense_v2.engram.pretrained_tokenizer import load_tokenizer
+from sense_v2.hf.backbones import saved_tokenizer, separator_id
 from sense_v2.hf.data.preparing import tokenize_corpus
 from sense_v2.report import wording
 
