@@ -1,4 +1,4 @@
-"""`sense-engram demo`: does memory help? What it prints and writes (the experiment is `hf/training/experiment.py`)."""
+"""`sense-engram demo`: does memory help? What it prints and writes; the experiment is library code."""
 
 from __future__ import annotations
 
@@ -8,7 +8,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from sense_v2.cli.progress import TrainingProgress, characters
+from sense_v2.cli.output import progress_to
+from sense_v2.cli.progress import TrainingProgress
 from sense_v2.core.config import Config, TrainConfig
 from sense_v2.hf.data.corpus import Corpus
 from sense_v2.hf.training.experiment import Watcher, demo_config, run_experiment
@@ -58,8 +59,7 @@ def metrics(results: dict[str, Any]) -> dict[str, Any]:
 
 class _PrintingWatcher(Watcher):
     def __init__(self, echo: Callable[[str], Any]) -> None:
-        self.echo = echo
-        self.counting = characters(echo)
+        self.echo, self.progress = echo, progress_to(echo)
         echo("DeepSeek's tokenizer: which of its tokens read the same")
 
     def compressed(self, found: dict[str, Any]) -> None:

@@ -68,6 +68,7 @@ RayOption = Annotated[
     str | None,
     typer.Option(metavar="ADDRESS", help="Work on a Ray cluster: auto (the running one), HOST:PORT, or local."),
 ]
+DEFAULT_TOKENIZER = "deepseek-ai/deepseek-coder-6.7b-base"
 FolderArgument = Annotated[Path, typer.Argument(help="What train, or demo (runs/demo/model), has saved.")]
 
 
@@ -96,12 +97,18 @@ def settings_of(file: Path | None, base: Config, engram: dict[str, Any], train: 
     )
 
 
+def check_share(share: float) -> None:
+    """Raises `CommandError` for a --share that is none."""
+    if not 0 < share <= 1:
+        raise CommandError(f"--share {share}: a share of the table's rows", "above 0, and 1 at most")
+
+
 # Callbacks of arguments that name a table
 
 
 def table_path(path: Path) -> Path:
     """The table that is meant by its own path, its manifest's, or its folder's."""
-    from sense_v2.cli.verify import find_table
+    from sense_v2.engram.upkeep.find_table import find_table
 
     try:
         return find_table(path)

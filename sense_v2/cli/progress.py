@@ -127,8 +127,3 @@ class ByteProgress:
             per_second = wording.size(rate) if self.unit == "B" else f"{wording.short(rate)} {self.unit}"
             left = wording.duration((self.total - self.done) / rate if rate else None)
             self.echo(f"  {self.label}: {self.done / self.total:.0%}, {per_second}/s, {left} left")
-
-
-def characters(echo: Callable[[str], Any]) -> Callable[[str, int], ByteProgress]:
-    """Return what shows how many of a text's characters are done."""
-    return lambda label, total: ByteProgress(label, total, unit="characters", echo=echo)

@@ -6,12 +6,13 @@ import os
 import signal
 import threading
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import contextmanager
 from pathlib import Path
 from types import FrameType
 from typing import Any
 
-from sense_v2.cli.progress import TrainingProgress, characters
+from sense_v2.cli.output import progress_to
+from sense_v2.cli.progress import TrainingProgress
 from sense_v2.core.config import Config, TrainConfig
 from sense_v2.hf.data.corpus import Corpus
 from sense_v2.hf.training.fit import History
@@ -42,10 +43,7 @@ class PrintingWatcher(RunWatcher):
     """Prints what a run tells, shows how far it is, and stops it at Ctrl-C."""
 
     def __init__(self, echo: Echo) -> None:
-        self.echo = echo
-
-    def counting(self, label: str, total: int) -> AbstractContextManager[Callable[[int], Any]]:
-        return characters(self.echo)(label, total)
+        self.echo, self.progress = echo, progress_to(echo)
 
     def corpus_opened(self, corpus: Corpus) -> None:
         held_out = len(corpus.held_out_texts)

@@ -13,8 +13,9 @@ from tokenizers import Tokenizer
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerFast
 
 from sense_v2.core.errors import CommandError, one_line
+from sense_v2.core.progress import Progress, no_progress
 from sense_v2.engram.tokenizer import EngramTokenizerBuilder
-from sense_v2.hf.data.corpus import Counting, encode, not_counting
+from sense_v2.hf.data.corpus import encode
 from sense_v2.hf.load import from_pretrained
 from sense_v2.hf.memory import EngramMemory, attached_memory
 from sense_v2.hf.saving.folder import MEMORY_FOLDER
@@ -98,9 +99,9 @@ def separator_id(tokenizer: Any) -> int | None:
     return tokenizer.eos_token_id
 
 
-def token_stream(texts: Sequence[str], tokenizer: Any, counting: Counting = not_counting) -> np.ndarray:
+def token_stream(texts: Sequence[str], tokenizer: Any, progress: Progress = no_progress) -> np.ndarray:
     """Encode all texts as one int32 stream of token ids, the model's separator between them."""
-    with counting("tokenising", sum(map(len, texts))) as advance:
+    with progress("tokenising", sum(map(len, texts)), unit="characters") as advance:
         return encode(texts, tokenizer, separator_id=separator_id(tokenizer), advance=advance)
 
 

@@ -36,6 +36,7 @@ from sense_v2.hf.saving.folder import (
     table_of,
 )
 from sense_v2.hf.saving.model_config import MODEL_TYPE, EngramModelConfig
+from sense_v2.hf.saving.weights import load_weights
 
 # Weights that could run code when they are read: never downloaded.
 _PICKLES = ["*.bin", "*.pt", "*.pth", "*.ckpt", "*.pkl", "*.pickle", "*.msgpack", "*.h5"]
@@ -181,12 +182,15 @@ def _load_backbone(
             setattr(found, name, options.pop(name))
     names = found.architectures or [""]
     model_class: Any = getattr(transformers, names[0], AutoModelForCausalLM)
-    is_checkpoint = _holds_fusion_weights(folder) and issubclass(model_class, PreTrainedModel)
-    model, loading_info = (_without_fusion(model_class) if is_checkpoint else model_class).from_pretrained(
-        str(folder), config=found, local_files_only=True, use_safetensors=True, output_loading_info=True, **options
-    )
-    if is_checkpoint:
-        model.__class__ = model_class
+    options = {"local_files_only": True, "use_safetensors": True, **options}
+    if _holds_fusion_weights(folder) and issubclass(model_class, PreTrainedModel):
+        model, loading_info = load_weights(
+            model_class, folder, found, lambda name: not name.startswith(FUSION_PREFIX), **options
+        )
+    else:
+        model, loading_info = model_class.from_pretrained(
+            str(folder), config=found, output_loading_info=True, **options
+        )
     return model.eval(), loading_info
 
 
@@ -197,10 +201,3 @@ def _holds_fusion_weights(folder: Path) -> bool:
             if any(name.startswith(FUSION_PREFIX) for name in file.keys()):  # noqa: SIM118  # no mapping
                 return True
     return False
-
-
-def _without_fusion(model_class: type[PreTrainedModel]) -> Any:
-    """The class, whose models don't report weights of fusion layers that lie among their own as unexpected."""
-    ignored = [*(model_class._keys_to_ignore_on_load_unexpected or ()), rf"^{re.escape(FUSION_PREFIX)}"]
-    fields = {"__module__": model_class.__module__, "_keys_to_ignore_on_load_unexpected": ignored}
-    return type(model_class.__name__, (model_class,), fields)

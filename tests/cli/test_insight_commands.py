@@ -2,9 +2,11 @@
 
 import copy
 import doctest
+import io
 import json
 import math
 import re
+from contextlib import redirect_stderr, redirect_stdout
 
 import numpy as np
 import pytest
@@ -12,7 +14,7 @@ from report_pages import HOSTILE, NAN, Page
 from test_cli import content
 from test_harness import QUESTIONS
 
-from sense_v2.cli import output
+from sense_v2.cli import main, output
 from sense_v2.cli.output import finite
 from sense_v2.report import ablation, analysis, charts, page
 
@@ -20,17 +22,17 @@ from sense_v2.report import ablation, analysis, charts, page
 @pytest.fixture(scope="module")
 def results(trained, corpus, tmp_path_factory):
     """(what analyze returned, what ablate returned, where their reports are, what was said)."""
-    from sense_v2.cli.ablate import run_ablate
-    from sense_v2.cli.analyze import run_analyze
-
     folder, output = trained[0], tmp_path_factory.mktemp("reports") / "new"
     before = content(folder)
-    said: list[str] = []
-    common = {"corpus": [corpus], "sequences": 6, "echo": said.append}
-    analyzed = run_analyze(folder, output / "analysis.html", text_tokens=20, **common)
-    ablated = run_ablate(folder, output / "ablation.html", resamples=200, **common)
+    found, said = [], io.StringIO()
+    common = ("--corpus", str(corpus), "--sequences", "6", "--json")
+    for name, more in (("analyze", ("--text-tokens", "20")), ("ablate", ("--resamples", "200"))):
+        page = output / {"analyze": "analysis.html", "ablate": "ablation.html"}[name]
+        with redirect_stdout(io.StringIO()) as out, redirect_stderr(said):
+            assert main.main([name, str(folder), "--output", str(page), *common, *more]) == 0, said.getvalue()
+        found.append(json.loads(out.getvalue()))
     assert content(folder) == before
-    return analyzed, ablated, output, said
+    return *found, output, said.getvalue().splitlines()
 
 
 # --- the commands ---

@@ -183,9 +183,7 @@ def test_a_memory_of_several_tables_is_told_how_to_get_its_overlays(checkpoint, 
 def test_the_training_loop_trains_the_overlay_and_leaves_the_table(folder, tmp_path):
     before = table_bytes(folder)
     model = from_pretrained(folder, overlay=tmp_path / "facts.safetensors", mode="r+")
-    history = fit(
-        model, [IDS] * 4, TrainConfig(steps=4, warmup_steps=1, train_backbone=False, row_learning_rate=0.1)
-    )
+    history = fit(model, [IDS] * 4, TrainConfig(steps=4, warmup_steps=1, train_backbone=False, row_learning_rate=0.1))
     assert history.train_loss[-1] < history.train_loss[0]
     assert memory_of(model).storage.committed_step == 4
     detach_engram(model)

@@ -18,7 +18,7 @@ import os
 import sysconfig
 import warnings
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -258,15 +258,6 @@ def encode(
         if advance is not None:
             advance(sum(map(len, chunk)))
     return np.concatenate(pieces) if pieces else np.empty(0, dtype=np.int32)
-
-
-Counting = Callable[[str, int], AbstractContextManager[Callable[[int], Any]]]
-"""What shows how far something is: (what is done, how much of it in all) -> as a context, what is told of each part."""
-
-
-def not_counting(label: str, total: int) -> AbstractContextManager[Callable[[int], Any]]:
-    """Show nothing."""
-    return nullcontext(lambda count: None)
 
 
 @contextmanager

@@ -16,8 +16,9 @@ from transformers import PreTrainedModel
 
 from sense_v2.core.config import Config, TrainConfig
 from sense_v2.core.errors import CommandError
+from sense_v2.core.progress import Progress, no_progress
 from sense_v2.hf.backbones import max_positions, token_stream
-from sense_v2.hf.data.corpus import Batches, Corpus, Counting, not_counting
+from sense_v2.hf.data.corpus import Batches, Corpus
 from sense_v2.hf.data.large_corpus import open_corpus
 
 
@@ -61,7 +62,7 @@ def read_blocks(
     sequence_length: int | None,
     all_files: bool,
     text_column: str = "text",
-    counting: Counting = not_counting,
+    progress: Progress = no_progress,
 ) -> Blocks:
     """Blocks evenly spread over the corpus; without numbers, those that the model in `folder` was trained with.
 
@@ -77,7 +78,7 @@ def read_blocks(
         )
     text = open_corpus(corpus, settings, text_column=text_column)
     texts = [*text.train_texts, *text.held_out_texts] if all_files else text.held_out_texts
-    token_ids = token_stream(texts, tokenizer, counting)
+    token_ids = token_stream(texts, tokenizer, progress)
     if len(token_ids) < length:
         what = "text" if all_files else "held-out text"
         raise CommandError(

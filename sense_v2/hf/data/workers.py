@@ -27,6 +27,13 @@ Source = str | Path | Sequence[str | Path]
 Work = Sequence[Callable[[Any], Any]]
 
 
+def source_of(corpus: Sequence[str | Path]) -> str | list[str | Path]:
+    """The files that were named as a corpus, or a dataset of the hub: a lone name that is no path."""
+    if len(corpus) == 1 and not Path(corpus[0]).exists():
+        return str(corpus[0])
+    return list(corpus)
+
+
 def columns_of(source: Source, *, split: str = "train") -> list[str]:
     """The names of a corpus's columns, from its first document. Raises `ValueError` where there is none."""
     first = next(iter(open_documents(source, split=split)), None)

@@ -72,9 +72,9 @@ class EngramCallback(TrainerCallback):
     `train_backbone=False` freezes every weight outside of the memory. Otherwise what asks for a gradient is trained,
     and beside a PEFT adapter, which froze them, the fusion layers.
 
-    The log gets the mean gate of each memory layer, the rows a step touched and their rate. A plain Trainer's reporters
-    (`report_to`) come before the callbacks that it is given, and so don't get them: with `report_to="none"` and
-    `callbacks=[EngramCallback(), TensorBoardCallback()]` they do. (An EngramTrainer sees to it.)
+    The log gets the mean gate of each memory layer, the rows a step touched and their rate. An EngramTrainer's
+    reporters get them, too. A plain Trainer's (`report_to`) come before its callbacks and don't: give it
+    `report_to="none"` and `callbacks=[EngramCallback(), TensorBoardCallback()]`.
 
     A plain Trainer resumes from `output_dir/checkpoint-STEP`; where `resume_from_checkpoint` is another folder,
     give it here too. (An EngramTrainer knows.)

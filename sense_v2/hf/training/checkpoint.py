@@ -104,8 +104,8 @@ def restore_rows(memory: EngramMemory, checkpoint: Path) -> None:
     if (folder / IN_TABLE_FILE).is_file():
         if not fits_table(memory, checkpoint) or storage.updates != storage.manifest.updates:
             raise ValueError(
-                f"{checkpoint} has no rows of its own: they are in {storage.path}, which has gone on since then (step "
-                f"{storage.manifest.step}). Resume from the checkpoint of that step"
+                f"{checkpoint} has no rows of its own: they are in {storage.path}, which has gone on since then "
+                f"(step {storage.manifest.step}). Resume from the checkpoint of that step"
             )
         return
     if not (folder / REFERENCE_FILE).is_file():

@@ -27,11 +27,12 @@ from tokenizers import Tokenizer
 from transformers import PreTrainedModel
 
 from sense_v2.core.config import Config, EngramConfig, TrainConfig
+from sense_v2.core.progress import Progress, no_progress
 from sense_v2.engram.tokenizer import DEEPSEEK_PACKAGE, EngramTokenizerBuilder
 from sense_v2.engram.upkeep.shadow_map_setup import shared_spellings
 from sense_v2.hf.attach import attach_engram, detach_engram
 from sense_v2.hf.backbones import token_stream
-from sense_v2.hf.data.corpus import Batches, Corpus, Counting, not_counting, read_corpus
+from sense_v2.hf.data.corpus import Batches, Corpus, read_corpus
 from sense_v2.hf.insight.evaluation import Evaluation, evaluate, gate_strengths, rows_touched
 from sense_v2.hf.memory import memory_of
 from sense_v2.hf.saving.save import save_pretrained
@@ -64,7 +65,7 @@ def demo_config(output: str | Path) -> Config:
 class Watcher:
     """What an experiment tells while it goes on. Each method does nothing by itself."""
 
-    counting: Counting = staticmethod(not_counting)
+    progress: Progress = staticmethod(no_progress)
 
     def compressed(self, found: dict[str, Any]) -> None:
         """Called with what a shadow map saves, as `compression` says it."""
@@ -72,9 +73,7 @@ class Watcher:
     def corpus_opened(self, corpus: Corpus) -> None:
         """Called before the corpus is tokenised."""
 
-    def training(
-        self, label: str, settings: TrainConfig
-    ) -> AbstractContextManager[Callable[[History], Any] | None]:
+    def training(self, label: str, settings: TrainConfig) -> AbstractContextManager[Callable[[History], Any] | None]:
         """Give `on_step` of `fit`, as a context around one run."""
         return nullcontext()
 
@@ -137,7 +136,7 @@ def run_experiment(
     demo_compression = compression(builder, config.engram.tokenizer_name or "demo BPE")
     watcher.compressed(demo_compression)
     train_ids, held_out_ids = (
-        token_stream(texts, tokenizer, watcher.counting) for texts in (text.train_texts, text.held_out_texts)
+        token_stream(texts, tokenizer, watcher.progress) for texts in (text.train_texts, text.held_out_texts)
     )
     shape = {"batch_size": settings.batch_size, "sequence_length": settings.sequence_length, "seed": settings.seed}
     batches = Batches(train_ids, **shape)
@@ -295,11 +294,12 @@ def measure_step_times(
     with torch.random.fork_rng():
         models = {"plain": copy.deepcopy(plain), "engram": attach_engram(copy.deepcopy(plain), memory)}
         try:
-            with one_step(models["plain"], batches, settings) as without:
-                with one_step(models["engram"], batches, settings) as with_memory:
-                    seconds = take_turns(
-                        {"plain": without, "engram": with_memory}, rounds=STEP_TIME_ROUNDS, block_steps=BLOCK_STEPS
-                    )
+            with (
+                one_step(models["plain"], batches, settings) as without,
+                one_step(models["engram"], batches, settings) as with_memory,
+            ):
+                steps = {"plain": without, "engram": with_memory}
+                seconds = take_turns(steps, rounds=STEP_TIME_ROUNDS, block_steps=BLOCK_STEPS)
         finally:
             detach_engram(models["engram"])
             shutil.rmtree(Path(memory.storage_path).parent)

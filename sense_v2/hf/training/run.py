@@ -2,7 +2,8 @@
 
     corpus ──▶ backbone, tokenizer, shadow map ──▶ memory attached in the folder ──▶ steps ──▶ the folder, whole
 
-`from_pretrained` and the commands open the folder. Nothing appears in it before everything is there. What a run needs to go on lies beside it until it has taken all its steps (`hf/saving/staged_folder.py`).
+`from_pretrained` and the commands open the folder. Nothing appears in it before everything is there. What a run needs
+to go on lies beside it until it has taken all its steps (`hf/saving/staged_folder.py`).
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ import json
 import shutil
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +23,7 @@ from transformers import PreTrainedModel
 
 from sense_v2.core.config import Config, EngramConfig, TrainConfig
 from sense_v2.core.errors import CommandError, one_line
+from sense_v2.core.progress import Progress, no_progress
 from sense_v2.engram.tokenizer import EngramTokenizerBuilder
 from sense_v2.hf.attach import attach_engram, decoder_layers
 from sense_v2.hf.backbones import (
@@ -32,7 +34,7 @@ from sense_v2.hf.backbones import (
     separator_id,
     token_stream,
 )
-from sense_v2.hf.data.corpus import Batches, Corpus, find_files, not_counting
+from sense_v2.hf.data.corpus import Batches, Corpus, find_files
 from sense_v2.hf.data.large_corpus import is_hub_dataset, open_corpus
 from sense_v2.hf.data.streaming import PackedStream, StreamBatches
 from sense_v2.hf.insight.evaluation import Evaluation, evaluate
@@ -59,9 +61,7 @@ DEFAULT_OUTPUT = "runs/train"
 class RunWatcher:
     """What a run tells while it goes on. Each method does nothing by itself."""
 
-    def counting(self, label: str, total: int) -> AbstractContextManager[Callable[[int], Any]]:
-        """Return a context that is told how much of `total` characters is done."""
-        return not_counting(label, total)
+    progress: Progress = staticmethod(no_progress)
 
     def corpus_opened(self, corpus: Corpus) -> None:
         """Called before anything is read of the text to train on."""
@@ -290,7 +290,7 @@ def _batches(
     found = []
     parts = [("text to train on", text.train_texts), ("held-out text", text.held_out_texts)]
     for name, texts in parts if text.documents is None else parts[1:]:
-        token_ids = token_stream(texts, backbone.tokenizer, watcher.counting)
+        token_ids = token_stream(texts, backbone.tokenizer, watcher.progress)
         if len(token_ids) < settings.sequence_length:
             raise CommandError(
                 f"corpus {text.name}: the {name} has {len(token_ids)} tokens, less than one sequence of "

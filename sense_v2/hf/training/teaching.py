@@ -18,9 +18,11 @@ U rows of the text, D row width, T tokens.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -28,9 +30,13 @@ from transformers import PreTrainedModel
 
 from sense_v2.engram.delta.overlay import OverlayStorage
 from sense_v2.engram.optim import row_adam
+from sense_v2.hf.attach import detach_engram
 from sense_v2.hf.data.corpus import encode
+from sense_v2.hf.load import from_pretrained
 from sense_v2.hf.memory import EngramMemory, memory_of
 from sense_v2.hf.overlays import add_overlay, overlay_of
+
+SHOWN_TOKENS = 12
 
 
 @dataclass
@@ -89,6 +95,72 @@ def teach(
         row_ids_LBTH = memory.hash_tokens(token_ids_1T, None, None, None)[1]
         row_ids_U = row_ids_LBTH[:, 0, :-1][:, learned_T.to(row_ids_LBTH.device)].unique().cpu()
         return _descend(model, overlay, row_ids_U, token_ids_1T, labels_1T, steps=steps, lr=lr, stop_below=stop_below)
+
+
+def teach_delta(
+    folder: str | Path,
+    load_tokenizer: Callable[[], Any],
+    text: str,
+    output: Path,
+    *,
+    prompt: str = "",
+    **options: Any,
+) -> dict[str, Any]:
+    """Teach a saved model a text; what changes is kept in a delta, and nothing in its folder changes.
+
+    Args:
+        folder: The model's.
+        load_tokenizer: Gives the model's tokenizer, once the model is there.
+        text: What the model is to say.
+        output: The delta, which may have facts already.
+        prompt: After what.
+        **options: `steps`, `lr` and `stop_below` of `teach`.
+
+    Returns:
+        What JSON can hold: "loss" (before, after), "steps", "seconds", "rows", "rows_in_all", "bytes", how the model
+        went on from the prompt "before" and "after" (None without one), and the arguments.
+
+    Raises:
+        ValueError: As `from_pretrained` and `teach`.
+    """
+    model = from_pretrained(folder, overlay=output, mode="r+")
+    try:
+        tokenizer = load_tokenizer()
+        before = _continuation(model, tokenizer, prompt)
+        started = time.perf_counter()
+        taught = teach(model, tokenizer, text, prompt=prompt, **options)
+        seconds = time.perf_counter() - started
+        after = _continuation(model, tokenizer, prompt)
+        taught.overlay.commit()
+        return {
+            "model": str(folder),
+            "prompt": prompt,
+            "text": text,
+            "loss": [taught.losses[0], taught.losses[-1]],
+            "steps": len(taught.losses) - 1,
+            "seconds": seconds,
+            "rows": len(taught.row_ids_U),
+            "before": before,
+            "after": after,
+            "delta": str(output),
+            "rows_in_all": len(taught.overlay.changed_ids),
+            "bytes": output.stat().st_size,
+        }
+    finally:
+        detach_engram(model)
+
+
+def _continuation(model: Any, tokenizer: Any, prompt: str) -> str | None:
+    """How the model goes on, the likeliest token each time; None without a prompt."""
+    prompt_1T = torch.from_numpy(encode([prompt], tokenizer, separator_id=None)).long()[None]
+    if not prompt_1T.shape[1]:
+        return None
+    with torch.no_grad():
+        token_ids_1T = model.generate(
+            prompt_1T, attention_mask=torch.ones_like(prompt_1T), max_new_tokens=SHOWN_TOKENS, do_sample=False
+        )
+    text: str = tokenizer.decode(token_ids_1T[0, prompt_1T.shape[1] :].tolist(), skip_special_tokens=True)
+    return text
 
 
 def _descend(

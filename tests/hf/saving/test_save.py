@@ -21,8 +21,8 @@ from sense_v2.hf.memory import attached_memory, memory_of
 from sense_v2.hf.saving.folder import memory_paths
 from sense_v2.hf.saving.save import save_pretrained
 from sense_v2.hf.training.controls import permute_rows
-from sense_v2.hf.training.fresh_model import train_bpe
 from sense_v2.hf.training.fit import fit
+from sense_v2.hf.training.fresh_model import train_bpe
 
 SETTINGS = TrainConfig(steps=3, batch_size=2, sequence_length=12, warmup_steps=1, row_optimizer="adagrad")
 
@@ -430,8 +430,7 @@ def test_state_left_by_a_table_of_the_same_size_is_not_taken_over(tmp_path):
             detach_engram(other)
         save_pretrained(with_memory(tmp_path / f"table of {name}"), tmp_path / name)
     losses = [
-        fit(from_pretrained(tmp_path / name, mode="r+"), batches(), SETTINGS).train_loss
-        for name in ("clean", "used")
+        fit(from_pretrained(tmp_path / name, mode="r+"), batches(), SETTINGS).train_loss for name in ("clean", "used")
     ]
     assert losses[0] == losses[1]
 

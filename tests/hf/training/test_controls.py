@@ -3,7 +3,6 @@
 import numpy as np
 import pytest
 import torch
-from sense_v2.hf.training.fit import fit
 from tiny import VOCABULARY, tiny_config, tiny_model, tiny_tokenizer, wake
 
 from sense_v2.core.config import TrainConfig
@@ -12,6 +11,7 @@ from sense_v2.hf.data.corpus import Batches
 from sense_v2.hf.insight.evaluation import rows_touched
 from sense_v2.hf.memory import memory_of
 from sense_v2.hf.training.controls import freeze_rows, permute_rows
+from sense_v2.hf.training.fit import fit
 
 SETTINGS = TrainConfig(steps=30, batch_size=2, sequence_length=12, warmup_steps=2, learning_rate=5e-3)
 

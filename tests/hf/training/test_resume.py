@@ -6,7 +6,6 @@ import json
 import numpy as np
 import pytest
 import torch
-from sense_v2.hf.training.fit import fit, resumable_checkpoint
 from tiny import VOCABULARY, tiny_config, tiny_model, tiny_tokenizer
 
 from sense_v2.core.config import TrainConfig
@@ -15,6 +14,7 @@ from sense_v2.hf.data.corpus import Batches
 from sense_v2.hf.data.streaming import PackedStream, StreamBatches, open_documents
 from sense_v2.hf.insight.evaluation import evaluate
 from sense_v2.hf.memory import memory_of
+from sense_v2.hf.training.fit import fit, resumable_checkpoint
 
 SETTINGS = TrainConfig(
     steps=9, batch_size=2, sequence_length=12, warmup_steps=2, row_optimizer="adam", commit_every=2, eval_every=3

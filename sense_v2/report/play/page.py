@@ -8,8 +8,8 @@ from __future__ import annotations
 import gradio as gr
 from fastapi import FastAPI
 
-from sense_v2.cli.player import Player
 from sense_v2.report import playground, wording
+from sense_v2.report.play.player import Player
 
 FONT = ("system-ui", "-apple-system", "Segoe UI", "Roboto", "Noto Sans", "Liberation Sans", "Arial", "sans-serif")
 MONO = ("ui-monospace", "SF Mono", "Menlo", "Consolas", "DejaVu Sans Mono", "monospace")
