@@ -55,9 +55,7 @@ def run_tasks(
     for line in _table(result["tasks"], names):
         echo(line)
     if len(names) == 2:
-        echo(
-            "without memory: this backbone, trained with its memory, after it was taken off; not one trained without"
-        )
+        echo("without memory: this model with its memory taken off; one that was trained without may do better")
     return result
 
 
