@@ -27,7 +27,7 @@ _MARK = "<!-- Written by sense_v2; without this line it is not written again. --
 def model_card(
     model: PreTrainedModel, name: str, *, training: Mapping[str, Any], evaluation: Mapping[str, Any]
 ) -> str:
-    """The card's text. `training` and `evaluation` become tables, a row for each name."""
+    """Return the card's text. `training` and `evaluation` become tables, one row for each name."""
     memory = attached_memory(model)
     base = str(getattr(model.config, "_name_or_path", "") or "")
     front = ModelCardData(
@@ -78,7 +78,7 @@ def model_card(
 def write_card(
     model: PreTrainedModel, folder: Path, name: str, *, training: Mapping[str, Any], evaluation: Mapping[str, Any]
 ) -> None:
-    """Writes the card to `folder`, unless one is there that isn't ours."""
+    """Write the card to `folder`, unless somebody else wrote the one that is there."""
     path = folder / CARD_FILE
     if path.exists() and _MARK not in path.read_text(encoding="utf-8", errors="replace").splitlines():
         return

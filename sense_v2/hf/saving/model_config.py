@@ -57,8 +57,10 @@ class EngramModelConfig(PreTrainedConfig):
 
 
 def announce_memory(folder: Path, model: PreTrainedModel) -> bool:
-    """Rewrites the config.json that `model` was saved with, so that it says what the folder is. False, and the file
-    stays, where no Auto class of transformers opens such a backbone."""
+    """Rewrite the config.json that `model` was saved with, so that it says what the folder is.
+
+    Returns False, and leaves the file, if no Auto class of transformers opens such a backbone.
+    """
     auto_class = next(
         (
             auto_class

@@ -149,8 +149,7 @@ def save_pretrained(
 
 
 def describe_backbone(model: PreTrainedModel, folder: Path, facts: Mapping[str, Any]) -> None:
-    """Says in `folder`, to which transformers has saved `model`, that it is one with memory, and what the memory was
-    trained on."""
+    """Say in the folder that transformers saved `model` to that it has a memory, and what that was trained on."""
     (folder / MEMORY_FOLDER).mkdir(parents=True, exist_ok=True)
     with replaced_file(folder / MEMORY_FOLDER / BACKBONE_FILE) as file:
         file.write((json.dumps(facts, indent=2) + "\n").encode())
@@ -172,11 +171,15 @@ def save_memory(
     states: bool,
     fusion: Mapping[str, torch.Tensor] | None = None,
 ) -> None:
-    """Writes what of a model is memory to the folder `target`, as above, its configuration last. `fusion` are the
-    fusion layers' weights, by default those that they have.
+    """Write a model's memory to a folder, its configuration last.
 
-    `table`: "copy" and "reflink" copy the table of the last commit, with its optimizer states where `states`;
-    "reference" names it; "stay" is for one that lies there already. An overlay's rows are written beside it.
+    Args:
+        memory: Attached to the model.
+        target: The folder.
+        table: "copy" and "reflink" copy the table of the last commit, "reference" names it, and "stay" is for a table
+            that lies there already. An overlay's rows are written beside it.
+        states: True to copy the table's optimizer states as well.
+        fusion: The fusion layers' weights, by default those that they have.
     """
     target.mkdir(parents=True, exist_ok=True)
     if table == "reference":
@@ -240,8 +243,8 @@ def _save_tokenizer(tokenizer: Any, model: PreTrainedModel, folder: Path) -> Any
 
 
 def _portable_config(memory: EngramMemory) -> EngramConfig:
-    """Paths relative to the folder, and the pad token by name: left open, it would be the one that the model has when
-    it is loaded, and other rows would be looked up."""
+    """Make paths relative to the folder, and name the pad token: left open, it would be the loaded model's, and other
+    rows would be looked up."""
     pad_token_id = memory.config.pad_token_id
     if pad_token_id is None:
         compressed_V = memory.tokenizer(torch.arange(memory.tokenizer.vocab_size))
@@ -252,7 +255,7 @@ def _portable_config(memory: EngramMemory) -> EngramConfig:
 
 
 def _copy_table(memory: EngramMemory, target: Path, states: bool, *, reflink_only: bool) -> None:
-    """The table and its manifest. State that an earlier table left there would be taken for its own."""
+    """Copy the table and its manifest, and remove an earlier table's states, which would be taken for its own."""
     copy_table(memory.whole_table, target / TABLE_FILE, states=states, reflink_only=reflink_only)
     kept = {entry.file for entry in read_manifest(target / manifest_name(TABLE_FILE)).states.values()}
     for path in target.glob("engram_table.*.dat"):
@@ -263,8 +266,8 @@ def _copy_table(memory: EngramMemory, target: Path, states: bool, *, reflink_onl
 
 @contextlib.contextmanager
 def _sole_writer(table: Path) -> Iterator[None]:
-    """While a table that is there is replaced, nobody else writes to it: the next commit would put its own manifest
-    beside the new rows."""
+    """Keep other writers out while a table is replaced: their next commit would put its manifest beside the new
+    rows."""
     lock = WriterLock(table.with_name(lock_name(table.name)), str(table)) if table.exists() else None
     try:
         yield
