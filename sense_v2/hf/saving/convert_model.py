@@ -20,7 +20,7 @@ from sense_v2.hf.saving.folder import (
     STATE_FILE,
     TABLE_FILE,
     referenced_table,
-    replaced_file,
+    replace_file,
 )
 
 # That, and what `sense-engram delta apply` keeps: of no use to a table of other bytes.
@@ -66,8 +66,7 @@ def convert_trained(
             file.name in of_table or file.suffix == ".tmp" or _OF_THIS_TABLE.fullmatch(file.name)
         ):
             copy_file(file, target / file.name)
-    with replaced_file(target / CONFIG_FILE) as to:
-        to.write(dataclasses.replace(config, dtype=dtype).to_json().encode())
+    replace_file(target / CONFIG_FILE, dataclasses.replace(config, dtype=dtype).to_json().encode())
     for file in sorted(folder.iterdir(), key=lambda file: (file.name == CONFIG_FILE, file.name)):
         if file.is_file():
             copy_file(file, output / file.name)

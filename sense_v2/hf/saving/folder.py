@@ -21,19 +21,17 @@ end.
 
 from __future__ import annotations
 
-import contextlib
 import json
 import os
 import re
-from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 import torch
 from safetensors.torch import load_file
 
 from sense_v2.core.config import EngramConfig
-from sense_v2.engram.table.disk import new_file
+from sense_v2.engram.table.disk import new_file, write_at
 from sense_v2.engram.table.format import manifest_name
 from sense_v2.engram.table.opening import read_manifest
 
@@ -129,11 +127,10 @@ def referenced_table(memory_folder: Path) -> Path:
     return path
 
 
-@contextlib.contextmanager
-def replaced_file(path: Path) -> Iterator[BinaryIO]:
-    """Give a file to write to, which takes the place of the one at `path` once it is whole."""
-    with new_file(path, replace=True) as fd, open(fd, "wb", closefd=False) as file:
-        yield file
+def replace_file(path: Path, content: bytes) -> None:
+    """Write a file that takes the place of the one at `path` once it is whole."""
+    with new_file(path, replace=True) as fd:
+        write_at(fd, content, 0)
 
 
 def is_same_file(path: Path, other: Path) -> bool:

@@ -17,8 +17,8 @@ from huggingface_hub import ModelCardData
 from transformers import PreTrainedModel
 
 from sense_v2 import __version__
-from sense_v2.engram.table.disk import new_file, write_at
 from sense_v2.hf.memory import attached_memory
+from sense_v2.hf.saving.folder import replace_file
 
 CARD_FILE = "README.md"
 _MARK = "<!-- Written by sense_v2; without this line it is not written again. -->"
@@ -83,8 +83,7 @@ def write_card(
     if path.exists() and _MARK not in path.read_text(encoding="utf-8", errors="replace").splitlines():
         return
     text = model_card(model, name, training=training, evaluation=evaluation)
-    with new_file(path, replace=True) as fd:
-        write_at(fd, text.encode(), 0)
+    replace_file(path, text.encode())
 
 
 def _use(name: str, has_memory: bool) -> list[str]:

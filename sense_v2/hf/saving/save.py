@@ -41,7 +41,7 @@ from sense_v2.hf.saving.folder import (
     STATE_FILE,
     TABLE_FILE,
     is_same_file,
-    replaced_file,
+    replace_file,
 )
 from sense_v2.hf.saving.model_card import write_card
 from sense_v2.hf.saving.model_config import announce_memory
@@ -151,8 +151,7 @@ def save_pretrained(
 def describe_backbone(model: PreTrainedModel, folder: Path, facts: Mapping[str, Any]) -> None:
     """Say in the folder that transformers saved `model` to that it has a memory, and what that was trained on."""
     (folder / MEMORY_FOLDER).mkdir(parents=True, exist_ok=True)
-    with replaced_file(folder / MEMORY_FOLDER / BACKBONE_FILE) as file:
-        file.write((json.dumps(facts, indent=2) + "\n").encode())
+    replace_file(folder / MEMORY_FOLDER / BACKBONE_FILE, (json.dumps(facts, indent=2) + "\n").encode())
     if not announce_memory(folder, model):
         warnings.warn(
             f"{type(model).__name__} is none of transformers' own models with a language head: "
@@ -197,10 +196,8 @@ def save_memory(
     copy_file(map_path, target / MAP_FILE)
     fusion = memory.layers.state_dict() if fusion is None else fusion
     weights = {name: value.contiguous() for name, value in fusion.items()}
-    with replaced_file(target / FUSION_FILE) as file:
-        file.write(to_safetensors(weights, metadata={"format": "pt"}))
-    with replaced_file(target / CONFIG_FILE) as file:
-        file.write(_portable_config(memory).to_json().encode())
+    replace_file(target / FUSION_FILE, to_safetensors(weights, metadata={"format": "pt"}))
+    replace_file(target / CONFIG_FILE, _portable_config(memory).to_json().encode())
 
 
 def _save_overlay(memory: EngramMemory, path: Path, states: bool) -> None:
@@ -222,8 +219,7 @@ def _write_reference(storage: MMapEmbeddingStorage, target: Path) -> None:
         "commit": storage.manifest.commit,
         "step": storage.manifest.step,
     }
-    with replaced_file(target / REFERENCE_FILE) as file:
-        file.write((json.dumps(named, indent=2) + "\n").encode())
+    replace_file(target / REFERENCE_FILE, (json.dumps(named, indent=2) + "\n").encode())
 
 
 def _save_tokenizer(tokenizer: Any, model: PreTrainedModel, folder: Path) -> Any:
