@@ -25,7 +25,7 @@ HELPERS := $(addprefix benchmarks/, turns.py resident.py reading.py lookup_cold.
 BENCHMARKS := $(filter-out $(HELPERS) benchmarks/scaling.py benchmarks/teaching.py, $(wildcard benchmarks/*.py))
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test crash ranks fuzz docs docs-pictures lint format bench scaling clean distclean broken
+.PHONY: help setup demo test crash ranks fuzz docs docs-pictures trees lint format bench scaling wheel clean distclean broken
 
 help: ## this list
 	@sed -n 's/^\([a-z-]*\):.*## /\1|/p' Makefile | while IFS='|' read -r target text; do printf '  make %-14s %s\n' "$$target" "$$text"; done
@@ -56,6 +56,9 @@ docs: $(INSTALLED) ## the site of docs/, in site/index.html
 docs-pictures: $(INSTALLED) ## draw the pictures of docs/ again
 	$(BIN)/python scripts/docs_pictures.py
 
+trees: ## write the file trees of README.md and docs/architecture.md again, from the modules' docstrings
+	$(PYTHON) scripts/file_tree.py --write
+
 # What is found is left as crash-*, which the script repeats when it is given that file.
 fuzz: $(INSTALLED) ## damaged and mixed folders of a table, for FUZZ_SECONDS (ten minutes)
 	$(BIN)/python -m pip install --quiet -c $(TORCH_CONSTRAINTS) -e ".[fuzz]"
@@ -75,6 +78,18 @@ bench: $(INSTALLED) ## every benchmark, one by one
 
 scaling: $(INSTALLED) ## train with tables of 10^4 to 10^8 rows and draw docs/scaling.png (half an hour, 10 GB of disk)
 	$(BIN)/python benchmarks/scaling.py $(if $(filter-out 0,$(QUICK)),--quick)
+
+# .venv's own Python makes the empty environment, whichever one that was made with.
+wheel: $(INSTALLED) ## build the wheel into dist/, install it in an empty environment, and use it outside the checkout
+	rm -rf build dist
+	$(BIN)/python -m build --wheel --outdir dist .
+	rm -rf build
+	@set -e; scratch=$$(mktemp -d); trap 'rm -rf "$$scratch"' EXIT; python=$$scratch/venv/bin/python; mkdir "$$scratch/elsewhere"; \
+	"$$($(BIN)/python -c 'import sys; print(sys._base_executable)')" -m venv "$$scratch/venv"; \
+	"$$python" -m pip install --quiet -c $(TORCH_CONSTRAINTS) torch; \
+	"$$python" -m pip install --quiet -c $(TORCH_CONSTRAINTS) dist/*.whl; \
+	"$$python" -m pip check; \
+	cd "$$scratch/elsewhere"; "$$python" -I "$(CURDIR)/scripts/wheel_smoke.py" "$(CURDIR)"
 
 clean: ## remove what was built and the demo's output; data/ and .venv stay
 	rm -rf build dist *.egg-info site runs/demo .pytest_cache .mypy_cache .ruff_cache .hypothesis .fuzz

@@ -30,6 +30,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from sense_v2.hf.training.plain_loop import History
 from transformers import PreTrainedModel
 
 from sense_v2.core.config import EngramConfig, TrainConfig
@@ -37,7 +38,6 @@ from sense_v2.engram.tokenizer import EngramTokenizerBuilder
 from sense_v2.hf.attach import attach_engram
 from sense_v2.hf.data.corpus import Batches, encode, read_corpus
 from sense_v2.hf.training.fresh_model import END_OF_TEXT_ID, fresh_backbone, small_memory, train_bpe
-from sense_v2.hf.training.plain_loop import History
 
 SAMPLE_SECONDS = 0.01
 

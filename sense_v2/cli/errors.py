@@ -9,12 +9,11 @@ from __future__ import annotations
 import errno
 import re
 
-from sense_v2.core.errors import CommandError
+from sense_v2.core.errors import NO_ROOM, CommandError, one_line
 
 # Exit statuses, as `sense-engram --help` says; the last is what a shell reports of a program that SIGINT has ended.
 FAILED, WRONG_CALL, INTERRUPTED = 1, 2, 130
 
-NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 NOT_WRITABLE = (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EEXIST, errno.EISDIR, errno.ENOENT)
 
 # The last border of two sentences; or else the last semicolon, or colon before something to do.
@@ -44,10 +43,6 @@ def explain(error: BaseException, command: str) -> tuple[str, str]:
         if parts:
             return parts[1], parts[2].removesuffix(".")
     return text.removesuffix("."), _way_out(error, number, command)
-
-
-def one_line(text: str) -> str:
-    return " ".join(text.split())
 
 
 def _is_known(error: BaseException) -> bool:

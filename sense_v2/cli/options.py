@@ -87,7 +87,11 @@ def settings_of(file: Path | None, base: Config, engram: dict[str, Any], train: 
         raise CommandError(f"{file}: no such configuration file", "--config takes a .yaml or .json file")
     config = base if file is None else Config.load(file)
     given = [{name: value for name, value in values.items() if value is not None} for values in (engram, train)]
-    return Config(dataclasses.replace(config.engram, **given[0]), dataclasses.replace(config.train, **given[1]))
+    return dataclasses.replace(
+        config,
+        engram=dataclasses.replace(config.engram, **given[0]),
+        train=dataclasses.replace(config.train, **given[1]),
+    )
 
 
 def check_share(share: float) -> None:

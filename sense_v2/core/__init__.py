@@ -1,0 +1,1 @@
+"""Every setting: validated once, saved beside the table."""

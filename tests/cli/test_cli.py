@@ -383,6 +383,8 @@ def test_demo(run, run_json, corpus, tmp_path, monkeypatch):
 
     whole_config = demo.demo_config
     monkeypatch.setattr(demo, "demo_config", small_config)
+    monkeypatch.setattr(demo, "BLOCK_STEPS", 1)
+    monkeypatch.setattr(demo, "STEP_TIME_ROUNDS", 6)
     output = tmp_path / "demo"
     status, out, table = run("demo", "--corpus", corpus, "--output", output, "--json")
     assert status == 0, table
@@ -392,7 +394,11 @@ def test_demo(run, run_json, corpus, tmp_path, monkeypatch):
     assert set(numbers["bits_per_byte"]) == {"plain", "engram"}
     assert numbers["tokens"] == 3 * 2 * 32
     assert numbers["compression"]["tokens"] > numbers["compression"]["ids"] > 90_000
-    assert numbers["step_time_ratio"] > 0
+    times = numbers["step_times"]
+    assert 0 < times["low"] <= times["ratio"] <= times["high"]
+    assert times["rounds"] == demo.STEP_TIME_ROUNDS
+    assert times["seconds"].keys() == {"plain", "engram"}
+    assert "equal_time" in numbers
     assert numbers["seconds"] > 0
 
     for name in ("without memory", "with memory", "random rows", "shuffled rows"):

@@ -20,7 +20,7 @@ def run_tasks(
     echo: Callable[..., Any],
 ) -> dict[str, Any]:
     """Of each metric its value with memory, without, or both."""
-    from sense_v2.cli.models import open_trained
+    from sense_v2.hf.backbones import open_trained
     from sense_v2.hf.insight.harness import compare_tasks
     from sense_v2.hf.memory import attached_memory
 

@@ -23,17 +23,17 @@ import numpy as np
 import torch
 
 from sense_v2.core.config import EngramConfig
+from sense_v2.engram.hashing import NgramHasher
+from sense_v2.engram.model import compressed_pad_id
 from sense_v2.engram.table.disk import new_file, write_at
 from sense_v2.engram.table.format import Manifest
-from sense_v2.engram.hashing import NgramHasher
-from sense_v2.engram.upkeep.hot_rows import RowCounts
-from sense_v2.engram.model import compressed_pad_id
 from sense_v2.engram.table.opening import TableFiles, read_manifest
 from sense_v2.engram.tokenizer import EngramTokenizer
+from sense_v2.engram.upkeep.hot_rows import RowCounts
 from sense_v2.hf.data.corpus import encode
-from sense_v2.hf.saving.folder import CONFIG_FILE, MEMORY_FOLDER, memory_paths
 from sense_v2.hf.data.streaming import TOKENS_FILE
 from sense_v2.hf.data.workers import Processes, RayCluster, columns_of
+from sense_v2.hf.saving.folder import CONFIG_FILE, MEMORY_FOLDER, memory_paths
 
 TOKEN_COLUMN = "input_ids"
 PIECE_TOKENS = 1 << 16

@@ -3,14 +3,14 @@
     folder/config.json                           the backbone's, announced as one with memory (`auto.py`)
     folder/model.safetensors, …                  the backbone's weights
     folder/tokenizer.json, tokenizer_config.json its tokenizer
-    folder/README.md                             the model card (`card.py`)
+    folder/README.md                             the model card (`model_card.py`)
     folder/engram/config.json                    EngramConfig; its paths are relative to folder/engram
     folder/engram/fusion.safetensors             the fusion layers' weights
     folder/engram/engram_table.dat, .json        the table and its manifest, or
     folder/engram/table_reference.json           where the table is, and its commit
     folder/engram/overlay.safetensors            rows that were changed on top of the table, where any were
     folder/engram/shadow_map.npy, .json          the shadow map
-    folder/engram/backbone.json                  what the memory was trained on (`backbone.py`)
+    folder/engram/backbone.json                  what the memory was trained on (`backbone_facts.py`)
 
 The table is never rewritten: it is where it was trained, or it is copied. A reference takes no room and holds as long
 as its commit is the table's last: it is refused once another one has followed, never taken for the rows it named.

@@ -15,14 +15,11 @@ from safetensors.torch import save as to_safetensors
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
 from sense_v2.core.config import EngramConfig
-from sense_v2.engram.delta.overlay import OverlayStorage
-from sense_v2.engram.ranks.sharded_table import ShardedTable
-from sense_v2.engram.storage import MMapEmbeddingStorage
+from sense_v2.engram.row_source import TrainableRows
 from sense_v2.engram.table.disk import WriterLock, copy_file
 from sense_v2.engram.table.format import lock_name, manifest_name
 from sense_v2.engram.table.opening import read_manifest
 from sense_v2.engram.tokenizer import description_path
-from sense_v2.engram.upkeep.table_copy import copy_table
 from sense_v2.hf.memory import EngramMemory, attached_memory
 from sense_v2.hf.saving.backbone_facts import (
     BACKBONE_FILE,
@@ -127,7 +124,7 @@ def save_pretrained(
             tokenizer = _save_tokenizer(tokenizer, model, folder)
         if memory is not None:
             # Several processes commit together, and one of them may save alone what was committed.
-            if memory.storage.mode == "r+" and not isinstance(memory.storage, ShardedTable):
+            if memory.storage.mode == "r+" and not memory.storage.needs_all_ranks:
                 memory.storage.flush()
             # What is recorded of a tokenizer that isn't saved again still holds.
             facts = {
@@ -201,24 +198,21 @@ def save_memory(
 
 
 def _save_overlay(memory: EngramMemory, path: Path, states: bool) -> None:
-    overlay: Any = memory.storage
-    if not isinstance(overlay, OverlayStorage):
+    if memory.storage is memory.table:
         path.unlink(missing_ok=True)  # of another memory
-    elif overlay.path is None or not is_same_file(overlay.path, path):
-        overlay.export(path, states=states)
+    elif memory.storage.path is None or not is_same_file(memory.storage.path, path):
+        memory.storage.copy_to(path, states=states)
 
 
-def _write_reference(storage: MMapEmbeddingStorage, target: Path) -> None:
-    if storage.manifest.commit is None:
+def _write_reference(storage: TrainableRows, target: Path) -> None:
+    manifest = storage.manifest
+    assert storage.path is not None
+    if manifest.commit is None:
         raise ValueError(
             f"{storage.path} was never committed, so that nothing identifies its rows; commit() before it is "
             "referenced, or save a copy"
         )
-    named = {
-        "storage_path": str(storage.path.absolute()),
-        "commit": storage.manifest.commit,
-        "step": storage.manifest.step,
-    }
+    named = {"storage_path": str(storage.path.absolute()), "commit": manifest.commit, "step": manifest.step}
     replace_file(target / REFERENCE_FILE, (json.dumps(named, indent=2) + "\n").encode())
 
 
@@ -252,7 +246,7 @@ def _portable_config(memory: EngramMemory) -> EngramConfig:
 
 def _copy_table(memory: EngramMemory, target: Path, states: bool, *, reflink_only: bool) -> None:
     """Copy the table and its manifest, and remove an earlier table's states, which would be taken for its own."""
-    copy_table(memory.whole_table, target / TABLE_FILE, states=states, reflink_only=reflink_only)
+    memory.whole_table.copy_to(target / TABLE_FILE, states=states, reflink_only=reflink_only)
     kept = {entry.file for entry in read_manifest(target / manifest_name(TABLE_FILE)).states.values()}
     for path in target.glob("engram_table.*.dat"):
         is_table = path.with_name(manifest_name(path.name)).exists() or is_same_file(path, memory.table.path)

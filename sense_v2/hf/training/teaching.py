@@ -4,7 +4,7 @@
     taught = teach(model, tokenizer, " Lutz.", prompt="The capital of Zubrowka is")
     taught.undo()
 
-Only rows change, in an overlay (`engram/overlay.py`): backbone, fusion layers and table are the same bits afterwards.
+Only rows change, in an overlay (`delta/overlay.py`): backbone, fusion layers and table are the same bits afterwards.
 And only rows of positions whose next token is learned: the n-grams that end with the prompt, and those of the text.
 Rows at the prompt's other positions could help as well, through attention, but they are those of phrases that other
 texts share; leaving them alone costs nothing that was measured (benchmarks/LOG.md).
@@ -102,7 +102,7 @@ def teach(
     overlay = overlay_of(model) or add_overlay(model)
     with _rows_alone(model, memory, overlay):
         learned_T = labels_1T[0, 1:] != -100  # whose next token is learned
-        row_ids_LBTH = memory.hash_tokens(token_ids_1T, None, None, None)[1]
+        row_ids_LBTH = memory.hash_tokens(token_ids_1T)[1]
         row_ids_U = row_ids_LBTH[:, 0, :-1][:, learned_T.to(row_ids_LBTH.device)].unique().cpu()
         return _descend(model, overlay, row_ids_U, token_ids_1T, labels_1T, steps=steps, lr=lr, stop_below=stop_below)
 

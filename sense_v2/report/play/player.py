@@ -166,7 +166,7 @@ class Player:
             with self._turn(notebook):
                 path = _unused(self.save_to / f"taught-{datetime.now():%Y%m%d-%H%M%S}.safetensors")
                 path.parent.mkdir(parents=True, exist_ok=True)
-                notebook.overlay.export(path)
+                notebook.overlay.copy_to(path, states=False)
         except (OSError, ValueError) as error:
             return self._refusal(error)
         num_rows, num_bytes = len(notebook.overlay.changed_ids), path.stat().st_size
@@ -185,7 +185,7 @@ class Player:
     def _inspected(self, text: str) -> dict[str, Any]:
         limit = MAX_SHOWN if self.max_tokens is None else min(MAX_SHOWN, self.max_tokens)
         found = inspect_text(self.model, self.tokenizer, text, max_tokens=limit)
-        if isinstance(self.memory.storage, OverlayStorage):
+        if self.memory.storage is not self.memory.table:
             changed_ids = self.memory.storage.changed_ids
             for layer in found["layers"]:
                 layer["moved"] = torch.isin(torch.tensor(layer["row_ids"]), changed_ids).tolist()
