@@ -73,7 +73,7 @@ def with_tree(page: str, files: bool) -> str:
     if page.count(BEGIN) != 1 or page.count(END) != 1:
         raise ValueError(f"the page needs {BEGIN} and {END}, once each")
     before, _, rest = page.partition(BEGIN)
-    return f"{before}{BEGIN}\n```\n{tree(files)}\n```\n{END}{rest.partition(END)[2]}"
+    return f"{before}{BEGIN}\n\n```\n{tree(files)}\n```\n\n{END}{rest.partition(END)[2]}"
 
 
 def main(arguments: list[str] | None = None) -> int:

@@ -52,7 +52,7 @@ def test_a_tree_that_differs_is_found(tmp_path: Path, monkeypatch: pytest.Monkey
     assert "page.md: its tree" in capsys.readouterr().err
     assert main(["--write"]) == 0
     lines = page.read_text().splitlines()
-    assert lines[3:7] == [
+    assert lines[4:8] == [
         "sense_v2/",
         "  table/       Bytes on disk",
         "    _copy.h    Rows, copied",
