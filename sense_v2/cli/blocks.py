@@ -11,9 +11,9 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel
 
-from sense_v2.cli.errors import CommandError
 from sense_v2.cli.models import max_positions, open_corpus, token_stream
 from sense_v2.core.config import Config, TrainConfig
+from sense_v2.core.errors import CommandError
 from sense_v2.hf.data.corpus import Batches, Corpus
 
 

@@ -8,11 +8,11 @@ take.
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import json
 import platform
 import shutil
-import statistics
 import time
 from collections.abc import Callable
 from datetime import datetime, timezone
@@ -28,17 +28,19 @@ from transformers import PreTrainedModel
 
 from sense_v2.cli.models import token_stream
 from sense_v2.cli.progress import TrainingProgress
-from sense_v2.cli.setup import shared_spellings
 from sense_v2.core.config import Config, EngramConfig, TrainConfig
+from sense_v2.engram.optim import clip_grad_norm_
 from sense_v2.engram.tokenizer import DEEPSEEK_PACKAGE, EngramTokenizerBuilder
+from sense_v2.engram.upkeep.shadow_map_setup import shared_spellings
 from sense_v2.hf.attach import attach_engram, detach_engram
 from sense_v2.hf.data.corpus import Batches, Corpus, read_corpus
 from sense_v2.hf.insight.evaluation import Evaluation, evaluate, gate_strengths, rows_touched
-from sense_v2.hf.memory import memory_of
+from sense_v2.hf.memory import attached_memory, memory_of
 from sense_v2.hf.saving.save import save_pretrained
 from sense_v2.hf.training.controls import freeze_rows, permute_rows
 from sense_v2.hf.training.fresh_model import fresh_backbone, small_memory, train_bpe
-from sense_v2.hf.training.plain_loop import History, train
+from sense_v2.hf.training.plain_loop import History, make_optimizers, train
+from sense_v2.hf.training.step_times import at_equal_time, compare, take_turns
 from sense_v2.report.training import terminal_table, write_picture, write_report
 
 # More text than this takes longer to tokenise than to train on.
@@ -53,6 +55,7 @@ LABELS = {
 FROZEN_STD = 0.1
 GENERATIONS, PROMPT_TOKENS, NEW_TOKENS = 3, 24, 48
 GATE_SAMPLE_TOKENS = 160
+STEP_TIME_ROUNDS, BLOCK_STEPS = 9, 3
 
 
 def demo_config(output: str | Path) -> Config:
@@ -137,6 +140,9 @@ def run_demo(
             detach_engram(model)
             shutil.rmtree(output / name)
 
+    echo("step times: both models take turns")
+    step_times = measure_step_times(plain, _config_of("step_times", config.engram, output), batches, settings)
+
     memory = memory_of(remembering)
     training, evaluation = _card_facts(text, settings, runs)
     save_pretrained(remembering, output / "model", tokenizer=tokenizer, training=training, evaluation=evaluation)
@@ -162,6 +168,7 @@ def run_demo(
         },
         "engram": config.engram.to_dict(),
         "train": settings.to_dict(),
+        "trained_tokens": settings.steps * settings.batch_size * settings.sequence_length,
         "table": {
             "rows": memory.storage.num_embeddings,
             "width": memory.storage.embedding_dim,
@@ -170,8 +177,8 @@ def run_demo(
         },
         "fusion_parameters": sum(parameter.numel() for parameter in memory.parameters()),
         "runs": runs,
-        "step_time_ratio": runs["engram"]["step_seconds_median"] / runs["plain"]["step_seconds_median"],
-        "same_seconds": _same_seconds(runs["plain"], runs["engram"]),
+        "step_times": step_times,
+        "equal_time": at_equal_time(runs["plain"]["evals"], runs["engram"]["evals"], step_times),
         "controls": _kept_gain(runs),
         "gates": _gates(remembering, held_out_BT[0, :GATE_SAMPLE_TOKENS], tokenizer),
         "rows_touched": rows_touched(remembering, islice(iter(batches), settings.steps)),
@@ -215,11 +222,11 @@ def metrics(results: dict[str, Any]) -> dict[str, Any]:
     return {
         "perplexity": {name: run["perplexity"] for name, run in runs.items()},
         "bits_per_byte": {name: runs[name]["bits_per_byte"] for name in ("plain", "engram")},
-        "step_time_ratio": results["step_time_ratio"],
-        "same_seconds": results["same_seconds"],
+        "step_times": results["step_times"],
+        "equal_time": results["equal_time"],
         "gain_kept_by_controls": results["controls"],
         "compression": {name: results["compression"][name] for name in ("tokens", "ids")},
-        "tokens": len(runs["plain"]["steps"]) * results["train"]["batch_size"] * results["train"]["sequence_length"],
+        "tokens": results["trained_tokens"],
         "seconds": results["seconds"],
     }
 
@@ -257,7 +264,6 @@ def _config_of(name: str, config: EngramConfig, output: Path) -> EngramConfig:
 
 
 def _run(name: str, history: History, final: Evaluation) -> dict[str, Any]:
-    steps = history.step_seconds()
     label, description = LABELS[name]
     return {
         "label": label,
@@ -266,19 +272,61 @@ def _run(name: str, history: History, final: Evaluation) -> dict[str, Any]:
         "loss": final.loss,
         "perplexity": final.perplexity,
         "bits_per_byte": final.bits_per_byte,
-        "step_seconds_median": statistics.median(steps),
-        "step_seconds_spread": [float(np.quantile(steps, q)) for q in (0.1, 0.9)],
     }
 
 
-def _same_seconds(plain: dict[str, Any], engram: dict[str, Any]) -> dict[str, float]:
-    """Both validation perplexities at the moment the faster run ended (losses interpolated)."""
-    seconds = min(plain["seconds"][-1], engram["seconds"][-1])
-    found = {"seconds": seconds}
-    for name, run in (("plain", plain), ("engram", engram)):
-        times = [one["seconds"] for one in run["evals"]]
-        found[name] = float(np.exp(np.interp(seconds, times, [one["loss"] for one in run["evals"]])))
-    return found
+def measure_step_times(
+    plain: PreTrainedModel, memory: EngramConfig, batches: Batches, settings: TrainConfig
+) -> dict[str, Any]:
+    """Measure in turns how long a training step takes without memory and with it.
+
+    What trains are two copies of `plain`, one of them with a table of its own, so nothing that is reported or saved
+    changes. A step takes as long whatever the weights and rows hold.
+
+    Args:
+        plain: The model without memory.
+        memory: The memory to attach to a copy; its table is deleted afterwards, with the folder it lies in.
+        batches: What to train on.
+        settings: The rates and the clipping.
+
+    Returns:
+        What `sense_v2.hf.training.step_times.compare` returns, for "plain" and "engram".
+    """
+    with torch.random.fork_rng():
+        models = {"plain": copy.deepcopy(plain), "engram": attach_engram(copy.deepcopy(plain), memory)}
+        try:
+            steps = {name: _steps(model.train(), batches, settings) for name, model in models.items()}
+            seconds = take_turns(steps, rounds=STEP_TIME_ROUNDS, block_steps=BLOCK_STEPS)
+        finally:
+            detach_engram(models["engram"])
+            shutil.rmtree(Path(memory.storage_path).parent)
+    return compare(seconds, base="plain", other="engram")
+
+
+def _steps(model: PreTrainedModel, batches: Batches, settings: TrainConfig) -> Callable[[], None]:
+    """What trains `model` on the next batch, each time it is called, and waits until its device is done."""
+    optimizers = make_optimizers(model, settings)
+    attached = attached_memory(model)
+    stream = iter(batches)
+    following = next(stream)
+
+    def step() -> None:
+        nonlocal following
+        token_ids_BT, following = following.to(model.device), next(stream)
+        if attached is not None:
+            attached.prefetch(following)
+        model(input_ids=token_ids_BT, labels=token_ids_BT, use_cache=False).loss.backward()
+        weights = [parameter for parameter in model.parameters() if parameter.grad is not None]
+        if attached is None:
+            torch.nn.utils.clip_grad_norm_(weights, settings.max_grad_norm)
+        else:
+            clip_grad_norm_(weights, attached.storage, settings.max_grad_norm)
+        for optimizer in optimizers:
+            optimizer.step()
+            optimizer.zero_grad()
+        weights[0].flatten()[0].item()
+
+    return step
 
 
 def _kept_gain(runs: dict[str, dict[str, Any]]) -> dict[str, float]:

@@ -9,6 +9,8 @@ from __future__ import annotations
 import errno
 import re
 
+from sense_v2.core.errors import CommandError
+
 # Exit statuses, as `sense-engram --help` says; the last is what a shell reports of a program that SIGINT has ended.
 FAILED, WRONG_CALL, INTERRUPTED = 1, 2, 130
 
@@ -20,14 +22,6 @@ _SENTENCE = re.compile(r"^(.*)(?<=[^.\s])\. (?=[A-Z`\"'-])(.*)$")
 _CLAUSE = re.compile(r"^(.*)(?:; |: (?=(?:build|choose|delete|make|move|pip|use) ))(.*)$")
 # How libraries written in Rust (safetensors, tokenizers) name an error of the system.
 _SYSTEM_ERROR = re.compile(r"\(os error (\d+)\)")
-
-
-class CommandError(Exception):
-    """What a command itself refuses: two sentences without their full stops."""
-
-    def __init__(self, what: str, way_out: str) -> None:
-        super().__init__(f"{what}. {way_out}")
-        self.what, self.way_out = what, way_out
 
 
 def explain(error: BaseException, command: str) -> tuple[str, str]:

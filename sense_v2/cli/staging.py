@@ -18,8 +18,9 @@ from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from sense_v2.cli.errors import NO_ROOM, CommandError, one_line
-from sense_v2.cli.folders import missing_folders, remove_empty
+from sense_v2.cli.errors import NO_ROOM, one_line
+from sense_v2.core.errors import CommandError
+from sense_v2.core.folders import missing_folders, remove_empty
 from sense_v2.hf.saving.folder import MEMORY_FOLDER
 
 PREFIX = ".training-"

@@ -24,7 +24,7 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel
 
-from sense_v2.cli.errors import CommandError, one_line
+from sense_v2.cli.errors import one_line
 from sense_v2.cli.models import (
     Backbone,
     max_positions,
@@ -37,6 +37,7 @@ from sense_v2.cli.models import (
 from sense_v2.cli.progress import TrainingProgress
 from sense_v2.cli.staging import RUN_FILE, STATE_FOLDER, reserve, resumed_folder, staged_folder
 from sense_v2.core.config import Config, EngramConfig, TrainConfig
+from sense_v2.core.errors import CommandError
 from sense_v2.engram.tokenizer import EngramTokenizerBuilder
 from sense_v2.hf.attach import attach_engram, decoder_layers
 from sense_v2.hf.data.corpus import Batches, Corpus, find_files

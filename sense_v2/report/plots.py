@@ -13,7 +13,7 @@ import io
 import re
 import textwrap
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +24,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import FixedLocator, FuncFormatter, MaxNLocator, NullLocator
 
+from sense_v2.hf.training.step_times import is_clear
 from sense_v2.report import verdict, wording
 
 PALETTE = {
@@ -55,26 +56,35 @@ class Line:
 
 
 def loss_panels(results: dict[str, Any]) -> list[dict[str, Any]]:
-    """Validation and smoothed training loss, each over steps and over seconds: caption and SVG of the four panels."""
+    """Validation and smoothed training loss, each over steps and over time: caption and SVG of each panel.
+
+    Time is steps times a step's seconds as measured in turns, so it is there for the two models that took turns, and
+    only where their step times are clear.
+    """
+    times = results["step_times"]
+    plain_seconds = times["seconds"]["plain"]["median"]
+    step_seconds = {"plain": plain_seconds, "engram": plain_seconds * times["ratio"]} if is_clear(times) else {}
     panels = []
     for kind, lines_of in (("Validation", validation_lines), ("Training", training_lines)):
-        for over in ("steps", "seconds"):
-            lines = lines_of(results, over)
+        lines = lines_of(results)
+        timed = [replace(one, x=one.x * step_seconds[one.name]) for one in lines if one.name in step_seconds]
+        for over, drawn in (("steps", lines), ("time", timed)):
+            if not drawn:
+                continue
             caption = f"{kind} loss over {over}"
             figure = Figure(figsize=(460 / 72, 300 / 72), dpi=72)
             with matplotlib.rc_context(style(13)):
                 axes = figure.add_axes((0.1, 0.15, 0.6, 0.83))
-                seconds = (results["same_seconds"] or {}).get("seconds") if over == "seconds" else None
-                _draw(axes, lines, over, markers=kind == "Validation", seconds=seconds)
+                _draw(axes, drawn, over, markers=kind == "Validation")
                 panels.append(
-                    {"caption": caption, "svg": svg_of(figure, caption.lower().replace(" ", "-"), _told(lines))}
+                    {"caption": caption, "svg": svg_of(figure, caption.lower().replace(" ", "-"), _told(drawn))}
                 )
     return panels
 
 
 def write_picture(results: dict[str, Any], path: str | Path) -> None:
     """The one picture for a README: validation perplexity over steps, every run, named at its end with its value."""
-    lines = validation_lines(results, "steps", "perplexity")
+    lines = validation_lines(results, "perplexity")
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     figure = Figure(figsize=(8, 4.5), dpi=200, facecolor=PALETTE["page"])
@@ -90,20 +100,16 @@ def write_picture(results: dict[str, Any], path: str | Path) -> None:
         figure.savefig(path, format="png", metadata={"Software": None})
 
 
-def validation_lines(results: dict[str, Any], over: str, value: str = "loss") -> list[Line]:
-    def points(run: dict[str, Any]) -> tuple[list[Any], list[Any]]:
-        evals = run["evals"]
-        return [e["step" if over == "steps" else "seconds"] for e in evals], [e[value] for e in evals]
-
-    return _lines(results, points)
+def validation_lines(results: dict[str, Any], value: str = "loss") -> list[Line]:
+    return _lines(results, lambda run: ([e["step"] for e in run["evals"]], [e[value] for e in run["evals"]]))
 
 
-def training_lines(results: dict[str, Any], over: str) -> list[Line]:
+def training_lines(results: dict[str, Any]) -> list[Line]:
     def points(run: dict[str, Any]) -> tuple[list[Any], list[Any]]:
         losses = _floats(run["train_loss"])
         # A plot has a few hundred pixels; every further point only makes the file larger.
         keep = slice(None, None, max(1, len(losses) // 400))
-        return run[over][keep], list(smooth(losses, smoothing_window(len(losses)))[keep])
+        return run["steps"][keep], list(smooth(losses, smoothing_window(len(losses)))[keep])
 
     return _lines(results, points)
 
@@ -173,7 +179,6 @@ def _draw(
     markers: bool,
     log: bool = False,
     format_value: Callable[[float], str] = wording.decimals,
-    seconds: float | None = None,
 ) -> None:
     """Lines, scales and the labels at the lines' ends, into axes that have their final place in the figure."""
     axes.patch.set_visible(False)
@@ -182,7 +187,7 @@ def _draw(
         axes.set_axis_off()
         axes.text(0.5, 0.5, "no finite value to draw", ha="center", transform=axes.transAxes)
         return
-    unit, label = _time_unit(drawn) if over == "seconds" else (1.0, "training step")
+    unit, label = _time_unit(drawn) if over == "time" else (1.0, "training step")
     end = max(np.nanmax(line.x) for line in drawn) / unit
     for line in drawn:
         axes.plot(
@@ -206,8 +211,9 @@ def _draw(
     axes.grid(axis="y", color=PALETTE["line"], linewidth=0.8)
     axes.set_axisbelow(True)
     axes.tick_params(length=0, axis="y")
-    if seconds is not None and wording.is_finite(seconds) and seconds / unit < end:
-        axes.axvline(seconds / unit, color=PALETTE["muted"], linewidth=1, linestyle=(0, (2, 3)), zorder=1)
+    if over == "time":
+        moment = min(line.x[-1] for line in drawn) / unit
+        axes.axvline(moment, color=PALETTE["muted"], linewidth=1, linestyle=(0, (2, 3)), zorder=1)
     _label_ends(axes, drawn, unit, format_value)
 
 

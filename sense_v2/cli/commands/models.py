@@ -1,4 +1,4 @@
-"""Commands that train a model with memory and use it: demo, train, eval, generate, serve."""
+"""Commands that train a model with memory and measure it: demo, train, eval."""
 
 from __future__ import annotations
 
@@ -20,7 +20,6 @@ from sense_v2.cli.options import (
     SequencesOption,
     TableSizeOption,
     TextColumnOption,
-    WithoutMemoryOption,
     numbers,
     settings_of,
 )
@@ -157,16 +156,9 @@ def evaluate(
     Example: sense-engram eval runs/train --corpus other_texts/ --all-files --without-memory
     """
     if tasks:
-        from sense_v2.cli.tasks import run_tasks
+        from sense_v2.cli.commands.tasks import run_tasks
 
-        result = run_tasks(
-            folder,
-            tasks,
-            include_path=include_path,
-            limit=limit,
-            without_memory=without_memory,
-            echo=lines_to(as_json),
-        )
+        result = run_tasks(folder, tasks, include_path, limit, without_memory, lines_to(as_json))
         if as_json:
             print_json(result)
         return
@@ -184,52 +176,3 @@ def evaluate(
     )
     if as_json:
         print_json(result)
-
-
-def generate(
-    folder: FolderArgument,
-    prompt: Annotated[str, typer.Argument(help="The text to go on from.")],
-    max_new_tokens: Annotated[int, typer.Option(min=1, help="Tokens to add at most.")] = 64,
-    temperature: Annotated[float, typer.Option(min=0, help="0: always the likeliest token.")] = 0.7,
-    seed: Annotated[int, typer.Option(min=0, help="Of the sampling.")] = 0,
-    without_memory: WithoutMemoryOption = False,
-    as_json: JsonOption = False,
-) -> None:
-    """Print how a trained model goes on from a prompt.
-
-    Example: sense-engram generate runs/train "def main(" --max-new-tokens 40
-    """
-    from sense_v2.cli.generate import run_generate
-
-    result = run_generate(
-        folder,
-        prompt,
-        max_new_tokens=max_new_tokens,
-        temperature=temperature,
-        seed=seed,
-        without_memory=without_memory,
-    )
-    if as_json:
-        print_json(result)
-    else:
-        print(result["continuation"])
-
-
-def serve(
-    model: Annotated[
-        str, typer.Argument(metavar="FOLDER", help="What train, demo (runs/demo/model) or save_pretrained has saved.")
-    ],
-    host: Annotated[str, typer.Option(help="Address to listen on; 0.0.0.0 lets other machines in.")] = "127.0.0.1",
-    port: Annotated[int, typer.Option(min=1, max=65535, help="Port to listen on.")] = 8000,
-    device: Annotated[str, typer.Option(help="Where the model runs: cpu, cuda:0, auto.")] = "cpu",
-    dtype: Annotated[str, typer.Option(help="Type of the weights; auto: as saved.")] = "auto",
-    as_json: JsonOption = False,
-) -> None:
-    """Serve a trained model with transformers' OpenAI-compatible server.
-
-    Example: sense-engram serve runs/train --port 8000
-    """
-    from sense_v2.cli.serve import run_serve
-
-    tell = print_json if as_json else None
-    run_serve(model, host=host, port=port, device=device, dtype=dtype, tell=tell, echo=lines_to(as_json))

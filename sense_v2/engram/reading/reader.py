@@ -89,9 +89,9 @@ class RowReader:
         small = None
         if max_resident_bytes is None and not dtype.is_compact:
             small = lookup_of(rows_ND, dtype.torch, **file)
-        self._small: Any = small or _NoSmallReads()
-        self._small.batches_after_cold = ASKED_BATCHES if self._pages.tells and self._pages.can_ask else 0
-        self._small.batches_to_ask = 1
+        self.small: Any = small or NoSmallReads()
+        self.small.batches_after_cold = ASKED_BATCHES if self._pages.tells and self._pages.can_ask else 0
+        self.small.batches_to_ask = 1
         self._pool: ThreadPoolExecutor | None = None
         self._process = os.getpid()
         self._budget = None if max_resident_bytes is None else _Budget(max_resident_bytes, self._pages)
@@ -102,18 +102,10 @@ class RowReader:
         Raises `IndexError` for an id outside 0 … N - 1, `OSError` where the file was cut since it was opened.
         """
         if out is None:
-            rows: torch.Tensor | None = self._small.read(row_ids)
+            rows: torch.Tensor | None = self.small.read(row_ids)
             if rows is not None:
                 return rows
         return self._read_any(row_ids, out)
-
-    def lookup(self, hooks: tuple[dict[int, Any], ...]) -> Any:
-        """What reads small batches of a warm table, if anything: `_gather.c`'s Lookup. It hands them back while one
-        of these dictionaries has anything in it."""
-        if isinstance(self._small, _NoSmallReads):
-            return None
-        self._small.hooks = hooks
-        return self._small
 
     def _read_any(self, row_ids: torch.Tensor, out: torch.Tensor | None) -> torch.Tensor:
         # A touch of a page behind the file's end is a SIGBUS, which nobody could explain.
@@ -123,7 +115,7 @@ class RowReader:
         asks = False
         if self.reads_the_disk or num_ids >= SAMPLED_IDS:
             asks = self._ask_where_cold(row_ids)
-            self._small.batches_to_ask = max(0, self._small.batches_to_ask - 1)
+            self.small.batches_to_ask = max(0, self.small.batches_to_ask - 1)
         started = time.perf_counter_ns()
         try:
             if self._budget is None:
@@ -144,10 +136,10 @@ class RowReader:
     @property
     def reads_the_disk(self) -> bool:
         """Whether batches came from the disk lately, so that asking ahead pays. At first that isn't known: True."""
-        if self._small.slow:
-            self._small.slow = False
+        if self.small.slow:
+            self.small.slow = False
             self._look_after_slow(False)
-        return self._small.batches_to_ask > 0
+        return self.small.batches_to_ask > 0
 
     def prefetch(self, row_ids: torch.Tensor) -> None:
         """Begins to read these rows' pages and returns at once; does nothing where reads find them in memory.
@@ -184,8 +176,8 @@ class RowReader:
 
     def _ask_where_cold(self, row_ids: torch.Tensor) -> bool:
         """Asks for these rows' pages where they aren't in memory; whether it did."""
-        if self._small.prefetch(row_ids):
-            return bool(self._small.batches_to_ask == ASKED_BATCHES)
+        if self.small.prefetch(row_ids):
+            return bool(self.small.batches_to_ask == ASKED_BATCHES)
         if not self._is_cold(row_ids):
             return False
         self._ask(row_ids)
@@ -200,19 +192,19 @@ class RowReader:
         self._pages.will_need(runs_R2)
         # Pages in memory take 1 us. What was read ahead makes the gather itself fast: it has to be seen here.
         if time.perf_counter_ns() - started > SLOW_NS + len(runs_R2) * SLOW_NS_PER_ROW:
-            self._small.batches_to_ask = ASKED_BATCHES
+            self.small.batches_to_ask = ASKED_BATCHES
 
     def _look_after_slow(self, asked: bool) -> None:
         """After a gather that took long: was it the disk, or other work on the machine? A page that was asked for
         and isn't there yet doesn't count as a read by who touches it."""
         reads = disk_reads()
         if asked or reads is None or reads > self._disk_reads:
-            self._small.batches_to_ask = ASKED_BATCHES
+            self.small.batches_to_ask = ASKED_BATCHES
         self._disk_reads = reads or 0
 
     def _is_cold(self, row_ids: torch.Tensor) -> bool:
         """Whether one of a few rows isn't in memory, or that can't be known."""
-        cold: bool | None = self._small.looks_cold(row_ids) if self._pages.tells else None
+        cold: bool | None = self.small.looks_cold(row_ids) if self._pages.tells else None
         if cold is not None:
             return cold
         ids = row_ids.reshape(-1)
@@ -246,7 +238,7 @@ class RowReader:
         )
 
 
-class _NoSmallReads:
+class NoSmallReads:
     """Where small batches have no way of their own: without the extension, of compact rows, within a budget."""
 
     batches_to_ask: int

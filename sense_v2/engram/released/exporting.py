@@ -1,4 +1,4 @@
-"""Tables of ours -> a checkpoint in a released layout, which a serving engine loads: safetensors, index, config.json.
+"""Tables of ours -> a checkpoint in a released layout, which a serving engine loads.
 
     model-00001-of-0000n.safetensors    a table's rows: one file a layer
     model-0000n-of-0000n.safetensors    the fusion layers' weights, where they are given

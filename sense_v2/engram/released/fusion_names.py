@@ -1,4 +1,4 @@
-"""A released checkpoint's fusion tensors <-> those of `EngramFusionLayer`, by a table of names.
+"""A released checkpoint's fusion tensors <-> those of `EngramFusionLayer`, by name.
 
     deepseek_v41   layers.{i}.engram.wkv.weight   F8_E4M3 [(S + 1)·C, engram_dim], with .scale F8_E8M0, one for
                    32 × 32 values: the keys of all streams, then the value; q_weight and k_weight BF16 [S, C]

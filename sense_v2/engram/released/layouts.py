@@ -1,4 +1,4 @@
-"""How a released checkpoint is written: names, types, shapes, header bytes, config.json. Opens no file.
+"""How a released checkpoint is written: names, types, shapes, header bytes, config.json.
 
 What is here are the facts of the two layouts, as functions of what is known of a table (`DescribedTable`);
 `sense_v2.engram.released.exporting` writes. Sources: as `sense_v2.engram.released.released_table`; for the

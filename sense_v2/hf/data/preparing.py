@@ -1,4 +1,4 @@
-"""Preparing data at scale: a corpus -> files of token ids, and which rows it looks up, by many workers.
+"""A corpus -> files of token ids, and which rows it looks up, by many workers.
 
     documents ──Tokenize──▶ token ids of each ──CountRows──▶ partial counts ──merged──▶ RowCounts
 

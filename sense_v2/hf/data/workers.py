@@ -1,4 +1,6 @@
-"""Who works through a corpus: processes of this machine, or a Ray cluster. Both run the same functions.
+"""Who works through a corpus: processes of this machine, or a Ray cluster.
+
+Both run the same functions:
 
     documents ──function──▶ … ──function──▶ Arrow tables, one after another, or Parquet files
 
@@ -25,6 +27,13 @@ from sense_v2.hf.data.streaming import files_of_one_kind, open_documents
 BATCH_DOCUMENTS = 128
 Source = str | Path | Sequence[str | Path]
 Work = Sequence[Callable[[Any], Any]]
+
+
+def source_of(corpus: Sequence[str | Path]) -> str | list[str | Path]:
+    """The files that were named as a corpus, or a dataset of the hub: a lone name that is no path."""
+    if len(corpus) == 1 and not Path(corpus[0]).exists():
+        return str(corpus[0])
+    return list(corpus)
 
 
 def columns_of(source: Source, *, split: str = "train") -> list[str]:

@@ -1,4 +1,4 @@
-"""The folder that holds a model with memory: names of its files, and whether all parts of it are there.
+"""The folder of a saved model: the names of its files, and whether all of them are there.
 
     folder/config.json                           the backbone's, announced as one with memory (`auto.py`)
     folder/model.safetensors, …                  the backbone's weights

@@ -1,5 +1,6 @@
-"""What is known of a model -> the model card, README.md in its folder. Everything in it is a fact that was given or
-read; there is no prose to be wrong.
+"""What is known of a model -> its model card, README.md in its folder.
+
+Everything in it is a fact that was given or read; there is no prose to be wrong.
 
 A card that somebody else wrote, or changed the first line of, stays as it is.
 """

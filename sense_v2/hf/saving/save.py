@@ -1,9 +1,4 @@
-"""A model with memory -> its folder (`folder.py`): the backbone as transformers saves it, and the memory beside it.
-
-The table is never rewritten: it is where it was trained, or it is copied. Every file is written under another name
-first, so that a process that reads the old one keeps it. engram/config.json comes last and is taken away before a
-table is replaced: a folder without it was not saved to its end.
-"""
+"""A model with memory -> its folder: the backbone, and the memory beside it."""
 
 from __future__ import annotations
 
@@ -20,14 +15,11 @@ from safetensors.torch import save as to_safetensors
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
 from sense_v2.core.config import EngramConfig
-from sense_v2.engram.delta.overlay import OverlayStorage
-from sense_v2.engram.ranks.sharded_table import ShardedTable
-from sense_v2.engram.storage import MMapEmbeddingStorage
+from sense_v2.engram.row_source import TrainableRows
 from sense_v2.engram.table.disk import WriterLock, copy_file
 from sense_v2.engram.table.format import lock_name, manifest_name
 from sense_v2.engram.table.opening import read_manifest
 from sense_v2.engram.tokenizer import description_path
-from sense_v2.engram.upkeep.table_copy import copy_table
 from sense_v2.hf.memory import EngramMemory, attached_memory
 from sense_v2.hf.saving.backbone_facts import (
     BACKBONE_FILE,
@@ -66,18 +58,27 @@ def save_pretrained(
     state_dict: Mapping[str, torch.Tensor] | None = None,
     **options: Any,
 ) -> None:
-    """Writes the model, its memory (if any is attached) and its tokenizer to `folder`.
+    """Save a model, its memory if any is attached, and its tokenizer.
 
-    A table that lies in `folder/engram` stays. For one that lies elsewhere `table` says what is saved, without its
-    optimizer states: "copy" (a reflink where the file system has them), "reflink" (refused where it hasn't), or
-    "reference", its path and commit. `model` goes on with the table it has. `tokenizer` is a `tokenizers.Tokenizer`
-    or a transformers tokenizer. `training` and `evaluation`, names and values, go into the model card, whose title is
-    `name`, by default the folder's. `state_dict` is saved in place of the model's own weights, those of the fusion
-    layers included; `options` (`max_shard_size`, `variant`, …) are those of the backbone's own `save_pretrained`.
+    A table that lies in `folder/engram` already stays there. The model goes on with the table it has.
 
-    Raises `FileExistsError` where a model without memory would be saved beside the memory of another, or a reference
-    beside a table, `BlockingIOError` where somebody writes to the table whose place would be taken, `ValueError` for
-    another `table` and for a model that a PEFT adapter wraps, `OSError` where there is no room or no reflink.
+    Args:
+        model: A model of transformers.
+        folder: Where everything goes.
+        tokenizer: A `tokenizers.Tokenizer`, or a tokenizer of transformers.
+        table: What is saved of a table that lies elsewhere, without its optimizer states: "copy" (a reflink where
+            the file system has them), "reflink" (refused where it hasn't), or "reference", its path and commit.
+        training: Names and values for the model card.
+        evaluation: More of them.
+        name: The model card's title, by default the folder's name.
+        state_dict: Saved in place of the model's own weights, those of the fusion layers included.
+        **options: Those of the backbone's own `save_pretrained` (`max_shard_size`, `variant`, …).
+
+    Raises:
+        FileExistsError: A model without memory would be saved beside another's memory, or a reference beside a table.
+        BlockingIOError: Another process writes to the table whose place would be taken.
+        ValueError: `table` is something else, or a PEFT adapter wraps the model.
+        OSError: There is no room, or no reflink.
     """
     folder = Path(folder)
     target = folder / MEMORY_FOLDER
@@ -123,7 +124,7 @@ def save_pretrained(
             tokenizer = _save_tokenizer(tokenizer, model, folder)
         if memory is not None:
             # Several processes commit together, and one of them may save alone what was committed.
-            if memory.storage.mode == "r+" and not isinstance(memory.storage, ShardedTable):
+            if memory.storage.mode == "r+" and not memory.storage.needs_all_ranks:
                 memory.storage.flush()
             # What is recorded of a tokenizer that isn't saved again still holds.
             facts = {
@@ -197,24 +198,21 @@ def save_memory(
 
 
 def _save_overlay(memory: EngramMemory, path: Path, states: bool) -> None:
-    overlay: Any = memory.storage
-    if not isinstance(overlay, OverlayStorage):
+    if memory.storage is memory.table:
         path.unlink(missing_ok=True)  # of another memory
-    elif overlay.path is None or not is_same_file(overlay.path, path):
-        overlay.export(path, states=states)
+    elif memory.storage.path is None or not is_same_file(memory.storage.path, path):
+        memory.storage.copy_to(path, states=states)
 
 
-def _write_reference(storage: MMapEmbeddingStorage, target: Path) -> None:
-    if storage.manifest.commit is None:
+def _write_reference(storage: TrainableRows, target: Path) -> None:
+    manifest = storage.manifest
+    assert storage.path is not None
+    if manifest.commit is None:
         raise ValueError(
             f"{storage.path} was never committed, so that nothing identifies its rows; commit() before it is "
             "referenced, or save a copy"
         )
-    named = {
-        "storage_path": str(storage.path.absolute()),
-        "commit": storage.manifest.commit,
-        "step": storage.manifest.step,
-    }
+    named = {"storage_path": str(storage.path.absolute()), "commit": manifest.commit, "step": manifest.step}
     with replaced_file(target / REFERENCE_FILE) as file:
         file.write((json.dumps(named, indent=2) + "\n").encode())
 
@@ -249,7 +247,7 @@ def _portable_config(memory: EngramMemory) -> EngramConfig:
 
 def _copy_table(memory: EngramMemory, target: Path, states: bool, *, reflink_only: bool) -> None:
     """The table and its manifest. State that an earlier table left there would be taken for its own."""
-    copy_table(memory.whole_table, target / TABLE_FILE, states=states, reflink_only=reflink_only)
+    memory.whole_table.copy_to(target / TABLE_FILE, states=states, reflink_only=reflink_only)
     kept = {entry.file for entry in read_manifest(target / manifest_name(TABLE_FILE)).states.values()}
     for path in target.glob("engram_table.*.dat"):
         is_table = path.with_name(manifest_name(path.name)).exists() or is_same_file(path, memory.table.path)

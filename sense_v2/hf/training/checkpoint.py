@@ -14,14 +14,9 @@ taken for the rows it named.
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
 
 from transformers import PreTrainedModel
 
-from sense_v2.engram.delta.overlay import OverlayStorage
-from sense_v2.engram.ranks import range_copy
-from sense_v2.engram.ranks.sharded_table import ShardedTable
-from sense_v2.engram.upkeep.table_copy import restore_table
 from sense_v2.hf.memory import EngramMemory, memory_of
 from sense_v2.hf.saving.backbone_facts import backbone_facts
 from sense_v2.hf.saving.folder import (
@@ -64,23 +59,20 @@ def restore_rows(memory: EngramMemory, checkpoint: Path) -> None:
             f"{folder / CONFIG_FILE} isn't there: the checkpoint was saved without an EngramCallback, or saving was "
             "cut off. Resume from an earlier one: trainer.train(resume_from_checkpoint=FOLDER)"
         )
-    storage: Any = memory.storage
-    if isinstance(storage, OverlayStorage):
-        storage.restore(folder / OVERLAY_FILE)
+    storage = memory.storage
+    if storage is not memory.table:
+        storage.restore_from(folder / OVERLAY_FILE)
         return
     if memory.is_released:  # its rows are what they were
         return
     if not (folder / REFERENCE_FILE).is_file():
-        if isinstance(memory.storage, ShardedTable):
-            range_copy.restore_table(memory.storage, folder / TABLE_FILE)
-        else:
-            restore_table(memory.storage, folder / TABLE_FILE)
+        storage.restore_from(folder / TABLE_FILE)
         return
-    named, manifest = read_reference(folder / REFERENCE_FILE), memory.storage.manifest
-    if named["commit"] != manifest.commit or memory.storage.updates != manifest.updates:
+    named, manifest = read_reference(folder / REFERENCE_FILE), storage.manifest
+    if named["commit"] != manifest.commit or storage.updates != manifest.updates:
         raise ValueError(
             f"{checkpoint} names its rows by reference: {named['storage_path']} as committed at step "
-            f"{named['step']}. {memory.storage.path} has gone on since then (step {manifest.step}), and rows that "
+            f"{named['step']}. {storage.path} has gone on since then (step {manifest.step}), and rows that "
             "changed can't be had back. Resume from the last checkpoint, or train with EngramCallback("
             "checkpoints='copy')"
         )

@@ -1,5 +1,4 @@
-"""A corpus -> a tokenizer, a small model that has learned nothing yet, and a memory of a size that suits it: what is
-trained where no model is named."""
+"""A corpus -> a tokenizer, a small untrained model, and a memory of a size that suits it."""
 
 from __future__ import annotations
 

@@ -157,7 +157,7 @@ def test_the_released_fusion_by_its_names(golden_folder):
     layer = EngramFusionLayer(config, 32, 1, tokenizer=Map(), storage=torch.nn.Identity()).eval()
     layer.load_state_dict(weights)
     hidden, valid = golden["in.hidden_states"], golden["in.token_mask"] != 0
-    out = layer.fuse(hidden, golden["in.embeddings"], valid_BT=valid)
+    out = layer(hidden, memory=golden["in.embeddings"], valid_BT=valid)
     torch.testing.assert_close(out, golden["out.hidden_states"], atol=1e-5, rtol=0)
     back = theirs_from_ours("deepseek_v41", weights)
     assert {name: (tensor.dtype, tuple(tensor.shape)) for name, tensor in back.items()} == {

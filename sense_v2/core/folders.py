@@ -1,4 +1,4 @@
-"""Folders that a command makes on the way to a file, and takes back where nothing came of it."""
+"""Folders made on the way to a file, and removed again if nothing came of it."""
 
 from __future__ import annotations
 

@@ -1,25 +1,17 @@
-"""`sense-engram play`: a page on this machine, to see what a model's memory does, and to teach it.
+"""A web server for this machine's browsers alone, as `sense-engram play` runs it.
 
-The model is opened read-only, the page is `play_page.py`'s, and it is served by uvicorn on 127.0.0.1 alone: to
-browsers on this machine that have this page open, with a content security policy that lets them ask nobody else.
-Gradio's own way of launching is not used: it would search for a free port, ask its address back over HTTP, and
-offer to be shared.
+It listens on 127.0.0.1 and sends a content security policy that lets the page ask nobody else. Gradio's own way of
+launching is not used: it would search for a free port, ask its address back over HTTP, and offer to be shared.
 """
 
 from __future__ import annotations
 
 import errno
-import os
 import socket
-from collections.abc import Callable
-from importlib.util import find_spec
-from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
-from sense_v2.cli.errors import CommandError
-from sense_v2.cli.models import open_trained
-from sense_v2.hf.memory import attached_memory
+from sense_v2.core.errors import CommandError
 
 HOST = "127.0.0.1"
 # Gradio's page needs its scripts inline and compiles templates; what matters is where it may send anything.
@@ -29,49 +21,6 @@ POLICY = (
 )
 # Connections of open pages are closed after this long.
 SHUTDOWN_SECONDS = 1
-
-
-def run_play(
-    folder: str | Path,
-    *,
-    port: int = 7860,
-    save_to: Path = Path("deltas"),
-    echo: Callable[[str], Any] = print,
-    tell: Callable[[dict[str, Any]], Any] | None = None,
-) -> None:
-    """Serves the page for the model in `folder` until it is interrupted; port 0 takes any free one. `tell` gets one
-    dictionary that JSON can hold right before that.
-
-    Nothing in `folder` changes. Raises `CommandError` for a port that is taken, a model without memory or one that
-    doesn't generate, and missing packages; and what loading the model raises.
-    """
-    with listen(port) as listener:
-        _require_packages()
-        model, tokenizer = open_trained(folder)
-        memory = attached_memory(model)
-        if memory is None:
-            raise CommandError(
-                f"{folder} has no memory, which is what the page shows",
-                "name a folder that train, demo (runs/demo/model) or save_pretrained has saved with one",
-            )
-        if not memory.config.causal or not model.can_generate():
-            raise CommandError(
-                f"{folder} is a {type(model).__name__}, which doesn't write text",
-                "name a model that generates",
-            )
-        # Importing Gradio already reads these.
-        os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"
-        os.environ["HF_HUB_DISABLE_TELEMETRY"] = "1"
-        from sense_v2.cli.play_page import build_app
-        from sense_v2.cli.player import Player
-
-        app = build_app(Player(model, tokenizer, str(folder), save_to))
-        echo(f"model    {folder}, {memory.storage.num_embeddings:,} rows; nothing in it changes")
-        url, port = f"http://{HOST}:{listener.getsockname()[1]}", listener.getsockname()[1]
-        echo(f"open     {url} in a browser on this machine; Ctrl-C ends it")
-        if tell is not None:
-            tell({"model": str(folder), "url": url, "host": HOST, "port": port})
-        serve(app, listener)
 
 
 def listen(port: int) -> socket.socket:
@@ -91,15 +40,6 @@ def listen(port: int) -> socket.socket:
             f"--port {port + 1 if port < 65535 else 7861} takes another, --port 0 any free one",
         ) from error
     return listener
-
-
-def _require_packages() -> None:
-    missing = [name for name in ("gradio", "uvicorn", "fastapi") if find_spec(name) is None]
-    if missing:
-        raise CommandError(
-            f"the page is made with {', '.join(missing)}, not installed here",
-            'pip install "sense-v2[play]" installs what it needs',
-        )
 
 
 def serve(app: Any, listener: socket.socket) -> None:

@@ -10,7 +10,7 @@ from tables import DTYPES, N, make, manifest, names, slow_sums
 
 from sense_v2.engram.optim import RowAdam, RowWiseAdagrad
 from sense_v2.engram.table import disk
-from sense_v2.engram.upkeep.table_copy import copy_table, restore_table
+from sense_v2.engram.table_copy import copy_table, restore_table
 
 
 def train(table, optimizer, steps, seed=0):

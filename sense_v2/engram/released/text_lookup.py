@@ -1,35 +1,42 @@
-"""`sense-engram lookup`: a text -> tokens, compressed ids, n-grams, row ids, and the norms of a checkpoint's rows."""
+"""A text -> its tokens, n-grams and row ids, and the norms of a released checkpoint's rows."""
 
 from __future__ import annotations
 
+import contextlib
 import json
-import tempfile
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from sense_v2.cli.errors import CommandError
-from sense_v2.core.config import EngramConfig
+from sense_v2.core.errors import CommandError
 from sense_v2.engram.hashing import NgramHasher
 from sense_v2.engram.model import compressed_pad_id
 from sense_v2.engram.pretrained_tokenizer import load_tokenizer
 from sense_v2.engram.released.released_table import open_released_table, released_config, released_tables
-from sense_v2.engram.tokenizer import EngramTokenizer, EngramTokenizerBuilder
+from sense_v2.engram.tokenizer import EngramTokenizerBuilder
+from sense_v2.engram.upkeep.shadow_map_setup import temporary_shadow_map
 from sense_v2.engram.variants import VARIANTS, variant_config
 
 
-def run_lookup(
-    text: str,
-    *,
-    folder: str | Path | None,
-    variant: str | None,
-    tokenizer: str,
-    echo: Callable[[str], Any] = print,
+def look_up_text(
+    text: str, *, folder: str | Path | None = None, variant: str | None = None, tokenizer: str
 ) -> dict[str, Any]:
-    """Looks `text` up in the tables of `folder`, or only says which rows those would be; returns one dictionary that
-    JSON can hold: "row_ids" and "row_norms" by layer, [T][H]. Raises `CommandError` for what doesn't go together."""
+    """Look a text up in the tables of a released checkpoint, or only say which rows those would be.
+
+    Args:
+        text: At least one token of it.
+        folder: The checkpoint; None to see row ids alone.
+        variant: Which architecture; by default the checkpoint's.
+        tokenizer: The name of the model's tokenizer.
+
+    Returns:
+        What JSON can hold: "variant", "tokens", "token_ids", "compressed_ids", "ngrams" by order,
+        "row_ids" by layer, [T][H], and with a folder "row_norms" of the same shape.
+
+    Raises:
+        CommandError: The arguments don't go together.
+    """
     layers, theirs, variant = _checkpoint(folder, variant)
     rules = VARIANTS[variant]
     config = released_config(theirs) or variant_config(variant)
@@ -39,17 +46,20 @@ def run_lookup(
     token_ids = _encode(loaded, text)
     if not token_ids:
         raise CommandError("the text has no tokens", "give some text")
-    with tempfile.TemporaryDirectory() as scratch:
-        shadow_map = _shadow_map(loaded, tokenizer, config, Path(scratch)) if rules.compresses else None
-        if shadow_map is not None:
+    row_ids: dict[str, Any] = {}
+    row_norms: dict[str, Any] = {}
+    with contextlib.ExitStack() as stack:
+        shadow_map = None
+        if rules.compresses:
+            builder = EngramTokenizerBuilder(loaded, normalization=config.normalization)
+            builder.tokenizer_name = tokenizer
+            shadow_map = stack.enter_context(temporary_shadow_map(builder))
             compressed_BT = shadow_map(torch.tensor([token_ids]))
             size, pad_id = shadow_map.compressed_vocab_size, compressed_pad_id(config, shadow_map, None)
         else:
             compressed_BT, pad_id = torch.tensor([token_ids]), config.pad_token_id or 0
             text_config = theirs.get("text_config") or theirs
             size = int(text_config.get("vocab_size") or rules.vocab_size or max(*token_ids, pad_id) + 1)
-        row_ids: dict[str, Any] = {}
-        row_norms: dict[str, Any] = {}
         for layer in config.layer_indices:
             hasher = NgramHasher.from_config(config, layer_id=layer, compressed_vocab_size=size, pad_id=pad_id)
             row_ids_BTH = hasher(compressed_BT)
@@ -59,20 +69,15 @@ def run_lookup(
                 table = open_released_table(folder, layer, variant=variant, config=config, tokenizer=shadow_map)
                 row_norms[str(layer)] = table(row_ids_BTH[0]).float().norm(dim=-1).tolist()
                 table.close()
-    tokens = [_decode(loaded, [token_id]) for token_id in token_ids]
-    result: dict[str, Any] = {
+    return {
         "variant": variant,
-        "tokens": tokens,
+        "tokens": [_decode(loaded, [token_id]) for token_id in token_ids],
         "token_ids": token_ids,
         "compressed_ids": compressed_BT[0].tolist(),
         "ngrams": {str(order): _ngrams(loaded, token_ids, order) for order in config.ngram_orders},
         "row_ids": row_ids,
+        **({} if folder is None else {"row_norms": row_norms}),
     }
-    if folder is not None:
-        result["row_norms"] = row_norms
-    for line in _lines(result, config):
-        echo(line)
-    return result
 
 
 def _checkpoint(folder: str | Path | None, variant: str | None) -> tuple[list[int], dict[str, Any], str]:
@@ -94,13 +99,6 @@ def _checkpoint(folder: str | Path | None, variant: str | None) -> tuple[list[in
     return [facts.layer for facts in tables], theirs, variants[0]
 
 
-def _shadow_map(loaded: Any, name: str, config: EngramConfig, scratch: Path) -> EngramTokenizer:
-    builder = EngramTokenizerBuilder(loaded, normalization=config.normalization)
-    builder.tokenizer_name = name
-    builder.build_mapping(scratch / "shadow_map.npy")
-    return EngramTokenizer(scratch / "shadow_map.npy")
-
-
 def _encode(loaded: Any, text: str) -> list[int]:
     encoded = loaded.encode(text, add_special_tokens=False)
     return list(getattr(encoded, "ids", encoded))
@@ -113,19 +111,3 @@ def _decode(loaded: Any, token_ids: list[int]) -> str:
 def _ngrams(loaded: Any, token_ids: list[int], order: int) -> list[str]:
     """The text that ends at each position; shorter where the text begins."""
     return [_decode(loaded, token_ids[max(0, end - order) : end]) for end in range(1, len(token_ids) + 1)]
-
-
-def _lines(result: dict[str, Any], config: EngramConfig) -> list[str]:
-    lines = []
-    for position, token in enumerate(result["tokens"]):
-        token_id, compressed_id = result["token_ids"][position], result["compressed_ids"][position]
-        lines.append(f"{token!r}  token {token_id}, compressed {compressed_id}")
-        for layer, row_ids in result["row_ids"].items():
-            norms = result.get("row_norms", {}).get(layer)
-            for number, order in enumerate(config.ngram_orders):
-                heads = slice(number * config.num_heads, (number + 1) * config.num_heads)
-                ids = " ".join(map(str, row_ids[position][heads]))
-                lines.append(f"  layer {layer}, {order}-gram {result['ngrams'][str(order)][position]!r}: rows {ids}")
-                if norms is not None:
-                    lines.append(f"    norms {' '.join(f'{norm:.3f}' for norm in norms[position][heads])}")
-    return lines

@@ -1,4 +1,4 @@
-"""The page of `sense-engram play`: its texts, its components, and which of them calls what of a `Player`.
+"""The page of `sense-engram play`: its texts and components, and what they call of a `Player`.
 
 Only Gradio is here. What a request comes to is in `player.py`, what is shown of it in `sense_v2.report.playground`.
 """
@@ -8,8 +8,8 @@ from __future__ import annotations
 import gradio as gr
 from fastapi import FastAPI
 
-from sense_v2.cli.player import Player
 from sense_v2.report import playground, wording
+from sense_v2.report.play.player import Player
 
 FONT = ("system-ui", "-apple-system", "Segoe UI", "Roboto", "Noto Sans", "Liberation Sans", "Arial", "sans-serif")
 MONO = ("ui-monospace", "SF Mono", "Menlo", "Consolas", "DejaVu Sans Mono", "monospace")

@@ -1,15 +1,16 @@
-"""A model with memory, and what the page of `sense-engram play` asks of it. Goes in: what somebody typed. Comes out:
-HTML that `sense_v2.report.playground` made of what `sense_v2.hf` found.
+"""A model with memory, and what the page of `sense-engram play` asks of it.
+
+What somebody typed goes in; HTML that `sense_v2.report.playground` made of what `sense_v2.hf` found comes out.
 
 There is one model and any number of tabs. A lock lets one request at a time use the model, and what a tab was taught
-lies in an overlay of its own, which the model looks up through for as long as that tab's request lasts. So tabs don't
-see each other's facts, and the model's own table is only read.
+lies in an overlay of its own, which the model looks up through while it answers that tab. So tabs don't see each
+other's facts, and the model's own table is only read.
 """
 
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from datetime import datetime
@@ -19,8 +20,7 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel
 
-from sense_v2.cli.errors import CommandError, explain
-from sense_v2.cli.models import max_positions
+from sense_v2.core.errors import CommandError
 from sense_v2.engram.delta.overlay import OverlayStorage
 from sense_v2.hf.data.corpus import encode
 from sense_v2.hf.insight.comparison import compare, continue_text
@@ -55,14 +55,27 @@ class Notebook:
 class Player:
     """Answers the page's requests, one at a time. Whatever is wrong with what was typed comes back as HTML too.
 
-    `model` must have its memory attached read-only; `save_to` is where deltas are saved.
+    Args:
+        model: Has its memory attached read-only.
+        tokenizer: The model's.
+        name: The model's, as the page shows it.
+        save_to: The folder that deltas are saved to.
+        explain: An error -> what is wrong, and the way out.
     """
 
-    def __init__(self, model: PreTrainedModel, tokenizer: Any, name: str, save_to: Path) -> None:
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        tokenizer: Any,
+        name: str,
+        save_to: Path,
+        explain: Callable[[Exception], tuple[str, str]],
+    ) -> None:
         self.model, self.tokenizer, self.name, self.save_to = model, tokenizer, name, save_to
+        self._explain = explain
         self.memory = memory_of(model)
         self.base = self.memory.storage
-        self.max_tokens = max_positions(model)
+        self.max_tokens: int | None = getattr(model.config.get_text_config(), "max_position_embeddings", None)
         self._lock = threading.Lock()
 
     def look(self, text: str, notebook: Notebook | None) -> tuple[str, str]:
@@ -153,7 +166,7 @@ class Player:
             with self._turn(notebook):
                 path = _unused(self.save_to / f"taught-{datetime.now():%Y%m%d-%H%M%S}.safetensors")
                 path.parent.mkdir(parents=True, exist_ok=True)
-                notebook.overlay.export(path)
+                notebook.overlay.copy_to(path, states=False)
         except (OSError, ValueError) as error:
             return self._refusal(error)
         num_rows, num_bytes = len(notebook.overlay.changed_ids), path.stat().st_size
@@ -172,7 +185,7 @@ class Player:
     def _inspected(self, text: str) -> dict[str, Any]:
         limit = MAX_SHOWN if self.max_tokens is None else min(MAX_SHOWN, self.max_tokens)
         found = inspect_text(self.model, self.tokenizer, text, max_tokens=limit)
-        if isinstance(self.memory.storage, OverlayStorage):
+        if self.memory.storage is not self.memory.table:
             changed_ids = self.memory.storage.changed_ids
             for layer in found["layers"]:
                 layer["moved"] = torch.isin(torch.tensor(layer["row_ids"]), changed_ids).tolist()
@@ -188,7 +201,7 @@ class Player:
             raise CommandError(f"the fact has {num_tokens} tokens, and {limit} are the most here", "make it shorter")
 
     def _refusal(self, error: Exception) -> str:
-        return playground.refusal(*explain(error, "sense-engram play"))
+        return playground.refusal(*self._explain(error))
 
 
 def _looks_up(found: dict[str, Any], row_ids_U: torch.Tensor) -> list[bool]:

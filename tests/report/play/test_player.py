@@ -2,16 +2,18 @@
 
 import re
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 
 import pytest
 import torch
 from test_save import in_place
 from tiny import tiny_tokenizer
 
-from sense_v2.cli.player import MAX_SHOWN, Player
+from sense_v2.cli.errors import explain
 from sense_v2.engram.delta.delta_file import read_delta
 from sense_v2.hf import from_pretrained, save_pretrained
 from sense_v2.hf.memory import memory_of
+from sense_v2.report.play.player import MAX_SHOWN, Player
 
 PROMPT, FACT, WATCHED = "word1 word2", "word9 word8", "word1 word2 word3\nword40 word41"
 
@@ -33,7 +35,8 @@ def folder(tmp_path_factory):
 @pytest.fixture
 def player(folder, tmp_path):
     before = content(folder)
-    player = Player(from_pretrained(folder, mode="r"), tiny_tokenizer(), "a model", tmp_path / "saved")
+    explained = partial(explain, command="sense-engram play")
+    player = Player(from_pretrained(folder, mode="r"), tiny_tokenizer(), "a model", tmp_path / "saved", explained)
     yield player
     assert player.memory.storage is player.base, "a tab's rows were left in the model"
     assert content(folder) == before

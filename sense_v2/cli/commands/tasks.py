@@ -1,4 +1,4 @@
-"""`sense-engram eval --tasks`: tasks of lm-evaluation-harness, with the memory and with it taken off."""
+"""`eval --tasks`: tasks of lm-evaluation-harness, with the memory and with it taken off."""
 
 from __future__ import annotations
 
@@ -7,58 +7,38 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from sense_v2.cli.errors import CommandError
-from sense_v2.cli.evaluate import WITH, WITHOUT
-from sense_v2.cli.models import open_trained
-from sense_v2.hf.attach import detach_engram
-from sense_v2.hf.insight import harness
-from sense_v2.hf.memory import attached_memory
+from sense_v2.core.errors import CommandError
 from sense_v2.report import wording
 
 
 def run_tasks(
-    folder: str | Path,
+    folder: Path,
     tasks: Sequence[str],
-    *,
-    include_path: str | Path | None = None,
-    limit: int | None = None,
-    without_memory: bool = False,
-    echo: Callable[[str], Any] = print,
+    include_path: Path | None,
+    limit: int | None,
+    without_memory: bool,
+    echo: Callable[..., Any],
 ) -> dict[str, Any]:
-    """Runs the tasks; returns one dictionary that JSON can hold: of each metric its value with memory, without, or
-    both. Nothing in `folder` changes.
+    """Of each metric its value with memory, without, or both."""
+    from sense_v2.cli.models import open_trained
+    from sense_v2.hf.insight.harness import compare_tasks
+    from sense_v2.hf.memory import attached_memory
 
-    Raises `CommandError`, `ImportError` without lm_eval, and what loading the model and the tasks raises.
-    """
     started = time.perf_counter()
-    folder = Path(folder)
-    if include_path is not None and not Path(include_path).is_dir():
+    if include_path is not None and not include_path.is_dir():
         raise CommandError(f"--include-path {include_path}: no such folder", "name the folder that holds the tasks")
     model, tokenizer = open_trained(folder)
     has_memory = attached_memory(model) is not None
     echo(f"model   {folder}{'' if has_memory else ', which has no memory'}")
-    found: dict[tuple[str, str, str], dict[str, Any]] = {}
-    names = ([WITH] if has_memory else []) + ([WITHOUT] if without_memory or not has_memory else [])
-    for name in names:
-        if name == WITHOUT and has_memory:
-            detach_engram(model)
-        for one in harness.run_tasks(model, tokenizer, tasks, include_path=include_path, limit=limit):
-            key = one["task"], one["metric"], one["filter"]
-            values = {"value": one.pop("value"), "stderr": one.pop("stderr")}
-            found.setdefault(key, one)[name] = values
-    result: dict[str, Any] = {
-        "model": str(folder),
-        "tasks": list(found.values()),
-        "limit": limit,
-        "seconds": time.perf_counter() - started,
-    }
-    for line in _table(result["tasks"], names):
-        echo(line)
+    metrics, names = compare_tasks(
+        model, tokenizer, tasks, include_path=include_path, limit=limit, without_memory=without_memory
+    )
+    echo(*_table(metrics, names), sep="\n")
     if len(names) == 2:
         echo(
             "without memory: this backbone, trained with its memory, after it was taken off; not one trained without"
         )
-    return result
+    return {"model": str(folder), "tasks": metrics, "limit": limit, "seconds": time.perf_counter() - started}
 
 
 def _table(metrics: list[dict[str, Any]], names: list[str]) -> list[str]:
