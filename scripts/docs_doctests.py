@@ -1,4 +1,4 @@
-"""Doctests in docstrings -> code blocks of Markdown, for mkdocstrings (mkdocs.yml names this file).
+"""Doctests in docstrings -> code blocks of Markdown, for mkdocstrings (see mkdocs.yml).
 
 Examples with `>>>` stand in the text of docstrings, and Markdown would take `>>>` for nested quotations. mkdocstrings
 itself knows those of an `Examples:` section, which are indented.

@@ -79,9 +79,7 @@ def write_hot_rows(
         served = held_out.served_by(hot_ids)
         sets.append({"share": part, "rows": len(hot_ids), "bytes": len(hot_ids) * row_bytes, "serves": served})
     kept = math.ceil(share * manifest.rows)
-    hot = HotRows(
-        ids_R[:kept], counts_R[:kept], manifest.rows, identity(manifest), name, train.lookups, len(ids_R)
-    )
+    hot = HotRows(ids_R[:kept], counts_R[:kept], manifest.rows, identity(manifest), name, train.lookups, len(ids_R))
     with new_folders(output.parent):
         save(hot, output)
     return {
