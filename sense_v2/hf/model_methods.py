@@ -1,6 +1,6 @@
 """The methods of transformers' models that have to know of the memory: put on the one object while it is attached.
 
-    prepare_inputs_for_generation    generate's inputs come with ids and mask for the memory (`inputs.py`)
+    prepare_inputs_for_generation    generate's inputs come with ids and mask for the memory (`forward_hooks.py`)
     save_pretrained                  saves the memory as well, so that whatever calls it (`push_to_hub`, a Trainer's
                                      save_model) loses nothing
     init_continuous_batching         refused
