@@ -10,9 +10,9 @@ from typing import Any
 
 from sense_v2.cli.errors import CommandError
 from sense_v2.cli.progress import ByteProgress
-from sense_v2.engram.reading.reader import usable_memory_bytes
 from sense_v2.engram.table.format import row_dtype
 from sense_v2.engram.table.opening import TableFiles, read_manifest
+from sense_v2.engram.table.platform import usable_memory_bytes
 from sense_v2.engram.upkeep.hot_rows import load, runs_of, warm_rows, warm_table
 from sense_v2.report import wording
 

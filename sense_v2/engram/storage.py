@@ -33,8 +33,9 @@ import torch
 
 from sense_v2.core.config import DURABILITIES
 from sense_v2.engram.gradients import GradientCollector
+from sense_v2.engram.reading.cold_policy import NoSmallReads, SmallReads
 from sense_v2.engram.reading.gather import shared_tensor
-from sense_v2.engram.reading.reader import NoSmallReads, RowReader, map_rows
+from sense_v2.engram.reading.reader import RowReader, map_rows
 from sense_v2.engram.table import disk, opening
 from sense_v2.engram.table.checksums import from_hex, to_hex
 from sense_v2.engram.table.disk import SyncError, WriterLock, has_holes, new_file
@@ -182,7 +183,7 @@ class MMapEmbeddingStorage(GradientCollector):
         except BaseException:
             self._let_go()
             raise
-        self._small = self._reader.small
+        self._small: SmallReads = self._reader.small
         rows = shared_tensor(self._mmap)
         self._weight: torch.Tensor | None = rows if self._row_dtype.is_compact else rows.view(self._row_dtype.torch)
         self._updates = self._manifest.updates
@@ -243,7 +244,7 @@ class MMapEmbeddingStorage(GradientCollector):
         """
         # One call into the extension where it can be: what Python does around a small warm batch takes longer than
         # its rows.
-        rows: torch.Tensor | None = None if self.training else self._small.read(row_ids)
+        rows = None if self.training else self._small.read(row_ids)
         return self._read(row_ids) if rows is None else rows
 
     def _read(self, row_ids: torch.Tensor) -> torch.Tensor:

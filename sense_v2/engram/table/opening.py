@@ -28,7 +28,7 @@ from pathlib import Path
 
 import numpy as np
 
-from sense_v2.engram.table import disk
+from sense_v2.engram.table import disk, platform
 from sense_v2.engram.table.checksums import block_sums, num_blocks, to_hex
 from sense_v2.engram.table.disk import (
     MadeMeanwhileError,
@@ -265,7 +265,7 @@ def read_manifest(path: Path) -> Manifest:
 
 def _open_without_waiting(path: str, flags: int) -> int:
     # Without O_NONBLOCK a pipe would be waited for forever.
-    return os.open(path, flags | os.O_NONBLOCK)
+    return os.open(path, flags | platform.NO_WAITING)
 
 
 def is_committed(files: TableFiles, manifest: Manifest) -> bool:
