@@ -38,11 +38,11 @@ from sense_v2.engram.reading.gather import shared_tensor
 from sense_v2.engram.reading.reader import RowReader, map_rows
 from sense_v2.engram.table import disk, opening
 from sense_v2.engram.table.checksums import from_hex, to_hex
-from sense_v2.engram.table.disk import SyncError, WriterLock, has_holes, new_file
+from sense_v2.engram.table.disk import SyncError, WriterLock, has_holes
 from sense_v2.engram.table.format import Manifest, StateEntry, as_json_object, row_dtype
 from sense_v2.engram.table.journal import Journal
 from sense_v2.engram.table.opening import Share
-from sense_v2.engram.table.rounding import stochastic_bfloat16
+from sense_v2.engram.table.row_dtypes import stochastic_bfloat16
 from sense_v2.engram.table.undo_log import THREAD_NAME, TrackedFile, UndoLog
 
 # Between two commits the journal holds each changed row once.
@@ -461,8 +461,7 @@ class MMapEmbeddingStorage(GradientCollector):
             self._refuse_no_writer("commit")
             try:
                 manifest = self._synced_manifest(step, extra, durable=durable)
-                with new_file(self._files.manifest, replace=True) as fd:
-                    disk.write_at(fd, manifest.to_json().encode(), 0)
+                disk.write_file(self._files.manifest, manifest.to_json())
                 self._adopt(manifest)
             except BaseException as error:
                 # Before the rename nothing has happened, if it wasn't a sync. After it the commit may or may not be

@@ -39,7 +39,7 @@ from sense_v2.engram.released.released_table import ReleasedTable
 from sense_v2.engram.storage import ID_DTYPES, MMapEmbeddingStorage
 from sense_v2.engram.table.disk import WriterLock
 from sense_v2.engram.table.format import LOCK_SUFFIX, Manifest, as_json_object, row_dtype
-from sense_v2.engram.table.rounding import stochastic_bfloat16
+from sense_v2.engram.table.row_dtypes import stochastic_bfloat16
 
 Table = MMapEmbeddingStorage | ReleasedTable
 """What an overlay can lie on."""

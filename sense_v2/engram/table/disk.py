@@ -99,6 +99,18 @@ def new_file(path: Path, *, replace: bool = False, keep: Callable[[], bool] = la
         os.close(fd)
 
 
+def write_file(path: Path, text: str) -> None:
+    """Puts a file of this text in the place of what is at `path`, whole or not at all. Raises as `new_file`."""
+    with new_file(path, replace=True) as fd:
+        write_at(fd, text.encode(), 0)
+
+
+def rename(temporary: Path, path: Path) -> None:
+    """Renames a file that is synced, and makes that durable."""
+    os.replace(temporary, path)
+    sync(path.parent)
+
+
 def wait_for_new_file(path: Path) -> None:
     """Waits while another process is at making `path`."""
     with contextlib.suppress(FileNotFoundError):
@@ -118,8 +130,7 @@ def finish_new_file(path: Path, is_whole: Callable[[Path], bool]) -> None:
             _lock(fd)
             if not path.exists() and is_whole(temporary):
                 sync_fd(fd, temporary)
-                os.replace(temporary, path)
-                sync(path.parent)
+                rename(temporary, path)
         finally:
             os.close(fd)
 

@@ -21,7 +21,7 @@ import torch
 
 from sense_v2.engram.storage import MMapEmbeddingStorage
 from sense_v2.engram.table.checksums import PART_BYTES, block_sums, to_hex
-from sense_v2.engram.table.disk import copy_file, new_file, write_at
+from sense_v2.engram.table.disk import copy_file, write_file
 from sense_v2.engram.table.format import (
     STATE_DTYPE,
     Manifest,
@@ -58,8 +58,7 @@ def copy_table(
         entries[name] = dataclasses.replace(entry, file=state_file_name(path.name, name))
         copy_file(storage.path.with_name(entry.file), path.with_name(entries[name].file), reflink_only=reflink_only)
     copy_file(storage.path, path, reflink_only=reflink_only)
-    with new_file(target, replace=True) as fd:
-        write_at(fd, dataclasses.replace(manifest, states=entries).to_json().encode(), 0)
+    write_file(target, dataclasses.replace(manifest, states=entries).to_json())
 
 
 def restore_table(storage: MMapEmbeddingStorage, path: str | Path) -> None:
