@@ -218,8 +218,7 @@ def _export_rows(
         done.errors[table.layer] = known
         return
     transfer.run(advance)
-    disk.os.replace(temporary(path), path)
-    disk.sync(path.parent)
+    disk.rename(temporary(path), path)
     done.resumed_rows += transfer.resumed_rows
     done.notes += transfer.notes
     done.errors[table.layer] = transfer.errors()
