@@ -1,4 +1,4 @@
-"""What each process of tests/test_ranks.py runs: a Trainer on the tiny model, in as many processes as torchrun says.
+"""A Trainer on the tiny model, in as many processes as torchrun says: what tests/hf/training/test_ranks.py runs.
 
 ranks_trainer.py FOLDER BATCH_SIZE RESUME
 """

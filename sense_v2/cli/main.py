@@ -3,18 +3,16 @@
 `main` is the entry point. An error becomes two lines on stderr, what is wrong and the way out, and an exit status;
 `sense-engram --debug COMMAND` shows its traceback first.
 
-A command is added in three places:
+A command is its options, one call of the library, and what it prints. It is added in two places:
 
-1. `cli/NAME.py` does the work: `run_NAME(..., echo=print)` tells `echo` what a person wants to know, line by line,
-   and returns one dictionary that JSON can hold. What takes more than two seconds shows how far it is and how long it
-   will take (`cli/progress.py`). An error that the user can mend is a `CommandError`, or an exception that says the
-   way out.
-2. `cli/commands/` has its options and its help, in the file of what it is about: a docstring of one sentence and a
-   line `Example: sense-engram NAME ...`; `as_json: JsonOption = False` as the last option. `run_NAME` is imported
-   inside the function, so that `--help` and the shell's completion never load a model library.
-3. `COMMANDS` below: one line.
+1. `cli/commands/`, in the file of what it is about: a function with its options, a docstring of one sentence and a
+   line `Example: sense-engram NAME ...`, and `as_json: JsonOption = False` as the last option. It imports the library
+   inside the function, so that `--help` and the shell's completion never load a model library. What takes more than
+   two seconds shows how far it is (`progress_to`). An error that the user can mend is a `CommandError`, or an
+   exception that says the way out.
+2. `COMMANDS` below: one line.
 
-tests/test_cli_commands.py walks through all commands and holds each to this.
+tests/cli/test_commands.py walks through all commands and holds each to this.
 """
 
 from __future__ import annotations
@@ -29,7 +27,7 @@ from typing import Annotated, Any
 import typer
 
 from sense_v2 import __version__
-from sense_v2.cli.commands import deltas, insight, models, released, tables
+from sense_v2.cli.commands import convert, corpora, deltas, insight, models, released, serving, tables
 from sense_v2.cli.errors import FAILED, INTERRUPTED, WRONG_CALL, explain, one_line
 
 PROGRAM = "sense-engram"
@@ -40,21 +38,21 @@ COMMANDS: dict[str, dict[str, Callable[..., None]]] = {
         "demo": models.demo,
         "train": models.train,
         "eval": models.evaluate,
-        "generate": models.generate,
-        "serve": models.serve,
+        "generate": serving.generate,
+        "serve": serving.serve,
     },
     "See what a memory does": {
         "analyze": insight.analyze,
         "ablate": insight.ablate,
-        "play": insight.play,
+        "play": serving.play,
     },
     "Make tables, and care for them": {
         "setup": tables.setup,
         "create": tables.create,
         "verify": tables.verify,
-        "convert": tables.convert,
-        "tokenize": tables.tokenize,
-        "profile": tables.profile,
+        "convert": convert.convert,
+        "tokenize": corpora.tokenize,
+        "profile": corpora.profile,
         "warm": tables.warm,
     },
     "Change rows in small files, and take it back: git for memory": {
@@ -90,7 +88,7 @@ app = typer.Typer(
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Runs a command; returns the exit status."""
+    """Run a command; return the exit status."""
     arguments = list(sys.argv[1:] if arguments is None else arguments)
     # The libraries' own progress and advice; whoever wants it sets these variables.
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")

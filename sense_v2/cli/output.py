@@ -10,12 +10,23 @@ import json
 import math
 import sys
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
+from sense_v2.core.errors import CommandError
+from sense_v2.core.progress import Progress
 
-def lines_to(as_json: bool) -> Callable[[str], Any]:
-    """Where a command's lines for people go: the `echo` of its `run_…`."""
+
+def lines_to(as_json: bool) -> Callable[..., Any]:
+    """Return the `print` for a command's lines: to stdout, or to stderr if stdout holds JSON."""
     return functools.partial(print, file=sys.stderr if as_json else sys.stdout, flush=True)
+
+
+def progress_to(echo: Callable[[str], Any]) -> Progress:
+    """Show how far a call of the library is: a bar in a terminal, a line now and then elsewhere."""
+    from sense_v2.cli.progress import ByteProgress
+
+    return functools.partial(ByteProgress, echo=echo)
 
 
 def print_json(values: Any) -> None:
@@ -33,3 +44,18 @@ def finite(values: Any) -> Any:
     if isinstance(values, (list, tuple)):
         return [finite(value) for value in values]
     return None if isinstance(values, float) and not math.isfinite(values) else values
+
+
+def report_paths(path: Path) -> tuple[Path, Path]:
+    """Return the paths of a report and its JSON. Raises `CommandError` if --output names no page."""
+    if path.suffix != ".html":
+        raise CommandError(f"--output {path}: a report is an .html file", f"--output {path.with_suffix('.html')}")
+    if path.is_dir():
+        raise CommandError(f"--output {path}: that is a folder", "name a file that ends in .html")
+    return path, path.with_suffix(".json")
+
+
+def write_json(values: dict[str, Any], path: Path) -> None:
+    """Write the numbers of a report, and make the folder."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(finite(values), indent=1, allow_nan=False) + "\n", encoding="utf-8")

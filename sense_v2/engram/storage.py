@@ -29,17 +29,15 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import nn
-from torch.nn.modules import module as nn_module
 
 from sense_v2.core.config import DURABILITIES
 from sense_v2.engram import table_copy
-from sense_v2.engram.reading import gather
+from sense_v2.engram.reading.cold_policy import NoSmallReads, SmallReads
 from sense_v2.engram.reading.gather import shared_tensor
 from sense_v2.engram.reading.reader import RowReader, map_rows
 from sense_v2.engram.table import disk, opening
 from sense_v2.engram.table.checksums import from_hex, to_hex
-from sense_v2.engram.table.disk import SyncError, WriterLock, has_holes, new_file
+from sense_v2.engram.table.disk import SyncError, WriterLock, has_holes
 from sense_v2.engram.table.format import Manifest, StateEntry, as_json_object, row_dtype
 from sense_v2.engram.table.journal import Journal
 from sense_v2.engram.table.opening import Share
@@ -182,7 +180,7 @@ class MMapEmbeddingStorage(TableModule):
         except BaseException:
             self._let_go()
             raise
-        self._lookup = self._reader.lookup(_hooks_of(self))
+        self._small: SmallReads = self._reader.small
         rows = shared_tensor(self._mmap)
         self._weight: torch.Tensor | None = rows if self._row_dtype.is_compact else rows.view(self._row_dtype.torch)
         self._updates = self._manifest.updates
@@ -230,9 +228,16 @@ class MMapEmbeddingStorage(TableModule):
         assert self._mmap is not None
         return self._mmap
 
-    def _call(self, *arguments: Any, **keywords: Any) -> Any:
-        """`nn.Module`'s own call, for what the extension's (below) hands back."""
-        return super().__call__(*arguments, **keywords)
+    def forward(self, row_ids: torch.Tensor) -> torch.Tensor:
+        """Looks up rows: row_ids [...] of int64 or int32 -> rows [..., D] in the table's dtype, on the ids' device.
+
+        In training, with gradients enabled and `collects_gradients`, the rows' gradients reach `gradients()`. Raises
+        `IndexError` for an id outside 0 … N - 1, `TypeError` for other dtypes, `RuntimeError` once it is closed.
+        """
+        # One call into the extension where it can be: what Python does around a small warm batch takes longer than
+        # its rows.
+        rows = None if self.training else self._small.read(row_ids)
+        return super().forward(row_ids) if rows is None else rows
 
     def _read(self, row_ids: torch.Tensor, device: torch.device) -> torch.Tensor:
         reader = self._opened_reader()
@@ -241,7 +246,7 @@ class MMapEmbeddingStorage(TableModule):
     def prefetch(self, row_ids: torch.Tensor) -> None:
         """Begins to read the rows of `row_ids` [...], int64 or int32, from the disk, and returns at once. What is in
         memory already costs next to nothing, and no row that is read differs. Raises as `forward`."""
-        if self._lookup is None or not self._lookup.prefetch(row_ids):
+        if not self._small.prefetch(row_ids):
             self._refuse_unusable(row_ids)
             self._opened_reader().prefetch(row_ids.detach().cpu())
 
@@ -386,8 +391,7 @@ class MMapEmbeddingStorage(TableModule):
             self._refuse_no_writer("commit")
             try:
                 manifest = self._synced_manifest(step, extra, durable=durable)
-                with new_file(self._files.manifest, replace=True) as fd:
-                    disk.write_at(fd, manifest.to_json().encode(), 0)
+                disk.write_file(self._files.manifest, manifest.to_json())
                 self._adopt(manifest)
             except BaseException as error:
                 # Before the rename nothing has happened, if it wasn't a sync. After it the commit may or may not be
@@ -463,7 +467,7 @@ class MMapEmbeddingStorage(TableModule):
         if self._reader is not None:
             self._reader.close()
         self._mmap = self._weight = self._reader = None
-        self._lookup = None
+        self._small = NoSmallReads()
         self._states, self._state_maps = {}, {}
         self.clear_gradients()
 
@@ -491,19 +495,6 @@ class MMapEmbeddingStorage(TableModule):
         return (
             f"{self.num_embeddings}, {self.embedding_dim}, {str(self.path)!r}, dtype={self.dtype}, mode={self.mode!r}"
         )
-
-
-def _hooks_of(module: nn.Module) -> tuple[dict[int, Any], ...]:
-    """What `nn.Module`'s own call looks into: the module's hooks and those of all modules, each a dictionary that is
-    filled and emptied in place."""
-    own = (module._forward_pre_hooks, module._forward_hooks, module._backward_pre_hooks, module._backward_hooks)
-    forward = (nn_module._global_forward_pre_hooks, nn_module._global_forward_hooks)
-    return (*own, *forward, nn_module._global_backward_pre_hooks, nn_module._global_backward_hooks)
-
-
-if gather.compiled is not None:
-    # `nn.Module`'s own call, and what `forward` asks, take several times as long as a small batch's rows.
-    MMapEmbeddingStorage.__call__ = gather.compiled.small_batches_first(MMapEmbeddingStorage)  # type: ignore[method-assign]
 
 
 def _reopen(num_embeddings: int, embedding_dim: int, path: str, dtype: str, training: bool) -> MMapEmbeddingStorage:

@@ -15,6 +15,7 @@ from torch import nn
 
 from sense_v2.core.config import EngramConfig
 from sense_v2.engram import operators
+from sense_v2.engram.hashing import hash_tokens
 from sense_v2.engram.model import EngramFusionLayer, open_table
 from sense_v2.engram.row_source import RowSource, TrainableRows
 from sense_v2.engram.tokenizer import EngramTokenizer
@@ -62,12 +63,12 @@ class EngramMemory(nn.Module):
         """Says in a cache whose tokens it holds; a copy of the memory has the same."""
         self.checkpoint: Path | None = None
         """The folder of a Trainer's checkpoint that is about to be saved, to which its callback adds the memory."""
-        self._undo: list[Any] = []
-        self._handle = operators.handle_of(self)
+        self.undo: list[Any] = []
+        self.handle = operators.handle_of(self)
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
-        self._handle = operators.handle_of(self)
+        self.handle = operators.handle_of(self)
 
     def use_storage(self, storage: RowSource) -> None:
         """Looks up, and trains, through another storage of the same rows from here on."""
@@ -107,35 +108,11 @@ class EngramMemory(nn.Module):
         """How many positions back the memory of a position depends on."""
         return max(fusion.reach for fusion in self)
 
-    @property
-    def row_ids_per_position(self) -> tuple[int, int]:
-        """(L, H)."""
-        return len(self.layers), self.config.num_heads * len(self.config.ngram_orders)
-
-    def row_ids(
-        self,
-        token_ids_BT: torch.Tensor,
-        history_BP: torch.Tensor | None,
-        valid_BT: torch.Tensor | None,
-        documents_BT: torch.Tensor | None,
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Compressed ids [B, T] and every layer's row ids [L, B, T, H]. `history_BP` are compressed ids, `NO_TOKEN`
-        where no n-gram may reach. Raises `IndexError` for an id that no token has."""
-        if torch.compiler.is_compiling():
-            return operators.hash_tokens(token_ids_BT, history_BP, valid_BT, documents_BT, self._handle)
-        return self.hash_tokens(token_ids_BT, history_BP, valid_BT, documents_BT)
-
     def hash_tokens(
-        self,
-        token_ids_BT: torch.Tensor,
-        history_BP: torch.Tensor | None,
-        valid_BT: torch.Tensor | None,
-        documents_BT: torch.Tensor | None,
+        self, token_ids_BT: torch.Tensor, *masks: torch.Tensor | None
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """What `row_ids` does, as it is without a compiler."""
-        compressed_BT = self.tokenizer(token_ids_BT)
-        masks = {"attention_mask": valid_BT, "sequence_ids": documents_BT, "history": history_BP}
-        return compressed_BT, torch.stack([fusion.hasher(compressed_BT, **masks) for fusion in self])
+        """Compute compressed ids [B, T] and every layer's row ids [L, B, T, H]; as `hashing.hash_tokens`."""
+        return hash_tokens(self.tokenizer, [fusion.hasher for fusion in self], token_ids_BT, *masks)
 
     @property
     def whole_table(self) -> TrainableRows:
@@ -155,7 +132,7 @@ class EngramMemory(nn.Module):
         """Begins to read the rows of these token ids [B, T], the first layer's first, and returns at once. Does
         nothing where rows were in memory lately."""
         if any(storage.reads_the_disk for storage in self.storages):
-            self.prefetch_rows(self.hash_tokens(token_ids_BT, None, None, None)[1])
+            self.prefetch_rows(self.hash_tokens(token_ids_BT)[1])
 
     def prefetch_rows(self, row_ids_LBTH: torch.Tensor) -> None:
         """As `prefetch`, of rows that are known already."""

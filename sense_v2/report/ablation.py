@@ -1,5 +1,7 @@
-"""What each part of a memory is worth on a text: did it help, and where. Goes in: the results, one dictionary that
-JSON can hold. Comes out: `write_report` one self-contained HTML file, `terminal_table` the same for a terminal.
+"""The ablation report: what each part of a memory is worth on a text.
+
+`write_report` makes one self-contained HTML file of the results, `terminal_table` the same for a terminal. The
+results are one dictionary that JSON can hold:
 
     {
       "model": str, "created": str (ISO time),
@@ -11,14 +13,13 @@ JSON can hold. Comes out: `write_report` one self-contained HTML file, `terminal
       "seconds": of everything together
     }
 
-Sentences are chosen by the numbers. A change counts as one where its interval doesn't hold 0; what this text can't
-tell apart is called so.
+The numbers choose the sentences. A change counts where its interval doesn't hold 0; elsewhere the report says that
+this text doesn't tell.
 """
 
 from __future__ import annotations
 
 import math
-import textwrap
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +27,6 @@ from sense_v2.report import page, wording
 from sense_v2.report.verdict import LITTLE, MOST
 from sense_v2.report.wording import decimals, is_finite, percent, perplexity, signed
 
-COLUMNS = 100
 FEW_BLOCKS = 20
 """Below this many blocks an interval is a rough guess."""
 GROUPS = {
@@ -38,17 +38,17 @@ GROUPS = {
     "head": "Single heads",
 }
 LABELS = {
-    "memory_off": ("memory off", "the backbone alone; it was trained with its memory"),
+    "memory_off": ("memory off", "the backbone alone"),
     "rows_shuffled": ("rows shuffled", "each position gets another position’s rows"),
-    "capacity_one": ("capacity one", "every lookup of a head goes to one row, its most looked up"),
-    "random_table": ("random table", "fresh noise of the rows’ own size in place of what they hold"),
+    "capacity_one": ("capacity one", "every lookup of a head goes to the row that it looks up most"),
+    "random_table": ("random table", "fresh noise of the rows’ own size instead of what they hold"),
     "gate_shut": ("gate shut", "forced to 0, which must be the same as memory off"),
-    "gate_open": ("gate open", "forced to 1: all that was found is added"),
+    "gate_open": ("gate open", "forced to 1: everything found is added"),
 }
 
 
 def label(one: dict[str, Any], *, with_layer: bool) -> str:
-    """What an ablation is called.
+    """Return an ablation's name.
 
     >>> label({"name": "capacity_one"}, with_layer=True)
     'capacity one'
@@ -64,44 +64,35 @@ def label(one: dict[str, Any], *, with_layer: bool) -> str:
 
 
 def write_report(results: dict[str, Any], path: str | Path) -> None:
-    """Writes the HTML report, making its folder. Raises `KeyError` where `results` lack a part."""
+    """Write the HTML report, making its folder. Raises `KeyError` where `results` lack a part."""
     page.write(
         path,
         "ablation.html",
         results=results,
         kind=outcome(results),
         headline=headline(results),
-        sentences=[contents(results), where(results), gate(results), *cautions(results)],
+        sentences=sentences(results),
         panels=panels(results),
         rows=_rows(results),
     )
 
 
 def terminal_table(results: dict[str, Any]) -> str:
-    """The ablations as a plain text table of at most 100 columns, and under it what they show."""
-    header = ("without", "perplexity", "loss", "change", f"{results['confidence']:.0%} interval".replace("%", " %"))
-    rows = [header, ("nothing (as it is)", perplexity(results["perplexity"]), decimals(results["loss"], 4), "", "")]
-    for one in _rows(results):
-        rows.append(
-            (
-                one["label"],
-                perplexity(one["perplexity"]),
-                decimals(one["loss"], 4),
-                signed(one["change"]),
-                f"{signed(one['low'])} to {signed(one['high'])}" if is_finite(one["low"]) else "one block: none",
-            )
-        )
-    widths = [max(len(row[i]) for row in rows) for i in range(len(header))]
-    lines = [
-        "  ".join(
-            [row[0].ljust(widths[0]), *(cell.rjust(width) for cell, width in zip(row[1:], widths[1:], strict=True))]
-        ).rstrip()
-        for row in rows
+    """Return the ablations as a text table of at most 100 columns, and under it what they show."""
+    rows = [
+        ("without", "perplexity", "loss", "change", f"{percent(results['confidence'])} interval"),
+        ("nothing (as it is)", perplexity(results["perplexity"]), decimals(results["loss"], 4), "", ""),
     ]
-    lines.insert(1, "  ".join("-" * width for width in widths))
-    sentences = [headline(results), contents(results), where(results), gate(results), *cautions(results)]
-    told = [line for sentence in sentences for line in textwrap.wrap(wording.tie(sentence), COLUMNS)]
-    return "".join(wording.printable(line) + "\n" for line in [*lines, "", *told])
+    for one in _rows(results):
+        interval = f"{signed(one['low'])} to {signed(one['high'])}" if is_finite(one["low"]) else "one block: none"
+        measured = perplexity(one["perplexity"]), decimals(one["loss"], 4), signed(one["change"])
+        rows.append((one["label"], *measured, interval))
+    return wording.terminal_text(rows, [headline(results), *sentences(results)])
+
+
+def sentences(results: dict[str, Any]) -> list[str]:
+    """What a reader should take away, each chosen by the numbers."""
+    return [contents(results), where(results), gate(results), *cautions(results)]
 
 
 def effect(one: dict[str, Any]) -> int:
@@ -123,41 +114,40 @@ def headline(results: dict[str, Any]) -> str:
     """The answer to "did the memory help?" in one sentence or two."""
     off, kind = _named(results, "memory_off"), outcome(results)
     if kind == "broken":
-        return "A loss is no finite number, so this doesn't say whether the memory helps."
+        return "A loss is not a finite number, so this doesn't say whether the memory helps."
     between = f"perplexity {perplexity(results['perplexity'])} with it, {perplexity(_exp(off['loss']))} without"
-    if kind == "better":
-        return f"The memory helps: {_change(off, results)} when it is taken off ({between})."
-    if kind == "worse":
-        return f"The memory harms on this text: {_change(off, results)} when it is taken off ({between})."
-    return (
-        f"This text doesn't tell whether the memory helps: {_change(off, results)} when it is taken off ({between})."
-    )
+    told = {
+        "better": "The memory helps",
+        "worse": "The memory harms on this text",
+        "level": "This text doesn't tell whether the memory helps",
+    }[kind]
+    return f"{told}: {_change(off, results)} when it is taken off ({between})."
 
 
 def contents(results: dict[str, Any]) -> str:
     """Whether the gain comes from what the rows hold: what the three ablations of the rows keep of it."""
     ablations = [_named(results, name) for name in ("rows_shuffled", "capacity_one", "random_table")]
     if outcome(results) != "better":
-        return "Taking it off costs nothing here that could be told from chance, so there is no gain to divide up."
+        return "Taking it off costs nothing here that can be told from chance, so there is no gain to divide up."
     if not all(is_finite(one["kept"]) for one in ablations):
-        return "No share of the gain can be given: a loss is no finite number."
+        return "No share of the gain can be given: a loss is not a finite number."
     most = max(ablations, key=lambda one: one["kept"])
     kept = most["kept"]
     if kept <= 0:
         return (
             "Nothing of that gain remains with rows shuffled, with capacity one or with a random table: all of it "
-            "depends on what the looked up rows hold."
+            "depends on what the rows hold."
         )
     parts = [
         f"{percent(one['kept']) if one['kept'] > 0 else 'nothing'} with {label(one, with_layer=False)}"
         for one in ablations
     ]
-    told = f"Of that gain there remains {', '.join(parts[:-1])}, and {parts[-1]}"
+    told = f"What remains of that gain is {', '.join(parts[:-1])}, and {parts[-1]}"
     if kept > MOST:
         return f"{told}. So most of it does not depend on looking up the right row of this table."
     if kept < LITTLE:
-        return f"{told}. So nearly all of it depends on what the looked up rows hold."
-    return f"{told}. So {percent(1 - kept)} of it depends on what the looked up rows hold."
+        return f"{told}. So nearly all of it depends on what the rows hold."
+    return f"{told}. So {percent(1 - kept)} of it depends on what the rows hold."
 
 
 def where(results: dict[str, Any]) -> str:
@@ -171,7 +161,7 @@ def where(results: dict[str, Any]) -> str:
         most = max(own, key=lambda one: one["change"])
         name = label(most, with_layer=several).removesuffix(" off")
         if effect(most) < 1:
-            told.append(f"No single {what} is one that the loss measurably rises without")
+            told.append(f"Taking off a single {what} never raises the loss measurably")
             continue
         rising = sum(effect(one) == 1 for one in own)
         told.append(
@@ -197,13 +187,10 @@ def gate(results: dict[str, Any]) -> str:
 def cautions(results: dict[str, Any]) -> list[str]:
     """What a reader should know before trusting a number."""
     told = []
-    blocks = results["blocks"]
-    if blocks < FEW_BLOCKS:
-        told.append(
-            f"There {'is' if blocks == 1 else 'are'} only {blocks} "
-            f"{'block, so no interval could be computed' if blocks == 1 else 'blocks, so the intervals are rough'}: "
-            "--sequences takes more."
-        )
+    if results["blocks"] == 1:
+        told.append("There is only 1 block, so no interval could be computed: --sequences takes more.")
+    elif results["blocks"] < FEW_BLOCKS:
+        told.append(f"There are only {results['blocks']} blocks, so the intervals are rough: --sequences takes more.")
     shut, off = _named(results, "gate_shut"), _named(results, "memory_off")
     if is_finite(shut["loss"]) and abs(shut["loss"] - off["loss"]) > 1e-4:
         told.append("A shut gate isn't the same as memory off here, which it should be: please report this.")
@@ -212,36 +199,34 @@ def cautions(results: dict[str, Any]) -> list[str]:
 
 def panels(results: dict[str, Any]) -> list[dict[str, Any]]:
     """Groups of bars: where a change and its interval stand on the group's own scale, in percent of its width."""
-    drawn = {one["name"]: one for one in _rows(results)}
+    rows = _rows(results)
     found = []
     for title, groups in (
         ("The memory as a whole, its rows and its gate", ("memory", "rows", "gate")),
         *((GROUPS[group], (group,)) for group in ("layer", "order", "head")),
     ):
-        own = [one for one in drawn.values() if one["group"] in groups]
+        own = [one for one in rows if one["group"] in groups]
         if not own:
             continue
-        values = [
-            0.0,
-            *(value for one in own for value in (one["change"], one["low"], one["high"]) if is_finite(value)),
-        ]
-        low, high = min(values), max(values)
-        room = 0.03 * (high - low) or 1e-6
-        low, high = low - room, high + room
-
-        def place(value: float, low: float = low, high: float = high) -> float:
-            return round(100 * (value - low) / (high - low), 2)
-
+        values = [one[name] for one in own for name in ("change", "low", "high")]
+        least, most = (end([0.0, *filter(is_finite, values)]) for end in (min, max))
+        room = 0.03 * (most - least) or 1e-6
+        scale = least - room, most + room
         bars = []
         for one in own:
             bar = {**one, "drawn": is_finite(one["change"]), "spans": is_finite(one["low"]), "effect": effect(one)}
             if bar["drawn"]:
-                bar["at"] = place(one["change"])
+                bar["at"] = _place(one["change"], *scale)
             if bar["spans"]:
-                bar |= {"from": place(one["low"]), "width": round(place(one["high"]) - place(one["low"]), 2)}
+                low, high = (_place(one[name], *scale) for name in ("low", "high"))
+                bar |= {"from": low, "width": round(high - low, 2)}
             bars.append(bar)
-        found.append({"title": title, "bars": bars, "zero": place(0.0)})
+        found.append({"title": title, "bars": bars, "zero": _place(0.0, *scale)})
     return found
+
+
+def _place(value: float, low: float, high: float) -> float:
+    return round(100 * (value - low) / (high - low), 2)
 
 
 def _rows(results: dict[str, Any]) -> list[dict[str, Any]]:
@@ -273,7 +258,7 @@ def _exp(loss: float | None) -> float:
 def _change(one: dict[str, Any], results: dict[str, Any]) -> str:
     """ "the loss rises by 0.51 nats a token (95 % interval 0.47 to 0.55)" """
     if not is_finite(one["change"]):
-        return "the loss is no finite number"
+        return "the loss is not a finite number"
     verb = "rises" if one["change"] > 0 else "falls"
     told = f"the loss {verb} by {decimals(abs(one['change']), 3)} nats a token"
     if not is_finite(one["low"]):

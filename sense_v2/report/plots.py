@@ -1,10 +1,10 @@
-"""The plots of the training report. Goes in: its results. Comes out: inline SVG, or the picture as a PNG.
+"""The plots of the training report, as inline SVG or as a PNG.
 
-Plots are drawn with matplotlib on a transparent ground and then handed to the stylesheet: every colour of PALETTE is
-replaced by the CSS variable of its name, and texts stay texts, so that a plot follows the page into dark mode and
-takes its font. Panels are drawn about as wide as a phone is, because a wide plot can't be read when shrunk.
+matplotlib draws on a transparent ground; then each colour of PALETTE is replaced by the CSS variable of its name, and
+texts stay texts, so a plot follows the page into dark mode and takes its font. Panels are about as wide as a phone: a
+wider plot can't be read when it shrinks.
 
-Lines are named at their ends; colour, dash and marker say the same thing three times, for who can't see one of them.
+Lines are named at their ends. Colour, dash and marker each tell them apart, for readers who can't see one of these.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ import io
 import re
 import textwrap
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +24,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import FixedLocator, FuncFormatter, MaxNLocator, NullLocator
 
+from sense_v2.hf.training.step_times import is_clear
 from sense_v2.report import verdict, wording
 
 PALETTE = {
@@ -41,7 +42,7 @@ PALETTE = {
 DASHES: dict[str, Any] = {"plain": "-", "engram": "-", "random_rows": (0, (5, 2)), "shuffled": (0, (1.5, 1.5))}
 MARKERS = {"plain": "o", "engram": "D", "random_rows": "s", "shuffled": "^"}
 WARM_UP = 0.1
-"""The first tenth of a run doesn't widen the y axis: losses fall so far there that the rest would lie in one line."""
+"""The y axis ignores the first tenth of a run, where losses fall so far that the rest would look flat."""
 LABEL_CHARACTERS = 15
 
 
@@ -55,26 +56,35 @@ class Line:
 
 
 def loss_panels(results: dict[str, Any]) -> list[dict[str, Any]]:
-    """Validation and smoothed training loss, each over steps and over seconds: caption and SVG of the four panels."""
+    """Validation and smoothed training loss, each over steps and over time: caption and SVG of each panel.
+
+    Time is steps times a step's seconds as measured in turns, so it is there for the two models that took turns, and
+    only where their step times are clear.
+    """
+    times = results["step_times"]
+    plain_seconds = times["seconds"]["plain"]["median"]
+    step_seconds = {"plain": plain_seconds, "engram": plain_seconds * times["ratio"]} if is_clear(times) else {}
     panels = []
     for kind, lines_of in (("Validation", validation_lines), ("Training", training_lines)):
-        for over in ("steps", "seconds"):
-            lines = lines_of(results, over)
+        lines = lines_of(results)
+        timed = [replace(one, x=one.x * step_seconds[one.name]) for one in lines if one.name in step_seconds]
+        for over, drawn in (("steps", lines), ("time", timed)):
+            if not drawn:
+                continue
             caption = f"{kind} loss over {over}"
             figure = Figure(figsize=(460 / 72, 300 / 72), dpi=72)
             with matplotlib.rc_context(style(13)):
                 axes = figure.add_axes((0.1, 0.15, 0.6, 0.83))
-                seconds = (results["same_seconds"] or {}).get("seconds") if over == "seconds" else None
-                _draw(axes, lines, over, markers=kind == "Validation", seconds=seconds)
+                _draw(axes, drawn, over, markers=kind == "Validation")
                 panels.append(
-                    {"caption": caption, "svg": svg_of(figure, caption.lower().replace(" ", "-"), _told(lines))}
+                    {"caption": caption, "svg": svg_of(figure, caption.lower().replace(" ", "-"), _told(drawn))}
                 )
     return panels
 
 
 def write_picture(results: dict[str, Any], path: str | Path) -> None:
-    """The one picture for a README: validation perplexity over steps, every run, named at its end with its value."""
-    lines = validation_lines(results, "steps", "perplexity")
+    """Draw the picture for a README: validation perplexity over steps, each run named at its end with its value."""
+    lines = validation_lines(results, "perplexity")
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     figure = Figure(figsize=(8, 4.5), dpi=200, facecolor=PALETTE["page"])
@@ -90,20 +100,16 @@ def write_picture(results: dict[str, Any], path: str | Path) -> None:
         figure.savefig(path, format="png", metadata={"Software": None})
 
 
-def validation_lines(results: dict[str, Any], over: str, value: str = "loss") -> list[Line]:
-    def points(run: dict[str, Any]) -> tuple[list[Any], list[Any]]:
-        evals = run["evals"]
-        return [e["step" if over == "steps" else "seconds"] for e in evals], [e[value] for e in evals]
-
-    return _lines(results, points)
+def validation_lines(results: dict[str, Any], value: str = "loss") -> list[Line]:
+    return _lines(results, lambda run: ([e["step"] for e in run["evals"]], [e[value] for e in run["evals"]]))
 
 
-def training_lines(results: dict[str, Any], over: str) -> list[Line]:
+def training_lines(results: dict[str, Any]) -> list[Line]:
     def points(run: dict[str, Any]) -> tuple[list[Any], list[Any]]:
         losses = _floats(run["train_loss"])
         # A plot has a few hundred pixels; every further point only makes the file larger.
         keep = slice(None, None, max(1, len(losses) // 400))
-        return run[over][keep], list(smooth(losses, smoothing_window(len(losses)))[keep])
+        return run["steps"][keep], list(smooth(losses, smoothing_window(len(losses)))[keep])
 
     return _lines(results, points)
 
@@ -148,7 +154,7 @@ def _floats(values: list[Any]) -> np.ndarray:
 
 
 def style(font_size: float) -> Any:
-    """What every plot shares, for `matplotlib.rc_context`."""
+    """Return the settings that plots share, for `matplotlib.rc_context`."""
     return {
         "font.family": "DejaVu Sans",
         "font.size": font_size,
@@ -173,16 +179,15 @@ def _draw(
     markers: bool,
     log: bool = False,
     format_value: Callable[[float], str] = wording.decimals,
-    seconds: float | None = None,
 ) -> None:
     """Lines, scales and the labels at the lines' ends, into axes that have their final place in the figure."""
-    axes.patch.set_visible(False)
     drawn = [line for line in lines if np.isfinite(line.y).any()]
     if not drawn:
+        axes.patch.set_visible(False)
         axes.set_axis_off()
         axes.text(0.5, 0.5, "no finite value to draw", ha="center", transform=axes.transAxes)
         return
-    unit, label = _time_unit(drawn) if over == "seconds" else (1.0, "training step")
+    unit, label = _time_unit(drawn) if over == "time" else (1.0, "training step")
     end = max(np.nanmax(line.x) for line in drawn) / unit
     for line in drawn:
         axes.plot(
@@ -197,18 +202,25 @@ def _draw(
             solid_capstyle="round",
             zorder=4 if line.name == "engram" else 3,
         )
-    axes.set_xlabel(label)
+    prepare(axes, label)
     start = min(np.nanmin(line.x) for line in drawn) / unit
     axes.set_xlim(0, 1.012 * end if end > 0 else 1)  # a little more, so that the last marker isn't cut
     axes.xaxis.set_major_locator(MaxNLocator(5, integer=over == "steps", steps=[1, 2, 2.5, 5, 10]))
     axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,.10g}"))
     _scale_y(axes, drawn, max(start, WARM_UP * end) * unit, log)
+    if over == "time":
+        moment = min(line.x[-1] for line in drawn) / unit
+        axes.axvline(moment, color=PALETTE["muted"], linewidth=1, linestyle=(0, (2, 3)), zorder=1)
+    _label_ends(axes, drawn, unit, format_value)
+
+
+def prepare(axes: Axes, x_label: str) -> None:
+    """Set what the axes of every plot share."""
+    axes.patch.set_visible(False)
+    axes.set_xlabel(x_label)
     axes.grid(axis="y", color=PALETTE["line"], linewidth=0.8)
     axes.set_axisbelow(True)
     axes.tick_params(length=0, axis="y")
-    if seconds is not None and wording.is_finite(seconds) and seconds / unit < end:
-        axes.axvline(seconds / unit, color=PALETTE["muted"], linewidth=1, linestyle=(0, (2, 3)), zorder=1)
-    _label_ends(axes, drawn, unit, format_value)
 
 
 def _time_unit(lines: list[Line]) -> tuple[float, str]:
@@ -230,16 +242,15 @@ def _scale_y(axes: Axes, lines: list[Line], settled: float, log: bool) -> None:
         axes.set_ylim(low / room, high * room)
         axes.yaxis.set_major_locator(FixedLocator(log_ticks(low / room, high * room)))
         axes.yaxis.set_minor_locator(NullLocator())
-        axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,.6g}"))
     else:
         room = max(0.06 * (high - low), 0.01 * abs(high), 1e-6)
         axes.set_ylim(low - room, high + room)
         axes.yaxis.set_major_locator(MaxNLocator(6, steps=[1, 2, 2.5, 5, 10]))
-        axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,.6g}".replace("-", "−")))
+    axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,.6g}".replace("-", "−")))
 
 
 def log_ticks(low: float, high: float) -> list[float]:
-    """Round numbers between `low` and `high`, the roundest set of at least four.
+    """Return round numbers between `low` and `high`, the roundest set of at least four.
 
     >>> log_ticks(11, 95), log_ticks(11, 14)
     ([20.0, 30.0, 50.0, 70.0], [11.0, 11.5, 12.0, 12.5, 13.0, 13.5, 14.0])
@@ -281,7 +292,7 @@ def _label_ends(axes: Axes, lines: list[Line], unit: float, format_value: Callab
 
 
 def spread(middles: list[float], heights: list[float]) -> list[float]:
-    """Moves labels of the given heights apart, each as little as the others allow, inside 0 to 1 where they fit.
+    """Move labels apart, each as little as the others allow, and inside 0 to 1 where they fit.
 
     Labels that touch form a block, centred where its members want to be (pool adjacent violators).
 
@@ -306,6 +317,7 @@ def spread(middles: list[float], heights: list[float]) -> list[float]:
 
 
 def _bottom(members: list[int], middles: list[float], heights: list[float]) -> float:
+    """The bottom edge of a block whose labels lie as near as they can to where they want to be."""
     total = sum(heights[i] for i in members)
     below = [sum(heights[j] for j in members[:k]) + heights[i] / 2 for k, i in enumerate(members)]
     wanted = sum(middles[i] - offset for i, offset in zip(members, below, strict=True)) / len(members)
@@ -318,8 +330,13 @@ def _told(lines: list[Line]) -> str:
 
 
 def svg_of(figure: Figure, name: str, told: str) -> Markup:
-    """The figure as an SVG element that can stand in a page: own ids, no metadata, colours as CSS variables. `told`
-    says in words what is drawn."""
+    """Turn a figure into an SVG element for a page: own ids, no metadata, colours as CSS variables.
+
+    Args:
+        figure: The figure.
+        name: Unique in the page; the first part of each id, and of what a screen reader says.
+        told: What is drawn, in words.
+    """
     file = io.StringIO()
     metadata = {"Date": None, "Creator": None, "Format": None, "Type": None}
     figure.savefig(file, format="svg", transparent=True, metadata=metadata)

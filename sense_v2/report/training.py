@@ -1,8 +1,8 @@
 """The training report: did the memory help, what did it cost, and where does the gain come from.
 
-Goes in: the results of the runs, one dictionary that JSON can hold. Comes out: `write_report` one self-contained
-HTML file, `terminal_table` the same answer for a terminal, `write_picture` the picture for a README. Nothing here is
-typed in by hand: numbers are formatted in wording.py, sentences chosen in verdict.py, plots drawn in plots.py.
+`write_report` makes one self-contained HTML file of the results, `terminal_table` the same answer for a terminal,
+`write_picture` the picture for a README. wording.py formats the numbers, verdict.py chooses the sentences, plots.py
+draws. The results are one dictionary that JSON can hold:
 
     {
       "title": str, "created": str (ISO time),
@@ -12,10 +12,11 @@ typed in by hand: numbers are formatted in wording.py, sentences chosen in verdi
       "demo_compression": the same, for the tokenizer that the runs used,
       "model": {"type", "layers", "hidden_size", "parameters"},
       "engram": the fields of EngramConfig, "train": the fields of TrainConfig,
+      "trained_tokens": int, the tokens that each run read; "corpus"/"tokens" is all that it could have read,
       "table": {"rows", "width", "dtype", "bytes"}, "fusion_parameters": int,
       "runs": {"plain": RUN, "engram": RUN, "random_rows": RUN (optional), "shuffled": RUN (optional)},
-      "step_time_ratio": median step of engram / median step of plain,
-      "same_seconds": {"seconds", "plain", "engram"}: both perplexities when the faster of the two ended; or None,
+      "step_times": how long a step of "engram" takes as against "plain", measured in turns, and
+      "equal_time": both runs after equal training time, or None, as sense_v2.hf.training.step_times gives them,
       "controls": {"random_rows": kept, "shuffled": kept}: share of the loss gain that a control keeps; may be empty,
       "gates": [{"layer", "tokens": [str, ...], "gates": [float, ...]}]: may be empty,
       "rows_touched": [{"layer", "order", "head", "rows", "touched"}]: may be empty,
@@ -26,10 +27,11 @@ typed in by hand: numbers are formatted in wording.py, sentences chosen in verdi
     RUN = {
       "label": str, "description": str (optional, what a control takes away),
       "steps": [int], "train_loss": [float], "seconds": [float], training seconds up to and with that step,
-      "evals": [{"step", "seconds", "loss", "perplexity"}], on held-out text, the last one at the end,
-      "loss", "perplexity", "bits_per_byte": at the end, on held-out text,
-      "step_seconds_median": float, "step_seconds_spread": [10th percentile, 90th percentile]
+      "evals": [{"step", "loss", "perplexity"}], on held-out text, the last one at the end,
+      "loss", "perplexity", "bits_per_byte": at the end, on held-out text
     }
+
+The runs follow each other, and the speed of a machine drifts, so no page compares their seconds.
 
 Losses are nats a token. A measured number may be NaN, infinite or None (what JSON has for both): the report says that
 it isn't finite and goes on.
@@ -45,32 +47,15 @@ from typing import Any
 from sense_v2.report import page, verdict, wording
 from sense_v2.report.gate_text import GateToken, gate_range, gate_scale, layer_text
 
-COLUMNS = 100
 REQUIRED = (
-    "title",
-    "created",
-    "corpus",
-    "compression",
-    "demo_compression",
-    "model",
-    "engram",
-    "table",
-    "fusion_parameters",
-    "train",
-    "runs",
-    "step_time_ratio",
-    "same_seconds",
-    "controls",
-    "gates",
-    "rows_touched",
-    "generations",
-    "machine",
-    "seconds",
+    *("title", "created", "corpus", "compression", "demo_compression", "model", "engram", "table"),
+    *("fusion_parameters", "train", "trained_tokens", "runs", "step_times", "equal_time", "controls", "gates"),
+    *("rows_touched", "generations", "machine", "seconds"),
 )
 
 
 def write_report(results: dict[str, Any], path: str | Path) -> None:
-    """Writes the HTML report, making its folder. Raises `ValueError` when `results` lacks a part."""
+    """Write the HTML report, making its folder. Raises `ValueError` when `results` lacks a part."""
     from sense_v2.report import plots  # matplotlib takes a second to import, which terminal_table needn't wait for
 
     _check(results)
@@ -90,12 +75,11 @@ def write_report(results: dict[str, Any], path: str | Path) -> None:
         gate_scale=gate_scale(low, high),
         gate_layers=layers,
         columns=head_columns(results["rows_touched"]),
-        continuation=continuation,
     )
 
 
 def write_picture(results: dict[str, Any], path: str | Path) -> None:
-    """Writes validation perplexity over steps, all runs, as a PNG. Raises `ValueError` for incomplete `results`."""
+    """Draw validation perplexity over steps, all runs, as a PNG. Raises `ValueError` for incomplete `results`."""
     from sense_v2.report import plots
 
     _check(results)
@@ -103,42 +87,27 @@ def write_picture(results: dict[str, Any], path: str | Path) -> None:
 
 
 def terminal_table(results: dict[str, Any]) -> str:
-    """The runs as a plain text table of at most 100 columns, and under it what they show.
+    """Return the runs as a text table of at most 100 columns, and under it what they show.
 
     Raises `ValueError` when `results` lacks a part.
     """
     _check(results)
-    header = ("run", "perplexity", "change", "loss", "bits/byte", "a step", "training")
-    rows = [header]
+    rows = [("run", "perplexity", "change", "loss", "bits/byte", "training")]
     for name in _names(results):
         run = results["runs"][name]
+        label = textwrap.shorten(run["label"], 28, placeholder="…")
+        change = verdict.against_plain(results, name)
+        losses = wording.decimals(run["loss"]), wording.decimals(run["bits_per_byte"])
         rows.append(
-            (
-                textwrap.shorten(run["label"], 28, placeholder="…"),
-                wording.perplexity(run["perplexity"]),
-                verdict.against_plain(results, name),
-                wording.decimals(run["loss"]),
-                wording.decimals(run["bits_per_byte"]),
-                wording.duration(run["step_seconds_median"]),
-                wording.duration(run["seconds"][-1]),
-            )
+            (label, wording.perplexity(run["perplexity"]), change, *losses, wording.duration(run["seconds"][-1]))
         )
-    widths = [max(len(row[i]) for row in rows) for i in range(len(header))]
-    lines = [
-        "  ".join(
-            [row[0].ljust(widths[0]), *(cell.rjust(width) for cell, width in zip(row[1:], widths[1:], strict=True))]
-        )
-        for row in rows
-    ]
-    lines.insert(1, "  ".join("-" * width for width in widths))
     sentences = [
         verdict.headline(results),
-        f"{verdict.steps(results)} {verdict.same_seconds(results)}",
+        f"{verdict.steps(results)} {verdict.equal_time(results)}",
         verdict.controls(results),
         *verdict.curiosities(results),
     ]
-    told = [line for sentence in sentences for line in textwrap.wrap(wording.tie(sentence), COLUMNS)]
-    return "".join(wording.printable(line) + "\n" for line in [*lines, "", *told])
+    return wording.terminal_text(rows, sentences)
 
 
 def gate_layers(gates: list[dict[str, Any]]) -> tuple[float, float, list[dict[str, Any]]]:
@@ -156,28 +125,27 @@ def gate_layers(gates: list[dict[str, Any]]) -> tuple[float, float, list[dict[st
     for layer in gates:
         pairs = list(zip(layer["tokens"], layer["gates"], strict=True))
         text = layer_text([GateToken(token, [gate]) for token, gate in pairs], 0, low, high)
-        own = sorted(((gate, token) for token, gate in pairs if wording.is_finite(gate)), key=lambda pair: -pair[0])
-        summary = (
-            {"low": own[-1][0], "high": own[0][0], "mean": sum(gate for gate, _ in own) / len(own)} if own else {}
+        widest = sorted(
+            ((gate, token) for token, gate in pairs if wording.is_finite(gate)), key=lambda pair: -pair[0]
         )
-        widest = [{"text": token, "gate": gate} for gate, token in own[:3]]
-        layers.append({"layer": layer["layer"], "text": text, "widest": widest, **summary})
+        own = [gate for gate, _ in widest]
+        summary = {"low": own[-1], "high": own[0], "mean": sum(own) / len(own)} if own else {}
+        layers.append({"layer": layer["layer"], "text": text, "widest": widest[:3], **summary})
     return low, high, layers
 
 
 def step_bars(results: dict[str, Any]) -> list[dict[str, Any]]:
-    """Step times as shares of the longest, in percent."""
-    runs = results["runs"]
-    times = {
-        name: [runs[name]["step_seconds_median"], *runs[name]["step_seconds_spread"]] for name in _names(results)
-    }
-    longest = max((t for three in times.values() for t in three if wording.is_finite(t)), default=0) or 1
+    """Return the step times that were measured in turns, and their places in percent of the longest."""
+    times = results["step_times"]["seconds"]
+    longest = max((t for own in times.values() for t in own.values() if wording.is_finite(t)), default=0) or 1
     bars = []
-    for name, (median, low, high) in times.items():
-        drawn = all(wording.is_finite(t) for t in (median, low, high))
-        shares = [round(100 * t / longest, 2) if drawn else 0 for t in (low, median, high)]
-        place = {"low": shares[0], "middle": shares[1], "width": round(shares[2] - shares[0], 2), "drawn": drawn}
-        bars.append({"name": name, "label": runs[name]["label"], "median": median, "spread": (low, high), **place})
+    for name, own in times.items():
+        label = results["runs"][name]["label"]
+        bar = {"name": name, "label": label, **own, "drawn": all(map(wording.is_finite, own.values()))}
+        if bar["drawn"]:
+            left, middle, right = (round(100 * own[key] / longest, 2) for key in ("low", "median", "high"))
+            bar |= {"left": left, "middle": middle, "width": round(right - left, 2)}
+        bars.append(bar)
     return bars
 
 
@@ -209,11 +177,6 @@ def head_columns(heads: list[dict[str, Any]]) -> list[dict[str, Any]]:
             {**head, "share": share, "height": round(100 * share, 1)}
         )
     return [{"layer": layer, "order": order, "heads": own} for (layer, order), own in groups.items()]
-
-
-def continuation(generation: dict[str, str], name: str) -> str:
-    """What a model wrote after the prompt."""
-    return generation[name].removeprefix(generation["prompt"])
 
 
 def _names(results: dict[str, Any]) -> list[str]:

@@ -1,13 +1,15 @@
-"""What a training run showed, in sentences. Goes in: the results that `training.py` describes. Comes out: text.
+"""Sentences about a training run, made from the results that training.py describes.
 
-No sentence is typed in: each is chosen and filled by the numbers, so that it reads right when the memory loses, when
-a run diverges and when the controls were left out. "Level" means less than `wording.SAME` apart.
+The numbers choose and fill each sentence, so it reads right when the memory loses, when a run diverges and when the
+controls were left out. "Level" means less than `wording.SAME` apart.
 """
 
 from __future__ import annotations
 
 from typing import Any
 
+from sense_v2.hf.training.step_times import CONFIDENCE, is_clear
+from sense_v2.report import wording
 from sense_v2.report.wording import (
     SAME,
     change,
@@ -16,6 +18,7 @@ from sense_v2.report.wording import (
     duration,
     is_finite,
     listing,
+    number_of,
     percent,
     perplexity,
     short,
@@ -31,13 +34,8 @@ MOST, LITTLE = 0.75, 0.25
 
 
 def outcome(results: dict[str, Any]) -> str:
-    """better, worse, level or broken: the memory model's final perplexity against the plain model's."""
-    plain, engram = (results["runs"][name]["perplexity"] for name in ("plain", "engram"))
-    if not (is_finite(plain) and is_finite(engram)):
-        return "broken"
-    if abs(engram - plain) < SAME * plain:
-        return "level"
-    return "better" if engram < plain else "worse"
+    """Return better, worse, level or broken: the memory model's final perplexity against the plain model's."""
+    return wording.outcome(*(results["runs"][name]["perplexity"] for name in ("engram", "plain")))
 
 
 def headline(results: dict[str, Any]) -> str:
@@ -45,12 +43,16 @@ def headline(results: dict[str, Any]) -> str:
     plain, engram = (results["runs"][name]["perplexity"] for name in ("plain", "engram"))
     kind = outcome(results)
     if kind == "broken":
-        bad = [name for name, value in (("memory", engram), ("plain", plain)) if not is_finite(value)]
-        models = "model's" if len(bad) == 1 else "models'"
-        told = f"The {listing(bad)} {models} perplexity is no finite number: training broke down. "
-        left = [(name, value) for name, value in (("memory", engram), ("plain", plain)) if is_finite(value)]
-        other = "".join(f"The {name} model ended at {perplexity(value)}. " for name, value in left)
-        return f"{told}{other}This run does not say whether the memory helps."
+        models = (("memory", engram), ("plain", plain))
+        bad = [name for name, value in models if not is_finite(value)]
+        told = f"The {listing(bad)} model's" if len(bad) == 1 else f"The {listing(bad)} models'"
+        other = "".join(
+            f"The {name} model ended at {perplexity(value)}. " for name, value in models if name not in bad
+        )
+        return (
+            f"{told} perplexity is not a finite number: training broke down. {other}"
+            "This run does not say whether the memory helps."
+        )
     if kind == "level":
         apart = abs(engram - plain) / plain
         distance = percent(apart) if apart >= 0.001 else f"less than {percent(0.001)}"
@@ -73,30 +75,48 @@ def against_plain(results: dict[str, Any], name: str) -> str:
 
 
 def steps(results: dict[str, Any]) -> str:
-    """What a step costs: median step times."""
-    plain, engram = (results["runs"][name]["step_seconds_median"] for name in ("plain", "engram"))
-    ratio = results["step_time_ratio"]
-    if not is_finite(ratio):
+    """What a step costs, as measured in turns."""
+    times = results["step_times"]
+    if not all(is_finite(times[name]) for name in ("ratio", "low", "high")):
         return "The step times could not be compared."
-    times = f"(median {duration(engram)} against {duration(plain)})"
-    if abs(ratio - 1) < SAME:
-        return f"A step of the memory model takes as long as a plain step {times}."
-    return f"A step of the memory model takes {decimals(ratio, 2)} times as long as a plain step {times}."
+    low, high = decimals(times["low"], 2), decimals(times["high"], 2)
+    if not is_clear(times):
+        return (
+            "This machine's speed changed too much to say what a step costs: the memory model's step time, "
+            f"divided by the plain model's, has a {percent(CONFIDENCE)} interval of {low} to {high}."
+        )
+    plain, engram = (times["seconds"][name]["median"] for name in ("plain", "engram"))
+    found = f"({percent(CONFIDENCE)} interval {low} to {high}; median {duration(engram)} against {duration(plain)})"
+    if times["low"] <= 1 <= times["high"]:
+        return f"As far as this run can tell, a step of the memory model takes as long as a plain step {found}."
+    return f"A step of the memory model takes {decimals(times['ratio'], 2)} times as long as a plain step {found}."
 
 
-def same_seconds(results: dict[str, Any]) -> str:
-    """The comparison at equal training time: both perplexities when the faster run ended."""
-    same = results["same_seconds"]
-    if not (same and is_finite(same["seconds"])):
-        return "The runs were not compared at equal training time."
-    plain, engram = same["plain"], same["engram"]
-    told = f"At equal training time, {duration(same['seconds'])} each, "
-    if not (is_finite(plain) and is_finite(engram)):
-        return f"{told}perplexity is {perplexity(engram)} with memory and {perplexity(plain)} without."
-    if abs(engram - plain) < SAME * plain:
-        return f"{told}the two are level: perplexity {perplexity(engram)} with memory, {perplexity(plain)} without."
+def equal_time(results: dict[str, Any]) -> str:
+    """Both perplexities after equal training time, by the ratio of the step times."""
+    found = results["equal_time"]
+    if not found:
+        return (
+            "So no comparison at equal training time is made."
+            if not is_clear(results["step_times"])
+            else ("The models were not compared at equal training time.")
+        )
+    plain, engram = found["base"], found["other"]
+    told = (
+        f"At equal training time, {count(found['base_steps'])} plain steps and {count(found['other_steps'])} with "
+        "memory, "
+    )
+    values = f"{perplexity(engram)} with memory and {perplexity(plain)} without"
+    if not all(is_finite(found[name]) for name in ("base", "other", "ratio", "low", "high")):
+        return f"{told}perplexity is {values}."
+    if abs(found["ratio"] - 1) < SAME:
+        return f"{told}the two are level: perplexity {values}."
+    low, high = change(found["low"], 1), change(found["high"], 1)
+    if found["low"] < 1 < found["high"]:
+        return f"{told}this run doesn't tell which is better: perplexity {values}, somewhere from {low} to {high}."
+    ends = "" if low == high else f" ({low} to {high} over that interval)"
     return (
-        f"{told}the memory model's perplexity is {change(engram, plain)}: "
+        f"{told}the memory model's perplexity is {change(engram, plain)}{ends}: "
         f"{perplexity(engram)} against {perplexity(plain)}."
     )
 
@@ -116,7 +136,7 @@ def controls(results: dict[str, Any]) -> str:
         told = {
             "worse": "There is no gain over the plain model",
             "level": "The two models end level, so there is no gain",
-            "broken": "The gain is no finite number, so there is nothing",
+            "broken": "The gain is not a finite number, so there is nothing",
         }[outcome(results)]
         return f"{told} for the controls to keep. Their results are in the table above.{left_out}"
     kept = {name: results["controls"].get(name) for name in present}
@@ -174,12 +194,27 @@ def curiosities(results: dict[str, Any]) -> list[str]:
 def memory(results: dict[str, Any]) -> str:
     """How large the model is and what the memory adds to it."""
     model, table = results["model"], results["table"]
+    asked = results["engram"]["table_size"]
+    rounded = (
+        f" (table_size asks for {count(asked)}; each head gets a prime number of rows.)"
+        if asked != table["rows"]
+        else ""
+    )
     return (
         f"The plain model has {short(model['parameters'])} parameters. The memory model is the same with "
         f"{short(results['fusion_parameters'])} more parameters inside its layers and a table of "
         f"{count(table['rows'])} rows of {count(table['width'])} {table['dtype']} values, "
-        f"{size(table['bytes'])} on disk."
+        f"{size(table['bytes'])} on disk.{rounded}"
     )
+
+
+def trained_on(results: dict[str, Any]) -> str:
+    """How much text each run read, which may be less than a corpus holds."""
+    train, tokens = results["train"], results["trained_tokens"]
+    share = tokens / results["corpus"]["tokens"]
+    part = f"{percent(share)} of that text" if share < 1 else f"that text {decimals(share, 1)} times over"
+    shape = f"{count(train['batch_size'])} × {count(train['sequence_length'])}"
+    return f"{number_of(tokens, 'token')} in each run, {part}: {number_of(train['steps'], 'step')} of {shape}"
 
 
 def rows_touched(results: dict[str, Any]) -> str:

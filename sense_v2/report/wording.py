@@ -1,7 +1,7 @@
-"""Numbers as a reader wants them. Goes in: a number, finite or not. Comes out: a short text with its unit.
+"""Numbers and texts as a reader sees them: each number as a short text with its unit.
 
-Every report formats through here, so that a number looks the same in a table, a sentence, a plot and the terminal.
-What isn't a finite number says so in words and never raises: a run that diverged is a result too.
+Every report formats through here, so a number looks the same in a table, a sentence, a plot and the terminal. A value
+that isn't a finite number says so in words and never raises: a run that diverged is a result, too.
 """
 
 from __future__ import annotations
@@ -9,16 +9,20 @@ from __future__ import annotations
 import json
 import math
 import re
+import textwrap
+from collections.abc import Iterable, Sequence
 from datetime import datetime
 from typing import Any
 
 NOT_FINITE = "not finite"
 SAME = 0.005
 """Two values less than half a percent apart are called level: one run can't tell them from chance."""
+COLUMNS = 100
+"""Width of what a terminal shows."""
 
 
 def is_finite(value: Any) -> bool:
-    """Whether `value` is a number one can compute with; None stands for a missing number.
+    """Return True if `value` is a number to compute with; None stands for a missing number.
 
     >>> [is_finite(value) for value in (1, 2.5, None, float("nan"), float("inf"))]
     [True, True, False, False, False]
@@ -32,6 +36,14 @@ def count(value: float | None) -> str:
     '129,280'
     """
     return f"{value:,.0f}" if value is not None and is_finite(value) else NOT_FINITE
+
+
+def number_of(value: float | None, noun: str) -> str:
+    """
+    >>> number_of(1, "token"), number_of(2000, "token")
+    ('1 token', '2,000 tokens')
+    """
+    return f"{count(value)} {noun}{'' if value == 1 else 's'}"
 
 
 def short(value: float | None) -> str:
@@ -79,12 +91,14 @@ def perplexity(value: float | None) -> str:
 
 def percent(fraction: float | None) -> str:
     """
-    >>> percent(0.4102), percent(0.0312), percent(-0.07)
-    ('41 %', '3.1 %', '−7.0 %')
+    >>> percent(0.4102), percent(0.0312), percent(-0.07), percent(0.0), percent(0.0002), percent(-0.0002)
+    ('41 %', '3.1 %', '−7.0 %', '0 %', '< 0.1 %', '> −0.1 %')
     """
     if fraction is None or not is_finite(fraction):
         return NOT_FINITE
     value = 100 * fraction
+    if 0 < abs(value) < 0.05:
+        return "< 0.1 %" if value > 0 else "> −0.1 %"
     text = f"{value:,.1f}" if 0 < abs(value) < 9.95 else f"{value:,.0f}"
     return text.replace("-", "−") + " %"
 
@@ -102,6 +116,19 @@ def chance(probability: float | None) -> str:
     if 0.999 < probability < 1:
         return "> 99.9 %"
     return percent(probability)
+
+
+def outcome(new: float | None, old: float | None) -> str:
+    """Return better, worse, level or broken: the perplexity `new` against `old`.
+
+    >>> outcome(59, 100), outcome(101, 100), outcome(100.4, 100), outcome(None, 100)
+    ('better', 'worse', 'level', 'broken')
+    """
+    if new is None or old is None or not (is_finite(new) and is_finite(old)):
+        return "broken"
+    if abs(new - old) < SAME * old:
+        return "level"
+    return "better" if new < old else "worse"
 
 
 def change(new: float, old: float) -> str:
@@ -217,3 +244,21 @@ def typeset(text: str) -> str:
     'the model’s perplexity'
     """
     return re.sub(r"(?<=\w)'(?=\w|\s)", "’", tie(text))
+
+
+def terminal_text(rows: Sequence[Sequence[str]], sentences: Iterable[str]) -> str:
+    """A table for a terminal, its header first, and under it the sentences, of at most `COLUMNS` columns.
+
+    >>> print(terminal_text([("run", "loss"), ("plain", "3.1")], ["It ran."]), end="")
+    run    loss
+    -----  ----
+    plain   3.1
+    <BLANKLINE>
+    It ran.
+    """
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    first, *others = widths
+    lines = ["  ".join([row[0].ljust(first), *map(str.rjust, row[1:], others)]).rstrip() for row in rows]
+    lines.insert(1, "  ".join("-" * width for width in widths))
+    told = [line for sentence in sentences for line in textwrap.wrap(tie(sentence), COLUMNS)]
+    return "".join(printable(line) + "\n" for line in [*lines, "", *told])

@@ -16,6 +16,7 @@ from transformers import AutoModelForCausalLM, LlamaForCausalLM
 
 from sense_v2.cli import demo, errors, main, train
 from sense_v2.core.config import Config, EngramConfig, TrainConfig
+from sense_v2.core.errors import CommandError
 from sense_v2.hf.load import from_pretrained
 from sense_v2.hf.memory import attached_memory
 
@@ -89,7 +90,7 @@ def test_debug_shows_the_traceback_before_the_two_lines(run, tmp_path):
         (MemoryError(), "there is not enough memory", "--batch-size"),
         (RuntimeError("I/O error: File too large (os error 27)"), "I/O error: File too large", "make room"),
         (KeyError("name"), "KeyError: 'name'", "`x --debug run …` shows where"),
-        (errors.CommandError("two\n lines", "way\nout"), "two lines", "way out"),
+        (CommandError("two\n lines", "way\nout"), "two lines", "way out"),
     ],
 )
 def test_every_error_has_a_way_out(error, what, way_out):
@@ -382,6 +383,8 @@ def test_demo(run, run_json, corpus, tmp_path, monkeypatch):
 
     whole_config = demo.demo_config
     monkeypatch.setattr(demo, "demo_config", small_config)
+    monkeypatch.setattr(demo, "BLOCK_STEPS", 1)
+    monkeypatch.setattr(demo, "STEP_TIME_ROUNDS", 6)
     output = tmp_path / "demo"
     status, out, table = run("demo", "--corpus", corpus, "--output", output, "--json")
     assert status == 0, table
@@ -391,7 +394,11 @@ def test_demo(run, run_json, corpus, tmp_path, monkeypatch):
     assert set(numbers["bits_per_byte"]) == {"plain", "engram"}
     assert numbers["tokens"] == 3 * 2 * 32
     assert numbers["compression"]["tokens"] > numbers["compression"]["ids"] > 90_000
-    assert numbers["step_time_ratio"] > 0
+    times = numbers["step_times"]
+    assert 0 < times["low"] <= times["ratio"] <= times["high"]
+    assert times["rounds"] == demo.STEP_TIME_ROUNDS
+    assert times["seconds"].keys() == {"plain", "engram"}
+    assert "equal_time" in numbers
     assert numbers["seconds"] > 0
 
     for name in ("without memory", "with memory", "random rows", "shuffled rows"):

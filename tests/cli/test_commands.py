@@ -14,7 +14,7 @@ import typer
 from cli_calls import COMMANDS, parse
 
 from sense_v2.cli import main
-from sense_v2.cli.errors import CommandError
+from sense_v2.core.errors import CommandError
 
 ROOT = Path(__file__).parents[2]
 FUNCTIONS = {name: function for commands in main.COMMANDS.values() for name, function in commands.items()}

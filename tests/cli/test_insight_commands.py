@@ -2,17 +2,19 @@
 
 import copy
 import doctest
+import io
 import json
 import math
 import re
+from contextlib import redirect_stderr, redirect_stdout
 
 import numpy as np
 import pytest
+from report_pages import HOSTILE, NAN, Page
 from test_cli import content
 from test_harness import QUESTIONS
-from test_report import HOSTILE, NAN, Page
 
-from sense_v2.cli import output
+from sense_v2.cli import main, output
 from sense_v2.cli.output import finite
 from sense_v2.report import ablation, analysis, charts, page
 
@@ -20,17 +22,17 @@ from sense_v2.report import ablation, analysis, charts, page
 @pytest.fixture(scope="module")
 def results(trained, corpus, tmp_path_factory):
     """(what analyze returned, what ablate returned, where their reports are, what was said)."""
-    from sense_v2.cli.ablate import run_ablate
-    from sense_v2.cli.analyze import run_analyze
-
     folder, output = trained[0], tmp_path_factory.mktemp("reports") / "new"
     before = content(folder)
-    said: list[str] = []
-    common = {"corpus": [corpus], "sequences": 6, "echo": said.append}
-    analyzed = run_analyze(folder, output / "analysis.html", text_tokens=20, **common)
-    ablated = run_ablate(folder, output / "ablation.html", resamples=200, **common)
+    found, said = [], io.StringIO()
+    common = ("--corpus", str(corpus), "--sequences", "6", "--json")
+    for name, more in (("analyze", ("--text-tokens", "20")), ("ablate", ("--resamples", "200"))):
+        page = output / {"analyze": "analysis.html", "ablate": "ablation.html"}[name]
+        with redirect_stdout(io.StringIO()) as out, redirect_stderr(said):
+            assert main.main([name, str(folder), "--output", str(page), *common, *more]) == 0, said.getvalue()
+        found.append(json.loads(out.getvalue()))
     assert content(folder) == before
-    return analyzed, ablated, output, said
+    return *found, output, said.getvalue().splitlines()
 
 
 # --- the commands ---
@@ -268,8 +270,9 @@ def test_the_headline_follows_the_interval():
 def test_what_the_rows_hold_follows_what_is_kept():
     assert ablation.contents(made()).startswith("Nothing of that gain remains")
     assert ablation.contents(made(kept=(-0.5, 0.1, 0.2))) == (
-        "Of that gain there remains nothing with rows shuffled, 10 % with capacity one, and 20 % with random table. "
-        "So nearly all of it depends on what the looked up rows hold."
+        "What remains of that gain is nothing with rows "
+        "shuffled, 10 % with capacity one, and 20 % with random table. "
+        "So nearly all of it depends on what the rows hold."
     )
     assert "So 50 % of it depends on" in ablation.contents(made(kept=(0.1, 0.5, 0.2)))
     assert "So most of it does not depend on" in ablation.contents(made(kept=(0.1, 0.9, 0.2)))
@@ -279,7 +282,7 @@ def test_where_and_gate_follow_their_intervals():
     assert ablation.where(made()) == (
         "Taken off one at a time, 1 of 2 heads raises the loss measurably, most of all 2-grams, head 0 (+0.100)."
     )
-    assert "No single head is one" in ablation.where(made(head=(0.1, -0.1, 0.3)))
+    assert "Taking off a single head never raises the loss measurably" in ablation.where(made(head=(0.1, -0.1, 0.3)))
     assert ablation.gate(made()).startswith("The gate earns its place: the loss rises by 0.020")
     assert ablation.gate(made(gate=(-0.02, -0.03, -0.01))).startswith("The gate shuts too often: the loss falls")
     assert ablation.gate(made(gate=(0.0, -0.01, 0.01))).startswith("This text doesn't tell what the gate is worth")
@@ -307,13 +310,15 @@ def test_the_analysis_tells_collisions_from_chance(results):
     found = copy.deepcopy(results[0])
     for head in found["heads"]:
         head.update(rows=1000, ngrams=400, sharing=132, expected_sharing=131.5)
-    assert "share their row with another, as many as chance puts together (33 %)." in " ".join(analysis.lines(found))
+    assert "share their row with another, about as many as chance alone gives (33 %)." in " ".join(
+        analysis.lines(found)
+    )
     assert "larger table" not in " ".join(analysis.lines(found))
     for head in found["heads"]:
         head.update(ngrams=600, sharing=400)
     told = " ".join(analysis.lines(found)).replace("\u00a0", " ")
-    assert "more than chance puts together (22 %)" in told
-    assert "a larger table would part them" in told
+    assert "more than chance alone gives (22 %)" in told
+    assert "a larger table would separate them" in told
 
 
 @pytest.mark.parametrize("module", [analysis, ablation, charts, page, output])

@@ -22,12 +22,12 @@ import torch
 from test_cli import content
 from tiny import tiny_config, tiny_model, tiny_tokenizer, wake
 
-from sense_v2.cli import play
 from sense_v2.engram.delta.delta_file import read_delta
 from sense_v2.hf import save_pretrained
 from sense_v2.hf.attach import attach_engram
 from sense_v2.hf.memory import memory_of
 from sense_v2.hf.training.fresh_model import train_bpe
+from sense_v2.report.play.server import LocalOnly
 
 ROOT = Path(__file__).parents[2]
 CHROMIUM_FLAGS = (
@@ -324,7 +324,7 @@ def test_a_memory_that_looks_ahead_is_refused(run, tmp_path):
 
 
 def test_a_missing_package_is_named(run, saved, monkeypatch):
-    monkeypatch.setattr(play, "find_spec", lambda name: None)
+    monkeypatch.setattr("sense_v2.cli.commands.serving.find_spec", lambda name: None)
     status, out, error = run("play", saved, "--port", 0)
     assert (status, out) == (1, "")
     assert 'pip install "sense-v2[play]"' in error
@@ -355,7 +355,7 @@ def test_only_pages_of_this_machine_are_answered(headers, status):
 
     scope = {"type": "http", "headers": [(name.encode(), value.encode()) for name, value in headers.items()]}
     with pytest.raises(StopIteration):  # how a coroutine ends that waits for nothing
-        play.LocalOnly(app)(scope, None, send).send(None)
+        LocalOnly(app)(scope, None, send).send(None)
     assert sent[0]["status"] == status
     if status == 200:
         policy = dict(sent[0]["headers"])[b"content-security-policy"].decode()

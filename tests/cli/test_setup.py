@@ -1,4 +1,4 @@
-"""scripts/setup_engram.py and the function behind it: what is written, what is said, what is never overwritten."""
+"""scripts/setup_engram.py and what is behind it: what is written, what is said, what is never overwritten."""
 
 import json
 import os
@@ -11,8 +11,8 @@ import numpy as np
 import pytest
 from tokenizers import Tokenizer, models
 
-from sense_v2.cli.setup import run_setup
-from sense_v2.engram.tokenizer import EngramTokenizer
+from sense_v2.engram.tokenizer import EngramTokenizer, EngramTokenizerBuilder
+from sense_v2.engram.upkeep.shadow_map_setup import make_shadow_map
 
 SCRIPT = Path(__file__).parents[2] / "scripts" / "setup_engram.py"
 
@@ -35,93 +35,98 @@ def others(tmp_path):
     return tokenizer_file(tmp_path / "others.json", "one", "two", "Two")
 
 
+def set_up(tokenizer, path, normalization="nfkc", force=False):
+    return make_shadow_map(EngramTokenizerBuilder(tokenizer, normalization), path, force=force)
+
+
 def content(folder):
     return {path.name: path.read_bytes() for path in Path(folder).iterdir()}
 
 
 def test_writes_the_map_and_tells(words, tmp_path):
-    lines = []
-    result = run_setup(words, tmp_path / "new" / "map.npy", echo=lines.append)
+    result = set_up(words, tmp_path / "new" / "map.npy")
+    facts = result.to_dict()
     shadow_map = EngramTokenizer(tmp_path / "new" / "map.npy")
     assert shadow_map(np.arange(13)).tolist() == [0, 0, 0, 1, 1, 2, 2, 3, 4, 5, 6, 7, 8]
-    assert shadow_map.tokenizer_name == result.tokenizer == words
-    assert (result.status, result.normalization) == ("written", "nfkc")
-    assert (result.vocab_size, result.compressed_vocab_size) == (13, 9)
-    assert result.saved_percent == pytest.approx(100 * 4 / 13)
-    assert result.sha256 == shadow_map.sha256
-    assert result.file_bytes == os.path.getsize(result.path) == 128 + 13 * 8
-    assert 0 < result.seconds < 600
-    assert result.examples == [["The", " the", "THE"], ["cat", "Cat"], ["dog", "DOG"]]
-    text = "\n".join(lines)
-    for part in (words, "13", "9 ids, 30.8 % fewer", "'The' ' the' 'THE'", result.sha256, "232 bytes, written"):
+    assert shadow_map.tokenizer_name == facts["tokenizer"] == words
+    assert (facts["status"], facts["normalization"]) == ("written", "nfkc")
+    assert (facts["vocab_size"], facts["compressed_vocab_size"]) == (13, 9)
+    assert facts["saved_percent"] == pytest.approx(100 * 4 / 13)
+    assert facts["sha256"] == shadow_map.sha256
+    assert facts["file_bytes"] == os.path.getsize(result.path) == 128 + 13 * 8
+    assert facts["examples"] == [["The", " the", "THE"], ["cat", "Cat"], ["dog", "DOG"]]
+    text = "\n".join(result.lines())
+    for part in (words, "13", "9 ids, 30.8 % fewer", "'The' ' the' 'THE'", facts["sha256"], "232 bytes, written"):
         assert part in text
 
 
 def test_long_groups_are_cut_in_the_lines_only(tmp_path):
     spellings = ["the", "The", "THE", "tHe", "thE", "THe", "tHE", " the"]
-    lines = []
-    result = run_setup(tokenizer_file(tmp_path / "t.json", *spellings), tmp_path / "map.npy", echo=lines.append)
-    assert result.examples == [spellings]
-    assert any(line.endswith("'THe' and 2 more") for line in lines)
+    result = set_up(tokenizer_file(tmp_path / "t.json", *spellings), tmp_path / "map.npy")
+    assert result.to_dict()["examples"] == [spellings]
+    assert any(line.endswith("'THe' and 2 more") for line in result.lines())
 
 
-def test_prints_by_default(words, tmp_path, capsys):
-    run_setup(words, tmp_path / "map.npy")
-    assert "9 ids, 30.8 % fewer" in capsys.readouterr().out
+def test_the_command_prints_the_same_and_its_seconds(run_json, run, words, tmp_path):
+    found = run_json("setup", "--tokenizer", words, "--output", tmp_path / "map.npy")
+    assert 0 < found["seconds"] < 600
+    lines = set_up(words, tmp_path / "map.npy").lines()
+    printed = run("setup", "--tokenizer", words, "--output", tmp_path / "map.npy")[1].splitlines()
+    assert printed[:-1] == lines
+    assert printed[-1].startswith("seconds  ")
 
 
 def test_the_same_map_is_up_to_date_and_untouched(words, tmp_path):
     path = tmp_path / "out" / "map.npy"
-    run_setup(words, path, echo=str)
+    set_up(words, path)
     before, times = content(path.parent), [entry.stat().st_mtime_ns for entry in path.parent.iterdir()]
-    lines = []
-    result = run_setup(words, path, echo=lines.append)
+    result = set_up(words, path)
     assert result.status == "up to date"
-    assert lines[-2].endswith("up to date")
+    assert result.lines()[-1].endswith("up to date")
     assert content(path.parent) == before
     assert [entry.stat().st_mtime_ns for entry in path.parent.iterdir()] == times
 
 
 def test_a_map_of_the_same_content_and_another_name_is_up_to_date(words, tmp_path):
     path = tmp_path / "out" / "map.npy"
-    run_setup(words, path, echo=str)
+    set_up(words, path)
     os.rename(words, tmp_path / "moved.json")
-    assert run_setup(str(tmp_path / "moved.json"), path, echo=str).status == "up to date"
+    assert set_up(str(tmp_path / "moved.json"), path).status == "up to date"
     assert EngramTokenizer(path).tokenizer_name == words
 
 
 def test_a_map_that_lost_its_json_gets_one(words, tmp_path):
     path = tmp_path / "out" / "map.npy"
-    run_setup(words, path, echo=str)
+    set_up(words, path)
     path.with_suffix(".json").unlink()
-    assert run_setup(words, path, echo=str).status == "written"
+    assert set_up(words, path).status == "written"
     assert EngramTokenizer(path).tokenizer_name == words
 
 
 def test_another_map_is_kept_unless_forced(words, others, tmp_path):
     path = tmp_path / "out" / "map.npy"
-    run_setup(words, path, echo=str)
+    set_up(words, path)
     before = content(path.parent)
     with pytest.raises(
         FileExistsError, match=r"is the map of .*words\.json \(nfkc, 13 token ids.*others\.json.*--force"
     ):
-        run_setup(others, path, echo=str)
+        set_up(others, path)
     assert content(path.parent) == before
-    assert run_setup(others, path, force=True, echo=str).status == "written"
+    assert set_up(others, path, force=True).status == "written"
     assert EngramTokenizer(path).tokenizer_name == others
 
 
 def test_another_normalization_is_another_map(tmp_path):
     accents = tokenizer_file(tmp_path / "accents.json", "cafe", "café")
-    run_setup(accents, tmp_path / "map.npy", echo=str)
+    set_up(accents, tmp_path / "map.npy")
     with pytest.raises(FileExistsError, match=r"\(nfkc, .* 2 compressed\).*\(deepseek, .* 1 compressed\)"):
-        run_setup(accents, tmp_path / "map.npy", "deepseek", echo=str)
+        set_up(accents, tmp_path / "map.npy", "deepseek")
 
 
 @pytest.mark.parametrize("damage", ["truncated", "other json", "other map", "no map at all"])
 def test_a_damaged_map_is_kept_unless_forced(words, tmp_path, damage):
     path = tmp_path / "out" / "map.npy"
-    run_setup(words, path, echo=str)
+    set_up(words, path)
     if damage == "truncated":
         path.write_bytes(path.read_bytes()[:-8])
     elif damage == "other json":
@@ -133,16 +138,16 @@ def test_a_damaged_map_is_kept_unless_forced(words, tmp_path, damage):
         np.save(path, np.zeros((2, 2)))
     before = content(path.parent)
     with pytest.raises(FileExistsError, match="can't be used; --force overwrites it"):
-        run_setup(words, path, echo=str)
+        set_up(words, path)
     assert content(path.parent) == before
-    run_setup(words, path, force=True, echo=str)
+    set_up(words, path, force=True)
     assert EngramTokenizer(path).compressed_vocab_size == 9
 
 
 def test_a_json_of_something_else_is_never_overwritten(words, tmp_path):
     (tmp_path / "engram_table.json").write_text('{"rows": 5}')
     with pytest.raises(FileExistsError, match=r"engram_table\.json would be overwritten"):
-        run_setup(words, tmp_path / "engram_table.npy", force=True, echo=str)
+        set_up(words, tmp_path / "engram_table.npy", force=True)
     assert (tmp_path / "engram_table.json").read_text() == '{"rows": 5}'
 
 
@@ -166,7 +171,7 @@ def test_the_script_from_any_folder(words, others, tmp_path):
 
 
 def test_the_script_refuses_in_one_line(words, others, tmp_path, capsys):
-    run_setup(words, tmp_path / "map.npy", echo=str)
+    set_up(words, tmp_path / "map.npy")
     main = runpy.run_path(str(SCRIPT))["main"]
     assert main(["--tokenizer", others, "--output", str(tmp_path / "map.npy")]) == 1
     out, error = capsys.readouterr()

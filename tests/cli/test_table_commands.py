@@ -9,9 +9,9 @@ import torch
 from tables import manifest, names
 from test_cli import content
 
-from sense_v2.cli.models import saved_tokenizer, separator_id
 from sense_v2.core.config import EngramConfig
 from sense_v2.engram.storage import MMapEmbeddingStorage
+from sense_v2.hf.backbones import saved_tokenizer, separator_id
 from sense_v2.hf.data.corpus import encode, read_corpus
 from sense_v2.hf.load import from_pretrained
 
@@ -214,7 +214,7 @@ def test_hot_rows_of_another_table_are_refused(run, run_json, trained, corpus, t
 
 
 def test_more_than_memory_is_refused(run, trained, monkeypatch):
-    monkeypatch.setattr("sense_v2.cli.warm.usable_memory_bytes", lambda: 1000)
+    monkeypatch.setattr("sense_v2.engram.upkeep.warming.usable_memory_bytes", lambda: 1000)
     status, _, error = run("warm", trained)
     assert status == 1
     assert "this process may use 1000 of memory" in error

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from test_report import schemes
+from report_pages import schemes
 
 ROOT = Path(__file__).parents[2]
 RUNS = ("run-plain", "run-engram", "run-random_rows", "run-shuffled")

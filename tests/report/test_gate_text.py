@@ -9,7 +9,7 @@ from html.parser import HTMLParser
 import matplotlib
 import numpy as np
 import pytest
-from test_report import contrast, luminance
+from report_pages import contrast, luminance
 
 from sense_v2.report import gate_text as gate_text_module
 from sense_v2.report import page

@@ -6,17 +6,17 @@ import itertools
 import json
 import math
 import re
-from html.parser import HTMLParser
 from pathlib import Path
 
 import numpy as np
 import pytest
+from report_pages import HOSTILE, NAN, Page, contrast, schemes
 
 from sense_v2.core.config import EngramConfig, TrainConfig
+from sense_v2.hf.training.step_times import at_equal_time
 from sense_v2.report import page, plots, training, verdict, wording
 from sense_v2.report.training import terminal_table, write_picture, write_report
 
-NAN = float("nan")
 LABELS = {
     "plain": "without memory",
     "engram": "with memory",
@@ -40,7 +40,7 @@ def run(label: str, end: float, step_seconds: float, seed: int, num_steps: int =
     losses = curve + 0.15 * noise.standard_normal(num_steps)
     seconds = np.cumsum(step_seconds * (1 + 0.1 * noise.random(num_steps)))
     evals = [
-        {"step": int(s), "seconds": float(seconds[s - 1]), "loss": float(curve[s - 1] + 0.04)}
+        {"step": int(s), "loss": float(curve[s - 1] + 0.04)}
         for s in range(num_steps // 6, num_steps + 1, num_steps // 6)
     ]
     for evaluation in evals:
@@ -54,8 +54,17 @@ def run(label: str, end: float, step_seconds: float, seed: int, num_steps: int =
         "loss": evals[-1]["loss"],
         "perplexity": evals[-1]["perplexity"],
         "bits_per_byte": evals[-1]["loss"] / math.log(2) / 3.2,
-        "step_seconds_median": step_seconds,
-        "step_seconds_spread": [0.93 * step_seconds, 1.2 * step_seconds],
+    }
+
+
+def step_times(ratio: float = 1.32, low: float = 1.28, high: float = 1.37) -> dict:
+    spread = {"plain": (0.27, 0.28, 0.34), "engram": (0.36, 0.37, 0.4)}
+    return {
+        "ratio": ratio,
+        "low": low,
+        "high": high,
+        "rounds": 9,
+        "seconds": {name: dict(zip(("low", "median", "high"), own, strict=True)) for name, own in spread.items()},
     }
 
 
@@ -112,13 +121,10 @@ def made_results(engram: float = 2.47, controls: bool = True) -> dict:
         "table": {"rows": 1_999_840, "width": 32, "dtype": "float32", "bytes": 1_999_840 * 32 * 4},
         "fusion_parameters": 265_216,
         "train": TrainConfig().to_dict(),
+        "trained_tokens": 614_400,
         "runs": runs,
-        "step_time_ratio": 0.37 / 0.28,
-        "same_seconds": {
-            "seconds": runs["plain"]["seconds"][-1],
-            "plain": runs["plain"]["perplexity"],
-            "engram": runs["engram"]["evals"][-2]["perplexity"],
-        },
+        "step_times": step_times(),
+        "equal_time": at_equal_time(runs["plain"]["evals"], runs["engram"]["evals"], step_times()),
         "controls": kept,
         "gates": [
             {"layer": layer, "tokens": tokens, "gates": noise.beta(1.2, 2.5, len(tokens)).tolist()}
@@ -173,7 +179,7 @@ def diverged() -> dict:
     for evaluation in broken["evals"][2:]:
         evaluation.update(loss=NAN, perplexity=float("inf"))
     broken.update(loss=NAN, perplexity=NAN, bits_per_byte=None)
-    results["same_seconds"].update(engram=None)
+    results["equal_time"].update(other=None, ratio=NAN, low=None, high=NAN)
     results["controls"] = {"random_rows": NAN, "shuffled": None}
     results["gates"][0]["gates"][3] = NAN
     return results
@@ -186,9 +192,9 @@ def never_finite() -> dict:
         broken["train_loss"] = [NAN] * len(broken["steps"])
         for evaluation in broken["evals"]:
             evaluation.update(loss=None, perplexity=float("inf"))
-        broken.update(loss=NAN, perplexity=NAN, bits_per_byte=NAN, step_seconds_median=NAN)
-        broken["step_seconds_spread"] = [NAN, NAN]
-    results.update(step_time_ratio=NAN, same_seconds=None)
+        broken.update(loss=NAN, perplexity=NAN, bits_per_byte=NAN)
+    results.update(step_times=step_times(NAN, None, NAN), equal_time=None)
+    results["step_times"]["seconds"]["engram"] = {"median": NAN, "low": None, "high": NAN}
     for layer in results["gates"]:
         layer["gates"] = [NAN] * len(layer["tokens"])
     return results
@@ -202,11 +208,8 @@ def sparse() -> dict:
         for key in ("steps", "train_loss", "seconds"):
             results["runs"][name][key] = results["runs"][name][key][:1]
         results["runs"][name]["evals"] = [{**results["runs"][name]["evals"][-1], "step": 1}]
-    results.update(gates=[], rows_touched=[], generations=[], controls={}, same_seconds=None, step_time_ratio=1.0)
+    results.update(gates=[], rows_touched=[], generations=[], controls={}, equal_time=None)
     return results
-
-
-HOSTILE = "<script>alert('x')</script>&\"quote\" $x^2$ \u202e\x00\ud83d ]]> -->"
 
 
 def hostile() -> dict:
@@ -222,43 +225,12 @@ def hostile() -> dict:
     return results
 
 
-SHAPES = [made_results, losing, quick, level, diverged, never_finite, sparse, hostile]
+def too_noisy() -> dict:
+    """The machine's speed changed so much that step times say nothing."""
+    return {**made_results(), "step_times": step_times(0.9, 0.61, 1.9), "equal_time": None}
 
 
-class Page(HTMLParser):
-    """Reads a page: the text, the elements, and whether every element that was opened was closed."""
-
-    VOID = ("meta", "link", "br", "img", "hr", "input")
-
-    def __init__(self, html: str) -> None:
-        super().__init__(convert_charrefs=True)
-        self.open: list[str] = []
-        self.seen: list[tuple[str, dict[str, str | None]]] = []
-        self.texts: list[str] = []
-        self.feed(html)
-        self.close()
-        assert self.open == []
-
-    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
-        assert len(dict(attrs)) == len(attrs), f"an attribute twice: {attrs}"
-        self.seen.append((tag, dict(attrs)))
-        if tag not in self.VOID:
-            self.open.append(tag)
-
-    def handle_startendtag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
-        self.seen.append((tag, dict(attrs)))
-
-    def handle_endtag(self, tag: str) -> None:
-        assert self.open, f"</{tag}> closes nothing"
-        assert self.open.pop() == tag
-
-    def handle_data(self, data: str) -> None:
-        if not self.open or self.open[-1] != "style":
-            self.texts.append(data)
-
-    @property
-    def text(self) -> str:
-        return re.sub(r"\s+", " ", "".join(self.texts))
+SHAPES = [made_results, too_noisy, losing, quick, level, diverged, never_finite, sparse, hostile]
 
 
 def written(results: dict, folder: Path) -> str:
@@ -314,7 +286,9 @@ def test_every_part_of_the_results_is_on_the_page(tmp_path):
         "6.82 M parameters",
         "265 K more parameters inside its layers and a table of 1,999,840 rows of 32 float32 values, 256 MB on disk",
         "Training reached 682,400 of 1,048,336 rows, 65 %: 58 % of those for 2-grams and 72 % of those for 3-grams",
-        "4,120,331 tokens, 812 files, 13.4 MB",
+        "Training text4,120,331 tokens, 812 files, 13.4 MB",
+        "Trained on614,400 tokens in each run, 15 % of that text: 300 steps of 8 × 256",
+        "(table_size asks for 2,000,000; each head gets a prime number of rows.)",
         "455,120 tokens, 90 files, 1.48 MB",
         "Intel Xeon Processor @ 2.10GHz, 2 cores, 8.2 GB of memory",
         "Python 3.11.9, PyTorch 2.8.0",
@@ -328,7 +302,7 @@ def test_every_part_of_the_results_is_on_the_page(tmp_path):
         verdict.headline(results),
         verdict.controls(results),
         verdict.steps(results),
-        verdict.same_seconds(results),
+        verdict.equal_time(results),
     ):
         assert part in text
     assert "def test_self(self):" not in text, "the prompt belongs to its own box"
@@ -352,13 +326,13 @@ def test_headline_follows_the_numbers():
     assert verdict.headline(results).endswith("end level: their perplexities, 20.06 and 20.00, are 0.3 % apart.")
     engram["perplexity"] = NAN
     assert verdict.headline(results) == (
-        "The memory model's perplexity is no finite number: training broke down. The plain model ended at 20.00. "
+        "The memory model's perplexity is not a finite number: training broke down. The plain model ended at 20.00. "
         "This run does not say whether the memory helps."
     )
     plain["perplexity"] = float("inf")
-    assert verdict.headline(results).startswith("The memory and plain models' perplexity is no finite number")
+    assert verdict.headline(results).startswith("The memory and plain models' perplexity is not a finite number")
     engram["perplexity"] = 9.0
-    assert verdict.headline(results).startswith("The plain model's perplexity is no finite number")
+    assert verdict.headline(results).startswith("The plain model's perplexity is not a finite number")
 
 
 def test_a_losing_memory_is_nowhere_called_a_gain(tmp_path):
@@ -406,18 +380,62 @@ def test_controls_sentence(kept, said):
 
 def test_cost_sentences():
     results = made_results()
-    results["step_time_ratio"] = 1.3214
+    results["step_times"] = step_times(1.3214)
     assert verdict.steps(results) == (
-        "A step of the memory model takes 1.32 times as long as a plain step (median 370 ms against 280 ms)."
+        "A step of the memory model takes 1.32 times as long as a plain step (95 % interval 1.28 to 1.37; median "
+        "370 ms against 280 ms)."
     )
-    results["step_time_ratio"] = 1.001
+    results["step_times"] = step_times(1.001, 0.98, 1.03)
     assert "takes as long as a plain step" in verdict.steps(results)
-    results["same_seconds"] = {"seconds": 83.0, "plain": 20.0, "engram": 15.0}
-    assert verdict.same_seconds(results) == (
-        "At equal training time, 83 s each, the memory model's perplexity is 25 % lower: 15.00 against 20.00."
+    same = {"base_steps": 300, "other_steps": 227.3, "base": 20.0, "other": 15.0, "ratio": 0.75, "low": 0.7}
+    results["equal_time"] = {**same, "high": 0.8}
+    assert verdict.equal_time(results) == (
+        "At equal training time, 300 plain steps and 227 with memory, the memory model's perplexity is 25 % lower "
+        "(30 % lower to 20 % lower over that interval): 15.00 against 20.00."
     )
-    results["same_seconds"]["engram"] = 25.0
-    assert "25 % higher" in verdict.same_seconds(results)
+    results["equal_time"] = {**same, "other": 25.0, "ratio": 1.25, "low": 1.2, "high": 1.3}
+    assert "25 % higher" in verdict.equal_time(results)
+    results["equal_time"] = {**same, "other": 19.0, "ratio": 0.95, "high": 1.04}
+    assert verdict.equal_time(results).endswith(
+        "this run doesn't tell which is better: perplexity 19.00 with memory and 20.00 without, somewhere from "
+        "30 % lower to 4.0 % higher."
+    )
+    results["equal_time"] = None
+    assert verdict.equal_time(results) == "The models were not compared at equal training time."
+
+
+def test_step_times_that_vary_too_much_are_called_so(tmp_path):
+    """No number in place of the ratio, none at equal time, and no curve over time."""
+    results = too_noisy()
+    assert verdict.steps(results) == (
+        "This machine's speed changed too much to say what a step costs: the memory model's step time, divided by "
+        "the plain model's, has a 95 % interval of 0.61 to 1.90."
+    )
+    assert verdict.equal_time(results) == "So no comparison at equal training time is made."
+    text = Page(written(results, tmp_path)).text
+    for shown in (text, re.sub(r"\s+", " ", terminal_table(results))):
+        assert "speed changed too much to say what a step costs" in shown
+        assert "times as long" not in shown
+        assert "At equal training time" not in shown
+    assert [panel["caption"] for panel in plots.loss_panels(results)] == [
+        "Validation loss over steps",
+        "Training loss over steps",
+    ]
+
+
+def test_time_in_the_plots_is_steps_times_what_was_measured_in_turns():
+    """The seconds of runs that follow each other, and the runs that took no turns, are not drawn over time."""
+    results = made_results()
+    for run in results["runs"].values():
+        run["seconds"] = [1000.0 * seconds for seconds in run["seconds"]]
+    panels = plots.loss_panels(results)
+    captions = [f"{kind} loss over {over}" for kind in ("Validation", "Training") for over in ("steps", "time")]
+    assert [panel["caption"] for panel in panels] == captions
+    for panel in panels[1::2]:
+        text = Page(str(panel["svg"])).text
+        assert "training time (seconds)" in text
+        assert LABELS["engram"] in text
+        assert LABELS["shuffled"].split()[1] not in text
 
 
 def test_broken_losses_are_counted():
@@ -493,22 +511,24 @@ def test_terminal_numbers_come_from_the_results():
     results = made_results()
     runs = results["runs"]
     for k, name in enumerate(runs, start=1):
-        runs[name].update(perplexity=10.0 + k, loss=k + 0.25, bits_per_byte=k / 8, step_seconds_median=k / 1000)
+        runs[name].update(perplexity=10.0 + k, loss=k + 0.25, bits_per_byte=k / 8)
         runs[name]["seconds"][-1] = 60.0 + k
-    results["step_time_ratio"] = 2.0
-    results["same_seconds"] = {"seconds": 61.0, "plain": 11.0, "engram": 13.2}
+    results["step_times"] = step_times(2.0, 1.9, 2.1)
+    results["step_times"]["seconds"] = {"plain": {"median": 0.001}, "engram": {"median": 0.002}}
+    results["equal_time"] = {"base_steps": 300, "other_steps": 150, "base": 11.0, "other": 13.2}
+    results["equal_time"] |= {"ratio": 1.2, "low": 1.15, "high": 1.25}
     rows = {
         line[:14].strip(): re.split(r"\s{2,}", line[14:].strip()) for line in terminal_table(results).splitlines()
     }
-    assert rows["without memory"] == ["11.00", "–", "1.250", "0.125", "1 ms", "61 s"]
-    assert rows["with memory"] == ["12.00", "9.1 % higher", "2.250", "0.250", "2 ms", "62 s"]
-    assert rows["rows at random"] == ["13.00", "18 % higher", "3.250", "0.375", "3 ms", "63 s"]
-    assert rows["rows shuffled"] == ["14.00", "27 % higher", "4.250", "0.500", "4 ms", "64 s"]
+    assert rows["without memory"] == ["11.00", "–", "1.250", "0.125", "61 s"]
+    assert rows["with memory"] == ["12.00", "9.1 % higher", "2.250", "0.250", "62 s"]
+    assert rows["rows at random"] == ["13.00", "18 % higher", "3.250", "0.375", "63 s"]
+    assert rows["rows shuffled"] == ["14.00", "27 % higher", "4.250", "0.500", "64 s"]
     sentences = terminal_table(results).split("\n\n")[1].replace("\n", " ")
     assert re.findall(r"[\d.]*\d", sentences) == [
         *("9.1", "12.00", "11.00"),
-        *("2.00", "2", "1"),
-        *("61", "20", "13.20", "11.00"),
+        *("2.00", "95", "1.90", "2.10", "2", "1"),
+        *("300", "150", "20", "15", "25", "13.20", "11.00"),
     ]
 
 
@@ -546,9 +566,10 @@ def test_picture(make, tmp_path):
 
 def test_plots_end_in_each_runs_name_and_value(tmp_path):
     results = made_results()
-    for panel in plots.loss_panels(results)[:2]:
+    timed = {name: results["runs"][name] for name in ("plain", "engram")}
+    for panel, runs in zip(plots.loss_panels(results)[:2], (results["runs"], timed), strict=True):
         texts = Page(str(panel["svg"])).text
-        for measured in results["runs"].values():
+        for measured in runs.values():
             assert f"{measured['label']}" in texts.replace("\n", " ")
             assert wording.decimals(measured["loss"]) in texts
     panels = plots.loss_panels(diverged())
@@ -575,29 +596,6 @@ def test_labels_never_overlap():
         assert edges[0] >= -1e-5
         assert edges[-1] <= 1 + 1e-5
         assert all(a <= b + 1e-5 for a, b in itertools.pairwise(edges))
-
-
-def luminance(color: tuple[float, ...]) -> float:
-    linear = [c / 12.92 if c <= 0.03928 else ((c + 0.055) / 1.055) ** 2.4 for c in color]
-    return 0.2126 * linear[0] + 0.7152 * linear[1] + 0.0722 * linear[2]
-
-
-def contrast(a: tuple[float, ...], b: tuple[float, ...]) -> float:
-    high, low = sorted((luminance(a), luminance(b)), reverse=True)
-    return (high + 0.05) / (low + 0.05)
-
-
-def schemes() -> dict[str, dict[str, tuple[float, ...]]]:
-    css = (page.FOLDER / "style.css").read_text()
-    light, dark = css.split("@media (prefers-color-scheme: dark)")[:2]
-    found = {}
-    for name, part in (("light", light), ("dark", dark.split("* {")[0])):
-        colors = {
-            key: tuple(int(value[i : i + 2], 16) / 255 for i in (0, 2, 4))
-            for key, value in re.findall(r"--([\w-]+): #(\w{6});", part)
-        }
-        found[name] = colors
-    return found
 
 
 def test_colours_reach_the_contrast_that_text_needs():

@@ -1,16 +1,23 @@
-"""Commands for rows that were changed in a table, as small files: delta teach, export, apply, revert, merge, show."""
+"""Commands for rows that were changed in a table: delta teach, export, apply, revert, merge, show."""
 
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from sense_v2.cli.options import FolderArgument, JsonOption, one_of, table_path_of
+from sense_v2.cli.options import FolderArgument, JsonOption, choice, table_path_of
 from sense_v2.cli.output import lines_to, print_json
+from sense_v2.core.errors import CommandError
+from sense_v2.report import wording
+
+if TYPE_CHECKING:
+    from sense_v2.engram.delta.apply import Applied
 
 PREFERENCES = ("first", "last", "mean")
+SHORT = 12  # digits of a digest that are shown
+LEAST_SHARE = 0.001
 
 OutputOption = Annotated[Path, typer.Option(metavar="FILE", help="The new delta, NAME.safetensors.")]
 TableArgument = Annotated[
@@ -33,9 +40,26 @@ def teach(
 
     Example: sense-engram delta teach runs/demo/model " Lutz." --prompt "The capital is" --output facts.safetensors
     """
-    from sense_v2.cli.teach import run_teach
+    from sense_v2.hf.backbones import saved_tokenizer
+    from sense_v2.hf.training.teaching import teach_delta
 
-    result = run_teach(folder, text, output, prompt=prompt, steps=steps, lr=lr, echo=lines_to(as_json))
+    if not (folder / "engram").is_dir():
+        raise CommandError(f"{folder} is no folder of a model with memory", "name what train, or demo, has saved")
+    given = {name: value for name, value in (("steps", steps), ("lr", lr)) if value is not None}
+    result = teach_delta(folder, lambda: saved_tokenizer(folder), text, output, prompt=prompt, **given)
+    before, after = (wording.decimals(loss, 2) for loss in result["loss"])
+    lines = [
+        f"taught   {text!r} after {prompt!r}: loss {before} before, {after} now, {result['steps']} steps in "
+        f"{wording.duration(result['seconds'])}"
+    ]
+    if result["before"] is not None:
+        lines += [f"before   {result['before']!r}", f"now      {result['after']!r}"]
+    lines_to(as_json)(
+        *lines,
+        f"delta    {output}: {wording.count(result['rows'])} rows of this text, "
+        f"{wording.count(result['rows_in_all'])} in all, {wording.size(result['bytes'])}",
+        sep="\n",
+    )
     if as_json:
         print_json(result)
 
@@ -58,9 +82,10 @@ def export(
 
     Example: sense-engram delta export runs/taught --base runs/demo/model --output facts.safetensors
     """
-    from sense_v2.cli.delta import run_export
+    from sense_v2.engram.delta.exporting import describe, export_changes
 
-    result = run_export(source, output, base=base, rows_only=rows_only, echo=lines_to(as_json))
+    result = describe(export_changes(source, output, base=base, rows_only=rows_only))
+    lines_to(as_json)(f"delta    {output}, written and verified", *_delta_lines(result), sep="\n")
     if as_json:
         print_json(result)
 
@@ -74,11 +99,20 @@ def apply(
 
     Example: sense-engram delta apply facts.safetensors runs/demo/model
     """
-    from sense_v2.cli.delta import run_apply
+    from sense_v2.engram.delta.apply import apply_delta
 
-    result = run_apply(delta, table, echo=lines_to(as_json))
+    done = apply_delta(delta, table)
+    undo = "none: nothing differed"
+    if done.undo is not None:
+        undo = f"{done.undo}, {wording.size(done.undo.stat().st_size)}; sense-engram delta revert {table}"
+    lines_to(as_json)(
+        f"applied  {delta} to {table}: {_rows(done.num_rows)}, one commit, verified",
+        *_digest_lines(done),
+        f"undo     {undo}",
+        sep="\n",
+    )
     if as_json:
-        print_json(result)
+        print_json(_applied(done))
 
 
 def revert(table: TableArgument, as_json: JsonOption = False) -> None:
@@ -86,11 +120,16 @@ def revert(table: TableArgument, as_json: JsonOption = False) -> None:
 
     Example: sense-engram delta revert runs/demo/model
     """
-    from sense_v2.cli.delta import run_revert
+    from sense_v2.engram.delta.apply import revert_delta
 
-    result = run_revert(table, echo=lines_to(as_json))
+    done = revert_delta(table)
+    lines_to(as_json)(
+        f"reverted {table}: {_rows(done.num_rows)} as they were, bit for bit, one commit, verified",
+        *_digest_lines(done),
+        sep="\n",
+    )
     if as_json:
-        print_json(result)
+        print_json(_applied(done))
 
 
 def merge(
@@ -98,11 +137,7 @@ def merge(
     output: OutputOption,
     prefer: Annotated[
         str | None,
-        typer.Option(
-            metavar="|".join(PREFERENCES),
-            help="Whose row is taken where several changed one to different values; refused without it.",
-            autocompletion=one_of(*PREFERENCES),
-        ),
+        choice(PREFERENCES, "Whose row is taken where several changed one to different values; refused without it."),
     ] = None,
     as_json: JsonOption = False,
 ) -> None:
@@ -110,11 +145,29 @@ def merge(
 
     Example: sense-engram delta merge facts.safetensors names.safetensors --output both.safetensors
     """
-    from sense_v2.cli.delta import run_merge
+    from sense_v2.engram.delta.apply import merge_deltas
+    from sense_v2.engram.delta.exporting import describe, refuse_existing
 
     if prefer is not None and prefer not in PREFERENCES:
         raise typer.BadParameter(f"{prefer!r}: {', '.join(PREFERENCES)}", param_hint="--prefer")
-    result = run_merge(deltas, output, prefer=prefer, echo=lines_to(as_json))
+    refuse_existing(output)
+    merged = merge_deltas(deltas, output, prefer=prefer)
+    result = {
+        **describe(merged.delta),
+        "merged": [str(path) for path in deltas],
+        "shared": merged.num_shared,
+        "conflicts": merged.num_conflicts,
+        "prefer": prefer,
+    }
+    conflicts = ""
+    if merged.num_conflicts:
+        conflicts = f", {_rows(merged.num_conflicts)} to other values: the {prefer} taken"
+    lines_to(as_json)(
+        f"delta    {output}, made of {len(deltas)}, written and verified",
+        f"shared   {_rows(merged.num_shared)} in more than one{conflicts}",
+        *_delta_lines(result),
+        sep="\n",
+    )
     if as_json:
         print_json(result)
 
@@ -133,8 +186,66 @@ def show(
 
     Example: sense-engram delta show facts.safetensors --base runs/demo/model
     """
-    from sense_v2.cli.delta import run_show
+    from sense_v2.engram.delta.delta_file import read_delta
+    from sense_v2.engram.delta.exporting import check_base, describe
 
-    result = run_show(delta, base=base, verify=verify, echo=lines_to(as_json))
+    echo = lines_to(as_json)
+    found = read_delta(delta)
+    result = {**describe(found), "fits": None, "verified": None}
+    echo(f"delta    {delta}, undamaged", *_delta_lines(result), sep="\n")
+    if base is not None:
+        table, num_bytes = check_base(found, base, verify=verify)
+        result |= {"fits": str(table), "verified": num_bytes}
+        read = f", all of its {wording.size(num_bytes)} read" if verify else ""
+        echo(f"fits     {table}{read}")
+    elif verify:
+        raise CommandError("--verify reads the base, and none is named", "add --base TABLE")
     if as_json:
         print_json(result)
+
+
+# What is printed
+
+
+def _delta_lines(result: dict[str, Any]) -> list[str]:
+    base = result["base"]
+    share = result["rows"] / base["rows"]
+    lines = [
+        f"rows     {wording.count(result['rows'])} of {wording.count(base['rows'])}"
+        f"{f' ({wording.percent(share)})' * (share >= LEAST_SHARE)}, {result['width']} {result['dtype']} each, "
+        f"{wording.size(result['bytes'])} in all"
+    ]
+    of_layers: dict[int, dict[int, int]] = {}
+    for head in result["heads"]:
+        orders = of_layers.setdefault(head["layer"], {})
+        orders[head["order"]] = orders.get(head["order"], 0) + head["rows"]
+    for layer, orders in of_layers.items():
+        grams = ", ".join(f"{wording.count(count)} of {order}-grams" for order, count in orders.items())
+        lines.append(f"layer {layer:<3}{grams}")
+    lines.append(f"base     {base['dtype']}, digest {base['digest'][:SHORT]}… (of its {base['digest_of']})")
+    if result["states"]:
+        states = ", ".join(f"{name} ({wording.count(step)} steps)" for name, step in result["states"].items())
+        lines.append(f"states   {states}; sense-engram delta export leaves them out")
+    return lines
+
+
+def _rows(count: int) -> str:
+    return f"{wording.count(count)} {'row' if count == 1 else 'rows'}"
+
+
+def _digest_lines(done: Applied) -> list[str]:
+    lines = [f"digest   {done.digest_before[:SHORT]}… before, {done.digest[:SHORT]}… now"]
+    if done.states:
+        lines.append(f"states   {', '.join(done.states)} of the table left as they were")
+    return lines
+
+
+def _applied(done: Applied) -> dict[str, Any]:
+    return {
+        "table": str(done.table),
+        "rows": done.num_rows,
+        "digest_before": done.digest_before,
+        "digest": done.digest,
+        "undo": None if done.undo is None else str(done.undo),
+        "states": list(done.states),
+    }

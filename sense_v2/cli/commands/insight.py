@@ -1,9 +1,13 @@
-"""Commands that look into a trained memory: analyze, ablate, play."""
+"""Commands that look into a trained memory and write a report: analyze, ablate."""
 
 from __future__ import annotations
 
+import time
+from collections.abc import Callable
+from datetime import datetime, timezone
 from pathlib import Path
-from typing import Annotated
+from types import ModuleType
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -16,7 +20,13 @@ from sense_v2.cli.options import (
     SequencesOption,
     TextColumnOption,
 )
-from sense_v2.cli.output import lines_to, print_json
+from sense_v2.cli.output import lines_to, print_json, progress_to, report_paths, write_json
+
+if TYPE_CHECKING:
+    from sense_v2.hf.data.held_out import Blocks
+
+MAX_COUNTED_TOKENS = 1 << 22
+"""Of the text that is counted; more takes memory for its distinct n-grams, and changes little."""
 
 
 def analyze(
@@ -36,21 +46,45 @@ def analyze(
 
     Example: sense-engram analyze runs/train --corpus my_texts/ --output analysis.html
     """
-    from sense_v2.cli.analyze import run_analyze
+    import numpy as np
 
-    result = run_analyze(
+    from sense_v2.hf.backbones import open_with_memory, token_stream
+    from sense_v2.hf.data.held_out import read_blocks, settings_of
+    from sense_v2.hf.insight.memory_analysis import analyze_memory
+    from sense_v2.report import analysis as report
+
+    started, echo = time.perf_counter(), lines_to(as_json)
+    report_paths(output)
+    model, tokenizer, _ = open_with_memory(folder, "look into")
+    blocks = read_blocks(
         folder,
-        output,
+        model,
+        tokenizer,
         corpus=corpus,
         sequences=sequences,
         sequence_length=sequence_length,
         all_files=all_files,
         text_column=text_column,
-        text_tokens=text_tokens,
-        echo=lines_to(as_json),
+        progress=progress_to(echo),
     )
+    echo(f"model   {folder}", f"corpus  {blocks.line()}, with memory and without", sep="\n")
+    # As training reads it, so that "seen once" means once in training where it is the model's own corpus.
+    texts = blocks.corpus.train_texts
+    if not blocks.is_held_out:
+        texts = [*texts, *blocks.corpus.held_out_texts]
+    stream = token_stream(texts, tokenizer, progress_to(echo))
+    taken = stream[:MAX_COUNTED_TOKENS].astype(np.int64)
+    length = settings_of(folder).sequence_length
+    whole = len(taken) // length * length
+    parts = [part for part in (taken[:whole].reshape(-1, length), taken[None, whole:]) if part.size]
+    found = analyze_memory(
+        model, tokenizer, blocks.token_ids_BT, parts, text_tokens=text_tokens, progress=progress_to(echo)
+    )
+    counted = {"held_out": blocks.is_held_out, "tokens": len(taken), "of_tokens": len(stream)}
+    results = _results(folder, blocks, started, {"counted": counted, **found})
+    _write_report(report, results, report.lines(results), output, echo)
     if as_json:
-        print_json(result)
+        print_json(results)
 
 
 def ablate(
@@ -72,38 +106,62 @@ def ablate(
 
     Example: sense-engram ablate runs/train --corpus my_texts/ --output ablation.html
     """
-    from sense_v2.cli.ablate import run_ablate
+    from sense_v2.hf.backbones import open_with_memory
+    from sense_v2.hf.data.held_out import read_blocks
+    from sense_v2.hf.insight import ablation
+    from sense_v2.hf.insight.evaluation import Evaluation, count_text_bytes
+    from sense_v2.report import ablation as report
 
-    result = run_ablate(
+    started, echo = time.perf_counter(), lines_to(as_json)
+    report_paths(output)
+    model, tokenizer, memory = open_with_memory(folder, "take off")
+    blocks = read_blocks(
         folder,
-        output,
+        model,
+        tokenizer,
         corpus=corpus,
         sequences=sequences,
         sequence_length=sequence_length,
         all_files=all_files,
         text_column=text_column,
-        single_heads=not no_heads,
-        resamples=resamples,
-        seed=seed,
-        echo=lines_to(as_json),
+        progress=progress_to(echo),
     )
+    blocks_BT = blocks.token_ids_BT
+    passes = ablation.num_passes(memory, single_heads=not no_heads)
+    echo(f"model   {folder}", f"corpus  {blocks.line()}, {passes} times", sep="\n")
+    with progress_to(echo)("ablating", passes * blocks_BT.numel(), unit="tokens") as advance:
+        found = ablation.ablate(
+            model,
+            blocks_BT,
+            seed=seed,
+            resamples=resamples,
+            single_heads=not no_heads,
+            advance=lambda num_blocks: advance(num_blocks * blocks_BT.shape[1]),
+        )
+    whole = Evaluation(found["loss"], found["tokens"], count_text_bytes(blocks_BT[:, 1:], tokenizer))
+    measured = {"perplexity": whole.perplexity, "bits_per_byte": whole.bits_per_byte, **found}
+    results = _results(folder, blocks, started, measured)
+    _write_report(report, results, report.terminal_table(results).splitlines(), output, echo)
     if as_json:
-        print_json(result)
+        print_json(results)
 
 
-def play(
-    folder: FolderArgument,
-    port: Annotated[int, typer.Option(min=0, max=65535, help="Port to listen on; 0: any free one.")] = 7860,
-    save_to: Annotated[
-        Path, typer.Option(metavar="FOLDER", help="Where what you teach the model goes, if you save it.")
-    ] = Path("deltas"),
-    as_json: JsonOption = False,
+def _results(folder: Path, blocks: Blocks, started: float, measured: dict[str, Any]) -> dict[str, Any]:
+    return {
+        "model": str(folder),
+        "created": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+        "corpus": blocks.description(),
+        "sequences": len(blocks.token_ids_BT),
+        "sequence_length": blocks.token_ids_BT.shape[1],
+        **measured,
+        "seconds": time.perf_counter() - started,
+    }
+
+
+def _write_report(
+    report: ModuleType, results: dict[str, Any], lines: list[str], output: Path, echo: Callable[..., Any]
 ) -> None:
-    """Open a page on this machine that shows what a model's memory does, and lets you teach it something.
-
-    Example: sense-engram play runs/demo/model
-    """
-    from sense_v2.cli.play import run_play
-
-    tell = print_json if as_json else None
-    run_play(folder, port=port, save_to=save_to, tell=tell, echo=lines_to(as_json))
+    html_path, json_path = report_paths(output)
+    report.write_report(results, html_path)
+    write_json(results, json_path)
+    echo(*lines, f"report  {html_path}, its numbers in {json_path}", sep="\n")

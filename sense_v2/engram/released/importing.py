@@ -1,4 +1,4 @@
-"""A released table -> one of ours: the same rows, in a file that is mapped, trained and converted as any other.
+"""A released table -> one of ours, which is mapped, trained and converted as any other.
 
 Streamed, taken up again after a kill, read back and compared (`sense_v2.engram.upkeep.transfer`); checked before as
 `open_released_table` checks (`sense_v2.engram.released.released_table`). Where no other dtype is asked for, a row's
@@ -11,9 +11,10 @@ the checkpoint has for the layer lie beside the table, under our names (`sense_v
 
 from __future__ import annotations
 
+import contextlib
 import os
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -23,18 +24,27 @@ from safetensors import safe_open
 from safetensors.torch import save as to_safetensors
 
 from sense_v2.core.config import EngramConfig
+from sense_v2.core.errors import CommandError
+from sense_v2.core.progress import Progress, no_progress
 from sense_v2.engram.reading.safetensors_headers import TensorSpan, find_tensors
 from sense_v2.engram.released.fusion_names import FUSION_NAMES, Tensors, ours_from_theirs, scale_name
-from sense_v2.engram.released.released_table import ReleasedTensors, find_released_table, warn_unchecked
+from sense_v2.engram.released.released_table import (
+    ReleasedTensors,
+    find_released_table,
+    released_tables,
+    warn_unchecked,
+)
 from sense_v2.engram.table import disk
 from sense_v2.engram.table.compact_rows import BLOCK_VALUES, FLOAT8
 from sense_v2.engram.table.disk import new_file
-from sense_v2.engram.table.format import Manifest, as_json_object, row_dtype
+from sense_v2.engram.table.format import Manifest, as_json_object, file_bytes, row_dtype
 from sense_v2.engram.table.row_dtypes import DtypeCoding, ScaledCodes
 from sense_v2.engram.table.row_files import Column, Piece
-from sense_v2.engram.tokenizer import EngramTokenizer
+from sense_v2.engram.tokenizer import EngramTokenizer, EngramTokenizerBuilder
 from sense_v2.engram.upkeep.convert import Conversion, make_table
+from sense_v2.engram.upkeep.shadow_map_setup import temporary_shadow_map
 from sense_v2.engram.upkeep.transfer import Side
+from sense_v2.engram.variants import VARIANTS
 
 FUSION_SUFFIX = ".fusion.safetensors"
 
@@ -48,6 +58,65 @@ class Imported:
     fusion_path: Path | None
     """The layer's fusion weights under our names, where the checkpoint has them."""
 
+    @property
+    def num_bytes(self) -> int:
+        """Of the new table's file."""
+        return self.table.manifest.table_bytes
+
+
+def import_tables(
+    place: str | os.PathLike[str],
+    output: str | os.PathLike[str],
+    *,
+    dtype: str | None = None,
+    layer: int | None = None,
+    tokenizer: str | None = None,
+    progress: Progress = no_progress,
+) -> Iterator[Imported]:
+    """Convert a checkpoint's tables one after another; yield what each conversion did.
+
+    Args:
+        place: The checkpoint's folder, index or file.
+        output: A table's file, or a folder for layer_1.dat, ….
+        dtype: Of the new rows; without it their bytes stay what they are.
+        layer: Only this layer's table.
+        tokenizer: The name of the tokenizer whose map the rows should be of.
+        progress: Is told how many bytes are read and written.
+
+    Raises:
+        CommandError: There is no such table, or `output` is one file for several.
+        ValueError: As `import_table`.
+    """
+    output = Path(output)
+    tables = [facts for facts in released_tables(place) if layer in (None, facts.layer)]
+    if not tables:
+        of = "" if layer is None else f" of layer {layer}"
+        raise CommandError(f"{place}: no released table{of}", f"sense-engram inspect {place} says what is there")
+    is_file = bool(output.suffix) and not output.is_dir()
+    if is_file and len(tables) > 1:
+        layers = ", ".join(str(facts.layer) for facts in tables)
+        raise CommandError(f"{place} has tables of layers {layers}, and {output} is one file", "choose a --layer")
+    rules = VARIANTS[tables[0].variant]
+    with contextlib.ExitStack() as stack:
+        shadow_map = None
+        if tokenizer is not None and rules.compresses:
+            builder = EngramTokenizerBuilder(tokenizer, str(rules.defaults["normalization"]))
+            shadow_map = stack.enter_context(temporary_shadow_map(builder))
+        for facts in tables:
+            wanted = dtype or ("bfloat16" if facts.dtype == "BF16" else FLOAT8)
+            new_bytes = file_bytes(facts.num_rows, facts.width, wanted)
+            with progress(f"layer {facts.layer}", facts.num_bytes + new_bytes) as advance:
+                done = import_table(
+                    place,
+                    facts.layer,
+                    output if is_file else output / f"layer_{facts.layer}.dat",
+                    dtype=dtype,
+                    variant=facts.variant,
+                    tokenizer=shadow_map,
+                    advance=advance,
+                )
+            yield done
+
 
 def import_table(
     place: str | os.PathLike[str],
@@ -60,14 +129,22 @@ def import_table(
     tokenizer: EngramTokenizer | None = None,
     advance: Callable[[int], Any] = lambda num_bytes: None,
 ) -> Imported:
-    """Writes the table of `layer` of the checkpoint at `place` as one of ours to `output`, or goes on with it.
+    """Write one table of a released checkpoint as one of ours, or go on with it.
 
-    Without `dtype` the rows' bytes stay what they are; else they are widened, or coded anew. The manifest gets what
-    is known: variant, layer, layout, the tokenizer map's checksum. The layer's fusion weights, where the checkpoint
-    has them, go to `output` with the suffix .fusion.safetensors, for `EngramFusionLayer.load_state_dict`. Other
-    arguments are those of `open_released_table`, and what is checked is what that checks.
+    The manifest gets what is known: variant, layer, layout, the shadow map's checksum. The layer's fusion weights, if
+    the checkpoint has them, go to `output` with the suffix .fusion.safetensors, for
+    `EngramFusionLayer.load_state_dict`.
 
-    Raises what `open_released_table` and `convert_table` raise; `ValueError` where no dtype of ours has these bytes.
+    Args:
+        place: The checkpoint's folder, index or file.
+        layer: Whose table.
+        output: The new table's file.
+        dtype: Of the rows; without it their bytes stay what they are, else they are widened or coded anew.
+        variant: As `open_released_table` takes it, which checks the same; so are `config` and `tokenizer`.
+        advance: Is told how many bytes are read and written.
+
+    Raises:
+        ValueError: No dtype of ours has these bytes; or as `open_released_table` and `convert_table`.
     """
     output = Path(output)
     found = find_released_table(place, layer, variant=variant, config=config, tokenizer=tokenizer)
@@ -119,7 +196,7 @@ def _column(spans: Sequence[TensorSpan], row_bytes: int) -> Column:
 
 
 def _identity(found: ReleasedTensors) -> dict[str, Any]:
-    """Which rows these are, as far as that is known without reading them all."""
+    """Say which rows these are, as far as that is known without reading them all."""
     paths = sorted({span.path for span in (*found.weights, *found.scales)})
     files = [[path.name, os.stat(path).st_size, os.stat(path).st_mtime_ns] for path in paths]
     facts = found.facts

@@ -3,7 +3,7 @@
     tasks (names, or YAML files) ──▶ requests ──HFLM──▶ model ──▶ metrics with standard errors
 
 HFLM takes the model as an object, so its memory stays attached; it pads batches on the right where it scores and on
-the left where it generates, and either way the memory sees what it sees of a text alone (tests/test_harness.py holds
+the left where it generates, and either way the memory sees what it sees of a text alone (test_harness.py holds
 the scores against the model's own forward). What the harness leaves to its caller is decided here: a tokenizer
 without a padding token pads with its end of text, since the token that the harness would add has no embedding.
 
@@ -25,7 +25,10 @@ from typing import TYPE_CHECKING, Any, TextIO
 from tokenizers import Tokenizer
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
+from sense_v2.hf.attach import detach_engram
+from sense_v2.hf.insight.comparison import WITH_MEMORY, WITHOUT_MEMORY
 from sense_v2.hf.insight.evaluation import evaluating
+from sense_v2.hf.memory import attached_memory
 from sense_v2.hf.training.fresh_model import END_OF_TEXT
 
 if TYPE_CHECKING:
@@ -82,6 +85,46 @@ def run_tasks(
             log_samples=False,
         )
     return _metrics(found)
+
+
+def compare_tasks(
+    model: PreTrainedModel,
+    tokenizer: Any,
+    tasks: Sequence[str | Path],
+    *,
+    include_path: str | Path | None = None,
+    limit: int | None = None,
+    without_memory: bool = False,
+) -> tuple[list[dict[str, Any]], list[str]]:
+    """Run tasks with the memory, and with it taken off.
+
+    Args:
+        model: Loses its memory, if that is taken off.
+        tokenizer: The model's.
+        tasks: As `run_tasks` takes them.
+        include_path: Where tasks of one's own are found by name.
+        limit: Take only so many samples of each task.
+        without_memory: True to take the memory off as well.
+
+    Returns:
+        The metrics of `run_tasks`, in place of "value" and "stderr" both of them under the names of the sides; and
+        these names.
+
+    Raises:
+        ImportError: lm_eval isn't installed.
+        ValueError: There is no such task.
+    """
+    has_memory = attached_memory(model) is not None
+    sides = [WITH_MEMORY] * has_memory + [WITHOUT_MEMORY] * (without_memory or not has_memory)
+    found: dict[tuple[str, str, str], dict[str, Any]] = {}
+    for side in sides:
+        if side == WITHOUT_MEMORY and has_memory:
+            detach_engram(model)
+        for one in run_tasks(model, tokenizer, tasks, include_path=include_path, limit=limit):
+            key = one["task"], one["metric"], one["filter"]
+            values = {"value": one.pop("value"), "stderr": one.pop("stderr")}
+            found.setdefault(key, one)[side] = values
+    return list(found.values()), sides
 
 
 def _metrics(found: dict[str, Any]) -> list[dict[str, Any]]:

@@ -1,4 +1,6 @@
-"""A Qwen4-Exp model of transformers whose n-gram tables stay on disk: the same outputs, without the table in memory.
+"""A Qwen4-Exp model of transformers whose n-gram tables stay on disk.
+
+Its outputs are the same, without the table in memory:
 
     load_with_tables_on_disk(folder)    builds and loads the model, all but the tables
     offload_ngram_table(model, folder)  takes the tables out of a model that is there
@@ -10,21 +12,25 @@ that looks the same rows up in the checkpoint's files (`sense_v2.engram.released
 
 from __future__ import annotations
 
+import contextlib
 import os
+import threading
 from collections.abc import Iterator
 from typing import Any
 
 import torch
 from torch import nn
-from transformers import AutoModelForCausalLM, PreTrainedModel
+from torch.nn.modules.module import register_module_module_registration_hook
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 from sense_v2.engram.released.released_table import ReleasedTable, open_released_table, released_config
+from sense_v2.hf.saving.weights import load_weights
 
 
 class EmbeddingOnDisk(nn.Module):
-    """In the place of `ngram_embedding`: row ids -> rows, in the type that the layer computes in.
+    """Takes the place of `ngram_embedding`: row ids -> rows, in the type that the layer computes in.
 
-    `table` None is a place that is still empty; to call it is a `ValueError`.
+    With `table` None the place is still empty, and calling it raises `ValueError`.
     """
 
     def __init__(
@@ -39,7 +45,7 @@ class EmbeddingOnDisk(nn.Module):
 
     @property
     def weight(self) -> torch.Tensor:
-        """No rows: a shape on the device meta, from which transformers sees that ids stay where they are."""
+        """No rows: a shape on the meta device, from which transformers sees that ids stay where they are."""
         return torch.empty(self.num_embeddings, self.embedding_dim, device="meta")
 
     def forward(self, row_ids: torch.Tensor) -> torch.Tensor:
@@ -50,13 +56,12 @@ class EmbeddingOnDisk(nn.Module):
 
 
 def offload_ngram_table(model: PreTrainedModel, folder: str | os.PathLike[str]) -> PreTrainedModel:
-    """Replaces the n-gram tables of `model`, in place, by those in the checkpoint in `folder`; returns the model.
+    """Replace the n-gram tables of a model, in place, by those in its checkpoint; return the model.
 
     The tables' memory is given back when nothing else refers to it. The rows aren't trained, and `save_pretrained`
     leaves them out: they are in `folder`.
 
-    Raises `ValueError` where the model has no such table, or where that of the folder doesn't fit it; the model is
-    then as it was.
+    Raises `ValueError` if the model has no such table, or the folder's doesn't fit it; the model is then as it was.
     """
     places = list(_ngram_embeddings(model))
     if not places:
@@ -80,43 +85,50 @@ def offload_ngram_table(model: PreTrainedModel, folder: str | os.PathLike[str]) 
 
 
 def load_with_tables_on_disk(
-    folder: str | os.PathLike[str], *, model_class: type[PreTrainedModel] | None = None, **from_pretrained: Any
+    folder: str | os.PathLike[str], *, model_class: type[PreTrainedModel] | None = None, **options: Any
 ) -> PreTrainedModel:
-    """`model_class.from_pretrained(folder, …)` without ever having a table in memory, and the tables offloaded.
+    """Load a Qwen4-Exp model without ever having an n-gram table in memory.
 
-    `model_class` is by default what `AutoModelForCausalLM` takes. Raises as `offload_ngram_table`.
+    Args:
+        folder: The checkpoint.
+        model_class: By default what `AutoModelForCausalLM` takes.
+        **options: Those of the class's own `from_pretrained` (`dtype`, `device_map`, …).
+
+    Raises:
+        ValueError: As `offload_ngram_table`.
     """
-    wanted = model_class or _causal_lm_class(folder)
-
-    def build(self: Any, config: Any, *args: Any, **kwargs: Any) -> None:
-        # from_pretrained builds on the device meta: what is taken out here has never had memory.
-        wanted.__init__(self, config, *args, **kwargs)
-        for layer, inner in list(_ngram_embeddings(self)):
-            old = inner.ngram_embedding
-            inner.ngram_embedding = EmbeddingOnDisk(old.num_embeddings, old.embedding_dim, layer, None)
-
-    ignored = [*(wanted._keys_to_ignore_on_load_unexpected or []), r"ngram_embedding\."]
-    without_tables: Any = type(
-        wanted.__name__,
-        (wanted,),
-        {"__init__": build, "__module__": wanted.__module__, "_keys_to_ignore_on_load_unexpected": ignored},
-    )
-    model = without_tables.from_pretrained(folder, **from_pretrained)
-    model.__class__ = wanted
+    config = AutoConfig.from_pretrained(folder)
+    with _tables_left_out():
+        if model_class is None:
+            with torch.device("meta"):
+                model_class = type(AutoModelForCausalLM.from_config(config))
+        model, _ = load_weights(model_class, folder, config, lambda name: "ngram_embedding." not in name, **options)
     return offload_ngram_table(model, folder)
 
 
+@contextlib.contextmanager
+def _tables_left_out() -> Iterator[None]:
+    """Give modules that are built an empty place for `ngram_embedding`, so that no table is allocated."""
+
+    thread = threading.get_ident()
+
+    # The module to register instead, or None. (torch's annotation of such hooks forgets the former: Any.)
+    def replaced(module: nn.Module, name: str, child: nn.Module | None) -> Any:
+        if name != "ngram_embedding" or isinstance(child, EmbeddingOnDisk) or threading.get_ident() != thread:
+            return None
+        assert isinstance(child, nn.Embedding)
+        return EmbeddingOnDisk(child.num_embeddings, child.embedding_dim, module, None)
+
+    hook = register_module_module_registration_hook(replaced)
+    try:
+        yield
+    finally:
+        hook.remove()
+
+
 def _ngram_embeddings(model: nn.Module) -> Iterator[tuple[nn.Module, Any]]:
-    """(layer, the module in it that has `ngram_embedding`) of each table."""
+    """Yield (layer, the module in it that has `ngram_embedding`) for each table."""
     for layer in model.modules():
         inner = getattr(layer, "ple_embedding", None)
         if isinstance(inner, nn.Module) and hasattr(inner, "ngram_embedding") and hasattr(layer, "norm_key"):
             yield layer, inner
-
-
-def _causal_lm_class(folder: str | os.PathLike[str]) -> type[PreTrainedModel]:
-    from transformers import AutoConfig
-
-    found: Any = AutoModelForCausalLM._model_mapping[type(AutoConfig.from_pretrained(folder))]
-    chosen: type[PreTrainedModel] = found[0] if isinstance(found, tuple) else found
-    return chosen

@@ -1,10 +1,10 @@
-"""A short text -> the rows of its n-grams, moved until the model says it: a fact, taught and undone.
+"""A short text -> the rows of its n-grams, moved until the model says it.
 
     before = what the model says
     taught = teach(model, tokenizer, " Lutz.", prompt="The capital of Zubrowka is")
     taught.undo()
 
-Only rows change, in an overlay (`engram/overlay.py`): backbone, fusion layers and table are the same bits afterwards.
+Only rows change, in an overlay (`delta/overlay.py`): backbone, fusion layers and table are the same bits afterwards.
 And only rows of positions whose next token is learned: the n-grams that end with the prompt, and those of the text.
 Rows at the prompt's other positions could help as well, through attention, but they are those of phrases that other
 texts share; leaving them alone costs nothing that was measured (benchmarks/LOG.md).
@@ -18,9 +18,11 @@ U rows of the text, D row width, T tokens.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -28,9 +30,14 @@ from transformers import PreTrainedModel
 
 from sense_v2.engram.delta.overlay import OverlayStorage
 from sense_v2.engram.optim import row_adam
+from sense_v2.hf.attach import detach_engram
 from sense_v2.hf.data.corpus import encode
+from sense_v2.hf.insight.comparison import continued
+from sense_v2.hf.load import from_pretrained
 from sense_v2.hf.memory import EngramMemory, memory_of
 from sense_v2.hf.overlays import add_overlay, overlay_of
+
+SHOWN_TOKENS = 12
 
 
 @dataclass
@@ -67,14 +74,23 @@ def teach(
     lr: float = 0.02,
     stop_below: float = 0.1,
 ) -> Taught:
-    """Moves rows that `text`, behind `prompt`, looks up until the model goes on from `prompt` with `text`.
+    """Move the rows that a text looks up until the model says it.
 
-    `tokenizer` is the model's. `prompt` is context: how it itself goes on isn't learned. `lr` is Adam's, in units of
-    a row's values. It ends after `steps`, or once the loss is below `stop_below`. A model without an overlay gets one
-    in memory (`add_overlay(model, path)` before makes it a file); nothing is committed.
+    A model without an overlay gets one in memory (`add_overlay(model, path)` before makes it a file). Nothing is
+    committed.
 
-    Raises `ValueError` for a text of no tokens to learn, and for a model whose memory can't be heard (W_v is zero);
-    `FloatingPointError` where the loss isn't finite, and the rows are what they were.
+    Args:
+        model: With memory attached.
+        tokenizer: The model's.
+        text: What the model is to say.
+        prompt: The context before it; how it goes on itself isn't learned.
+        steps: At most so many.
+        lr: Adam's, in units of a row's values.
+        stop_below: The loss, in nats a token, at which it ends earlier.
+
+    Raises:
+        ValueError: The text has no tokens to learn, or the memory can't be heard (W_v is zero).
+        FloatingPointError: The loss isn't finite; the rows are what they were.
     """
     memory = memory_of(model)
     if not any(bool(layer.W_v.weight.any()) for layer in memory):
@@ -86,9 +102,72 @@ def teach(
     overlay = overlay_of(model) or add_overlay(model)
     with _rows_alone(model, memory, overlay):
         learned_T = labels_1T[0, 1:] != -100  # whose next token is learned
-        row_ids_LBTH = memory.hash_tokens(token_ids_1T, None, None, None)[1]
+        row_ids_LBTH = memory.hash_tokens(token_ids_1T)[1]
         row_ids_U = row_ids_LBTH[:, 0, :-1][:, learned_T.to(row_ids_LBTH.device)].unique().cpu()
         return _descend(model, overlay, row_ids_U, token_ids_1T, labels_1T, steps=steps, lr=lr, stop_below=stop_below)
+
+
+def teach_delta(
+    folder: str | Path,
+    load_tokenizer: Callable[[], Any],
+    text: str,
+    output: Path,
+    *,
+    prompt: str = "",
+    **options: Any,
+) -> dict[str, Any]:
+    """Teach a saved model a text; what changes is kept in a delta, and nothing in its folder changes.
+
+    Args:
+        folder: The model's.
+        load_tokenizer: Gives the model's tokenizer, once the model is there.
+        text: What the model is to say.
+        output: The delta, which may have facts already.
+        prompt: After what.
+        **options: `steps`, `lr` and `stop_below` of `teach`.
+
+    Returns:
+        What JSON can hold: "loss" (before, after), "steps", "seconds", "rows", "rows_in_all", "bytes", how the model
+        went on from the prompt "before" and "after" (None without one), and the arguments.
+
+    Raises:
+        ValueError: As `from_pretrained` and `teach`.
+    """
+    model = from_pretrained(folder, overlay=output, mode="r+")
+    try:
+        tokenizer = load_tokenizer()
+        before = _continuation(model, tokenizer, prompt)
+        started = time.perf_counter()
+        taught = teach(model, tokenizer, text, prompt=prompt, **options)
+        seconds = time.perf_counter() - started
+        after = _continuation(model, tokenizer, prompt)
+        taught.overlay.commit()
+        return {
+            "model": str(folder),
+            "prompt": prompt,
+            "text": text,
+            "loss": [taught.losses[0], taught.losses[-1]],
+            "steps": len(taught.losses) - 1,
+            "seconds": seconds,
+            "rows": len(taught.row_ids_U),
+            "before": before,
+            "after": after,
+            "delta": str(output),
+            "rows_in_all": len(taught.overlay.changed_ids),
+            "bytes": output.stat().st_size,
+        }
+    finally:
+        detach_engram(model)
+
+
+def _continuation(model: PreTrainedModel, tokenizer: Any, prompt: str) -> str | None:
+    """How the model goes on, the likeliest token each time; None without a prompt."""
+    ids_T = torch.from_numpy(encode([prompt], tokenizer, separator_id=None)).long()
+    if not len(ids_T):
+        return None
+    with torch.no_grad():
+        token_ids_1T = continued(model, ids_T[None], SHOWN_TOKENS)
+    return str(tokenizer.decode(token_ids_1T[0, len(ids_T) :].tolist(), skip_special_tokens=True))
 
 
 def _descend(

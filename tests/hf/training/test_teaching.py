@@ -47,7 +47,7 @@ def test_a_fact_is_learned_by_rows_of_its_own_n_grams_and_nothing_else_moves(mod
     before = {name: value.clone() for name, value in model.state_dict().items()}
     table = (tmp_path / "engram_table.dat").read_bytes()
     # The rows of the prompt's last position and of the text's, but for its last, behind which nothing is learned.
-    row_ids = memory_of(model).hash_tokens(IDS[:, :5], None, None, None)[1][0, 0, 1:4].unique()
+    row_ids = memory_of(model).hash_tokens(IDS[:, :5])[1][0, 0, 1:4].unique()
     taught = teach(model, tiny_tokenizer(), **FACT, lr=0.05, steps=12)
     assert taught.losses[-1] < taught.losses[0] - 0.2
     assert len(taught.losses) == 13

@@ -1,0 +1,143 @@
+"""Commands that use a trained model: generate, serve, play."""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import os
+import sys
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from sense_v2.cli.errors import explain
+from sense_v2.cli.options import FolderArgument, JsonOption, WithoutMemoryOption
+from sense_v2.cli.output import lines_to, print_json
+from sense_v2.core.errors import CommandError
+
+
+def generate(
+    folder: FolderArgument,
+    prompt: Annotated[str, typer.Argument(help="The text to go on from.")],
+    max_new_tokens: Annotated[int, typer.Option(min=1, help="Tokens to add at most.")] = 64,
+    temperature: Annotated[float, typer.Option(min=0, help="0: always the likeliest token.")] = 0.7,
+    seed: Annotated[int, typer.Option(min=0, help="Of the sampling.")] = 0,
+    without_memory: WithoutMemoryOption = False,
+    as_json: JsonOption = False,
+) -> None:
+    """Print how a trained model goes on from a prompt.
+
+    Example: sense-engram generate runs/train "def main(" --max-new-tokens 40
+    """
+    from sense_v2.cli.progress import TokenProgress
+    from sense_v2.hf.attach import detach_engram
+    from sense_v2.hf.backbones import open_trained
+    from sense_v2.hf.insight.comparison import continue_prompt
+    from sense_v2.hf.memory import attached_memory
+
+    model, tokenizer = open_trained(folder)
+    with_memory = attached_memory(model) is not None and not without_memory
+    if without_memory and attached_memory(model) is not None:
+        detach_engram(model)
+    with TokenProgress("generating", max_new_tokens) as streamer:
+        found = continue_prompt(
+            model,
+            tokenizer,
+            prompt,
+            max_new_tokens=max_new_tokens,
+            temperature=temperature,
+            seed=seed,
+            streamer=streamer,
+        )
+    if as_json:
+        print_json({"model": str(folder), "prompt": prompt, "with_memory": with_memory, **found})
+    else:
+        print(found["continuation"])
+
+
+def serve(
+    model: Annotated[
+        str, typer.Argument(metavar="FOLDER", help="What train, demo (runs/demo/model) or save_pretrained has saved.")
+    ],
+    host: Annotated[str, typer.Option(help="Address to listen on; 0.0.0.0 lets other machines in.")] = "127.0.0.1",
+    port: Annotated[int, typer.Option(min=1, max=65535, help="Port to listen on.")] = 8000,
+    device: Annotated[str, typer.Option(help="Where the model runs: cpu, cuda:0, auto.")] = "cpu",
+    dtype: Annotated[str, typer.Option(help="Type of the weights; auto: as saved.")] = "auto",
+    as_json: JsonOption = False,
+) -> None:
+    """Serve a trained model with transformers' OpenAI-compatible server.
+
+    Example: sense-engram serve runs/train --port 8000
+    """
+    from sense_v2.hf.backbones import saved_tokenizer
+    from sense_v2.hf.serving.openai_server import openai_server
+
+    folder, url = Path(model), f"http://{host}:{port}/v1"
+    server = openai_server(folder, host=host, port=port, device=device, dtype=dtype)
+    saved_tokenizer(folder)
+    lines_to(as_json)(
+        f"model    {folder}, by this name; `curl {url}/models` lists it", f"serving  {url} until Ctrl-C", sep="\n"
+    )
+    with contextlib.ExitStack() as stack:
+        if as_json:
+            print_json({"model": str(folder), "url": url, "host": host, "port": port})
+            stack.enter_context(contextlib.redirect_stdout(sys.stderr))  # the server's own lines
+        server()
+
+
+def play(
+    folder: FolderArgument,
+    port: Annotated[int, typer.Option(min=0, max=65535, help="Port to listen on; 0: any free one.")] = 7860,
+    save_to: Annotated[
+        Path, typer.Option(metavar="FOLDER", help="Where what you teach the model goes, if you save it.")
+    ] = Path("deltas"),
+    as_json: JsonOption = False,
+) -> None:
+    """Open a page on this machine that shows what a model's memory does, and lets you teach it something.
+
+    Example: sense-engram play runs/demo/model
+    """
+    from sense_v2.hf.backbones import open_trained
+    from sense_v2.hf.memory import attached_memory
+    from sense_v2.report.play import server
+
+    with server.listen(port) as listener:
+        missing = [name for name in ("gradio", "uvicorn", "fastapi") if find_spec(name) is None]
+        if missing:
+            raise CommandError(
+                f"the page is made with {', '.join(missing)}, not installed here",
+                'pip install "sense-v2[play]" installs what it needs',
+            )
+        model, tokenizer = open_trained(folder)
+        memory = attached_memory(model)
+        if memory is None:
+            raise CommandError(
+                f"{folder} has no memory, which is what the page shows",
+                "name a folder that train, demo (runs/demo/model) or save_pretrained has saved with one",
+            )
+        if not memory.config.causal or not model.can_generate():
+            raise CommandError(
+                f"{folder} is a {type(model).__name__}, which doesn't write text", "name a model that generates"
+            )
+        # Importing Gradio already reads these.
+        os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"
+        os.environ["HF_HUB_DISABLE_TELEMETRY"] = "1"
+        from sense_v2.report.play.page import build_app
+        from sense_v2.report.play.player import Player
+
+        player = Player(
+            model, tokenizer, str(folder), save_to, functools.partial(explain, command="sense-engram play")
+        )
+        app = build_app(player)
+        port = listener.getsockname()[1]
+        url = f"http://{server.HOST}:{port}"
+        lines_to(as_json)(
+            f"model    {folder}, {memory.storage.num_embeddings:,} rows; nothing in it changes",
+            f"open     {url} in a browser on this machine; Ctrl-C ends it",
+            sep="\n",
+        )
+        if as_json:
+            print_json({"model": str(folder), "url": url, "host": server.HOST, "port": port})
+        server.serve(app, listener)

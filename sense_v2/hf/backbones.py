@@ -1,0 +1,118 @@
+"""A name or a folder -> a model and its tokenizer: one to train, or one that was trained with memory."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from tokenizers import Tokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerFast
+
+from sense_v2.core.errors import CommandError, one_line
+from sense_v2.core.progress import Progress, no_progress
+from sense_v2.engram.tokenizer import EngramTokenizerBuilder
+from sense_v2.hf.data.corpus import encode
+from sense_v2.hf.load import from_pretrained
+from sense_v2.hf.memory import EngramMemory, attached_memory
+from sense_v2.hf.saving.folder import MEMORY_FOLDER
+from sense_v2.hf.training.fresh_model import END_OF_TEXT, fresh_backbone, train_bpe
+
+
+@dataclass
+class Backbone:
+    """A model without memory, and what belongs to it."""
+
+    name: str
+    model: PreTrainedModel
+    tokenizer: Any
+    """A transformers tokenizer, or a `tokenizers.Tokenizer`."""
+    tokenizer_name: str
+
+
+def new_backbone(texts: list[str], corpus_name: str, *, seed: int, sequence_length: int) -> Backbone:
+    """A small Llama that has learned nothing, and a BPE made from `texts`."""
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=train_bpe(texts), eos_token=END_OF_TEXT)
+    model = fresh_backbone(len(tokenizer), seed, max_positions=max(512, sequence_length))
+    return Backbone("a fresh llama", model, tokenizer, tokenizer_name=f"BPE of {corpus_name}")
+
+
+def named_backbone(name: str) -> Backbone:
+    """A model of the hub or of a folder, in float32. Raises `OSError` naming what was tried, or `CommandError`."""
+    if (Path(name) / MEMORY_FOLDER).is_dir():
+        raise CommandError(
+            f"{name} has a memory already, and training on isn't part of this version",
+            "name the model that it was made from, or the folder of one without memory",
+        )
+    EngramTokenizerBuilder(name)  # asks the hub once, with a time limit, and says what was tried
+    local = Path(name).is_dir()
+    try:
+        tokenizer = saved_tokenizer(Path(name)) if local else AutoTokenizer.from_pretrained(name)
+        model = AutoModelForCausalLM.from_pretrained(name, local_files_only=local, dtype=torch.float32)
+    except Exception as error:  # whatever is wrong with a repository's files
+        raise _unusable(name, error) from error
+    return Backbone(name, model, tokenizer, tokenizer_name=name)
+
+
+def open_trained(folder: str | Path) -> tuple[PreTrainedModel, Any]:
+    """(model, tokenizer) that `train`, `demo` or `save_pretrained` saved, the memory attached read-only."""
+    folder = Path(folder)
+    try:
+        model = from_pretrained(folder, mode="r")
+    except (OSError, ValueError, IndexError):
+        raise
+    except Exception as error:  # a damaged weights file, a tensor of another shape
+        raise _unusable(str(folder), error) from error
+    return model, saved_tokenizer(folder)
+
+
+def open_with_memory(folder: Path, purpose: str) -> tuple[PreTrainedModel, Any, EngramMemory]:
+    """(model, tokenizer, memory), as `open_trained`. Raises `CommandError` where there is no memory to `purpose`."""
+    model, tokenizer = open_trained(folder)
+    memory = attached_memory(model)
+    if memory is None:
+        raise CommandError(f"{folder}: this model has no memory to {purpose}", "name the folder of one with memory")
+    return model, tokenizer, memory
+
+
+def saved_tokenizer(folder: Path) -> Any:
+    """The tokenizer in a model's folder: a transformers tokenizer, or a `tokenizers.Tokenizer` from a lone file."""
+    file = folder / "tokenizer.json"
+    try:
+        if (folder / "tokenizer_config.json").is_file():
+            return AutoTokenizer.from_pretrained(folder, local_files_only=True)
+        if file.is_file():
+            return Tokenizer.from_file(str(file))
+    except Exception as error:  # the library raises a bare Exception for whatever is wrong with the file
+        raise _unusable(str(folder), error) from error
+    raise FileNotFoundError(f"{file}: the model's tokenizer is missing; copy it back")
+
+
+def separator_id(tokenizer: Any) -> int | None:
+    """The token that ends a text, if the tokenizer has one."""
+    if isinstance(tokenizer, Tokenizer):
+        found: int | None = tokenizer.token_to_id(END_OF_TEXT)
+        return found
+    return tokenizer.eos_token_id
+
+
+def token_stream(texts: Sequence[str], tokenizer: Any, progress: Progress = no_progress) -> np.ndarray:
+    """Encode all texts as one int32 stream of token ids, the model's separator between them."""
+    with progress("tokenising", sum(map(len, texts)), unit="characters") as advance:
+        return encode(texts, tokenizer, separator_id=separator_id(tokenizer), advance=advance)
+
+
+def max_positions(model: PreTrainedModel) -> int | None:
+    """How many tokens the model can take at once, where it has such a limit."""
+    found: int | None = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    return found
+
+
+def _unusable(name: str, error: Exception) -> CommandError:
+    return CommandError(
+        f"{name}: the model can't be loaded: {type(error).__name__}: {one_line(str(error))[:300]}",
+        "copy its files again, or name another model",
+    )
