@@ -23,7 +23,7 @@ from typing import Any
 
 import torch
 
-from sense_v2.engram.storage import MMapEmbeddingStorage
+from sense_v2.engram.row_source import TrainableRows
 
 
 def rowwise_adagrad(
@@ -70,9 +70,9 @@ class RowGradients(torch.nn.Parameter):
     gradient's shape with its parameter's. It must not get to an optimizer's own arithmetic, which does.
     """
 
-    _storage: MMapEmbeddingStorage
+    _storage: TrainableRows
 
-    def __new__(cls, storage: MMapEmbeddingStorage) -> RowGradients:
+    def __new__(cls, storage: TrainableRows) -> RowGradients:
         stand_in = super().__new__(cls, torch.empty(0), requires_grad=True)
         stand_in._storage = storage
         return stand_in
@@ -99,7 +99,7 @@ class RowGradients(torch.nn.Parameter):
 class _RowOptimizer(torch.optim.Optimizer):
     """What both have in common: one storage, its gradients, the schedulers' interface."""
 
-    def __init__(self, storage: MMapEmbeddingStorage, defaults: dict[str, Any]) -> None:
+    def __init__(self, storage: TrainableRows, defaults: dict[str, Any]) -> None:
         if storage.mode != "r+":
             raise ValueError(f"{storage.path} is open read-only; open it with mode='r+' to train its rows")
         for name in ("lr", "eps"):
@@ -142,7 +142,7 @@ class RowWiseAdagrad(_RowOptimizer):
     `lr` is in units of a row's values. Raises `ValueError` for a read-only storage.
     """
 
-    def __init__(self, storage: MMapEmbeddingStorage, lr: float = 0.05, eps: float = 1e-10) -> None:
+    def __init__(self, storage: TrainableRows, lr: float = 0.05, eps: float = 1e-10) -> None:
         super().__init__(storage, {"lr": lr, "eps": eps})
         self.state_file = storage.open_state("adagrad", 1)
 
@@ -163,7 +163,7 @@ class RowAdam(_RowOptimizer):
 
     def __init__(
         self,
-        storage: MMapEmbeddingStorage,
+        storage: TrainableRows,
         lr: float = 1e-3,
         betas: tuple[float, float] = (0.9, 0.999),
         eps: float = 1e-8,
@@ -193,9 +193,7 @@ class RowAdam(_RowOptimizer):
 
 
 @torch.no_grad()
-def clip_grad_norm_(
-    parameters: Iterable[torch.Tensor], storage: MMapEmbeddingStorage, max_norm: float
-) -> torch.Tensor:
+def clip_grad_norm_(parameters: Iterable[torch.Tensor], storage: TrainableRows, max_norm: float) -> torch.Tensor:
     """Scales the gradients of `parameters` and of the rows down to `max_norm` together; returns the norm before.
 
     `torch.nn.utils.clip_grad_norm_` alone would miss the rows, which are no parameters.

@@ -1,4 +1,4 @@
-"""Row ids -> rows: `MMapEmbeddingStorage`, a table on disk that reads, and trains, like an embedding.
+"""Row ids -> rows: `MMapEmbeddingStorage`, a table on disk that reads, and trains.
 
 The file is mapped, never loaded: memory follows the rows a batch touches. Nothing of it is a parameter or a buffer,
 so `.to()`, `.half()` and `state_dict()` leave it alone.

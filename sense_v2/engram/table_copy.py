@@ -1,4 +1,4 @@
-"""A committed table <-> a copy of it: what a checkpoint keeps, since the table itself has one state only.
+"""A committed table <-> a copy of it, which a checkpoint keeps.
 
     copy_table     table, optimizer states, manifest ──▶ files of another name, a reflink where the file system can
     restore_table  such a copy ──▶ the rows that differ are stored to the open table, and committed

@@ -1,4 +1,4 @@
-"""What all tables share: ids are checked, rows looked up, gradients collected, and misuse refused, in one place.
+"""What all tables share: ids checked, gradients collected, misuse refused.
 
 A table says where its rows come from (`_read`) and, if it trains, where they go (`_store`); the rest is here, behind
 the interface of `sense_v2.engram.row_source`.

@@ -1,4 +1,4 @@
-"""Tables that are open already -> the layers of a model that read them, once they fit its configuration and map.
+"""Tables that are open already -> the layers of a model, once they fit its configuration.
 
 Row ids of another layout, or of another tokenizer's map, find rows like any other: nothing fails, and what is looked
 up means nothing. So all that is known of a table is compared before it is used.

@@ -1,4 +1,4 @@
-"""An overlay on the table of a model with memory: rows change in a small file, and the table doesn't.
+"""An overlay on the table of a model with memory: a small file changes, the table never.
 
     add_overlay(model, "facts.safetensors")   from here on the model looks up, and trains, through the overlay
     remove_overlay(model)                     and without it again, bit for bit

@@ -1,4 +1,4 @@
-"""Deltas and tables: git for memory, of which a delta (`delta_file.py`) is a commit that can be sent.
+"""Deltas and tables: git for memory, where a delta is a commit that can be sent.
 
     export_delta   a table and its base ──▶ the rows that differ, as a delta
     apply_delta    a delta ──▶ its base, in place, in one commit; what it replaces is kept in an undo beside the table

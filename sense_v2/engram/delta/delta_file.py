@@ -1,4 +1,4 @@
-"""Rows of a table that were changed, as a small file that names the table: written, read, checked.
+"""A delta: rows of a table that were changed, as a small file that names the table.
 
     write_delta ids, ascending, and what gives their rows, a part at a time ──▶ a file, whole or not at all
     read_delta  a file ──▶ Delta, mapped, everything in it checked

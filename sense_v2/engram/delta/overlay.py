@@ -1,4 +1,4 @@
-"""A table that is only read, and rows that were changed on top of it: `OverlayStorage`, a storage that trains.
+"""`OverlayStorage`: changed rows on top of a table that is only read; it trains.
 
     lookup    rows of the base, and in the place of those that were changed, the changed ones
     write     changed rows, in memory

@@ -1,4 +1,4 @@
-"""A table over several ranks <-> one copy of it in a folder that all of them see: each rank moves its own range.
+"""A table over several ranks <-> one copy of it: each rank moves its own range.
 
     copy_table     every rank's rows and states ──▶ its range of one ordinary table
     restore_table  every rank's range of such a copy ──▶ its own rows, where they differ, and one global commit

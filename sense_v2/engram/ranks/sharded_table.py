@@ -1,4 +1,4 @@
-"""Rows and their gradients across ranks: `ShardedTable`, which a model reads and trains as it does a table alone.
+"""`ShardedTable`: one table over several ranks, looked up and trained like one alone.
 
     begin(row_ids) ──▶ lookup: counts ──▶ lookup: ids ──▶ owners read ──▶ lookup: rows      in a thread, while the
     forward(row_ids) waits for them, and indexes one small leaf                             first layers compute

@@ -1,4 +1,4 @@
-"""Values of micro-batches -> their sum, in an order that neither timing nor the number of ranks changes.
+"""Values of micro-batches -> their sum, in an order that timing and ranks never change.
 
 Addition of floats isn't associative, so a sum over micro-batches that are spread over ranks depends on where the
 brackets are. Here they are fixed by the micro-batch's number alone: two neighbours (0 and 1, 2 and 3, …) are added,

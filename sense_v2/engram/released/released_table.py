@@ -1,4 +1,4 @@
-"""Released tables, read where they are: a checkpoint's folder and a layer -> rows, with the storage's interface.
+"""`ReleasedTable`: rows of a released checkpoint, looked up where they are.
 
     deepseek_v41   layers.{i}.engram.embed.weight  F8_E4M3 [N, D], .scale  F8_E8M0 [N, D/32]: looked up as bfloat16
     qwen_ple       layers.{i}.ple.ple_embedding.ngram_embedding.weight  BF16 [N, D], looked up as such; or F8_E4M3,
