@@ -133,8 +133,7 @@ class TableModule(nn.Module, abc.ABC):
         return self._read(self._checked_ids(row_ids), torch.device("cpu")).float()
 
     def begin(self, row_ids: torch.Tensor) -> None:
-        if self.reads_the_disk:
-            self.prefetch(row_ids)
+        self.prefetch(row_ids)
 
     @property
     @abc.abstractmethod
