@@ -9,7 +9,7 @@ from typing import Any
 
 from sense_v2.cli.folders import new_folders
 from sense_v2.core.config import EngramConfig
-from sense_v2.engram.hashing import HeadLayout
+from sense_v2.engram.head_layout import HeadLayout
 from sense_v2.engram.model import open_table
 from sense_v2.engram.tokenizer import EngramTokenizer
 from sense_v2.report import wording

@@ -12,7 +12,7 @@ from typing import Any
 
 from sense_v2.core.config import EngramConfig
 from sense_v2.engram.delta.overlay import OverlayStorage
-from sense_v2.engram.hashing import HeadLayout
+from sense_v2.engram.head_layout import HeadLayout
 from sense_v2.engram.released.released_table import ReleasedTable
 from sense_v2.engram.tokenizer import IDENTITY, EngramTokenizer, write_identity_map
 from sense_v2.engram.variants import VARIANTS

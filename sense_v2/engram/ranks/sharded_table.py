@@ -35,7 +35,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from sense_v2.core.config import EngramConfig
-from sense_v2.engram.hashing import HeadLayout
+from sense_v2.engram.head_layout import HeadLayout
 from sense_v2.engram.model import table_settings
 from sense_v2.engram.ranks import global_commit
 from sense_v2.engram.ranks.collectives import Ranks
