@@ -50,6 +50,7 @@ from typing import Any
 
 import torch
 from resident import ResidentAdagrad, ResidentRows
+from sense_v2.hf.training.plain_loop import History, _step, make_optimizers, train
 from transformers import PreTrainedModel
 from turns import (
     MemoryPeak,
@@ -60,7 +61,6 @@ from turns import (
     machine,
     memory_limit,
     prepare_text,
-    spread,
     take_turns,
 )
 
@@ -70,7 +70,7 @@ from sense_v2.engram.model import EngramFusionLayer, compressed_pad_id
 from sense_v2.engram.optim import RowWiseAdagrad
 from sense_v2.engram.storage import MMapEmbeddingStorage
 from sense_v2.hf.memory import memory_of
-from sense_v2.hf.training.plain_loop import History, _step, make_optimizers, train
+from sense_v2.hf.training.step_times import spread
 
 WIDTH = 64
 """D. Rows of 256 bytes, sixteen to a page."""

@@ -19,7 +19,6 @@ import dataclasses
 import multiprocessing
 import os
 import platform
-import statistics
 import subprocess
 import threading
 import time
@@ -30,6 +29,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from sense_v2.hf.training.plain_loop import History
 from transformers import PreTrainedModel
 
 from sense_v2.core.config import EngramConfig, TrainConfig
@@ -37,7 +37,6 @@ from sense_v2.engram.tokenizer import EngramTokenizerBuilder
 from sense_v2.hf.attach import attach_engram
 from sense_v2.hf.data.corpus import Batches, encode, read_corpus
 from sense_v2.hf.training.fresh_model import END_OF_TEXT_ID, fresh_backbone, small_memory, train_bpe
-from sense_v2.hf.training.plain_loop import History
 
 SAMPLE_SECONDS = 0.01
 
@@ -256,9 +255,3 @@ def _commit() -> str:
     command = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty"]
     found = subprocess.run(command, capture_output=True, text=True, check=False)
     return found.stdout.strip() or "unknown"
-
-
-def spread(values: Sequence[float]) -> dict[str, float]:
-    """Median, and the tenth and ninetieth percentile."""
-    low, high = (float(np.quantile(values, quantile)) for quantile in (0.1, 0.9))
-    return {"median": float(statistics.median(values)), "low": low, "high": high}

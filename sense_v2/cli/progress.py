@@ -7,14 +7,16 @@ import sys
 import time
 from collections.abc import Callable
 from types import TracebackType
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from tqdm import tqdm
 
 from sense_v2.core.config import TrainConfig
-from sense_v2.hf.training.plain_loop import History
 from sense_v2.report import wording
+
+if TYPE_CHECKING:
+    from sense_v2.hf.training.fit import History
 
 LINES = 3
 """Lines a run prints where there is no terminal."""
@@ -22,11 +24,12 @@ TELL_SECONDS = 2.0
 
 
 class TrainingProgress:
-    """The `on_step` of `train`: loss, tokens a second and the time left, as a context manager."""
+    """The `on_step` of `fit`: loss, tokens a second and the time left, as a context manager."""
 
     def __init__(self, label: str, settings: TrainConfig, *, echo: Callable[[str], Any] = print) -> None:
         self.label, self.settings, self.echo = label, settings, echo
         self.tokens_per_step = settings.batch_size * settings.sequence_length
+        self.told: int | None = None
         self.bar = tqdm(total=settings.steps, desc=label, unit="step", disable=not sys.stderr.isatty(), leave=False)
 
     def __enter__(self) -> TrainingProgress:
@@ -44,7 +47,10 @@ class TrainingProgress:
         self.bar.set_postfix_str(f"loss {loss:.3f}, {rate:,.0f} tokens/s", refresh=False)
         self.bar.update(step - self.bar.n)  # a run that was resumed begins further on
         every = math.ceil(self.settings.steps / LINES)
-        if self.bar.disable and (step % every == 0 or step == self.settings.steps):
+        if self.told is None:
+            self.told = step - 1
+        if self.bar.disable and (step // every > self.told // every or step == self.settings.steps):
+            self.told = step
             left = (self.settings.steps - step) * history.seconds[-1] / step
             found = f", held-out perplexity {history.evals[-1]['perplexity']:.1f}" if history.evals else ""
             self.echo(

@@ -1,8 +1,8 @@
 """Every setting, in one place: `EngramConfig` (the memory), `TrainConfig` (a run), `Config` (both).
 
-Goes in: keyword arguments, a dictionary, JSON or YAML. Comes out: a validated dataclass that is saved beside
-the table, so that a table always says how it was made. Validation runs when a configuration is made and again
-where it is used (`validate()`), because dataclass fields can be assigned to.
+Keyword arguments, a dictionary, JSON or YAML become a validated dataclass that is saved beside the table, so that a
+table always says how it was made. Validation runs when a configuration is made and again where it is used
+(`validate()`), because dataclass fields can be assigned to.
 
 A field that is wrong raises `ValueError` naming the field, the value and what is allowed; an unknown key names
 the nearest known one. Nothing is read from environment variables.
@@ -19,9 +19,10 @@ import re
 import sys
 import types
 import typing
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, List, Optional, TypeVar, Union  # noqa: UP035  (evaluated at run time on Python 3.10)
+from typing import Any, Dict, List, Literal, Optional, TypeVar, Union  # noqa: UP035  (evaluated at run time on Python 3.10)
 
 import yaml
 
@@ -58,13 +59,17 @@ def _require(ok: bool, owner: object, name: str, allowed: str) -> None:
         raise ValueError(f"{type(owner).__name__}.{name} = {getattr(owner, name)!r}: must be {allowed}")
 
 
-def _matches(value: Any, hint: Any) -> bool:
-    """Whether `value` is of the annotated type; a bool is no int here, and an int is a float."""
+def matches(value: Any, hint: Any) -> bool:
+    """Return True if `value` is of the annotated type. A bool is no int here, and an int is a float."""
     origin = typing.get_origin(hint)
     if origin in (Union, types.UnionType):
-        return any(_matches(value, option) for option in typing.get_args(hint))
+        return any(matches(value, option) for option in typing.get_args(hint))
+    if origin is Literal:
+        return value in typing.get_args(hint)
     if origin is list:
-        return isinstance(value, list) and all(_matches(item, typing.get_args(hint)[0]) for item in value)
+        return isinstance(value, list) and all(matches(item, typing.get_args(hint)[0]) for item in value)
+    if origin is dict:
+        return isinstance(value, dict) and all(isinstance(key, str) for key in value)
     if hint is float:
         # The comparison is false for nan and inf, and unlike math.isfinite it takes an int of any size.
         return isinstance(value, (int, float)) and not isinstance(value, bool) and abs(value) <= sys.float_info.max
@@ -82,7 +87,7 @@ class _Serializable:
     def validate(self) -> None:
         """Raises `ValueError` naming the first field whose value isn't allowed."""
         for name, hint in typing.get_type_hints(type(self)).items():
-            _require(_matches(getattr(self, name), hint), self, name, f"of type {_type_name(hint)}")
+            _require(matches(getattr(self, name), hint), self, name, f"of type {type_name(hint)}")
 
     def to_dict(self) -> dict[str, Any]:
         return dataclasses.asdict(self)  # type: ignore[call-overload]
@@ -95,9 +100,7 @@ class _Serializable:
         arguments = {}
         for key, value in values.items():
             if key not in hints:
-                near = difflib.get_close_matches(str(key), hints, n=1, cutoff=0.5)
-                hint = f"did you mean {near[0]!r}?" if near else f"known fields: {', '.join(hints)}"
-                raise ValueError(f"{cls.__name__} has no field {key!r}; {hint}")
+                raise ValueError(f"{cls.__name__} has no field {key!r}; {nearest(str(key), hints)}")
             nested = hints[key]
             is_config = isinstance(nested, type) and issubclass(nested, _Serializable)
             arguments[key] = nested.from_dict(value) if is_config else value
@@ -150,10 +153,29 @@ def _is_json(path: Path) -> bool:
     return path.suffix == ".json"
 
 
-def _type_name(hint: Any) -> str:
+def type_name(hint: Any) -> str:
+    """Name a type for an error message."""
     if hint is float:
         return "float (finite)"
     return hint.__name__ if isinstance(hint, type) else str(hint).replace("typing.", "")
+
+
+def nearest(name: str, known: Iterable[str]) -> str:
+    """Say which of the known names was meant, or list them."""
+    near = difflib.get_close_matches(name, list(known), n=1, cutoff=0.5)
+    return f"did you mean {near[0]!r}?" if near else f"known fields: {', '.join(known)}"
+
+
+def yaml_value(text: str) -> Any:
+    """Read one value as a configuration file would; what isn't YAML is the text itself.
+
+    >>> yaml_value("1e-3"), yaml_value("true"), yaml_value("adamw"), yaml_value("[a, b]")
+    (0.001, True, 'adamw', ['a', 'b'])
+    """
+    try:
+        return yaml.load(text, Loader=_YamlLoader)
+    except yaml.YAMLError:
+        return text
 
 
 @dataclass
@@ -256,8 +278,12 @@ class EngramConfig(_Serializable):
 
 @dataclass
 class TrainConfig(_Serializable):
-    """One training run. Rates are peaks: all rise linearly over the warm-up; those of the weights then fall along a
-    cosine to a tenth, that of the rows stays (a row that is first met late has as much to learn)."""
+    """One training run.
+
+    Rates are peaks. All rise linearly over the warm-up. Those of the weights then fall along a cosine to a tenth; the
+    rows' stays, because a row that is first met late has as much to learn. With a `lr_scheduler_type` among
+    `Config.trainer`, all of them follow that schedule.
+    """
 
     steps: int = 300
     """Optimizer steps; each reads one batch."""
@@ -328,6 +354,8 @@ class Config(_Serializable):
     """The memory."""
     train: TrainConfig = field(default_factory=TrainConfig)
     """How it is trained."""
+    trainer: Dict[str, Any] = field(default_factory=dict)  # noqa: UP006
+    """Further settings of training, by their names in `transformers.TrainingArguments`: bf16, report_to, …"""
 
     def validate(self) -> None:
         super().validate()

@@ -25,7 +25,7 @@ import torch
 
 from sense_v2.engram.row_source import TrainableRows
 from sense_v2.engram.table.checksums import PART_BYTES, block_sums, to_hex
-from sense_v2.engram.table.disk import copy_file, new_file, write_at
+from sense_v2.engram.table.disk import copy_file, write_file
 from sense_v2.engram.table.format import (
     STATE_DTYPE,
     Manifest,
@@ -98,8 +98,7 @@ def remove_manifest(path: Path) -> Path:
 
 
 def write_manifest(target: Path, manifest: Manifest) -> None:
-    with new_file(target, replace=True) as fd:
-        write_at(fd, manifest.to_json().encode(), 0)
+    write_file(target, manifest.to_json())
 
 
 def restore_table(storage: MappedRows, path: str | os.PathLike[str]) -> None:

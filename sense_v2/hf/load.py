@@ -171,7 +171,7 @@ def _found_folder(name: str | Path, download: dict[str, Any], mode: str) -> Path
 def _load_backbone(
     folder: Path, config: EngramModelConfig | None, options: dict[str, Any]
 ) -> tuple[PreTrainedModel, Any]:
-    """With the class that it was saved from: an encoder, say, is no causal model. And what loading reported."""
+    """Load with the class that was saved: an encoder, say, is no causal model. Also return transformers' report."""
     found: Any = config
     if found is None:
         code = {name: options[name] for name in ("trust_remote_code",) if name in options}
@@ -196,7 +196,7 @@ def _load_backbone(
 
 
 def _holds_fusion_weights(folder: Path) -> bool:
-    """Whether the fusion layers' weights are among the backbone's, as in a checkpoint that a Trainer resumes from."""
+    """True if the fusion layers' weights are among the backbone's, as in a Trainer's checkpoint."""
     for path in folder.glob("model*.safetensors"):
         with contextlib.suppress(SafetensorError), safe_open(path, framework="pt") as file:
             if any(name.startswith(FUSION_PREFIX) for name in file.keys()):  # noqa: SIM118  # no mapping

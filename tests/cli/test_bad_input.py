@@ -20,6 +20,7 @@ from sense_v2.core.config import Config, EngramConfig, TrainConfig
 from sense_v2.engram.tokenizer import EngramTokenizerBuilder
 from sense_v2.hf.attach import attach_engram, detach_engram
 from sense_v2.hf.load import from_pretrained
+from sense_v2.hf.training import run
 
 ROOT = Path(__file__).parents[2]
 SMALL = ("--batch-size", 2, "--sequence-length", 32, "--table-size", 2000, "--steps", 2)
@@ -110,7 +111,7 @@ def corpus(tmp_path_factory):
 @pytest.fixture(scope="module")
 def original(corpus, tmp_path_factory):
     folder = tmp_path_factory.mktemp("runs") / "original"
-    config = Config(train.default_config(None).engram, TrainConfig(steps=2, eval_sequences=2))
+    config = Config(run.default_config(None).engram, TrainConfig(steps=2, eval_sequences=2))
     config.engram.table_size, config.train.batch_size, config.train.sequence_length = 2000, 2, 32
     train.run_train(config, corpus=[corpus], output=folder, echo=lambda line: None)
     return folder
@@ -418,7 +419,7 @@ def test_a_full_disk_while_a_table_is_made(tmp_path):
 
 
 def test_a_disk_too_small_for_the_weights_is_found_before_training(refused, corpus, tmp_path, monkeypatch):
-    monkeypatch.setattr(train, "train", None)
+    monkeypatch.setattr(run, "fit", None)
     with unchanged(tmp_path), full_disk(10**6):
         what, way_out = refused("train", "--corpus", corpus, "--output", tmp_path / "run", *SMALL)
     assert "the model's weights need" in what
@@ -430,7 +431,7 @@ def test_a_disk_too_small_for_the_weights_is_found_before_training(refused, corp
 def test_a_disk_that_fills_up_during_training(refused, trained, corpus, tmp_path, monkeypatch, there):
     """The weights' room was taken by others in the meantime: what was in the folder stays, byte for byte."""
     output = trained if there == "an older model" else tmp_path / "run"
-    monkeypatch.setattr(train, "reserve", lambda staging, *more: Path(shutil.copy(__file__, staging / "reserved")))
+    monkeypatch.setattr(run, "reserve", lambda staging, *more: Path(shutil.copy(__file__, staging / "reserved")))
     with unchanged(tmp_path), full_disk(10**6):
         what, way_out = refused("train", "--corpus", corpus, "--output", output, *SMALL, "--force")
     assert f"{output}: the trained model can't be written" in what

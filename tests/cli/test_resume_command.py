@@ -11,9 +11,11 @@ from test_cli import content
 from tiny import write_corpus
 from transformers import AutoModelForCausalLM
 
-from sense_v2.cli import models, train
+from sense_v2.cli import train
 from sense_v2.core.config import Config
+from sense_v2.hf.data import large_corpus
 from sense_v2.hf.memory import memory_of
+from sense_v2.hf.training import run as run_module
 
 SMALL = ("--batch-size", 2, "--sequence-length", 16, "--table-size", 2000, "--steps", 6)
 
@@ -25,7 +27,7 @@ pytestmark = pytest.mark.filterwarnings("ignore:.*a writer ended between two com
 @pytest.fixture
 def settings(tmp_path):
     """A checkpoint every second step."""
-    config = train.default_config(None)
+    config = run_module.default_config(None)
     config.train.commit_every, config.train.eval_sequences, config.train.warmup_steps = 2, 4, 1
     config.save(tmp_path / "run.yaml")
     return ("--config", tmp_path / "run.yaml", *SMALL)
@@ -116,7 +118,7 @@ def test_a_run_that_was_stopped_is_a_model_and_is_resumed(
     assert "the run goes on with the settings it began with: leave --steps out" in error
     assert content(cut) == before
     with monkeypatch.context() as patch:
-        patch.setattr(train, "open_corpus", lambda *_, **__: fail())
+        patch.setattr(run_module, "open_corpus", lambda *_, **__: fail())
         assert run("train", "--resume", "--output", cut)[0] == 1
     assert content(cut) == before
 
@@ -155,7 +157,7 @@ def test_what_cannot_be_resumed(run, settings, corpus, tmp_path, ends):
 
 def test_a_large_text_is_streamed_and_evaluated_alike(run_json, settings, corpus, tmp_path, monkeypatch):
     """With the limit lowered: the same folder is then read while it trains."""
-    monkeypatch.setattr(models, "MAX_RESIDENT_BYTES", 1000)
+    monkeypatch.setattr(large_corpus, "MAX_RESIDENT_BYTES", 1000)
     found = run_json("train", "--corpus", corpus, *settings, "--output", tmp_path / "run")
     assert found["corpus"]["files"] is None
     assert found["perplexity"]["after"] < found["perplexity"]["before"]

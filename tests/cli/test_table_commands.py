@@ -9,9 +9,9 @@ import torch
 from tables import manifest, names
 from test_cli import content
 
-from sense_v2.cli.models import saved_tokenizer, separator_id
 from sense_v2.core.config import EngramConfig
 from sense_v2.engram.storage import MMapEmbeddingStorage
+from sense_v2.hf.backbones import saved_tokenizer, separator_id
 from sense_v2.hf.data.corpus import encode, read_corpus
 from sense_v2.hf.load import from_pretrained
 

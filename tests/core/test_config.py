@@ -71,7 +71,8 @@ def test_train_defaults() -> None:
 
 
 def test_config_holds_both_sections() -> None:
-    assert Config().to_dict() == {"engram": EngramConfig().to_dict(), "train": TrainConfig().to_dict()}
+    sections = {"engram": EngramConfig().to_dict(), "train": TrainConfig().to_dict(), "trainer": {}}
+    assert Config().to_dict() == sections
 
 
 def test_default_lists_and_sections_are_not_shared() -> None:
@@ -199,6 +200,8 @@ REFUSED: list[tuple[type, dict[str, Any], str]] = [
     (TrainConfig, {"train_backbone": 1}, "train_backbone = 1: must be of type bool"),
     (Config, {"engram": {"seed": 1}}, "engram = {'seed': 1}: must be of type EngramConfig"),
     (Config, {"train": None}, "train = None: must be of type TrainConfig"),
+    (Config, {"trainer": [1]}, "trainer = [1]: must be of type Dict[str, Any]"),
+    (Config, {"trainer": {1: 2}}, "trainer = {1: 2}: must be of type Dict[str, Any]"),
 ]
 
 
@@ -279,12 +282,12 @@ def test_unknown_key_names_the_nearest(key: str, nearest: str) -> None:
 
 
 def test_unknown_key_far_from_any_lists_the_fields() -> None:
-    with pytest.raises(ValueError, match=r"^Config has no field 'zzz'; known fields: engram, train$"):
+    with pytest.raises(ValueError, match=r"^Config has no field 'zzz'; known fields: engram, train, trainer$"):
         Config.from_dict({"zzz": 1})
 
 
 def test_unknown_key_that_is_no_string() -> None:
-    with pytest.raises(ValueError, match=r"^Config has no field 3; known fields: engram, train$"):
+    with pytest.raises(ValueError, match=r"^Config has no field 3; known fields: engram, train, trainer$"):
         Config.from_yaml("3: 4")
 
 

@@ -42,9 +42,9 @@ def tokenize(
 
     Example: sense-engram tokenize --corpus my_texts/ --tokenizer runs/train --output my_tokens/ --processes 8
     """
-    from sense_v2.cli.models import saved_tokenizer, separator_id
     from sense_v2.core.folders import new_folders
     from sense_v2.engram.pretrained_tokenizer import load_tokenizer
+    from sense_v2.hf.backbones import saved_tokenizer, separator_id
     from sense_v2.hf.data.preparing import tokenize_corpus
     from sense_v2.hf.data.workers import source_of
 
@@ -79,7 +79,7 @@ def profile(
 
     Example: sense-engram profile runs/train --corpus my_texts/ --output runs/train/hot_rows.npy
     """
-    from sense_v2.cli.models import saved_tokenizer, separator_id
+    from sense_v2.hf.backbones import saved_tokenizer, separator_id
     from sense_v2.hf.data.preparing import read_memory
     from sense_v2.hf.data.row_profile import write_hot_rows
 

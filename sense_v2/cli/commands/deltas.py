@@ -40,7 +40,7 @@ def teach(
 
     Example: sense-engram delta teach runs/demo/model " Lutz." --prompt "The capital is" --output facts.safetensors
     """
-    from sense_v2.cli.models import saved_tokenizer
+    from sense_v2.hf.backbones import saved_tokenizer
     from sense_v2.hf.training.teaching import teach_delta
 
     if not (folder / "engram").is_dir():

@@ -23,7 +23,7 @@ from sense_v2.cli.options import (
 from sense_v2.cli.output import lines_to, print_json, progress_to, report_paths, write_json
 
 if TYPE_CHECKING:
-    from sense_v2.cli.blocks import Blocks
+    from sense_v2.hf.data.held_out import Blocks
 
 MAX_COUNTED_TOKENS = 1 << 22
 """Of the text that is counted; more takes memory for its distinct n-grams, and changes little."""
@@ -48,8 +48,8 @@ def analyze(
     """
     import numpy as np
 
-    from sense_v2.cli.blocks import read_blocks, settings_of
-    from sense_v2.cli.models import open_with_memory, token_stream
+    from sense_v2.hf.backbones import open_with_memory, token_stream
+    from sense_v2.hf.data.held_out import read_blocks, settings_of
     from sense_v2.hf.insight.memory_analysis import analyze_memory
     from sense_v2.report import analysis as report
 
@@ -65,14 +65,14 @@ def analyze(
         sequence_length=sequence_length,
         all_files=all_files,
         text_column=text_column,
-        echo=echo,
+        progress=progress_to(echo),
     )
     echo(f"model   {folder}", f"corpus  {blocks.line()}, with memory and without", sep="\n")
     # As training reads it, so that "seen once" means once in training where it is the model's own corpus.
     texts = blocks.corpus.train_texts
     if not blocks.is_held_out:
         texts = [*texts, *blocks.corpus.held_out_texts]
-    stream = token_stream(texts, tokenizer, echo=echo)
+    stream = token_stream(texts, tokenizer, progress_to(echo))
     taken = stream[:MAX_COUNTED_TOKENS].astype(np.int64)
     length = settings_of(folder).sequence_length
     whole = len(taken) // length * length
@@ -106,8 +106,8 @@ def ablate(
 
     Example: sense-engram ablate runs/train --corpus my_texts/ --output ablation.html
     """
-    from sense_v2.cli.blocks import read_blocks
-    from sense_v2.cli.models import open_with_memory
+    from sense_v2.hf.backbones import open_with_memory
+    from sense_v2.hf.data.held_out import read_blocks
     from sense_v2.hf.insight import ablation
     from sense_v2.hf.insight.evaluation import Evaluation, count_text_bytes
     from sense_v2.report import ablation as report
@@ -124,7 +124,7 @@ def ablate(
         sequence_length=sequence_length,
         all_files=all_files,
         text_column=text_column,
-        echo=echo,
+        progress=progress_to(echo),
     )
     blocks_BT = blocks.token_ids_BT
     passes = ablation.num_passes(memory, single_heads=not no_heads)

@@ -67,6 +67,14 @@ def train(
     no_memory: Annotated[bool, typer.Option("--no-memory", help="Train the backbone alone, to compare.")] = False,
     seed: Annotated[int | None, typer.Option(help="Of the weights, the rows and the order of the text.")] = None,
     text_column: TextColumnOption = "text",
+    trainer: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--set",
+            metavar="NAME=VALUE",
+            help="Any field of transformers' TrainingArguments, as bf16=true; repeatable.",
+        ),
+    ] = None,
     force: Annotated[bool, typer.Option("--force", help="Replace the model in --output.")] = False,
     resume: Annotated[
         bool, typer.Option("--resume", help="Go on with the run in --output that ended early, with its settings.")
@@ -79,16 +87,15 @@ def train(
     """
     if resume:
         given = [
-            name
-            for name in context.params
-            if name not in ("output", "resume", "as_json")
-            and (source := context.get_parameter_source(name)) is not None
+            parameter.opts[0]
+            for parameter in context.command.params
+            if parameter.name not in ("output", "resume", "as_json")
+            and (source := context.get_parameter_source(str(parameter.name))) is not None
             and source.name == "COMMANDLINE"
         ]
         if given:
-            option = f"--{given[0].replace('_', '-')}"
             raise typer.BadParameter(
-                f"the run goes on with the settings it began with: leave {option} out, or --resume"
+                f"the run goes on with the settings it began with: leave {given[0]} out, or --resume"
             )
         from sense_v2.cli.train import resume_train
 
@@ -96,7 +103,9 @@ def train(
     else:
         if steps is not None and tokens is not None:
             raise typer.BadParameter("--steps and --tokens say the same thing; give one of them")
-        from sense_v2.cli.train import default_config, run_train
+        from sense_v2.cli.train import run_train
+        from sense_v2.hf.training.run import default_config
+        from sense_v2.hf.training.settings import parse_set
 
         engram = {
             "table_size": table_size,
@@ -114,6 +123,7 @@ def train(
             "seed": seed,
         }
         settings = settings_of(config, default_config(model), engram, train)
+        settings.trainer |= parse_set(trainer or [])
         if tokens is not None:
             settings.train.steps = math.ceil(tokens / (settings.train.batch_size * settings.train.sequence_length))
         result = run_train(

@@ -31,9 +31,9 @@ def generate(
 
     Example: sense-engram generate runs/train "def main(" --max-new-tokens 40
     """
-    from sense_v2.cli.models import open_trained
     from sense_v2.cli.progress import TokenProgress
     from sense_v2.hf.attach import detach_engram
+    from sense_v2.hf.backbones import open_trained
     from sense_v2.hf.insight.comparison import continue_prompt
     from sense_v2.hf.memory import attached_memory
 
@@ -71,7 +71,7 @@ def serve(
 
     Example: sense-engram serve runs/train --port 8000
     """
-    from sense_v2.cli.models import saved_tokenizer
+    from sense_v2.hf.backbones import saved_tokenizer
     from sense_v2.hf.serving.openai_server import openai_server
 
     folder, url = Path(model), f"http://{host}:{port}/v1"
@@ -99,7 +99,7 @@ def play(
 
     Example: sense-engram play runs/demo/model
     """
-    from sense_v2.cli.models import open_trained
+    from sense_v2.hf.backbones import open_trained
     from sense_v2.hf.memory import attached_memory
     from sense_v2.report.play import server
 

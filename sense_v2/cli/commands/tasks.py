@@ -20,7 +20,7 @@ def run_tasks(
     echo: Callable[..., Any],
 ) -> dict[str, Any]:
     """Of each metric its value with memory, without, or both."""
-    from sense_v2.cli.models import open_trained
+    from sense_v2.hf.backbones import open_trained
     from sense_v2.hf.insight.harness import compare_tasks
     from sense_v2.hf.memory import attached_memory
 
@@ -35,9 +35,7 @@ def run_tasks(
     )
     echo(*_table(metrics, names), sep="\n")
     if len(names) == 2:
-        echo(
-            "without memory: this backbone, trained with its memory, after it was taken off; not one trained without"
-        )
+        echo("without memory: this model with its memory taken off; one that was trained without may do better")
     return {"model": str(folder), "tasks": metrics, "limit": limit, "seconds": time.perf_counter() - started}
 
 

@@ -59,8 +59,6 @@ from sense_v2.engram.table_module import TableModule, leaf_of
 from sense_v2.engram.tokenizer import EngramTokenizer
 
 LAYOUTS = ("file", "shards")
-# A power of two: what it is multiplied by can be read off it exactly. Its square vanishes beside any gradient's.
-SCALE_UNIT = 2.0**-60
 
 
 @dataclass(frozen=True)
@@ -146,7 +144,8 @@ class ShardedTable(TableModule):
         self._num_micro_batches = 0
         self._sums: dict[int, RowGrads] = {}
         """Gradients of this rank's micro-batches since the last step, by their numbers."""
-        self._norms: torch.Tensor | None = None
+        self._norm = 0.0
+        self._stand_in: torch.Tensor | None = None
         self._num_rows_met = 0
         self._exchange_seconds = self._waited_seconds = 0.0
 
@@ -383,7 +382,8 @@ class ShardedTable(TableModule):
         divisor = num_own * self.ranks.num_ranks if divide_by is None else divide_by
         grads_UD = grads_UD / divisor
         self._own.replace_gradients(self.own_file.to_local(RowIds(row_ids_U)), grads_UD)
-        self._norms = self._gather_norms(grads_UD)
+        self._norm = self._gather_norm(grads_UD)
+        self._stand_in = torch.tensor([self._norm])
 
     def _sum_of_own(self, num_own: int) -> TreeSum[RowGrads]:
         with self._pending_lock:
@@ -424,8 +424,8 @@ class ShardedTable(TableModule):
                 at += count
         return tree.total() if tree.nodes else nothing
 
-    def _gather_norms(self, grads_UD: torch.Tensor) -> torch.Tensor:
-        """The norm of all rows' gradients, and `SCALE_UNIT`; see `gradients`."""
+    def _gather_norm(self, grads_UD: torch.Tensor) -> float:
+        """The norm of all ranks' gradients, rounded to float32: the same bits on all of them."""
         squares_U = row_squares(grads_UD)
         finite = bool(torch.isfinite(squares_U).all())
         mine: Fraction | None = exact_sum(squares_U.numpy()) if finite else None
@@ -433,22 +433,23 @@ class ShardedTable(TableModule):
         self._num_rows_met = sum(count for _, count in found)
         parts = [part for part, _ in found if part is not None]
         norm = total_of(parts) ** 0.5 if len(parts) == len(found) else float("nan")
-        return torch.tensor([norm, SCALE_UNIT], dtype=torch.float64).float()
+        return float(torch.tensor(norm, dtype=torch.float64).float())
 
     def gradients(self) -> tuple[torch.Tensor, torch.Tensor] | None:
-        """What stands in for the rows' gradients where code knows only parameters (`RowGradients`): (ids of the rows
-        that this rank owns, a tensor with the norm of all ranks' rows). The same on all ranks, so that what clips
-        or unscales does the same on each; what it multiplies the tensor by, `step_rows` multiplies the rows by.
+        """Return what stands in for the rows' gradients where code knows only parameters (`RowGradients`).
 
-        None before `exchange_gradients`.
+        That is the ids of the rows that this rank owns, and a tensor of one element, the norm of all ranks' rows. It
+        is the same on all ranks, so that what clips or unscales it does the same on each. It scales no row: the
+        factor goes to `scale_gradients`. None before `exchange_gradients`.
         """
         gradients = self._own.gradients()
-        return None if gradients is None or self._norms is None else (gradients[0], self._norms)
+        return None if gradients is None or self._stand_in is None else (gradients[0], self._stand_in)
 
     def replace_gradients(self, row_ids_U: torch.Tensor, grads_UD: torch.Tensor) -> None:
         """Puts others in place of this rank's rows' own. By all ranks."""
         self._own.replace_gradients(self._local_ids(row_ids_U), grads_UD)
-        self._norms = self._gather_norms(grads_UD)
+        self._norm = self._gather_norm(grads_UD)
+        self._stand_in = torch.tensor([self._norm])
 
     @property
     def num_rows_met(self) -> int:
@@ -456,13 +457,17 @@ class ShardedTable(TableModule):
         return self._num_rows_met
 
     def gradient_norm(self) -> float:
-        """Of all ranks' rows together, as `exchange_gradients` left them: the same bits on all ranks, whatever their
-        number. 0 where there are none."""
-        return 0.0 if self._norms is None else float(self._norms[0])
+        """Return the norm of all ranks' rows together, as `exchange_gradients` left them; 0 where there are none.
+
+        It is the same bits on all ranks, whatever their number.
+        """
+        return self._norm
 
     def scale_gradients(self, scale: float) -> None:
-        if self._norms is not None:
-            self._norms *= scale
+        """Multiply the gradients of the rows that this rank owns."""
+        gradients = self._own.gradients()
+        if gradients is not None and scale != 1.0:
+            gradients[1].mul_(scale)
 
     def clear_gradients(self) -> None:
         """Forgets them, and which micro-batches there were."""
@@ -470,7 +475,7 @@ class ShardedTable(TableModule):
         with self._pending_lock:
             self._sums = {}
         self._num_micro_batches = 0
-        self._norms = None
+        self._norm, self._stand_in = 0.0, None
         self._own.clear_gradients()
 
     def row_optimizer(self, kind: Callable[..., OptimizerT], **settings: Any) -> OptimizerT:
@@ -512,11 +517,7 @@ class ShardedTable(TableModule):
 
     def step_rows(self, optimizer: torch.optim.Optimizer) -> None:
         """The owner's update of its rows, and in one file the wait for all others'. By all ranks."""
-        gradients = self._own.gradients()
-        if gradients is not None and self._norms is not None:
-            scale = float(self._norms[1]) / SCALE_UNIT
-            if scale != 1.0:
-                gradients[1].mul_(scale)
+        if self.gradients() is not None:
             optimizer.step()
         self.clear_gradients()
         if not self.is_in_shards:

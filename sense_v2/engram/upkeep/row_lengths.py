@@ -21,6 +21,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from sense_v2.engram.table import platform
 from sense_v2.engram.table.compact_rows import decode_rows
 from sense_v2.engram.table.format import Manifest, row_dtype
 from sense_v2.engram.table.initial_noise import CHUNK_VALUES, InitialNoise
@@ -64,7 +65,7 @@ def measure_rows(
         noise = InitialNoise(manifest.init_seed or 0, manifest.init_std, manifest.dtype)
     parts = _parts(manifest, max_rows)
     row_ids, norms, drifts = [], [], []
-    fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+    fd = os.open(path, platform.READ)
     try:
         for first, count in parts:
             raw_UB = np.empty((count, row_bytes), dtype=np.uint8)

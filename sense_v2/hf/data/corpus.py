@@ -20,6 +20,7 @@ import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -46,6 +47,11 @@ class Corpus:
     `train_texts` are then the beginning only; None where they are all of it."""
     text_column: str = "text"
     """What the documents call their text."""
+
+    @property
+    def num_files(self) -> int | None:
+        """How many files are trained on; None where it isn't known, of a corpus that is read while it trains."""
+        return len(self.train_texts) if self.documents is None else None
 
     @property
     def train_bytes(self) -> int:
@@ -309,19 +315,23 @@ class Batches:
             chosen, queue = queue[: self.batch_size], queue[self.batch_size :]
             yield chosen
 
-    def state_dict(self, num_batches: int) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
-        """Where they stand after the first `num_batches`: what JSON can hold, and tensors."""
-        text = {"blocks": self.num_blocks, "sha256": hashlib.sha256(self.blocks.tobytes()).hexdigest()}
-        return {"num_batches": num_batches, "text": text}, {}
+    @cached_property
+    def _text(self) -> dict[str, Any]:
+        """What identifies the blocks."""
+        return {"blocks": self.num_blocks, "sha256": hashlib.sha256(self.blocks.tobytes()).hexdigest()}
 
-    def load_state_dict(self, values: dict[str, Any], tensors: dict[str, torch.Tensor]) -> None:
-        """The next iteration goes on there. Raises `ValueError` where they are of another text."""
-        if values["text"] != self.state_dict(0)[0]["text"]:
+    def state_dict(self, num_batches: int) -> dict[str, Any]:
+        """Return where they stand after the first `num_batches`, as JSON."""
+        return {"num_batches": num_batches, "text": self._text}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Let the next iteration go on there. Raises `ValueError` where they are of another text."""
+        if state["text"] != self._text:
             raise ValueError(
                 f"the text isn't the one that the run began with: it gives {self.num_blocks} sequences of other "
-                f"tokens, then it was {values['text']['blocks']}"
+                f"tokens, then it was {state['text']['blocks']}"
             )
-        self._start = values["num_batches"]
+        self._start = state["num_batches"]
 
     def sample(self, count: int) -> torch.Tensor:
         """`count` blocks (all, where there are fewer), evenly spread over the stream and always the same: for

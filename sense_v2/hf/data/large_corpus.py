@@ -18,8 +18,15 @@ from typing import Any
 
 import numpy as np
 
-from sense_v2.hf.data.corpus import Corpus, find_files, read_text, share_of
+from sense_v2.core.config import TrainConfig
+from sense_v2.hf.data.corpus import Corpus, find_files, read_corpus, read_text, share_of
 from sense_v2.hf.data.streaming import FORMATS, open_documents, text_documents
+
+MIN_CORPUS_BYTES = 16 * 2**20
+BYTES_PER_TOKEN = 8  # a token is rarely longer
+# Text takes several times its size while it is tokenised; more than this of it is streamed.
+MAX_RESIDENT_BYTES = 256 * 2**20
+MIN_HELD_OUT_BYTES = 2**20
 
 HUB_NAME = re.compile(r"[\w][\w.-]*/[\w][\w.-]*(:[\w.-]+)?")
 """user/dataset, or user/dataset:configuration."""
@@ -42,6 +49,27 @@ def has_documents(paths: Sequence[str | Path]) -> bool:
 def text_bytes(paths: Sequence[str | Path]) -> int:
     """How large the files of a corpus are together."""
     return sum(file.stat().st_size for file in find_files([Path(path) for path in paths]))
+
+
+def open_corpus(corpus: Sequence[str | Path] | None, settings: TrainConfig, *, text_column: str = "text") -> Corpus:
+    """As much of the corpus (none named: the standard library) as a run of `settings` needs. Text past that only
+    costs time to tokenise. The same settings give the same part, so that `eval` reads what `train` held out.
+
+    Documents (JSON lines, Parquet, a dataset of the hub) and text that takes too much memory are read while they are
+    trained on.
+    """
+    num_tokens = settings.steps * settings.batch_size * settings.sequence_length
+    max_bytes = max(MIN_CORPUS_BYTES, BYTES_PER_TOKEN * num_tokens)
+    if corpus and (
+        is_hub_dataset(corpus)
+        or has_documents(corpus)
+        or (max_bytes > MAX_RESIDENT_BYTES and text_bytes(corpus) > MAX_RESIDENT_BYTES)
+    ):
+        held_out_bytes = max(MIN_HELD_OUT_BYTES, BYTES_PER_TOKEN * settings.eval_sequences * settings.sequence_length)
+        return open_large_corpus(
+            corpus, held_out_bytes=held_out_bytes, sample_bytes=MIN_CORPUS_BYTES, text_column=text_column
+        )
+    return read_corpus(corpus or None, max_bytes=max_bytes)
 
 
 def open_large_corpus(

@@ -133,7 +133,28 @@ def _border(file: BinaryIO, place: int, size: int) -> int:
     return place + next((at for at, byte in enumerate(file.read(4)) if byte & 0xC0 != 0x80), 0)
 
 
-class PackedStream(torch.utils.data.IterableDataset):
+class ResumableStream(torch.utils.data.IterableDataset):
+    """A dataset of blocks that knows where it stands. A state is JSON, but for NumPy arrays on its first level."""
+
+    def state_dict(self, num_blocks: int) -> dict[str, Any]:
+        """Return where the stream stood after its first `num_blocks` blocks, in what it is iterated now."""
+        raise NotImplementedError
+
+    def load_state_dict(self, state: dict[str, Any], *, skipped_again: bool = False) -> None:
+        """Let the next iteration go on from there.
+
+        Args:
+            state: What `state_dict` returned.
+            skipped_again: Whether to first hand out as many blocks of zeros as were read before: a Trainer that
+                resumes skips these unseen.
+
+        Raises:
+            ValueError: The state is of another stream.
+        """
+        raise NotImplementedError
+
+
+class PackedStream(ResumableStream):
     """Blocks {input_ids, position_ids, labels}, each int64 [T], without end: after the last document the first comes
     again, in another order. What a Trainer takes as its train_dataset (with max_steps).
 
@@ -198,15 +219,12 @@ class PackedStream(torch.utils.data.IterableDataset):
     # Where it stands.
 
     def state_dict(self, num_blocks: int) -> dict[str, Any]:
-        """Where the stream stood after its first `num_blocks` blocks, in what it is iterated now."""
         known = [state for state in self._states if state["num_blocks"] <= num_blocks]
         state = copy.deepcopy(known[-1] if known else self._start or self._first_state())
         state["skip"] = num_blocks - state["num_blocks"]
         return state
 
     def load_state_dict(self, state: dict[str, Any], *, skipped_again: bool = False) -> None:
-        """The next iteration goes on from there. With `skipped_again` it first hands out as many blocks of zeros as
-        were read before: a Trainer that resumes skips these unseen."""
         own = self._description()
         for name, value in state["stream"].items():
             if own[name] != value:
@@ -339,20 +357,18 @@ class StreamBatches:
         while True:
             yield torch.stack([next(blocks)["input_ids"] for _ in range(self.batch_size)])
 
-    def state_dict(self, num_batches: int) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
-        """Where they stand after the first `num_batches`: what JSON can hold, and tensors."""
-        state = self.stream.state_dict(num_batches * self.batch_size)
-        tensors = {name: torch.from_numpy(state.pop(name)) for name in ("tail", "buffer")}
-        return state, tensors
+    def state_dict(self, num_batches: int) -> dict[str, Any]:
+        """Return where they stand after the first `num_batches`, as a `ResumableStream`'s."""
+        return self.stream.state_dict(num_batches * self.batch_size)
 
-    def load_state_dict(self, values: dict[str, Any], tensors: dict[str, torch.Tensor]) -> None:
-        """The next iteration goes on there. Raises `ValueError` where they are of another stream."""
-        self.stream.load_state_dict({**values, **{name: value.numpy() for name, value in tensors.items()}})
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Let the next iteration go on there. Raises `ValueError` where they are of another stream."""
+        self.stream.load_state_dict(state)
 
 
 def save_stream(state: dict[str, Any], folder: Path) -> None:
     """Writes a stream's state to `folder/stream.safetensors`."""
-    arrays = {name: torch.from_numpy(state[name]) for name in ("tail", "buffer")}
+    arrays = {name: torch.from_numpy(value) for name, value in state.items() if isinstance(value, np.ndarray)}
     rest = {name: value for name, value in state.items() if name not in arrays}
     with new_file(folder / STREAM_FILE, replace=True) as fd:
         write_at(fd, to_safetensors(arrays, metadata={"state": json.dumps(rest)}), 0)
@@ -362,4 +378,4 @@ def load_stream(folder: Path) -> dict[str, Any]:
     """What `save_stream` wrote."""
     with safe_open(folder / STREAM_FILE, framework="np") as file:
         state = json.loads(file.metadata()["state"])
-        return {**state, **{name: file.get_tensor(name) for name in ("tail", "buffer")}}
+        return {**state, **{name: file.get_tensor(name) for name in file.keys()}}  # noqa: SIM118  # no mapping

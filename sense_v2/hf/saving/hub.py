@@ -114,7 +114,7 @@ def push_to_hub(
 
 
 def _stage(folder: Path, staging: Path) -> None:
-    """Links to what is uploaded, and a manifest and an overlay without optimizer states."""
+    """Link what is uploaded; write a manifest and an overlay without optimizer states."""
     for pattern in _FILES:
         for path in folder.glob(pattern):
             link = staging / path.name

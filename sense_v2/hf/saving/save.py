@@ -38,7 +38,7 @@ from sense_v2.hf.saving.folder import (
     STATE_FILE,
     TABLE_FILE,
     is_same_file,
-    replaced_file,
+    replace_file,
 )
 from sense_v2.hf.saving.model_card import write_card
 from sense_v2.hf.saving.model_config import announce_memory
@@ -146,11 +146,9 @@ def save_pretrained(
 
 
 def describe_backbone(model: PreTrainedModel, folder: Path, facts: Mapping[str, Any]) -> None:
-    """Says in `folder`, to which transformers has saved `model`, that it is one with memory, and what the memory was
-    trained on."""
+    """Say in the folder that transformers saved `model` to that it has a memory, and what that was trained on."""
     (folder / MEMORY_FOLDER).mkdir(parents=True, exist_ok=True)
-    with replaced_file(folder / MEMORY_FOLDER / BACKBONE_FILE) as file:
-        file.write((json.dumps(facts, indent=2) + "\n").encode())
+    replace_file(folder / MEMORY_FOLDER / BACKBONE_FILE, (json.dumps(facts, indent=2) + "\n").encode())
     if not announce_memory(folder, model):
         warnings.warn(
             f"{type(model).__name__} is none of transformers' own models with a language head: "
@@ -169,11 +167,15 @@ def save_memory(
     states: bool,
     fusion: Mapping[str, torch.Tensor] | None = None,
 ) -> None:
-    """Writes what of a model is memory to the folder `target`, as above, its configuration last. `fusion` are the
-    fusion layers' weights, by default those that they have.
+    """Write a model's memory to a folder, its configuration last.
 
-    `table`: "copy" and "reflink" copy the table of the last commit, with its optimizer states where `states`;
-    "reference" names it; "stay" is for one that lies there already. An overlay's rows are written beside it.
+    Args:
+        memory: Attached to the model.
+        target: The folder.
+        table: "copy" and "reflink" copy the table of the last commit, "reference" names it, and "stay" is for a table
+            that lies there already. An overlay's rows are written beside it.
+        states: True to copy the table's optimizer states as well.
+        fusion: The fusion layers' weights, by default those that they have.
     """
     target.mkdir(parents=True, exist_ok=True)
     if table == "reference":
@@ -191,10 +193,8 @@ def save_memory(
     copy_file(map_path, target / MAP_FILE)
     fusion = memory.layers.state_dict() if fusion is None else fusion
     weights = {name: value.contiguous() for name, value in fusion.items()}
-    with replaced_file(target / FUSION_FILE) as file:
-        file.write(to_safetensors(weights, metadata={"format": "pt"}))
-    with replaced_file(target / CONFIG_FILE) as file:
-        file.write(_portable_config(memory).to_json().encode())
+    replace_file(target / FUSION_FILE, to_safetensors(weights, metadata={"format": "pt"}))
+    replace_file(target / CONFIG_FILE, _portable_config(memory).to_json().encode())
 
 
 def _save_overlay(memory: EngramMemory, path: Path, states: bool) -> None:
@@ -213,8 +213,7 @@ def _write_reference(storage: TrainableRows, target: Path) -> None:
             "referenced, or save a copy"
         )
     named = {"storage_path": str(storage.path.absolute()), "commit": manifest.commit, "step": manifest.step}
-    with replaced_file(target / REFERENCE_FILE) as file:
-        file.write((json.dumps(named, indent=2) + "\n").encode())
+    replace_file(target / REFERENCE_FILE, (json.dumps(named, indent=2) + "\n").encode())
 
 
 def _save_tokenizer(tokenizer: Any, model: PreTrainedModel, folder: Path) -> Any:
@@ -234,8 +233,8 @@ def _save_tokenizer(tokenizer: Any, model: PreTrainedModel, folder: Path) -> Any
 
 
 def _portable_config(memory: EngramMemory) -> EngramConfig:
-    """Paths relative to the folder, and the pad token by name: left open, it would be the one that the model has when
-    it is loaded, and other rows would be looked up."""
+    """Make paths relative to the folder, and name the pad token: left open, it would be the loaded model's, and other
+    rows would be looked up."""
     pad_token_id = memory.config.pad_token_id
     if pad_token_id is None:
         compressed_V = memory.tokenizer(torch.arange(memory.tokenizer.vocab_size))
@@ -246,7 +245,7 @@ def _portable_config(memory: EngramMemory) -> EngramConfig:
 
 
 def _copy_table(memory: EngramMemory, target: Path, states: bool, *, reflink_only: bool) -> None:
-    """The table and its manifest. State that an earlier table left there would be taken for its own."""
+    """Copy the table and its manifest, and remove an earlier table's states, which would be taken for its own."""
     memory.whole_table.copy_to(target / TABLE_FILE, states=states, reflink_only=reflink_only)
     kept = {entry.file for entry in read_manifest(target / manifest_name(TABLE_FILE)).states.values()}
     for path in target.glob("engram_table.*.dat"):
@@ -257,8 +256,8 @@ def _copy_table(memory: EngramMemory, target: Path, states: bool, *, reflink_onl
 
 @contextlib.contextmanager
 def _sole_writer(table: Path) -> Iterator[None]:
-    """While a table that is there is replaced, nobody else writes to it: the next commit would put its own manifest
-    beside the new rows."""
+    """Keep other writers out while a table is replaced: their next commit would put its manifest beside the new
+    rows."""
     lock = WriterLock(table.with_name(lock_name(table.name)), str(table)) if table.exists() else None
     try:
         yield

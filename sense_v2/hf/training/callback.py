@@ -15,14 +15,12 @@ A checkpoint commits the table and keeps what is needed to come back to it (`che
 from __future__ import annotations
 
 import math
-import sys
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
-from transformers.trainer_callback import CallbackHandler
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from sense_v2.core.config import DURABILITIES, ROW_OPTIMIZERS
@@ -30,9 +28,10 @@ from sense_v2.engram.optim import RowAdam, RowGradients, RowWiseAdagrad
 from sense_v2.hf.load import load_fusion
 from sense_v2.hf.memory import EngramMemory, memory_of
 from sense_v2.hf.saving.folder import MEMORY_FOLDER, TABLE_FILE
-from sense_v2.hf.training.checkpoint import TABLES, restore_rows, write_checkpoint
+from sense_v2.hf.training.checkpoint import TABLES, restore_rows, sync_checkpoint, write_checkpoint
 
 STAND_IN = "rows"
+STAND_IN_NAME = f"engram.{STAND_IN}.gradients"
 
 
 class RowStandIn(nn.Module):
@@ -41,12 +40,16 @@ class RowStandIn(nn.Module):
     def __init__(self, gradients: RowGradients) -> None:
         super().__init__()
         self.gradients = gradients
+        self.register_state_dict_post_hook(_leave_out)
+        self.register_load_state_dict_post_hook(_not_missing)
 
-    def _save_to_state_dict(self, *_: Any) -> None:
-        pass
 
-    def _load_from_state_dict(self, *_: Any) -> None:
-        pass
+def _leave_out(module: nn.Module, state: dict[str, Any], prefix: str, *_: Any) -> None:
+    state.pop(f"{prefix}gradients")
+
+
+def _not_missing(module: nn.Module, incompatible: Any) -> None:
+    incompatible.missing_keys[:] = [name for name in incompatible.missing_keys if name != STAND_IN_NAME]
 
 
 class EngramCallback(TrainerCallback):
@@ -57,13 +60,19 @@ class EngramCallback(TrainerCallback):
 
     `checkpoints` says what a checkpoint does with the table. "copy": each holds a copy (a reflink, which takes
     neither time nor room, where the file system has them), and each can be resumed and loaded as the best model.
-    "reference": a checkpoint names the commit, and only the last one can be resumed.
+    "reference": a checkpoint names the commit, and only the last one can be resumed. "stay": the same, for a run that
+    has its table to itself and keeps two checkpoints (`save_total_limit=2`): whatever ends it, even while it saves,
+    one of the two can be resumed.
 
     With "copy" the table is committed every `commit_steps` steps (0: only with checkpoints), so that the journal of
     old rows stays small. `durability` is the storage's.
 
     `train_backbone=False` freezes every weight outside of the memory. Otherwise what asks for a gradient is trained,
     and beside a PEFT adapter, which froze them, the fusion layers.
+
+    The log gets the mean gate of each memory layer, the rows a step touched and their rate. An EngramTrainer's
+    reporters get them, too. A plain Trainer's (`report_to`) come before its callbacks and don't: give it
+    `report_to="none"` and `callbacks=[EngramCallback(), TensorBoardCallback()]`.
 
     A plain Trainer resumes from `output_dir/checkpoint-STEP`; where `resume_from_checkpoint` is another folder,
     give it here too. (An EngramTrainer knows.)
@@ -139,22 +148,21 @@ class EngramCallback(TrainerCallback):
     ) -> None:
         self._memory = memory_of(model)
         self._num_ranks = args.world_size
-        _before_reporters(self, sys._getframe(1).f_locals.get("self"))
         storage = self._memory.storage
         if storage.rows_require_grad and not self.writes:
             raise ValueError(
                 f"{storage.path} is open read-only: attach with mode='r+' to train its rows, or freeze them "
                 "(storage.requires_grad_(False))"
             )
-        if storage.is_in_shards and self.checkpoints == "reference":
+        if self.checkpoints != "copy" and storage.is_in_shards:
             raise ValueError(
-                "EngramCallback(checkpoints='reference') names one file, and this table lies in shards; use "
-                "checkpoints='copy'"
+                f"EngramCallback(checkpoints={self.checkpoints!r}) is for one file, and this table lies in shards; "
+                "use checkpoints='copy'"
             )
-        if args.load_best_model_at_end and self.checkpoints == "reference":
+        if self.checkpoints != "copy" and args.load_best_model_at_end:
             raise ValueError(
-                "load_best_model_at_end goes back to earlier rows, which EngramCallback(checkpoints='reference') "
-                "doesn't keep; use checkpoints='copy'"
+                f"load_best_model_at_end goes back to earlier rows, which EngramCallback(checkpoints="
+                f"{self.checkpoints!r}) doesn't keep; use checkpoints='copy'"
             )
         _choose_weights(model, self._memory, self.train_backbone)
         if not storage.rows_require_grad:
@@ -224,9 +232,14 @@ class EngramCallback(TrainerCallback):
     def on_save(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, model: Any = None, **_: Any
     ) -> None:
+        folder, states = _checkpoint_folder(args, state.global_step), not args.save_only_model
+        if self.checkpoints == "stay" and args.should_save:
+            write_checkpoint(model, folder, table="stay", states=states)
+            sync_checkpoint(folder)
         if self.writes:
             self._commit(state)
-        folder, states = _checkpoint_folder(args, state.global_step), not args.save_only_model
+        if self.checkpoints == "stay":
+            return
         table, storage = self.checkpoints, self.memory.storage
         if storage.is_in_shards:
             # No rank has all rows: each copies its own.
@@ -260,8 +273,10 @@ class EngramCallback(TrainerCallback):
             best = Path(state.best_model_checkpoint)
             restore_rows(self.memory, best)
             load_fusion(self.memory, best / MEMORY_FOLDER)
-        if self.writes and self.memory.storage.updates != self.memory.storage.manifest.updates:
-            self.memory.storage.flush(step=state.global_step)
+        storage = self.memory.storage
+        # One more commit would be another one than the last reference names.
+        if self.writes and (self.checkpoints != "reference" or storage.updates != storage.manifest.updates):
+            storage.flush(step=state.global_step)
         if self._num_ranks > 1:
             torch.distributed.barrier()
 
@@ -270,7 +285,7 @@ class EngramCallback(TrainerCallback):
     def _before_step(self, optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
         """The hook before the weights' step: the rows' step, after which there is no gradient left to be seen."""
         storage = self.memory.storage
-        # Of a table over several ranks, one that stands for all ranks' rows: all scale, and find infinities, alike.
+        # Of a table over several ranks: the norm of all ranks' rows, so that all scale, and find infinities, alike.
         gradients = storage.gradients()
         # An optimizer that unscales by itself (fused AdamW) gets these from a gradient scaler, for the step.
         found_inf, scale = getattr(optimizer, "found_inf", None), getattr(optimizer, "grad_scale", None)
@@ -287,6 +302,10 @@ class EngramCallback(TrainerCallback):
             self._rate = float(self._group["lr"] * self.row_rate)
             assert self._rows is not None
             self._rows.param_groups[0]["lr"] = self._rate
+            if storage.needs_all_ranks:
+                # What was clipped is a stand-in for all ranks' rows.
+                norm = storage.gradient_norm()
+                storage.scale_gradients(float(grads_UD) / norm if norm else 1.0)
             storage.step_rows(self._rows)
         storage.clear_gradients()
 
@@ -333,21 +352,21 @@ class EngramCallback(TrainerCallback):
 
         return hook
 
+    def let_go(self) -> None:
+        """Take the stand-in and all hooks off the model, which can then be trained in another way."""
+        self._stop_listening()
+        if self._memory is not None:
+            self._memory.checkpoint = None
+            self._memory.storage.clear_gradients()
+        if self._stand_in is not None:
+            delattr(self.memory, STAND_IN)
+            self._stand_in = None
+
     def _stop_listening(self) -> None:
         for handle in self._handles:
             handle.remove()
         self._handles = []
         self._rows = None
-
-
-def _before_reporters(callback: EngramCallback, caller: Any) -> None:
-    """Moves the callback to the front of the Trainer's list: what it adds to the logs reaches only those behind it,
-    and a Trainer puts the callbacks of `report_to` before a user's. Nobody but the list's holder, which is calling,
-    knows the list; where somebody else calls, the metrics are in the Trainer's state alone."""
-    if isinstance(caller, CallbackHandler) and callback in caller.callbacks:
-        # While it is gone through: nobody is left out or called twice, since what moves is what is being called.
-        caller.callbacks.remove(callback)
-        caller.callbacks.insert(0, callback)
 
 
 def _choose_weights(model: Any, memory: EngramMemory, train_backbone: bool) -> None:
@@ -367,7 +386,10 @@ def _choose_weights(model: Any, memory: EngramMemory, train_backbone: bool) -> N
 
 
 def _keep_from_ddp(model: Any, stand_in: RowGradients) -> None:
-    """DDP would wait for a gradient of the stand-in, which never comes."""
+    """DDP would wait for a gradient of the stand-in, which never comes.
+
+    It could go once DDP takes the names to ignore as an argument (pytorch's TODO at this very method).
+    """
     name = next(name for name, parameter in model.named_parameters() if parameter is stand_in)
     ignored = {*getattr(model, "_ddp_params_and_buffers_to_ignore", ()), name}
     nn.parallel.DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(model, sorted(ignored))

@@ -4,19 +4,23 @@
     checkpoint-N/engram/       what is written here, as in a saved model (`saving/folder.py`); with the table
         engram_table.*         copied ("copy"), or
         table_reference.json   named by the commit it had then ("reference"), or
+        rows_in_table.json     left where it is, at the checkpoint's step ("stay"), or
         overlay.safetensors    where an overlay is trained: its rows and their optimizer states, and no table
 
 The table has one state, and training goes on in it. A copy can be gone back to at any time. A reference takes no
 room, and holds only as long as its commit is the table's last: it is refused once another one has followed, never
-taken for the rows it named.
+taken for the rows it named. With "stay" the table's commit comes after all files of the checkpoint, so that a run
+that keeps two checkpoints finds the one that fits its table whatever moment it was killed at.
 """
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 from transformers import PreTrainedModel
 
+from sense_v2.engram.table.disk import sync
 from sense_v2.hf.memory import EngramMemory, memory_of
 from sense_v2.hf.saving.backbone_facts import backbone_facts
 from sense_v2.hf.saving.folder import (
@@ -29,7 +33,8 @@ from sense_v2.hf.saving.folder import (
 )
 from sense_v2.hf.saving.save import describe_backbone, save_memory
 
-TABLES = ("copy", "reference")
+TABLES = ("copy", "reference", "stay")
+IN_TABLE_FILE = "rows_in_table.json"
 
 
 def write_checkpoint(model: PreTrainedModel, checkpoint: Path, *, table: str, states: bool = True) -> None:
@@ -45,6 +50,32 @@ def write_checkpoint(model: PreTrainedModel, checkpoint: Path, *, table: str, st
     # A table under an overlay, or a released one, is the same in all checkpoints.
     stays = memory.is_released or memory.table is not memory.storage
     save_memory(memory, folder, table="stay" if stays else table, states=states)
+    if table == "stay" and not stays:
+        step = {"step": step_of(checkpoint)}
+        (folder / IN_TABLE_FILE).write_text(json.dumps(step) + "\n", encoding="utf-8")
+
+
+def sync_checkpoint(checkpoint: Path) -> None:
+    """Make all files of a checkpoint durable."""
+    for path in [*checkpoint.rglob("*"), checkpoint, checkpoint.parent]:
+        sync(path)
+
+
+def step_of(checkpoint: Path) -> int:
+    """Read the step off a checkpoint's name.
+
+    >>> step_of(Path("runs/mine/checkpoint-300"))
+    300
+    """
+    return int(checkpoint.name.rpartition("-")[2])
+
+
+def fits_table(memory: EngramMemory, checkpoint: Path) -> bool:
+    """Return True if the rows of the checkpoint can be had: its own, or those of the table as it is committed."""
+    folder = checkpoint / MEMORY_FOLDER
+    if not (folder / IN_TABLE_FILE).is_file():
+        return (folder / CONFIG_FILE).is_file()
+    return memory.storage.committed_step == step_of(checkpoint)
 
 
 def restore_rows(memory: EngramMemory, checkpoint: Path) -> None:
@@ -64,6 +95,13 @@ def restore_rows(memory: EngramMemory, checkpoint: Path) -> None:
         storage.restore_from(folder / OVERLAY_FILE)
         return
     if memory.is_released:  # its rows are what they were
+        return
+    if (folder / IN_TABLE_FILE).is_file():
+        if not fits_table(memory, checkpoint) or storage.updates != storage.manifest.updates:
+            raise ValueError(
+                f"{checkpoint} has no rows of its own: they are in {storage.path}, which has gone on since then "
+                f"(step {storage.manifest.step}). Resume from the checkpoint of that step"
+            )
         return
     if not (folder / REFERENCE_FILE).is_file():
         storage.restore_from(folder / TABLE_FILE)

@@ -16,11 +16,37 @@ import torch
 from transformers import Trainer
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, get_last_checkpoint
 
-from sense_v2.hf.data.streaming import STREAM_FILE, PackedStream, load_stream, save_stream
+from sense_v2.hf.data.streaming import STREAM_FILE, ResumableStream, load_stream, save_stream
 from sense_v2.hf.training.callback import EngramCallback
 
 
-class EngramTraining:
+class StreamTraining:
+    """Keeps with each checkpoint where a `ResumableStream` stands, and resumes there; to be put before a Trainer."""
+
+    def checkpoint_of(self, resume_from_checkpoint: Any) -> str | None:
+        """The folder that the argument of `train` means."""
+        if resume_from_checkpoint is True:
+            found: str | None = get_last_checkpoint(self.args.output_dir)  # type: ignore[attr-defined]
+            return found
+        return resume_from_checkpoint or None
+
+    def train(self, resume_from_checkpoint: Any = None, *args: Any, **kwargs: Any) -> Any:
+        checkpoint, stream = self.checkpoint_of(resume_from_checkpoint), self.train_dataset  # type: ignore[attr-defined]
+        if checkpoint and isinstance(stream, ResumableStream) and (Path(checkpoint) / STREAM_FILE).exists():
+            skips = not self.args.ignore_data_skip  # type: ignore[attr-defined]
+            stream.load_state_dict(load_stream(Path(checkpoint)), skipped_again=skips)
+        return super().train(resume_from_checkpoint, *args, **kwargs)  # type: ignore[misc]
+
+    def _save_checkpoint(self, *args: Any, **kwargs: Any) -> None:
+        super()._save_checkpoint(*args, **kwargs)  # type: ignore[misc]
+        if isinstance(self.train_dataset, ResumableStream) and self.args.should_save:  # type: ignore[attr-defined]
+            settings, step = self.args, self.state.global_step  # type: ignore[attr-defined]
+            num_blocks = step * self.get_total_train_batch_size(settings)  # type: ignore[attr-defined]
+            folder = Path(settings.output_dir) / f"{PREFIX_CHECKPOINT_DIR}-{step}"
+            save_stream(self.train_dataset.state_dict(num_blocks), folder)  # type: ignore[attr-defined]
+
+
+class EngramTraining(StreamTraining):
     """What turns a Trainer's class into one for models with memory; the Trainer's own arguments, and two more.
 
     The callback among `callbacks` says how rows are trained; without one it is `EngramCallback()`. `fusion_rate` is
@@ -66,23 +92,8 @@ class EngramTraining:
                 optimizer.add_param_group({"params": moved, "lr": base_rate * rate, "weight_decay": 0.0})
 
     def train(self, resume_from_checkpoint: Any = None, *args: Any, **kwargs: Any) -> Any:
-        checkpoint = resume_from_checkpoint
-        if checkpoint is True:
-            checkpoint = get_last_checkpoint(self.args.output_dir)  # type: ignore[attr-defined]
-        self.engram.resume_from_checkpoint = checkpoint or None
-        stream = self.train_dataset  # type: ignore[attr-defined]
-        if checkpoint and isinstance(stream, PackedStream) and (Path(checkpoint) / STREAM_FILE).exists():
-            skips = not self.args.ignore_data_skip  # type: ignore[attr-defined]
-            stream.load_state_dict(load_stream(Path(checkpoint)), skipped_again=skips)
-        return super().train(resume_from_checkpoint, *args, **kwargs)  # type: ignore[misc]
-
-    def _save_checkpoint(self, *args: Any, **kwargs: Any) -> None:
-        super()._save_checkpoint(*args, **kwargs)  # type: ignore[misc]
-        if isinstance(self.train_dataset, PackedStream) and self.args.should_save:  # type: ignore[attr-defined]
-            settings, step = self.args, self.state.global_step  # type: ignore[attr-defined]
-            num_blocks = step * self.get_total_train_batch_size(settings)  # type: ignore[attr-defined]
-            folder = Path(settings.output_dir) / f"{PREFIX_CHECKPOINT_DIR}-{step}"
-            save_stream(self.train_dataset.state_dict(num_blocks), folder)  # type: ignore[attr-defined]
+        self.engram.resume_from_checkpoint = self.checkpoint_of(resume_from_checkpoint)
+        return super().train(resume_from_checkpoint, *args, **kwargs)
 
     def training_step(self, *args: Any, **kwargs: Any) -> torch.Tensor:
         loss = super().training_step(*args, **kwargs)  # type: ignore[misc]

@@ -32,7 +32,7 @@ TEACH = (
 
 
 def build_app(player: Player) -> FastAPI:
-    """The page as an ASGI app, with nothing of Gradio's that would leave this machine or keep what was typed."""
+    """Build the page as an ASGI app, without anything of Gradio's that leaves this machine or keeps what is typed."""
     app = FastAPI(openapi_url=None, docs_url=None, redoc_url=None)
     return gr.mount_gradio_app(
         app,
@@ -52,7 +52,7 @@ def build_app(player: Player) -> FastAPI:
 
 
 def theme() -> gr.themes.Base:
-    """Fonts of the reader's machine alone, and the reports' grounds."""
+    """Use only fonts of the reader's machine, and the reports' background colours."""
     return gr.themes.Base(primary_hue="blue", neutral_hue="slate", font=FONT, font_mono=MONO).set(
         body_background_fill="#ffffff",
         body_background_fill_dark="#14181d",

@@ -21,8 +21,8 @@ from sense_v2.hf.memory import attached_memory, memory_of
 from sense_v2.hf.saving.folder import memory_paths
 from sense_v2.hf.saving.save import save_pretrained
 from sense_v2.hf.training.controls import permute_rows
+from sense_v2.hf.training.fit import fit
 from sense_v2.hf.training.fresh_model import train_bpe
-from sense_v2.hf.training.plain_loop import train
 
 SETTINGS = TrainConfig(steps=3, batch_size=2, sequence_length=12, warmup_steps=1, row_optimizer="adagrad")
 
@@ -113,7 +113,7 @@ def test_a_backbone_of_bfloat16_stays_one(tmp_path):
 
 def test_what_was_trained_is_what_is_saved(tmp_path):
     model = with_memory(tmp_path / "table")
-    train(model, batches(), SETTINGS)
+    fit(model, batches(), SETTINGS)
     save_pretrained(model, tmp_path / "saved")
     loaded = from_pretrained(tmp_path / "saved")
     assert torch.equal(logits(loaded), logits(model))
@@ -273,7 +273,7 @@ def test_a_tokenizer_of_transformers(tmp_path):
 
 def test_a_table_in_the_folder_stays_with_its_state(tmp_path):
     model = in_place(tmp_path)
-    train(model, batches(), SETTINGS)
+    fit(model, batches(), SETTINGS)
     table, _ = memory_paths(tmp_path)
     before = table.stat()
     state = (tmp_path / "engram" / "engram_table.adagrad.dat").read_bytes()
@@ -286,7 +286,7 @@ def test_a_table_in_the_folder_stays_with_its_state(tmp_path):
     assert torch.equal(logits(loaded), expected)
     assert memory_of(loaded).storage.manifest.states["adagrad"].step == 3
     assert (tmp_path / "engram" / "engram_table.adagrad.dat").read_bytes() == state
-    train(loaded, batches(), SETTINGS)
+    fit(loaded, batches(), SETTINGS)
     assert memory_of(loaded).storage.manifest.states["adagrad"].step == 6
 
 
@@ -315,7 +315,7 @@ def test_a_model_that_is_trained_in_place_is_its_tables_writer(tmp_path):
     """It saves there as often as it likes; beside it the folder can be read, and a second trainer is refused."""
     model = in_place(tmp_path)
     for _ in range(2):
-        train(model, batches(), SETTINGS)
+        fit(model, batches(), SETTINGS)
         save_pretrained(model, tmp_path)
     reader = from_pretrained(tmp_path, mode="r")
     assert torch.equal(logits(reader), logits(model))
@@ -339,7 +339,7 @@ def test_a_table_reached_through_a_link_is_in_place(tmp_path):
 
 def test_a_table_from_elsewhere_is_copied_without_its_optimizers_state(tmp_path):
     model = with_memory(tmp_path / "table")
-    train(model, batches(), SETTINGS)
+    fit(model, batches(), SETTINGS)
     before = snapshot(tmp_path / "table")
     save_pretrained(model, tmp_path / "saved")
     after = snapshot(tmp_path / "table")
@@ -349,7 +349,7 @@ def test_a_table_from_elsewhere_is_copied_without_its_optimizers_state(tmp_path)
     assert not list((tmp_path / "saved").rglob("*.ada*.dat"))
     loaded = from_pretrained(tmp_path / "saved", mode="r+")
     assert memory_of(loaded).storage.manifest.states == {}
-    train(loaded, batches(), SETTINGS)  # a manifest that named the state it hasn't got would refuse
+    fit(loaded, batches(), SETTINGS)  # a manifest that named the state it hasn't got would refuse
     assert memory_of(loaded).storage.manifest.states["adagrad"].step == 3
     # And the model that was saved goes on with its own table.
     expected = logits(model)
@@ -386,7 +386,7 @@ def test_a_loaded_model_can_be_saved_where_it_came_from_and_elsewhere(tmp_path):
 
 def test_over_another_model_with_memory(tmp_path):
     other = in_place(tmp_path / "saved", seed=2, table_size=1_800, layer_indices=[0, 2])
-    train(other, batches(), SETTINGS)
+    fit(other, batches(), SETTINGS)
     save_pretrained(other, tmp_path / "saved")
     reader = from_pretrained(tmp_path / "saved", mode="r")
     read_before = logits(reader)
@@ -425,13 +425,12 @@ def test_state_left_by_a_table_of_the_same_size_is_not_taken_over(tmp_path):
     for name, seed in (("clean", None), ("used", 2)):
         if seed is not None:
             other = in_place(tmp_path / name, seed=seed)
-            train(other, batches(), SETTINGS)
+            fit(other, batches(), SETTINGS)
             save_pretrained(other, tmp_path / name)
             detach_engram(other)
         save_pretrained(with_memory(tmp_path / f"table of {name}"), tmp_path / name)
     losses = [
-        train(from_pretrained(tmp_path / name, mode="r+"), batches(), SETTINGS).train_loss
-        for name in ("clean", "used")
+        fit(from_pretrained(tmp_path / name, mode="r+"), batches(), SETTINGS).train_loss for name in ("clean", "used")
     ]
     assert losses[0] == losses[1]
 
@@ -439,7 +438,7 @@ def test_state_left_by_a_table_of_the_same_size_is_not_taken_over(tmp_path):
 def test_another_table_in_the_folder_is_left_alone(tmp_path):
     """A table of another name in the same folder is the live one: copied, not swept up as an old state."""
     model = with_memory(tmp_path, storage_path=str(tmp_path / "engram" / "engram_table.v2.dat"))
-    train(model, batches(), SETTINGS)
+    fit(model, batches(), SETTINGS)
     save_pretrained(model, tmp_path)
     assert torch.equal(logits(from_pretrained(tmp_path)), logits(model))
     left = {path.name for path in (tmp_path / "engram").iterdir()}
@@ -501,7 +500,7 @@ def test_a_save_that_fails_leaves_no_half_model(tmp_path, monkeypatch):
 
 def test_loading_to_read_changes_nothing(tmp_path):
     model = with_memory(tmp_path / "table")
-    train(model, batches(), SETTINGS)
+    fit(model, batches(), SETTINGS)
     save_pretrained(model, tmp_path / "saved")
     before = snapshot(tmp_path / "saved")
     loaded = from_pretrained(tmp_path / "saved", mode="r")

@@ -11,7 +11,7 @@ from sense_v2.hf.data.corpus import Batches
 from sense_v2.hf.insight.evaluation import rows_touched
 from sense_v2.hf.memory import memory_of
 from sense_v2.hf.training.controls import freeze_rows, permute_rows
-from sense_v2.hf.training.plain_loop import train
+from sense_v2.hf.training.fit import fit
 
 SETTINGS = TrainConfig(steps=30, batch_size=2, sequence_length=12, warmup_steps=2, learning_rate=5e-3)
 
@@ -114,7 +114,7 @@ def test_frozen_rows_keep_their_noise_while_the_fusion_learns(tmp_path):
     memory = memory_of(model)
     freeze_rows(memory)
     before, w_v = memory.storage.path.read_bytes(), memory.layers["1"].W_v.weight.clone()
-    train(model, batches(), SETTINGS)
+    fit(model, batches(), SETTINGS)
     assert memory.storage.path.read_bytes() == before
     assert (memory.layers["1"].W_v.weight - w_v).abs().max() > 1e-3
     assert not memory.storage(torch.tensor([1, 2])).requires_grad
@@ -130,7 +130,7 @@ def test_neither_control_learns_as_much_as_the_memory(tmp_path):
             freeze_rows(memory_of(model))
         elif name == "permuted":
             permute_rows(memory_of(model), 0)
-        losses[name] = float(np.mean(train(model, batches(), config).train_loss[-10:]))
+        losses[name] = float(np.mean(fit(model, batches(), config).train_loss[-10:]))
     assert losses["memory"] < losses["frozen"] - 0.2
     assert losses["memory"] < losses["permuted"] - 0.2
 
@@ -139,5 +139,5 @@ def test_permuted_rows_are_trained(tmp_path):
     model = with_memory(tmp_path)
     permute_rows(memory_of(model), 0)
     before = np.array(memory_of(model).storage.mmap)
-    train(model, batches(), SETTINGS)
+    fit(model, batches(), SETTINGS)
     assert (memory_of(model).storage.mmap != before).any(axis=1).sum() > 50

@@ -1,4 +1,4 @@
-"""A run of `train` that ends anywhere goes on as the one that nothing happened to, bit for bit."""
+"""A run of `fit` that ends anywhere goes on as the one that nothing happened to, bit for bit."""
 
 import gc
 import json
@@ -14,8 +14,7 @@ from sense_v2.hf.data.corpus import Batches
 from sense_v2.hf.data.streaming import PackedStream, StreamBatches, open_documents
 from sense_v2.hf.insight.evaluation import evaluate
 from sense_v2.hf.memory import memory_of
-from sense_v2.hf.training.plain_loop import train
-from sense_v2.hf.training.resume import load_step, resumable_step, save_step
+from sense_v2.hf.training.fit import fit, resumable_checkpoint
 
 SETTINGS = TrainConfig(
     steps=9, batch_size=2, sequence_length=12, warmup_steps=2, row_optimizer="adam", commit_every=2, eval_every=3
@@ -45,7 +44,6 @@ def run(folder, batches, *, memory=True, dies_at=None, stops_at=None, resumes=Fa
     model = tiny_model("llama", attention_dropout=0.2)  # the random generator's state counts
     if memory:
         attach_engram(model, tiny_config(folder, init_std=0.0), tiny_tokenizer())
-    state = folder / "training"
     taken = []
 
     def on_step(history):
@@ -53,18 +51,15 @@ def run(folder, batches, *, memory=True, dies_at=None, stops_at=None, resumes=Fa
         if taken[-1] == dies_at:
             raise KeyboardInterrupt
 
-    def resume(optimizers):
-        return load_step(state, resumable_step(state, model), model, optimizers, batches)
-
-    history = train(
+    history = fit(
         model,
         batches,
         SETTINGS,
         evaluate=lambda model: evaluate(model, HELD_OUT),
         on_step=on_step,
         should_stop=lambda: stops_at in taken,
-        resume=resume if resumes else None,
-        before_commit=lambda optimizers, history: save_step(state, model, optimizers, history, batches),
+        folder=folder / "training",
+        resumes=resumes,
     )
     return history, model
 
@@ -127,9 +122,9 @@ def test_the_file_of_the_tables_commit_is_there_whatever_moment_it_dies_at(tmp_p
         run(tmp_path, resident(tmp_path))
     monkeypatch.undo()
     assert files == [
-        ["step-2.safetensors"],
-        ["step-2.safetensors", "step-4.safetensors"],
-        ["step-4.safetensors", "step-6.safetensors"],
+        ["checkpoint-2"],
+        ["checkpoint-2", "checkpoint-4"],
+        ["checkpoint-4", "checkpoint-6"],
     ]
     history, _ = run(tmp_path, resident(tmp_path), resumes=True)
     assert history.steps == list(range(1, 10))
@@ -141,8 +136,23 @@ def test_another_text_and_another_model_are_refused(tmp_path):
         run(tmp_path, resident(tmp_path), dies_at=3)
     with pytest.raises(ValueError, match="the text isn't the one that the run began with"):
         run(tmp_path, resident(tmp_path, seed=1), resumes=True)
-    with pytest.raises(ValueError, match=r"step-2\.safetensors is of another model"):
-        load_step(tmp_path / "training", 2, tiny_model("llama", layers=2), [], resident(tmp_path))
+    model = attach_engram(tiny_model("llama", layers=2), tiny_config(tmp_path, init_std=0.0), tiny_tokenizer())
+    with pytest.raises(ValueError, match="parameter group that doesn't match"):
+        fit(model, resident(tmp_path), SETTINGS, folder=tmp_path / "training", resumes=True)
+
+
+@pytest.mark.parametrize("memory", [True, False])
+def test_a_checkpoint_that_is_not_whole_is_passed_over(tmp_path, memory):
+    expected = outcome(*run(tmp_path / "whole", resident(tmp_path), memory=memory), tmp_path / "whole")
+    _, model = run(tmp_path / "cut", resident(tmp_path), memory=memory, stops_at=5)
+    if memory:
+        memory_of(model).storage.close()
+    half = tmp_path / "cut" / "training" / "checkpoint-7"
+    half.mkdir()
+    (half / "model.safetensors").write_bytes(b"half of it")
+    (half / "trainer_state.json").write_text("{")
+    history, model = run(tmp_path / "cut", resident(tmp_path), memory=memory, resumes=True)
+    assert outcome(history, model, tmp_path / "cut") == expected
 
 
 @pytest.mark.filterwarnings("ignore:.*a writer ended between two commits")
@@ -151,4 +161,4 @@ def test_without_a_checkpoint_there_is_nothing_to_go_on_from(tmp_path):
         run(tmp_path, resident(tmp_path), dies_at=1)
     gc.collect()
     model = attach_engram(tiny_model("llama"), tiny_config(tmp_path, init_std=0.0), tiny_tokenizer())
-    assert resumable_step(tmp_path / "training", model) is None
+    assert resumable_checkpoint(tmp_path / "training", model) is None

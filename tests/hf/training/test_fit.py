@@ -1,4 +1,4 @@
-"""The training loop: against a loop with a resident nn.Embedding, what it must leave alone, and how it ends."""
+"""`fit`: against a loop with a resident nn.Embedding, what it must leave alone, and how it ends."""
 
 import json
 import math
@@ -9,6 +9,7 @@ import pytest
 import torch
 from tiny import VOCABULARY, tiny_config, tiny_model, tiny_tokenizer
 from torch import nn
+from transformers import TrainerCallback
 
 from sense_v2.core.config import TrainConfig
 from sense_v2.engram.storage import MMapEmbeddingStorage
@@ -16,9 +17,9 @@ from sense_v2.hf.attach import attach_engram, detach_engram
 from sense_v2.hf.data.corpus import Batches
 from sense_v2.hf.insight.evaluation import Evaluation
 from sense_v2.hf.memory import memory_of
-from sense_v2.hf.training import plain_loop
+from sense_v2.hf.training import fit as fit_module
 from sense_v2.hf.training.controls import freeze_rows
-from sense_v2.hf.training.plain_loop import History, make_optimizers, rate_factor, row_rate_factor, train
+from sense_v2.hf.training.fit import History, fit, rate_factor, row_rate_factor
 
 
 def settings(**changes) -> TrainConfig:
@@ -189,7 +190,7 @@ def test_equal_to_a_loop_with_the_rows_in_an_embedding(tmp_path, row_optimizer):
         sparse=row_optimizer == "adam",
         **memory,
     )
-    history = train(model, make_batches(config), config)
+    history = fit(model, make_batches(config), config)
     assert history.train_loss == pytest.approx(losses, abs=1e-5)
     assert min(norms) > config.max_grad_norm
     np.testing.assert_allclose(memory_of(model).storage.mmap, rows, atol=1e-5)
@@ -197,21 +198,48 @@ def test_equal_to_a_loop_with_the_rows_in_an_embedding(tmp_path, row_optimizer):
         torch.testing.assert_close(value, resident.state_dict()[name], atol=2e-5, rtol=0)
 
 
+def watched(monkeypatch, **events):
+    """Calls `events` when the Trainer that `fit` makes has the event of that name."""
+    added = type("Watching", (TrainerCallback,), {name: staticmethod(call) for name, call in events.items()})
+    init = fit_module.EngramTrainer.__init__
+
+    def watching_init(trainer, *args, **kwargs):
+        init(trainer, *args, **kwargs)
+        trainer.add_callback(added())
+
+    monkeypatch.setattr(fit_module.EngramTrainer, "__init__", watching_init)
+
+
+def groups_of(model, config, monkeypatch) -> dict[str, dict]:
+    """The optimizer's groups of one step of `fit`, by each parameter's name."""
+    found = {}
+
+    def look(args, state, control, model=None, optimizer=None, **_):
+        names = {parameter: name for name, parameter in model.named_parameters()}
+        found.update({names[p]: dict(group) for group in optimizer.param_groups for p in group["params"]})
+
+    watched(monkeypatch, on_pre_optimizer_step=look)
+    fit(model, make_batches(config), config)
+    return found
+
+
 def test_weights_and_rows_are_clipped_to_one_norm(tmp_path, monkeypatch):
     config = settings(steps=1, max_grad_norm=1e-3)
     model = with_memory(tmp_path)
     with torch.no_grad():
         memory_of(model).layers["1"].W_v.weight.normal_(0, 3.0, generator=torch.Generator().manual_seed(0))
-    optimizers = make_optimizers(model, config)
     squares = {}
 
-    def measure(*_) -> None:
+    def measure(*_, **__) -> None:
         squares["rows"] = float(memory_of(model).storage.gradients()[1].square().sum())
-        squares["weights"] = sum(float(p.grad.square().sum()) for p in model.parameters() if p.grad is not None)
+        squares["weights"] = sum(
+            float(p.grad.square().sum())
+            for name, p in model.named_parameters()
+            if p.grad is not None and name != "engram.rows.gradients"
+        )
 
-    optimizers[0].register_step_pre_hook(measure)
-    monkeypatch.setattr(plain_loop, "make_optimizers", lambda *_: optimizers)
-    train(model, make_batches(config), config)
+    watched(monkeypatch, on_pre_optimizer_step=measure)
+    fit(model, make_batches(config), config)
     assert math.sqrt(squares["rows"] + squares["weights"]) == pytest.approx(1e-3, rel=1e-2)
     assert squares["rows"] > 0.1 * squares["weights"]
 
@@ -224,7 +252,7 @@ def test_the_loss_falls(tmp_path, row_optimizer):
     config = settings(steps=40, learning_rate=5e-3, row_optimizer=row_optimizer)
     model = with_memory(tmp_path)
     before = np.array(memory_of(model).storage.mmap)
-    history = train(model, make_batches(config), config)
+    history = fit(model, make_batches(config), config)
     assert history.train_loss[-1] < 0.5 * history.train_loss[0]
     moved = (memory_of(model).storage.mmap != before).any(axis=1)
     assert 50 < moved.sum() < 400  # the rows of the few n-grams there are, of 1,500
@@ -236,7 +264,7 @@ def test_the_same_seed_gives_the_same_run_bit_for_bit(tmp_path):
     for name, seed in (("a", 0), ("b", 0), ("c", 1)):
         config = settings(seed=seed)
         model = with_memory(tmp_path / name)
-        history = train(model, make_batches(config), config)
+        history = fit(model, make_batches(config), config)
         runs.append((history.train_loss, table_bytes(model), weights_of(model)))
         assert history.steps == list(range(1, 7))
     assert runs[0][:2] == runs[1][:2]
@@ -247,8 +275,8 @@ def test_the_same_seed_gives_the_same_run_bit_for_bit(tmp_path):
 
 def test_fresh_memory_begins_with_the_plain_models_loss(tmp_path):
     config = settings()
-    plain = train(tiny_model("llama"), make_batches(config), config).train_loss
-    remembering = train(with_memory(tmp_path), make_batches(config), config).train_loss
+    plain = fit(tiny_model("llama"), make_batches(config), config).train_loss
+    remembering = fit(with_memory(tmp_path), make_batches(config), config).train_loss
     assert remembering[0] == plain[0]
     assert remembering[2] != plain[2]
 
@@ -257,7 +285,7 @@ def test_fresh_memory_begins_with_the_plain_models_loss(tmp_path):
 def test_other_models_train(tmp_path, name):
     config = settings(steps=20, learning_rate=5e-3)
     model = with_memory(tmp_path, model=name, causal=name != "bert")
-    history = train(model, make_batches(config), config)
+    history = fit(model, make_batches(config), config)
     assert np.mean(history.train_loss[-3:]) < 0.9 * np.mean(history.train_loss[:3])
 
 
@@ -265,44 +293,73 @@ def test_a_backbone_of_bfloat16_trains(tmp_path):
     config = settings(steps=20, learning_rate=5e-3)
     torch.manual_seed(1)
     model = attach_engram(tiny_model("llama").bfloat16(), tiny_config(tmp_path), tiny_tokenizer())
-    history = train(model, make_batches(config), config)
+    history = fit(model, make_batches(config), config)
     assert history.train_loss[-1] < 0.9 * history.train_loss[0]
 
 
 # --- what is trained ---
 
 
-def test_decay_is_on_the_backbones_matrices_only(tmp_path):
+def test_decay_is_on_the_backbones_matrices_only(tmp_path, monkeypatch):
     model = with_memory(tmp_path)
-    names = {parameter: name for name, parameter in model.named_parameters()}
-    weights, rows = make_optimizers(model, settings(weight_decay=0.3))
-    groups = {0.3: set(), 0.0: set()}
-    for group in weights.param_groups:
-        groups[group["weight_decay"]] |= {names[p] for p in group["params"]}
+    names = {name for name, _ in model.named_parameters()}
+    found = groups_of(model, settings(weight_decay=0.3), monkeypatch)
+    rows = found.pop("engram.rows.gradients")
+    assert set(found) == names
     matrices = ("proj.weight", "embed_tokens.weight", "lm_head.weight")
-    assert groups[0.3] == {name for name in names.values() if name.endswith(matrices)}
-    assert groups[0.3] | groups[0.0] == set(names.values())
-    assert not any(name.startswith("engram.") for name in groups[0.3])
-    assert any(name == "engram.layers.1.W_v.weight" for name in groups[0.0])
-    rates = {names[p]: group["lr"] for group in weights.param_groups for p in group["params"]}
+    decayed = {name for name, group in found.items() if group["weight_decay"] == 0.3}
+    assert decayed == {name for name in names if name.endswith(matrices)}
+    assert {group["weight_decay"] for name, group in found.items() if name not in decayed} == {0.0}
+    assert not any(name.startswith("engram.") for name in decayed)
+    rates = {name: group["initial_lr"] for name, group in found.items()}
     assert {rate for name, rate in rates.items() if name.startswith("engram.")} == {1e-2}
     assert {rate for name, rate in rates.items() if not name.startswith("engram.")} == {3e-3}
-    assert rows.param_groups[0]["lr"] == 0.1
+    assert rows["weight_decay"] == 0.0
+    assert all(group["betas"] == (0.9, 0.99) for group in found.values())
 
 
-def test_w_v_in_front_of_rows_of_zeros_has_a_rate_of_its_own(tmp_path):
+def test_w_v_in_front_of_rows_of_zeros_has_a_rate_of_its_own(tmp_path, monkeypatch):
     model = with_memory(tmp_path, init_std=0.0)
-    names = {parameter: name for name, parameter in model.named_parameters()}
-    weights, _ = make_optimizers(model, settings())
-    rates = {names[p]: group["lr"] for group in weights.param_groups for p in group["params"]}
+    rates = {name: group["initial_lr"] for name, group in groups_of(model, settings(), monkeypatch).items()}
     assert rates.pop("engram.layers.1.W_v.weight") == 1e-3
+    del rates["engram.rows.gradients"]
     assert {rate for name, rate in rates.items() if name.startswith("engram.")} == {1e-2}
     # Decided by how the table began, not by what it holds now: a run that goes on has the rates that it had.
-    storage = memory_of(model).storage
-    storage.write(torch.tensor([0]), torch.ones(1, storage.embedding_dim))
-    storage.commit()
-    weights, _ = make_optimizers(model, settings())
-    assert 1e-3 in {group["lr"] for group in weights.param_groups}
+    assert not memory_of(model).storage.is_new
+    assert groups_of(model, settings(), monkeypatch)["engram.layers.1.W_v.weight"]["initial_lr"] == 1e-3
+
+
+def test_the_rows_get_their_own_rate_at_each_step(tmp_path, monkeypatch):
+    rates = []
+
+    def note(args, state, control, logs=None, **_):
+        if "loss" in logs:
+            rates.append(logs["engram/row_learning_rate"])
+
+    watched(monkeypatch, on_log=note)
+    fit(with_memory(tmp_path), make_batches(settings()), settings(warmup_steps=2, row_learning_rate=0.3))
+    assert rates == pytest.approx([0.1, 0.2, 0.3, 0.3, 0.3, 0.3])
+
+
+def test_any_schedule_of_the_trainers_can_be_chosen(tmp_path, monkeypatch):
+    rates = []
+    watched(monkeypatch, on_log=lambda args, state, control, logs=None, **_: rates.append(logs.get("learning_rate")))
+    fit(
+        with_memory(tmp_path),
+        make_batches(settings()),
+        settings(warmup_steps=0),
+        trainer={"lr_scheduler_type": "constant", "gradient_accumulation_steps": 2, "bf16": True},
+    )
+    assert rates[:6] == pytest.approx([3e-3] * 6)
+
+
+def test_a_batch_in_parts_is_the_same_step(tmp_path):
+    histories = [
+        fit(with_memory(tmp_path / str(parts)), make_batches(settings()), settings(), trainer=trainer)
+        for parts, trainer in ((1, {}), (2, {"gradient_accumulation_steps": 2}))
+    ]
+    assert histories[0].train_loss == pytest.approx(histories[1].train_loss, rel=1e-4)
+    assert histories[0].steps == histories[1].steps == list(range(1, 7))
 
 
 def test_the_rows_rate_warms_up_and_stays():
@@ -318,7 +375,7 @@ def test_rows_that_are_not_met_stay_whatever_the_decay(tmp_path):
     met = set()
     for token_ids_BT, _ in zip(batches, range(config.steps), strict=False):
         met |= set(memory_of(model).layers["1"].row_ids(token_ids_BT).flatten().tolist())
-    train(model, batches, config)
+    fit(model, batches, config)
     moved = set(np.flatnonzero((memory_of(model).storage.mmap != before).any(axis=1)).tolist())
     assert moved <= met
     assert len(moved) > 0.9 * len(met)
@@ -333,8 +390,8 @@ def test_without_the_backbone_only_memory_learns(tmp_path):
     model.register_forward_pre_hook(
         lambda *_: asked.append({name for name, parameter in model.named_parameters() if parameter.requires_grad})
     )
-    history = train(model, make_batches(config), config)
-    assert all(names.isdisjoint(backbone) and len(names) == 7 for names in asked)
+    history = fit(model, make_batches(config), config)
+    assert all(names.isdisjoint(backbone) and len(names - {"engram.rows.gradients"}) == 7 for names in asked)
     assert same(before, model) & set(before) == backbone
     assert table_bytes(model) != rows
     assert history.train_loss[-1] < 0.9 * history.train_loss[0]
@@ -349,7 +406,7 @@ def test_a_weight_that_the_user_froze_stays(tmp_path):
     for name in frozen:
         model.get_parameter(name).requires_grad_(False)
     before = weights_of(model)
-    train(model, make_batches(settings()), settings())
+    fit(model, make_batches(settings()), settings())
     assert same(before, model) == set(frozen)
     assert {name for name, parameter in model.named_parameters() if not parameter.requires_grad} == set(frozen)
 
@@ -358,7 +415,7 @@ def test_frozen_rows_stay_byte_identical(tmp_path):
     model = with_memory(tmp_path)
     freeze_rows(memory_of(model))
     before, rows = weights_of(model), table_bytes(model)
-    train(model, make_batches(settings()), settings())
+    fit(model, make_batches(settings()), settings())
     assert table_bytes(model) == rows
     assert not list(tmp_path.glob("*.ada*.dat"))
     assert "engram.layers.1.W_v.weight" not in same(before, model)
@@ -371,7 +428,7 @@ def test_rows_alone_can_learn(tmp_path):
     for parameter in model.parameters():
         parameter.requires_grad_(False)
     before, rows = weights_of(model), table_bytes(model)
-    train(model, make_batches(settings()), settings())
+    fit(model, make_batches(settings()), settings())
     assert same(before, model) == set(before)
     assert table_bytes(model) != rows
 
@@ -379,13 +436,13 @@ def test_rows_alone_can_learn(tmp_path):
 def test_nothing_to_train_is_an_error(tmp_path):
     config = settings(train_backbone=False)
     with pytest.raises(ValueError, match=r"train_backbone is False.*no memory is attached"):
-        train(tiny_model("llama"), make_batches(config), config)
+        fit(tiny_model("llama"), make_batches(config), config)
     model = with_memory(tmp_path)
     freeze_rows(memory_of(model))
     for parameter in model.parameters():
         parameter.requires_grad_(False)
     with pytest.raises(ValueError, match=r"nothing to train, .* its memory is frozen"):
-        train(model, make_batches(config), settings())
+        fit(model, make_batches(config), settings())
 
 
 def test_gradients_from_before_reach_no_update(tmp_path):
@@ -397,7 +454,7 @@ def test_gradients_from_before_reach_no_update(tmp_path):
         if stale:
             ids = torch.arange(3, 15)[None]
             (1000 * model.train()(input_ids=ids, labels=ids, use_cache=False).loss).backward()
-        losses.append(train(model, make_batches(settings()), settings()).train_loss)
+        losses.append(fit(model, make_batches(settings()), settings()).train_loss)
         assert memory_of(model).storage.gradients() is None
     assert losses[0] == losses[1]
 
@@ -429,7 +486,7 @@ def test_what_is_not_finite_reaches_neither_weights_nor_rows(tmp_path, what, att
         "lower learning_rate or row_learning_rate"
     )
     with pytest.raises(FloatingPointError, match=message):
-        train(model, make_batches(settings()), settings(), on_step=after)
+        fit(model, make_batches(settings()), settings(), on_step=after)
     for name, value in model.state_dict().items():
         assert torch.equal(value.nan_to_num(), state["weights"][name].nan_to_num()), name
     assert {path: path.read_bytes() for path in tmp_path.iterdir()} == state["files"]
@@ -442,7 +499,7 @@ def test_a_model_that_begins_broken_is_told_so():
     model = tiny_model("llama")
     poison(model, "loss")
     with pytest.raises(FloatingPointError, match=r"nan at step 1: nothing was updated yet.*began with"):
-        train(model, make_batches(settings()), settings())
+        fit(model, make_batches(settings()), settings())
 
 
 # --- steps, evaluations, stops ---
@@ -460,7 +517,7 @@ def count_events(model, config: TrainConfig, **arguments) -> list[str]:
         events.append(f"step {history.steps[-1]}")
         assert model.training
 
-    train(model, make_batches(config), config, evaluate=evaluate, on_step=on_step, **arguments)
+    fit(model, make_batches(config), config, evaluate=evaluate, on_step=on_step, **arguments)
     return events
 
 
@@ -478,7 +535,7 @@ def test_when_evaluate_and_on_step_are_called(eval_every, steps, evaluated):
 
 def test_what_the_history_holds():
     config = settings(eval_every=2, steps=3)
-    history = train(
+    history = fit(
         tiny_model("llama"), make_batches(config), config, evaluate=lambda model: Evaluation(math.log(7), 10, 0)
     )
     assert history.steps == [1, 2, 3]
@@ -496,7 +553,7 @@ def test_what_the_history_holds():
 def test_seconds_are_the_steps_own(monkeypatch):
     """On a clock that only moves where the test says: a second a forward, much more for anything else."""
     now = [0.0]
-    monkeypatch.setattr(plain_loop.time, "perf_counter", lambda: now[0])
+    monkeypatch.setattr(fit_module.time, "perf_counter", lambda: now[0])
 
     def pass_time(seconds: float) -> None:
         now[0] += seconds
@@ -514,7 +571,7 @@ def test_seconds_are_the_steps_own(monkeypatch):
         pass_time(1_000)
         return Evaluation(1.0, 1, 0)
 
-    history = train(model, batches(), config, evaluate=evaluate, on_step=lambda _: pass_time(100))
+    history = fit(model, batches(), config, evaluate=evaluate, on_step=lambda _: pass_time(100))
     assert history.seconds == [1, 2, 3, 4]
 
 
@@ -527,7 +584,7 @@ def test_a_stop_comes_between_steps_and_flushes(tmp_path):
         return len(asked) > 3
 
     events = []
-    history = train(
+    history = fit(
         model,
         make_batches(settings()),
         settings(),
@@ -538,7 +595,7 @@ def test_a_stop_comes_between_steps_and_flushes(tmp_path):
     assert len(asked) == 4
     whole = with_memory(tmp_path / "whole")
     rows = []
-    train(
+    fit(
         whole,
         make_batches(settings()),
         settings(),
@@ -552,7 +609,7 @@ def test_a_stop_before_the_first_step_changes_nothing(tmp_path):
     model = with_memory(tmp_path)
     before, rows = weights_of(model), table_bytes(model)
     called = []
-    history = train(
+    history = fit(
         model,
         make_batches(settings()),
         settings(),
@@ -568,14 +625,14 @@ def test_a_stop_before_the_first_step_changes_nothing(tmp_path):
 
 def test_a_stop_before_the_first_step_keeps_the_tables_step(tmp_path):
     model = with_memory(tmp_path)
-    train(model, make_batches(settings()), settings())
-    train(model, make_batches(settings()), settings(), should_stop=lambda: True)
+    fit(model, make_batches(settings()), settings())
+    fit(model, make_batches(settings()), settings(), should_stop=lambda: True)
     assert memory_of(model).storage.committed_step == 6
 
 
 def test_the_end_is_committed(tmp_path):
     model = with_memory(tmp_path)
-    train(model, make_batches(settings()), settings())
+    fit(model, make_batches(settings()), settings())
     rows = table_bytes(model)
     memory_of(model).storage.close()
     torch.manual_seed(1)
@@ -593,7 +650,7 @@ def test_batches_that_end_early_end_the_run_with_a_warning(tmp_path):
     batches = [token_ids_BT for token_ids_BT, _ in zip(make_batches(config), range(2), strict=False)]
     model = with_memory(tmp_path)
     with pytest.warns(UserWarning, match="the batches ended after 2 of 6 steps") as warned:
-        history = train(model, batches, config)
+        history = fit(model, batches, config)
     assert warned[0].filename == __file__
     assert (history.steps, history.stopped) == ([1, 2], True)
     assert memory_of(model).storage.committed_step == 2
@@ -608,7 +665,7 @@ def test_no_batch_more_than_the_steps_is_taken():
             taken.append(1)
             yield token_ids_BT
 
-    train(tiny_model("llama"), batches(), config)
+    fit(tiny_model("llama"), batches(), config)
     assert len(taken) == 2
 
 
@@ -616,7 +673,7 @@ def test_a_table_open_to_read_is_refused(tmp_path):
     detach_engram(with_memory(tmp_path))
     model = attach_engram(tiny_model("llama"), tiny_config(tmp_path), mode="r")
     with pytest.raises(ValueError, match="open read-only"):
-        train(model, make_batches(settings()), settings())
+        fit(model, make_batches(settings()), settings())
 
 
 @pytest.mark.parametrize(("commit_every", "steps"), [(2, [2, 4, 5]), (0, [5]), (9, [5])])
@@ -625,10 +682,10 @@ def test_commits_come_every_so_often_and_at_the_end(tmp_path, monkeypatch, commi
     storage = memory_of(model).storage
     commit, flush = storage.commit, storage.flush
     committed = []
-    monkeypatch.setattr(storage, "commit", lambda step: (commit(step=step), committed.append(step)))
+    monkeypatch.setattr(storage, "commit", lambda step, **_: (commit(step=step), committed.append(step)))
     monkeypatch.setattr(storage, "flush", lambda step: (flush(step=step), committed.append(step)))
     config = settings(steps=5, commit_every=commit_every, durability="power")
-    train(model, make_batches(config), config)
+    fit(model, make_batches(config), config)
     assert committed == steps
     assert storage.durability == "power"
 
@@ -644,7 +701,7 @@ def test_a_run_that_fails_leaves_the_table_of_its_last_commit(tmp_path):
             raise RuntimeError("the cable was pulled")
 
     with pytest.raises(RuntimeError, match="cable"):
-        train(model, make_batches(config), config, on_step=fail_after_five)
+        fit(model, make_batches(config), config, on_step=fail_after_five)
     assert rows[5] != rows[4]
     storage = memory_of(model).storage
     path = storage.path
@@ -664,14 +721,14 @@ def test_the_next_batchs_rows_are_asked_for_and_change_nothing(tmp_path, monkeyp
     config = settings()
     plain = with_memory(tmp_path / "plain")
     monkeypatch.setattr(MMapEmbeddingStorage, "reads_the_disk", False)
-    expected = train(plain, make_batches(config), config)
+    expected = fit(plain, make_batches(config), config)
     model = with_memory(tmp_path / "asked")
     storage, asked, trained = memory_of(model).storage, [], []
     monkeypatch.setattr(MMapEmbeddingStorage, "reads_the_disk", cold)
     prefetch, forward = storage.prefetch, storage.forward
     monkeypatch.setattr(storage, "prefetch", lambda ids: (asked.append(ids.clone()), prefetch(ids)))
     monkeypatch.setattr(storage, "forward", lambda ids: (trained.append(ids.clone()), forward(ids))[1])
-    history = train(model, make_batches(config), config)
+    history = fit(model, make_batches(config), config)
     assert history.train_loss == expected.train_loss
     assert table_bytes(model) == table_bytes(plain)
     assert len(trained) == config.steps

@@ -1,11 +1,11 @@
-"""A model's folder that is whole or as it was: everything is made in a folder inside it, and moved at the end.
+"""A model's folder that is whole or as it was: a run works in a folder inside it and moves all of it at the end.
 
     runs/train/.training-x7f3/…     while it trains: table, optimizer state, shadow map, then the weights
     runs/train/…                    when all of it is there, by renames
 
-Inside, and not beside, so that both are on one disk. Whatever ends the run before, what the folder held stays. The
-inner folder is removed where nothing could go on from it; after a kill, and where a checkpoint is in it, it stays:
-`--resume` goes on there, and another run names it.
+The inner folder is inside and not beside, so that both are on one disk. Whatever ends the run before, what the outer
+folder held stays. The inner folder is removed if nothing could go on from it. After a kill, or with a checkpoint in
+it, it stays: `--resume` goes on there, and another run names it.
 """
 
 from __future__ import annotations
@@ -18,15 +18,14 @@ from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from sense_v2.cli.errors import NO_ROOM, one_line
-from sense_v2.core.errors import CommandError
+from sense_v2.core.errors import NO_ROOM, CommandError, one_line
 from sense_v2.core.folders import missing_folders, remove_empty
 from sense_v2.hf.saving.folder import MEMORY_FOLDER
 
 PREFIX = ".training-"
 RESUMED = f"{PREFIX}resumed"
 STATE_FOLDER = "training"
-"""What a run goes on from: how it was called (RUN_FILE), and its last checkpoint."""
+"""What a run goes on from: how it was called (RUN_FILE), and its last checkpoints."""
 RUN_FILE = "run.json"
 # What an earlier model may have left where the new one has no file of that name.
 _PARTS = (
@@ -118,9 +117,20 @@ def _move(names: Iterable[str], source: Path, target: Path) -> None:
             os.replace(source / name, target / name)
 
 
+def remove_state(staging: Path) -> None:
+    """Remove what a run goes on from, once it has taken all its steps. What reporters wrote there stays."""
+    state = staging / STATE_FOLDER
+    for path in [*state.glob("checkpoint-*"), state / RUN_FILE]:
+        if path.is_dir():
+            shutil.rmtree(path)
+        else:
+            path.unlink()
+    remove_empty([state])
+
+
 def _steps(staging: Path) -> list[str]:
     """The checkpoints of a run."""
-    return sorted(path.name for path in staging.glob(f"{STATE_FOLDER}/step-*.safetensors"))
+    return sorted(path.name for path in staging.glob(f"{STATE_FOLDER}/checkpoint-*"))
 
 
 @contextmanager
@@ -162,7 +172,11 @@ def _refuse_model(output: Path, force: bool) -> None:
         raise CommandError(
             f"{output} holds {what} already ({one_line(', '.join(found))})",
             "choose another --output, or start over with --force, which replaces it when the new one is trained"
-            + ("; --resume goes on with it, which was stopped" if (output / STATE_FOLDER).exists() else ""),
+            + (
+                "; --resume goes on with it, which was stopped"
+                if (output / STATE_FOLDER / RUN_FILE).is_file()
+                else ""
+            ),
         )
 
 

@@ -1,9 +1,12 @@
-"""A trained model and a corpus -> the blocks of tokens that `eval`, `analyze` and `ablate` read: by default those
-that training holds out, as many and as long as its evaluation took."""
+"""A trained model and a corpus -> the blocks of tokens that it is measured on.
+
+By default they are those that training holds out, as many and as long as its evaluation took. `eval`, `analyze` and
+`ablate` read them.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -11,10 +14,12 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel
 
-from sense_v2.cli.models import max_positions, open_corpus, token_stream
 from sense_v2.core.config import Config, TrainConfig
 from sense_v2.core.errors import CommandError
+from sense_v2.core.progress import Progress, no_progress
+from sense_v2.hf.backbones import max_positions, token_stream
 from sense_v2.hf.data.corpus import Batches, Corpus
+from sense_v2.hf.data.large_corpus import open_corpus
 
 
 @dataclass
@@ -57,7 +62,7 @@ def read_blocks(
     sequence_length: int | None,
     all_files: bool,
     text_column: str = "text",
-    echo: Callable[[str], Any],
+    progress: Progress = no_progress,
 ) -> Blocks:
     """Blocks evenly spread over the corpus; without numbers, those that the model in `folder` was trained with.
 
@@ -73,7 +78,7 @@ def read_blocks(
         )
     text = open_corpus(corpus, settings, text_column=text_column)
     texts = [*text.train_texts, *text.held_out_texts] if all_files else text.held_out_texts
-    token_ids = token_stream(texts, tokenizer, echo=echo)
+    token_ids = token_stream(texts, tokenizer, progress)
     if len(token_ids) < length:
         what = "text" if all_files else "held-out text"
         raise CommandError(

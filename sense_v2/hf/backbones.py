@@ -1,8 +1,8 @@
-"""A name or a folder -> a model and its tokenizer, or a corpus, as `train`, `eval` and `generate` take them."""
+"""A name or a folder -> a model and its tokenizer: one to train, or one that was trained with memory."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -12,23 +12,14 @@ import torch
 from tokenizers import Tokenizer
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerFast
 
-from sense_v2.cli.errors import one_line
-from sense_v2.cli.progress import ByteProgress
-from sense_v2.core.config import TrainConfig
-from sense_v2.core.errors import CommandError
+from sense_v2.core.errors import CommandError, one_line
+from sense_v2.core.progress import Progress, no_progress
 from sense_v2.engram.tokenizer import EngramTokenizerBuilder
-from sense_v2.hf.data.corpus import Corpus, encode, read_corpus
-from sense_v2.hf.data.large_corpus import has_documents, is_hub_dataset, open_large_corpus, text_bytes
+from sense_v2.hf.data.corpus import encode
 from sense_v2.hf.load import from_pretrained
 from sense_v2.hf.memory import EngramMemory, attached_memory
 from sense_v2.hf.saving.folder import MEMORY_FOLDER
 from sense_v2.hf.training.fresh_model import END_OF_TEXT, fresh_backbone, train_bpe
-
-MIN_CORPUS_BYTES = 16 * 2**20
-BYTES_PER_TOKEN = 8  # a token is rarely longer
-# Text takes several times its size while it is tokenised; more than this of it is streamed.
-MAX_RESIDENT_BYTES = 256 * 2**20
-MIN_HELD_OUT_BYTES = 2**20
 
 
 @dataclass
@@ -108,9 +99,9 @@ def separator_id(tokenizer: Any) -> int | None:
     return tokenizer.eos_token_id
 
 
-def token_stream(texts: Sequence[str], tokenizer: Any, *, echo: Callable[[str], Any]) -> np.ndarray:
-    """All texts as one int32 stream of token ids, the model's separator between them; shows how far it is."""
-    with ByteProgress("tokenising", sum(map(len, texts)), unit="characters", echo=echo) as advance:
+def token_stream(texts: Sequence[str], tokenizer: Any, progress: Progress = no_progress) -> np.ndarray:
+    """Encode all texts as one int32 stream of token ids, the model's separator between them."""
+    with progress("tokenising", sum(map(len, texts)), unit="characters") as advance:
         return encode(texts, tokenizer, separator_id=separator_id(tokenizer), advance=advance)
 
 
@@ -118,26 +109,6 @@ def max_positions(model: PreTrainedModel) -> int | None:
     """How many tokens the model can take at once, where it has such a limit."""
     found: int | None = getattr(model.config.get_text_config(), "max_position_embeddings", None)
     return found
-
-
-def open_corpus(corpus: Sequence[str | Path] | None, settings: TrainConfig, *, text_column: str = "text") -> Corpus:
-    """As much of the corpus (none named: the standard library) as a run of `settings` needs. Text past that only
-    costs time to tokenise. The same settings give the same part, so that `eval` reads what `train` held out.
-
-    Documents (JSON lines, Parquet, a dataset of the hub) and text that takes too much memory are read while they are
-    trained on."""
-    num_tokens = settings.steps * settings.batch_size * settings.sequence_length
-    max_bytes = max(MIN_CORPUS_BYTES, BYTES_PER_TOKEN * num_tokens)
-    if corpus and (
-        is_hub_dataset(corpus)
-        or has_documents(corpus)
-        or (max_bytes > MAX_RESIDENT_BYTES and text_bytes(corpus) > MAX_RESIDENT_BYTES)
-    ):
-        held_out_bytes = max(MIN_HELD_OUT_BYTES, BYTES_PER_TOKEN * settings.eval_sequences * settings.sequence_length)
-        return open_large_corpus(
-            corpus, held_out_bytes=held_out_bytes, sample_bytes=MIN_CORPUS_BYTES, text_column=text_column
-        )
-    return read_corpus(corpus or None, max_bytes=max_bytes)
 
 
 def _unusable(name: str, error: Exception) -> CommandError:

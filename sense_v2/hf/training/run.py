@@ -1,0 +1,423 @@
+"""A whole run: a corpus and a model's name -> a folder with the trained model, whole or as it was.
+
+    corpus ──▶ backbone, tokenizer, shadow map ──▶ memory attached in the folder ──▶ steps ──▶ the folder, whole
+
+`from_pretrained` and the commands open the folder. Nothing appears in it before everything is there. What a run needs
+to go on lies beside it until it has taken all its steps (`hf/saving/staged_folder.py`).
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+import shutil
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import PreTrainedModel
+
+from sense_v2.core.config import Config, EngramConfig, TrainConfig
+from sense_v2.core.errors import CommandError, one_line
+from sense_v2.core.progress import Progress, no_progress
+from sense_v2.engram.tokenizer import EngramTokenizerBuilder
+from sense_v2.hf.attach import attach_engram, decoder_layers
+from sense_v2.hf.backbones import (
+    Backbone,
+    max_positions,
+    named_backbone,
+    new_backbone,
+    separator_id,
+    token_stream,
+)
+from sense_v2.hf.data.corpus import Batches, Corpus, find_files
+from sense_v2.hf.data.large_corpus import is_hub_dataset, open_corpus
+from sense_v2.hf.data.streaming import PackedStream, StreamBatches
+from sense_v2.hf.insight.evaluation import Evaluation, evaluate
+from sense_v2.hf.memory import EngramMemory, attached_memory, memory_of
+from sense_v2.hf.saving.backbone_facts import backbone_facts
+from sense_v2.hf.saving.folder import memory_paths
+from sense_v2.hf.saving.model_card import CARD_FILE
+from sense_v2.hf.saving.save import save_pretrained
+from sense_v2.hf.saving.staged_folder import (
+    RUN_FILE,
+    STATE_FOLDER,
+    remove_state,
+    reserve,
+    resumed_folder,
+    staged_folder,
+)
+from sense_v2.hf.training.fit import History, fit, resumable_checkpoint
+from sense_v2.hf.training.fresh_model import small_memory
+from sense_v2.hf.training.settings import checked_trainer
+
+DEFAULT_OUTPUT = "runs/train"
+
+
+class RunWatcher:
+    """What a run tells while it goes on. Each method does nothing by itself."""
+
+    progress: Progress = staticmethod(no_progress)
+
+    def corpus_opened(self, corpus: Corpus) -> None:
+        """Called before anything is read of the text to train on."""
+
+    def prepared(self, facts: dict[str, Any]) -> None:
+        """Called before the first step, with what will be trained: `model` and `memory` of the result."""
+
+    @contextmanager
+    def training(self, settings: TrainConfig) -> Iterator[tuple[Callable[[History], Any] | None, Callable[[], bool]]]:
+        """Give `on_step` and `should_stop` of `fit`, as a context around the training."""
+        yield None, lambda: False
+
+
+@dataclasses.dataclass
+class Run:
+    """How a run was called: what it needs to go on."""
+
+    config: Config
+    model: str | None = None
+    corpus: list[str] | None = None
+    text_column: str = "text"
+    weights: str | None = None
+    """A digest of the backbone that it began with,"""
+    text: str | None = None
+    """and of the held-out text, and the sizes of files that are read while it trains."""
+
+    def save(self, folder: Path) -> None:
+        folder.mkdir(exist_ok=True)
+        values = {**dataclasses.asdict(self), "config": self.config.to_dict()}
+        (folder / RUN_FILE).write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")
+
+    @classmethod
+    def load(cls, folder: Path) -> Run:
+        values = json.loads((folder / RUN_FILE).read_text(encoding="utf-8"))
+        return cls(**{**values, "config": Config.from_dict(values["config"])})
+
+
+def default_config(model: str | None) -> Config:
+    """Return what a run without a configuration file uses: the demo's memory; a backbone that has learned something
+    moves slower than a fresh one."""
+    return Config(
+        small_memory(DEFAULT_OUTPUT),
+        TrainConfig() if model is None else TrainConfig(learning_rate=1e-4, fusion_learning_rate=1e-3),
+    )
+
+
+def train_on_corpus(
+    config: Config,
+    *,
+    model: str | None = None,
+    corpus: Sequence[str | Path] | None = None,
+    text_column: str = "text",
+    output: str | Path = DEFAULT_OUTPUT,
+    force: bool = False,
+    watcher: RunWatcher | None = None,
+) -> dict[str, Any]:
+    """Train and save.
+
+    Args:
+        config: Memory and training. Its paths don't count: the memory lies in `output`.
+        model: A hub name or a folder; None is a small fresh Llama.
+        corpus: Files and folders, or the name of a dataset on the hub; None is the Python standard library.
+        text_column: Where documents have their text.
+        output: The model's folder.
+        force: Whether a model that is there is replaced.
+        watcher: What the run tells while it goes on, and who may stop it. A run that was stopped is saved, and one
+            that was stopped, killed, or failed after a checkpoint goes on with `resume_training`.
+
+    Returns:
+        What it found, one dictionary that JSON can hold.
+
+    Raises:
+        CommandError: What was asked for can't be done. What reading, attaching and training raise comes as it is.
+    """
+    checked_trainer(config.trainer)
+    named = None
+    if corpus:
+        named = [str(Path(path).resolve()) if Path(path).exists() else str(path) for path in corpus]
+    run = Run(config, model, named, text_column)
+    with staged_folder(Path(output), force=force) as staging:
+        result, memory = _train(run, staging, Path(output), watcher or RunWatcher(), resumes=False)
+    return _closed(result, memory)
+
+
+def resume_training(output: str | Path = DEFAULT_OUTPUT, *, watcher: RunWatcher | None = None) -> dict[str, Any]:
+    """Go on with the run in `output` that was stopped, killed, or failed, with the settings that it began with.
+
+    Its steps, weights, rows and result are those of a run that nothing happened to, bit for bit. Raises
+    `CommandError` where there is none, or its model or corpus is another one by now.
+    """
+    with resumed_folder(Path(output)) as staging:
+        run = Run.load(staging / STATE_FOLDER)
+        result, memory = _train(run, staging, Path(output), watcher or RunWatcher(), resumes=True)
+    return _closed(result, memory)
+
+
+def _closed(result: dict[str, Any], memory: EngramMemory | None) -> dict[str, Any]:
+    if memory is not None:
+        # Whoever calls this may go on, and the table is anyone's to write from here.
+        memory.storage.close()
+    return result
+
+
+def _train(
+    run: Run, staging: Path, output: Path, watcher: RunWatcher, *, resumes: bool
+) -> tuple[dict[str, Any], EngramMemory | None]:
+    """The result, and the memory, still open; the model is in `staging`, whole."""
+    started = time.perf_counter()
+    config, state_folder = run.config, staging / STATE_FOLDER
+    text = open_corpus(run.corpus, config.train, text_column=run.text_column)
+    watcher.corpus_opened(text)
+    backbone = _backbone(run.model, text, config.train)
+    batches, held_out_BT = _batches(text, backbone, config.train, watcher)
+    config = dataclasses.replace(config, engram=_engram_config(config.engram, backbone, staging))
+    began = dataclasses.replace(
+        run, weights=backbone_facts(backbone.model)["weights"], text=_text_digest(run, text, held_out_BT)
+    )
+    if not resumes:
+        began.save(state_folder)
+    for name, what in (("text", f"the corpus {text.name}"), ("weights", str(run.model or "the fresh model"))):
+        if resumes and getattr(run, name) != getattr(began, name):
+            raise CommandError(
+                f"{what} isn't the one that the run began with",
+                "bring it back as it was, or start over: --force, without --resume",
+            )
+    if config.engram.enabled:
+        if not resumes:
+            builder = EngramTokenizerBuilder(backbone.tokenizer, config.engram.normalization)
+            builder.tokenizer_name = config.engram.tokenizer_name
+            builder.build_mapping(config.engram.shadow_map_path)
+        attach_engram(backbone.model, config.engram, backbone.tokenizer if resumes else None)
+    facts = _facts(backbone, config)
+    watcher.prepared(facts)
+    if resumes and resumable_checkpoint(state_folder, backbone.model) is None:
+        raise CommandError(
+            f"{output}: the run ended before its first checkpoint, so there is nothing to go on from",
+            f"remove {staging}, and train again without --resume",
+        )
+    reserved = reserve(staging, _weight_bytes(backbone.model), output)
+
+    evaluations: list[Evaluation] = []
+
+    def check(model: PreTrainedModel) -> Evaluation:
+        evaluations.append(evaluate(model, held_out_BT, tokenizer=backbone.tokenizer))
+        return evaluations[-1]
+
+    check(backbone.model)  # at resuming too: the memory that was just attached adds nothing yet
+    with watcher.training(config.train) as (on_step, should_stop):
+        with _explained(output, resumes):
+            history = fit(
+                backbone.model,
+                batches,
+                config.train,
+                trainer=config.trainer,
+                evaluate=check,
+                on_step=on_step,
+                should_stop=should_stop,
+                folder=state_folder,
+                resumes=resumes,
+            )
+        if history.stopped or config.trainer.get("load_best_model_at_end"):
+            check(backbone.model)
+        reserved.unlink()
+        _save(backbone, staging, output, *_card_facts(history, config.train, text, evaluations))
+    _in_place(config, output).save(staging / "config.yaml")
+    if not history.stopped:
+        remove_state(staging)
+    result = {
+        "output": str(output),
+        "model": backbone.name,
+        "corpus": {
+            "name": text.name,
+            "files": text.num_files,
+            "held_out_files": len(text.held_out_texts),
+            "files_left_out": text.files_left_out,
+        },
+        "memory": facts["memory"],
+        **_training_facts(history, config.train),
+        "perplexity": {"before": evaluations[0].perplexity, "after": evaluations[-1].perplexity},
+        "bits_per_byte": {"before": evaluations[0].bits_per_byte, "after": evaluations[-1].bits_per_byte},
+        "seconds": time.perf_counter() - started,
+    }
+    return result, attached_memory(backbone.model)
+
+
+@contextmanager
+def _explained(output: Path, resumes: bool) -> Iterator[None]:
+    """Says of a checkpoint that can't be written or read what to do about it."""
+    try:
+        yield
+    except (FloatingPointError, CommandError):
+        raise
+    except Exception as error:  # safetensors' own, torch's, or the system's
+        text = one_line(str(error))
+        if resumes and isinstance(error, ValueError):
+            raise CommandError(
+                f"{output}: the run can't go on: {text}",
+                "bring the corpus back as it was, or start over with --force",
+            ) from error
+        if any(mark in text for mark in ("File too large", "No space left", "quota", "file write failed")):
+            raise CommandError(
+                f"{output}: the trained model can't be written, its checkpoint included: {text}",
+                "make room there, or choose another --output; --resume goes on from the checkpoint before, if any",
+            ) from error
+        raise
+
+
+def _backbone(model: str | None, text: Corpus, settings: TrainConfig) -> Backbone:
+    if model is None:
+        return new_backbone(text.train_texts, text.name, seed=settings.seed, sequence_length=settings.sequence_length)
+    backbone = named_backbone(model)
+    limit = max_positions(backbone.model)
+    if limit is not None and settings.sequence_length > limit:
+        raise CommandError(
+            f"sequence_length = {settings.sequence_length}, but {model} takes {limit} tokens at most",
+            f"--sequence-length {limit}, or less",
+        )
+    return backbone
+
+
+def _batches(
+    text: Corpus, backbone: Backbone, settings: TrainConfig, watcher: RunWatcher
+) -> tuple[Batches | StreamBatches, torch.Tensor]:
+    """What is trained on, and held_out_BT."""
+    shape = {"batch_size": settings.batch_size, "sequence_length": settings.sequence_length, "seed": settings.seed}
+    found = []
+    parts = [("text to train on", text.train_texts), ("held-out text", text.held_out_texts)]
+    for name, texts in parts if text.documents is None else parts[1:]:
+        token_ids = token_stream(texts, backbone.tokenizer, watcher.progress)
+        if len(token_ids) < settings.sequence_length:
+            raise CommandError(
+                f"corpus {text.name}: the {name} has {len(token_ids)} tokens, less than one sequence of "
+                f"{settings.sequence_length}",
+                "more text, or a shorter --sequence-length",
+            )
+        found.append(Batches(token_ids, **shape))
+    held_out_BT = found[-1].sample(settings.eval_sequences)
+    if text.documents is None:
+        return found[0], held_out_BT
+    stream = PackedStream(
+        text.documents,
+        backbone.tokenizer,
+        sequence_length=settings.sequence_length,
+        separator_id=separator_id(backbone.tokenizer),
+        text_column=text.text_column,
+        seed=settings.seed,
+    )
+    return StreamBatches(stream, batch_size=settings.batch_size), held_out_BT
+
+
+def _text_digest(run: Run, text: Corpus, held_out_BT: torch.Tensor) -> str:
+    digest = hashlib.sha256(held_out_BT.numpy().tobytes())
+    if text.documents is not None and run.corpus is not None and not is_hub_dataset(run.corpus):
+        for file in sorted(find_files([Path(path) for path in run.corpus])):
+            digest.update(f"{file} {file.stat().st_size}".encode())
+    return digest.hexdigest()[:16]
+
+
+def _engram_config(config: EngramConfig, backbone: Backbone, staging: Path) -> EngramConfig:
+    storage_path, shadow_map_path = memory_paths(staging)
+    return dataclasses.replace(
+        config,
+        storage_path=str(storage_path),
+        shadow_map_path=str(shadow_map_path),
+        tokenizer_name=config.tokenizer_name or backbone.tokenizer_name,
+    )
+
+
+def _save(
+    backbone: Backbone, staging: Path, output: Path, training: dict[str, Any], evaluation: dict[str, Any]
+) -> None:
+    try:
+        if (output / CARD_FILE).is_file():  # a person's own stays
+            shutil.copyfile(output / CARD_FILE, staging / CARD_FILE)
+        save_pretrained(
+            backbone.model,
+            staging,
+            tokenizer=backbone.tokenizer,
+            training=training,
+            evaluation=evaluation,
+            name=output.resolve().name,
+        )
+    except Exception as error:  # of three libraries, each with its own; the paths they name are gone by then
+        raise CommandError(
+            f"{output}: the trained model can't be written: {one_line(str(error))}",
+            "make room there, or choose another --output, and train again",
+        ) from error
+
+
+def _card_facts(
+    history: History, settings: TrainConfig, text: Corpus, evaluations: list[Evaluation]
+) -> tuple[dict[str, Any], dict[str, Any]]:
+    facts = _training_facts(history, settings)
+    training = {
+        "corpus": text.name,
+        "files": text.num_files,
+        "steps": facts["steps"],
+        "tokens": facts["tokens"],
+        "sequence length": settings.sequence_length,
+        "batch size": settings.batch_size,
+        "trained": "backbone and memory" if settings.train_backbone else "memory",
+        "seed": settings.seed,
+        "seconds": facts["train_seconds"],
+    }
+    evaluation: dict[str, Any] = {"held-out files": len(text.held_out_texts)}
+    for when, one in (("before", evaluations[0]), ("after", evaluations[-1])):
+        evaluation |= {f"perplexity {when}": one.perplexity, f"bits per byte {when}": one.bits_per_byte}
+    return training, evaluation
+
+
+def _in_place(config: Config, output: Path) -> Config:
+    """The configuration with the paths that the memory has once it is saved."""
+    storage_path, shadow_map_path = memory_paths(output)
+    engram = dataclasses.replace(config.engram, storage_path=str(storage_path), shadow_map_path=str(shadow_map_path))
+    return dataclasses.replace(config, engram=engram)
+
+
+def _weight_bytes(model: PreTrainedModel) -> int:
+    return sum(value.numel() * value.element_size() for value in model.state_dict().values())
+
+
+def _training_facts(history: History, settings: TrainConfig) -> dict[str, Any]:
+    steps = history.num_steps
+    tokens = steps * settings.batch_size * settings.sequence_length
+    seconds = history.seconds[-1] if steps else 0.0
+    return {
+        "stopped": history.stopped,
+        "steps": steps,
+        "tokens": tokens,
+        "train_loss": history.train_loss[-1] if steps else None,
+        "train_seconds": seconds,
+        "tokens_per_second": tokens / seconds if seconds else None,
+    }
+
+
+def _facts(backbone: Backbone, config: Config) -> dict[str, Any]:
+    model, memory = backbone.model, None
+    if config.engram.enabled:
+        storage = memory_of(model).storage
+        memory = {
+            "rows": storage.num_embeddings,
+            "width": storage.embedding_dim,
+            "dtype": config.engram.dtype,
+            "bytes": storage.num_embeddings * storage.embedding_dim * storage.dtype.itemsize,
+            "heads": config.engram.total_heads,
+            "layers": config.engram.layer_indices,
+        }
+    return {
+        "model": {
+            "name": backbone.name,
+            "layers": len(decoder_layers(model)),
+            "width": model.config.get_text_config().hidden_size,
+            "parameters": sum(
+                value.numel() for name, value in model.named_parameters() if not name.startswith("engram.")
+            ),
+            "trains": config.train.train_backbone,
+        },
+        "memory": memory,
+    }
