@@ -9,7 +9,6 @@ way, so that a comparison differs in the memory alone.
 from __future__ import annotations
 
 import math
-import statistics
 import tempfile
 import time
 import warnings
@@ -76,10 +75,6 @@ class History:
         """How long each step took, the mean where several have one entry."""
         steps, seconds = [0, *self.steps], [0.0, *self.seconds]
         return [(seconds[i] - seconds[i - 1]) / (steps[i] - steps[i - 1]) for i in range(1, len(steps))]
-
-    def median_step_seconds(self) -> float:
-        """nan before the first step."""
-        return statistics.median(self.step_seconds()) if self.steps else math.nan
 
 
 def rate_factor(step: int, *, warmup_steps: int, steps: int) -> float:
@@ -412,7 +407,7 @@ class _Fitting(StreamTraining):
         metrics = {"eval_loss": found.loss, "eval_perplexity": found.perplexity}
         self.log(dict(metrics))
         handler = self.callback_handler  # type: ignore[attr-defined]
-        self.control = handler.on_evaluate(self.args, self.state, self.control, metrics)  # type: ignore[has-type, attr-defined]
+        self.control = handler.on_evaluate(self.args, self.state, self.control, metrics)  # type: ignore[attr-defined]
         return metrics
 
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
@@ -429,7 +424,7 @@ class _Fitting(StreamTraining):
         super()._save(output_dir, state_dict)  # type: ignore[misc]
 
 
-class _PlainFit(_Fitting, Trainer):  # type: ignore[misc]  # both have `optimizer`
+class _PlainFit(_Fitting, Trainer):
     """Without memory."""
 
 
