@@ -19,7 +19,6 @@ import dataclasses
 import multiprocessing
 import os
 import platform
-import statistics
 import subprocess
 import threading
 import time
@@ -256,9 +255,3 @@ def _commit() -> str:
     command = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty"]
     found = subprocess.run(command, capture_output=True, text=True, check=False)
     return found.stdout.strip() or "unknown"
-
-
-def spread(values: Sequence[float]) -> dict[str, float]:
-    """Median, and the tenth and ninetieth percentile."""
-    low, high = (float(np.quantile(values, quantile)) for quantile in (0.1, 0.9))
-    return {"median": float(statistics.median(values)), "low": low, "high": high}

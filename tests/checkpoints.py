@@ -2,7 +2,7 @@
 given.
 
 Knows the safetensors format by itself (a length, a JSON header, the bytes), so that it can forge what no library
-would write. `tests/test_released.py` has the library read what it writes.
+would write. `tests/engram/released/test_released_table.py` has the library read what it writes.
 """
 
 from __future__ import annotations

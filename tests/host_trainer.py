@@ -1,4 +1,4 @@
-"""One rank on a host of its own: what each process of tests/test_hosts.py runs. Prints "EVENT" lines as it goes.
+"""One rank on a host of its own, as tests/engram/ranks/test_hosts.py runs it. Prints "EVENT" lines as it goes.
 
 host_trainer.py ADDRESS RANK FOLDER LAST_STEP TIMEOUT
 """

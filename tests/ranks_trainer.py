@@ -1,4 +1,4 @@
-"""What each process of tests/test_ranks.py runs: a Trainer on the tiny model, in as many processes as torchrun says.
+"""A Trainer on the tiny model, in as many processes as torchrun says: what tests/hf/training/test_ranks.py runs.
 
 ranks_trainer.py FOLDER BATCH_SIZE RESUME
 """
@@ -50,7 +50,7 @@ def main(folder: Path, batch_size: int, resume: bool) -> None:
         "losses": [entry["loss"] for entry in history if "loss" in entry],
         "norms": [entry["grad_norm"] for entry in history if "grad_norm" in entry],
         # What this process sees in its mapping.
-        "rows": memory_of(model).own_storage.weight.tolist(),
+        "rows": memory_of(model).storage.own.weight.tolist(),
     }
     (folder / f"rank{arguments.process_index}.json").write_text(json.dumps(found))
 

@@ -1,0 +1,1 @@
+"""The command `sense-engram`: options, one call of the library, and what is printed."""

@@ -46,7 +46,7 @@ def explain(error: BaseException, command: str) -> tuple[str, str]:
 
 
 def _is_known(error: BaseException) -> bool:
-    """Whether the error says something about what was given, and not about the code."""
+    """True if the error is about what the user gave, and not about the code."""
     known = (OSError, ValueError, IndexError, TypeError, ImportError, FloatingPointError, MemoryError)
     return isinstance(error, known) or _is_out_of_memory(error)
 

@@ -88,7 +88,7 @@ app = typer.Typer(
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Runs a command; returns the exit status."""
+    """Run a command; return the exit status."""
     arguments = list(sys.argv[1:] if arguments is None else arguments)
     # The libraries' own progress and advice; whoever wants it sets these variables.
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")

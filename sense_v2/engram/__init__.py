@@ -1,12 +1,14 @@
-"""The flow, one module per arrow:
+"""The memory itself: token ids to row ids to rows, and the fused hidden states.
+
+The flow, one module per arrow:
 
     token_ids_BT ──tokenizer──▶ compressed_ids_BT ──hashing──▶ row_ids_BTH ──storage──▶ rows_BTHD
     rows_BTHD + hidden_BTC ──model──▶ hidden_BTC          row gradients ──optim──▶ updated rows on disk
 
 B batch, T sequence, H rows a position (n-gram orders × heads), D row width, C hidden size, N rows of the table.
 
-The public names below are imported when they are first used, so that a process that only reads rows
-(`sense_v2.engram.storage`) never loads `transformers`.
+Public names are imported on first use, so a process that only reads rows (`sense_v2.engram.storage`) never loads
+`transformers`.
 """
 
 from importlib import import_module

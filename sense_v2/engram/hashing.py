@@ -21,21 +21,26 @@ B batch, T sequence, P positions of history, L layers, H heads in all (orders ×
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from sympy import nextprime, prevprime
 
 from sense_v2.core.config import EngramConfig
+from sense_v2.engram import operators
+from sense_v2.engram.tokenizer import EngramTokenizer
 from sense_v2.engram.variants import VARIANTS
 
 Ids = TypeVar("Ids", np.ndarray, torch.Tensor)
 
 # Marks a position of `history` that no n-gram may reach across (padding, or before the sequence).
 NO_TOKEN = -1
+# What `TokenRows.to_remember` says of each token, in this order.
+COMPRESSED_ID, VALID, POSITION = range(3)
 
 
 @dataclass(frozen=True)
@@ -320,13 +325,21 @@ class NgramHasher:
         sequence_ids: Ids | None = None,
         history: Ids | None = None,
     ) -> Ids:
-        """row_ids_BTH, int64, of the kind (NumPy or torch) and on the device of `compressed_ids_BT`.
+        """Hash compressed ids to row ids.
 
-        `attention_mask` [B, T]: 0 marks padding. `sequence_ids` [B, T]: the packed document of each position, 0 for
-        padding. `history` [B, P]: compressed ids just before these (P ≥ largest order - 1 to be exact, any P is
-        taken), `NO_TOKEN` where there is none; it belongs to the document of the first position.
+        Args:
+            compressed_ids_BT: Integers [B, T], a NumPy array or a torch tensor on any device.
+            attention_mask: [B, T], 0 at padding.
+            sequence_ids: [B, T], the packed document of each position; 0 is padding.
+            history: [B, P], compressed ids just before these, of the first position's document; `NO_TOKEN` where
+                there is none. P ≥ largest order - 1 is exact; any P is taken.
 
-        Raises `ValueError` for a shape that doesn't fit and `IndexError` for an id outside the compressed range.
+        Returns:
+            Row ids [B, T, H], int64, of the kind and on the device of `compressed_ids_BT`.
+
+        Raises:
+            ValueError: A shape doesn't fit.
+            IndexError: An id is outside the compressed range.
         """
         if isinstance(compressed_ids_BT, np.ndarray):
             tensors = [None if x is None else torch.from_numpy(x) for x in (attention_mask, sequence_ids, history)]
@@ -351,19 +364,17 @@ class NgramHasher:
 
         device = ids_BT.device
         ids_BT = ids_BT.to(torch.int64)
-        num_history = 0
         valid_BT = None if mask_BT is None else mask_BT.to(device) != 0
         if sequence_ids_BT is not None:
             sequence_ids_BT = sequence_ids_BT.to(device)
             in_document_BT = sequence_ids_BT != 0
             valid_BT = in_document_BT if valid_BT is None else valid_BT & in_document_BT
-        if history_BP is not None and history_BP.shape[1] > 0:
+        num_history = 0 if history_BP is None else history_BP.shape[1]
+        if history_BP is not None and num_history:
             _check_range(history_BP, NO_TOKEN, self.compressed_vocab_size, "history")
             history_BP = history_BP.to(device=device, dtype=torch.int64)
-            num_history = history_BP.shape[1]
-            known_BP = history_BP != NO_TOKEN
             valid_BT = torch.ones_like(ids_BT, dtype=torch.bool) if valid_BT is None else valid_BT
-            valid_BT = torch.cat([known_BP, valid_BT], dim=1)
+            valid_BT = torch.cat([history_BP != NO_TOKEN, valid_BT], dim=1)
             ids_BT = torch.cat([history_BP.clamp_min(0), ids_BT], dim=1)
             if sequence_ids_BT is not None:
                 past_BP = sequence_ids_BT[:, :1].expand(-1, num_history)
@@ -394,3 +405,135 @@ def _check_range(ids: torch.Tensor, low: int, high: int, what: str) -> None:
         raise IndexError(
             f"{what} hold {bad}, outside {low} to {high - 1}: they must come from the shadow map this was made for"
         )
+
+
+@dataclass
+class TokenRows:
+    """The rows that the tokens of one call look up, and where their memory stops."""
+
+    row_ids_LBTH: torch.Tensor
+    valid_BT: torch.Tensor | None
+    """Boolean; None if no position is masked."""
+    documents_BQ: torch.Tensor | None
+    """The packed document of the past's positions and of these; None if there is one document."""
+    compressed_BT: torch.Tensor
+    positions_BT: torch.Tensor | None
+    num_past: int
+    """P."""
+
+    def to_remember(self) -> torch.Tensor:
+        """Make what a cache keeps of these tokens, [B, T, 3] int64: COMPRESSED_ID, VALID, POSITION."""
+        valid_BT, positions_BT = self.valid_BT, self.positions_BT
+        if valid_BT is None:
+            valid_BT = torch.ones_like(self.compressed_BT)
+        if positions_BT is None:
+            positions_BT = counted_positions(self.compressed_BT, 0)
+        return torch.stack([self.compressed_BT, valid_BT.long(), positions_BT.long()], dim=-1)
+
+
+def token_rows(
+    tokenizer: EngramTokenizer,
+    hashers: Sequence[NgramHasher],
+    token_ids_BT: torch.Tensor,
+    attention_mask: torch.Tensor | None = None,
+    position_ids: torch.Tensor | None = None,
+    *,
+    past_BP3: torch.Tensor | None = None,
+    num_before: int | torch.Tensor = 0,
+    handle: int,
+) -> TokenRows:
+    """Find the rows of every layer that a call's tokens need.
+
+    Positions that restart begin a new packed document; positions that go on belong to the document before, in a cache
+    as anywhere else.
+
+    Args:
+        tokenizer: The shadow map.
+        hashers: One a layer.
+        token_ids_BT: [B, T], integers on any device.
+        attention_mask: [B, T], 0 at padding.
+        position_ids: [B, T] or [1, T]; without them positions count on from `num_before`.
+        past_BP3: What `TokenRows.to_remember` made of the last P tokens before these.
+        num_before: How many tokens came before these.
+        handle: Who answers `operators.hash_tokens` in a compiled graph.
+
+    Raises:
+        ValueError: A shape doesn't fit.
+        IndexError: A token id is outside the shadow map.
+    """
+    if token_ids_BT.dim() != 2:
+        raise ValueError(f"input_ids have shape {tuple(token_ids_BT.shape)}; expected [batch, sequence]")
+    shape, device = tuple(token_ids_BT.shape), token_ids_BT.device
+    valid_BT = positions_BT = documents_BQ = documents_BT = history_BP = None
+    if attention_mask is not None:
+        if attention_mask.shape != shape:
+            raise ValueError(
+                f"attention_mask has shape {tuple(attention_mask.shape)}; expected that of input_ids, {shape}, with "
+                "0 at padding"
+            )
+        valid_BT = attention_mask.to(device) != 0
+    if position_ids is not None:
+        if tuple(position_ids.shape) not in ((1, shape[1]), shape):
+            raise ValueError(
+                f"position_ids have shape {tuple(position_ids.shape)}; expected that of input_ids, {shape}"
+            )
+        positions_BT = position_ids.to(device).expand_as(token_ids_BT)
+    if past_BP3 is None:
+        if positions_BT is not None:
+            documents_BQ = documents_BT = packed_documents(positions_BT)
+    else:
+        if past_BP3.shape[0] != shape[0]:
+            raise ValueError(f"the cache holds {past_BP3.shape[0]} sequences, input_ids have {shape[0]}")
+        past_BP3 = past_BP3.to(device)
+        if positions_BT is None:
+            positions_BT = counted_positions(token_ids_BT, num_before)
+        reachable_BP = past_BP3[..., VALID] != 0
+        documents_BQ = packed_documents(torch.cat([past_BP3[..., POSITION], positions_BT], dim=1))
+        if documents_BQ is not None:
+            documents_BT = documents_BQ[:, past_BP3.shape[1] :]
+            reachable_BP = reachable_BP & (documents_BQ[:, : past_BP3.shape[1]] == documents_BT[:, :1])
+        history_BP = past_BP3[..., COMPRESSED_ID].masked_fill(~reachable_BP, NO_TOKEN)
+    if torch.compiler.is_compiling():
+        layout = hashers[0].layout
+        sizes = len(hashers), layout.num_heads * len(layout.ngram_orders)
+        compressed_BT, row_ids_LBTH = operators.hash_tokens(
+            token_ids_BT, history_BP, valid_BT, documents_BT, *sizes, handle
+        )
+    else:
+        compressed_BT, row_ids_LBTH = hash_tokens(
+            tokenizer, hashers, token_ids_BT, history_BP, valid_BT, documents_BT
+        )
+    num_past = 0 if past_BP3 is None else past_BP3.shape[1]
+    return TokenRows(row_ids_LBTH, valid_BT, documents_BQ, compressed_BT, positions_BT, num_past)
+
+
+def hash_tokens(
+    tokenizer: EngramTokenizer,
+    hashers: Iterable[NgramHasher],
+    token_ids_BT: torch.Tensor,
+    history_BP: torch.Tensor | None = None,
+    valid_BT: torch.Tensor | None = None,
+    documents_BT: torch.Tensor | None = None,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Compute compressed ids [B, T] and every layer's row ids [L, B, T, H]; arguments as `NgramHasher`'s."""
+    compressed_BT = tokenizer(token_ids_BT)
+    masks = {"attention_mask": valid_BT, "sequence_ids": documents_BT, "history": history_BP}
+    return compressed_BT, torch.stack([hasher(compressed_BT, **masks) for hasher in hashers])
+
+
+def packed_documents(position_ids_BT: torch.Tensor) -> torch.Tensor | None:
+    """Number packed documents from 1, by positions that restart; None if there is one document.
+
+    >>> packed_documents(torch.tensor([[0, 1, 2, 0, 1]]))
+    tensor([[1, 1, 1, 2, 2]])
+    """
+    restarts_BT = position_ids_BT[:, 1:] <= position_ids_BT[:, :-1]
+    # A compiled graph can't depend on what the positions are, only on their number.
+    if not torch.compiler.is_compiling() and not restarts_BT.any():
+        return None
+    return F.pad(restarts_BT.long().cumsum(dim=1), (1, 0)) + 1
+
+
+def counted_positions(token_ids_BT: torch.Tensor, num_before: int | torch.Tensor) -> torch.Tensor:
+    """Count the positions of a call that names none, as models do."""
+    return (torch.arange(token_ids_BT.shape[1], device=token_ids_BT.device) + num_before).expand_as(token_ids_BT)

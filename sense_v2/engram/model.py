@@ -33,7 +33,7 @@ from torch import nn
 
 from sense_v2.core.config import EngramConfig
 from sense_v2.engram import operators
-from sense_v2.engram.hashing import HeadLayout, NgramHasher, boundary_mask
+from sense_v2.engram.hashing import HeadLayout, NgramHasher, boundary_mask, hash_tokens, token_rows
 from sense_v2.engram.row_source import RowSource
 from sense_v2.engram.storage import MMapEmbeddingStorage
 from sense_v2.engram.tokenizer import EngramTokenizer
@@ -87,15 +87,6 @@ def table_settings(config: EngramConfig, tokenizer: EngramTokenizer, *, layer: i
             "tokenizer_name": config.tokenizer_name or tokenizer.tokenizer_name,
         },
     }
-
-
-def packed_documents(position_ids_BT: torch.Tensor) -> torch.Tensor | None:
-    """sequence_ids_BT from positions that restart: 1 for the first document, 2 for the next, …; None without any."""
-    restarts_BT = position_ids_BT[:, 1:] <= position_ids_BT[:, :-1]
-    # A compiled graph can't depend on what the positions are, only on their number.
-    if not torch.compiler.is_compiling() and not restarts_BT.any():
-        return None
-    return F.pad(restarts_BT.long().cumsum(dim=1), (1, 0)) + 1
 
 
 def short_conv(
@@ -229,13 +220,13 @@ class EngramFusionLayer(nn.Module):
                 # A bias would add a constant to every position, padding and n-grams never seen included.
                 bias=False,
             )
-        self._handle = operators.handle_of(self)
+        self.handle = operators.handle_of(self)
         self.reset_parameters()
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
         if self.enabled:
-            self._handle = operators.handle_of(self)  # a copy answers for itself
+            self.handle = operators.handle_of(self)  # a copy answers for itself
 
     @property
     def reach(self) -> int:
@@ -263,21 +254,29 @@ class EngramFusionLayer(nn.Module):
         attention_mask: torch.Tensor | None = None,
         sequence_ids: torch.Tensor | None = None,
     ) -> torch.Tensor:
-        """row_ids_BTH of token ids [B, T]: which rows of the table each position needs."""
+        """Hash token ids [B, T] to the row ids [B, T, H] that each position looks up."""
         return self.hasher(self.tokenizer(input_ids), attention_mask=attention_mask, sequence_ids=sequence_ids)
 
+    def hash_tokens(self, *call: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor]:
+        """Answer `operators.hash_tokens`."""
+        return hash_tokens(self.tokenizer, [self.hasher], *call)  # type: ignore[arg-type]
+
     def lookup(self, row_ids_BTH: torch.Tensor, valid_BT: torch.Tensor | None = None) -> torch.Tensor:
-        """memory [B, T, engram_dim]; zeros at masked positions, whose rows are neither read nor trained."""
+        """Read the memory [B, T, E]. It is zero at masked positions, whose rows are neither read nor trained."""
         if not torch.compiler.is_compiling():
             return self.read_rows(row_ids_BTH, valid_BT)
-        if self.training and torch.is_grad_enabled() and self.storage.rows_require_grad:
+        if self._trains_rows:
             return self._read_outside_of_the_graph(row_ids_BTH, valid_BT)
-        return operators.read_rows(row_ids_BTH, valid_BT, self._handle)
+        width, dtype = self.config.engram_dim, self.storage.dtype
+        return operators.read_rows(row_ids_BTH, valid_BT, width, dtype, self.handle)
 
     def read_rows(self, row_ids_BTH: torch.Tensor, valid_BT: torch.Tensor | None) -> torch.Tensor:
-        """What `lookup` does, as it is without a compiler."""
-        if self.training and torch.is_grad_enabled() and self.storage.rows_require_grad:
-            self._refuse_dead_rows()
+        """Do what `lookup` does without a compiler; answers `operators.read_rows`."""
+        if self._trains_rows and not self.W_v.weight.requires_grad and not self.W_v.weight.any():
+            raise ValueError(
+                f"memory layer {self.layer_id}: W_v is zero and frozen, so no gradient can ever reach the rows; "
+                "unfreeze W_v, or freeze the rows too (storage.requires_grad_(False))"
+            )
         if valid_BT is None or bool(valid_BT.all()):
             rows_BTHD = self.storage(row_ids_BTH)
         else:
@@ -287,43 +286,74 @@ class EngramFusionLayer(nn.Module):
             rows_BTHD = rows_BTHD.index_put((valid_BT,), self.storage(row_ids_BTH[valid_BT]))
         return rows_BTHD.flatten(-2)
 
-    @property
-    def memory_width(self) -> int:
-        return self.config.engram_dim
+    # A graph knows nothing of the storage, which the rows' gradient goes to.
+    _read_outside_of_the_graph = torch.compiler.disable(read_rows)
 
     @property
-    def rows_dtype(self) -> torch.dtype:
-        return self.storage.dtype
+    def _trains_rows(self) -> bool:
+        return self.training and torch.is_grad_enabled() and self.storage.rows_require_grad
 
-    @torch.compiler.disable
-    def _read_outside_of_the_graph(self, row_ids_BTH: torch.Tensor, valid_BT: torch.Tensor | None) -> torch.Tensor:
-        """Rows that are trained: their gradient goes to the storage, which a graph knows nothing of."""
-        return self.read_rows(row_ids_BTH, valid_BT)
-
-    def _refuse_dead_rows(self) -> None:
-        if not self.W_v.weight.requires_grad and not self.W_v.weight.any():
-            raise ValueError(
-                f"memory layer {self.layer_id}: W_v is zero and frozen, so no gradient can ever reach the rows; "
-                "unfreeze W_v, or freeze the rows too (storage.requires_grad_(False))"
-            )
-
-    def fuse(
+    def forward(
         self,
         hidden_states: torch.Tensor,
-        memory: torch.Tensor,
+        input_ids: torch.Tensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        position_ids: torch.Tensor | None = None,
         *,
+        row_ids_BTH: torch.Tensor | None = None,
+        memory: torch.Tensor | None = None,
         valid_BT: torch.Tensor | None = None,
-        sequence_ids_BQ: torch.Tensor | None = None,
+        documents_BQ: torch.Tensor | None = None,
         remember: Callable[[torch.Tensor], torch.Tensor] | None = None,
     ) -> torch.Tensor:
-        """hidden + α·V + conv(α·V), in the shape and dtype of `hidden_states` ([B, T, C], or [B, T, S, C]).
+        """Add the memory to hidden states: hidden + α·V + conv(α·V).
 
-        Where a sequence comes in parts, `remember` is given what the convolution reads of these positions [B, T, X],
-        keeps it, and returns that of all Q positions it knows and these can reach; `sequence_ids_BQ` says of the same
-        positions which document they belong to. Without it Q is T.
+        Takes token ids, or what an attached model has prepared of them: row ids, or the memory itself. A forward
+        pre-hook may put `memory` in place of what would be looked up.
+
+        At a masked position hidden states pass through unchanged. Its rows are not touched, no n-gram reaches across
+        it, and the convolution reads zeros there. (Across padding in the middle of a sequence that is shorter than
+        the convolution's reach, the convolution still reads what lies before it.)
+
+        Args:
+            hidden_states: [B, T, C], or [B, T, S, C] with S streams.
+            input_ids: Token ids [B, T].
+            attention_mask: [B, T], 0 at padding; goes with `input_ids`.
+            position_ids: [B, T] or [1, T]; goes with `input_ids`. Positions that restart begin a packed document, and
+                nothing reaches from one document into the next.
+            row_ids_BTH: Row ids, in place of token ids.
+            memory: [B, T, E], in place of rows that are looked up.
+            valid_BT: Boolean, False at padding; goes with `row_ids_BTH` and `memory`.
+            documents_BQ: The packed document of each position that the convolution reads.
+            remember: Called with what the convolution reads of these positions, [B, T, X], if a sequence comes in
+                parts. Keeps it, and returns that of all Q positions that these can reach. Without it Q is T.
+
+        Returns:
+            Fused hidden states, of the shape and dtype of `hidden_states`.
+
+        Raises:
+            ValueError: A shape doesn't fit.
+            IndexError: A token id is outside the shadow map.
+            TypeError: There are neither token ids nor row ids nor memory.
         """
+        if not self.enabled:
+            return hidden_states
+        if input_ids is not None:
+            rows = token_rows(
+                self.tokenizer, [self.hasher], input_ids, attention_mask, position_ids, handle=self.handle
+            )
+            row_ids_BTH, valid_BT, documents_BQ = rows.row_ids_LBTH[0], rows.valid_BT, rows.documents_BQ
+            streams = () if hidden_states.dim() == 3 and self.num_streams == 1 else (self.num_streams,)
+            expected = (*input_ids.shape, *streams, self.hidden_size)
+            if hidden_states.shape != expected:
+                raise ValueError(f"hidden_states have shape {tuple(hidden_states.shape)}; expected {expected}")
+        if memory is None:
+            if row_ids_BTH is None:
+                raise TypeError("a fusion layer takes input_ids, row_ids_BTH or memory beside hidden_states")
+            memory = self.lookup(row_ids_BTH, valid_BT)
+        memory = memory.to(device=hidden_states.device, dtype=self.W_k.weight.dtype)
+
         hidden_BTSC = hidden_states if hidden_states.dim() == 4 else hidden_states[:, :, None]
-        memory = memory.to(self.W_k.weight.dtype)
         key_BTSC = self.W_k(memory).unflatten(-1, (self.num_streams, self.hidden_size))
         value_BT1C = self.W_v(memory)[:, :, None]
         alpha_BTS1 = self.gate(hidden_BTSC, key_BTSC)[..., None]
@@ -332,7 +362,7 @@ class EngramFusionLayer(nn.Module):
             gated_BTSC = gated_BTSC * valid_BT[..., None, None]
         delta_BTSC = gated_BTSC
         if self.conv is not None:
-            delta_BTSC = gated_BTSC + self._mixed(gated_BTSC, self.conv, valid_BT, sequence_ids_BQ, remember)
+            delta_BTSC = gated_BTSC + self._mixed(gated_BTSC, self.conv, valid_BT, documents_BQ, remember)
         return hidden_states + delta_BTSC.reshape(hidden_states.shape).to(hidden_states.dtype)
 
     def _mixed(
@@ -340,10 +370,10 @@ class EngramFusionLayer(nn.Module):
         gated_BTSC: torch.Tensor,
         conv: nn.Conv1d,
         valid_BT: torch.Tensor | None,
-        sequence_ids_BQ: torch.Tensor | None,
+        documents_BQ: torch.Tensor | None,
         remember: Callable[[torch.Tensor], torch.Tensor] | None,
     ) -> torch.Tensor:
-        """conv(α·V), [B, T, S, C]; see `fuse`."""
+        """Compute conv(α·V), [B, T, S, C]; see `forward`."""
         mixed_BTSC = gated_BTSC
         if self.conv_norm is not None:
             mixed_BTSC = self.conv_norm(mixed_BTSC).to(gated_BTSC.dtype)
@@ -351,10 +381,7 @@ class EngramFusionLayer(nn.Module):
         if remember is not None:
             inputs_BQX = remember(inputs_BQX)
         mixed_BXQ = short_conv(
-            inputs_BQX.transpose(1, 2),
-            conv,
-            causal=self.config.causal,
-            sequence_ids_BT=sequence_ids_BQ,
+            inputs_BQX.transpose(1, 2), conv, causal=self.config.causal, sequence_ids_BT=documents_BQ
         )
         num_past = inputs_BQX.shape[1] - gated_BTSC.shape[1]
         mixed_BTX = mixed_BXQ[..., num_past:].transpose(1, 2)
@@ -364,61 +391,6 @@ class EngramFusionLayer(nn.Module):
         if valid_BT is not None:
             mixed_BTSC = mixed_BTSC * valid_BT[..., None, None]
         return mixed_BTSC
-
-    def forward(
-        self,
-        hidden_states: torch.Tensor,
-        input_ids: torch.Tensor,
-        attention_mask: torch.Tensor | None = None,
-        position_ids: torch.Tensor | None = None,
-    ) -> torch.Tensor:
-        """Fused hidden states, same shape and dtype as `hidden_states` ([B, T, C]; [B, T, S, C] with S streams).
-
-        `input_ids` [B, T]. `attention_mask` [B, T], 0 at padding: such a position passes through unchanged, its
-        rows are not touched, no n-gram reaches across it, and the convolution reads zeros there. (Across padding in
-        the middle of a sequence, if it is shorter than the convolution's reach, that still reads what lies before
-        it.) `position_ids` [B, T] that restart mark packed documents, and nothing reaches from one into the next.
-
-        Raises `ValueError` for shapes that don't fit and `IndexError` for token ids outside the shadow map.
-        """
-        if not self.enabled:
-            return hidden_states
-        self._check_shapes(hidden_states, input_ids, attention_mask, position_ids)
-        valid_BT = None if attention_mask is None else attention_mask.to(input_ids.device) != 0
-        sequence_ids_BT = None
-        if position_ids is not None:
-            sequence_ids_BT = packed_documents(position_ids.to(input_ids.device).expand_as(input_ids))
-        row_ids_BTH = self.row_ids(input_ids, attention_mask=valid_BT, sequence_ids=sequence_ids_BT)
-        memory = self.lookup(row_ids_BTH, valid_BT).to(hidden_states.device)
-        return self.fuse(hidden_states, memory, valid_BT=valid_BT, sequence_ids_BQ=sequence_ids_BT)
-
-    def _check_shapes(
-        self,
-        hidden_states: torch.Tensor,
-        input_ids: torch.Tensor,
-        attention_mask: torch.Tensor | None,
-        position_ids: torch.Tensor | None,
-    ) -> None:
-        if input_ids.dim() != 2:
-            raise ValueError(f"input_ids have shape {tuple(input_ids.shape)}; expected [batch, sequence]")
-        streams = () if hidden_states.dim() == 3 and self.num_streams == 1 else (self.num_streams,)
-        expected = (*input_ids.shape, *streams, self.hidden_size)
-        if tuple(hidden_states.shape) != expected:
-            raise ValueError(f"hidden_states have shape {tuple(hidden_states.shape)}; expected {expected}")
-        if attention_mask is not None and attention_mask.shape != input_ids.shape:
-            raise ValueError(
-                f"attention_mask has shape {tuple(attention_mask.shape)}; expected that of input_ids, "
-                f"{tuple(input_ids.shape)}, with 0 at padding"
-            )
-        if position_ids is not None and (
-            position_ids.dim() != 2
-            or position_ids.shape[1] != input_ids.shape[1]
-            or position_ids.shape[0] not in (1, input_ids.shape[0])
-        ):
-            raise ValueError(
-                f"position_ids have shape {tuple(position_ids.shape)}; expected that of input_ids, "
-                f"{tuple(input_ids.shape)}"
-            )
 
 
 def compressed_pad_id(config: EngramConfig, tokenizer: EngramTokenizer, pad_token_id: int | None) -> int:

@@ -5,7 +5,7 @@ so `.to()`, `.half()` and `state_dict()` leave it alone.
 
 Reading is `sense_v2.engram.reading.reader`'s. Training gathers the batch's unique rows into a small float32 leaf and
 indexes that, so autograd never sees the table. The leaf's gradient comes back to the storage, from where a row
-optimizer takes it (`sense_v2.engram.gradients`), updates those rows (`gather`, `write`) and clears it.
+optimizer takes it (`sense_v2.engram.table_module`), updates those rows (`gather`, `write`) and clears it.
 
 What is written is visible at once to every process that maps the file, and kept by `commit`: rows, optimizer states
 and step together. Until then its old bytes are in a journal, and whatever ends the process, the next opening goes
@@ -21,7 +21,6 @@ import dataclasses
 import operator
 import os
 import threading
-import warnings
 import weakref
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
@@ -30,26 +29,23 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import nn
-from torch.nn.modules import module as nn_module
 
 from sense_v2.core.config import DURABILITIES
-from sense_v2.engram.gradients import GradientCollector
-from sense_v2.engram.reading import gather
+from sense_v2.engram import table_copy
+from sense_v2.engram.reading.cold_policy import NoSmallReads, SmallReads
 from sense_v2.engram.reading.gather import shared_tensor
 from sense_v2.engram.reading.reader import RowReader, map_rows
 from sense_v2.engram.table import disk, opening
 from sense_v2.engram.table.checksums import from_hex, to_hex
-from sense_v2.engram.table.disk import SyncError, WriterLock, has_holes, new_file
+from sense_v2.engram.table.disk import SyncError, WriterLock, has_holes
 from sense_v2.engram.table.format import Manifest, StateEntry, as_json_object, row_dtype
 from sense_v2.engram.table.journal import Journal
 from sense_v2.engram.table.opening import Share
-from sense_v2.engram.table.rounding import stochastic_bfloat16
 from sense_v2.engram.table.undo_log import THREAD_NAME, TrackedFile, UndoLog
+from sense_v2.engram.table_module import TableModule
 
 # Between two commits the journal holds each changed row once.
 JOURNAL_LIMIT_BYTES = 4 * 2**30
-ID_DTYPES = (torch.int64, torch.int32)
 
 
 @dataclass
@@ -63,8 +59,12 @@ class RowState:
     step: int
     """Steps taken; goes to the manifest with the next commit."""
 
+    @property
+    def width(self) -> int:
+        return self.values.shape[1]
 
-class MMapEmbeddingStorage(GradientCollector):
+
+class MMapEmbeddingStorage(TableModule):
     """A table of `num_embeddings` rows of `embedding_dim` values in the file at `path`.
 
     With mode "r+", a table that isn't there is made: normal noise of `init_std`, the same bytes from the same `seed`
@@ -127,19 +127,14 @@ class MMapEmbeddingStorage(GradientCollector):
         share: Share | None = None,
         first_row: int = 0,
     ) -> None:
-        super().__init__()
-        if mode not in ("r", "r+"):
-            raise ValueError(f"mode = {mode!r}: must be 'r+' (read and train) or 'r' (read)")
-        self.num_embeddings, self.embedding_dim = operator.index(num_embeddings), operator.index(embedding_dim)
-        self.path, self.mode = Path(path), mode
+        super().__init__(num_embeddings, embedding_dim, mode=mode)
+        self.path: Path = Path(path)
         self._row_dtype = row_dtype(dtype)
-        self.collects_gradients = mode == "r+"
-        """Whether training collects the rows' gradients. True with mode "r" is for a process that hands them to the
-        one that writes."""
+        self.dtype = self._row_dtype.torch
+        """Of the rows that are looked up; a compact table's lie on disk as bytes."""
         self._states: dict[str, RowState] = {}
         self._state_maps: dict[str, np.memmap[Any, Any]] = {}
         self._failed = False
-        self._process = os.getpid()
         wanted = Manifest(
             self.num_embeddings,
             self.embedding_dim,
@@ -185,7 +180,7 @@ class MMapEmbeddingStorage(GradientCollector):
         except BaseException:
             self._let_go()
             raise
-        self._lookup = self._reader.lookup(_hooks_of(self))
+        self._small: SmallReads = self._reader.small
         rows = shared_tensor(self._mmap)
         self._weight: torch.Tensor | None = rows if self._row_dtype.is_compact else rows.view(self._row_dtype.torch)
         self._updates = self._manifest.updates
@@ -215,11 +210,6 @@ class MMapEmbeddingStorage(GradientCollector):
     # Reading
 
     @property
-    def dtype(self) -> torch.dtype:
-        """Of the rows that are looked up; a compact table's lie on disk as bytes."""
-        return self._row_dtype.torch
-
-    @property
     def weight(self) -> torch.Tensor:
         """[N, D], sharing the mapping. In mode "r" a write to it is a segmentation fault."""
         self._refuse_closed()
@@ -238,70 +228,38 @@ class MMapEmbeddingStorage(GradientCollector):
         assert self._mmap is not None
         return self._mmap
 
-    def _call(self, *arguments: Any, **keywords: Any) -> Any:
-        """`nn.Module`'s own call, for what the extension's (below) hands back."""
-        return super().__call__(*arguments, **keywords)
-
     def forward(self, row_ids: torch.Tensor) -> torch.Tensor:
-        """row_ids [...] of int64 or int32 -> rows [..., D] in the table's dtype, on the ids' device.
+        """Looks up rows: row_ids [...] of int64 or int32 -> rows [..., D] in the table's dtype, on the ids' device.
 
-        In training, with gradients enabled and `collects_gradients`, the rows' gradients reach `gradients()`.
-        Raises `IndexError` for an id outside 0 … N - 1, `TypeError` for other dtypes.
+        In training, with gradients enabled and `collects_gradients`, the rows' gradients reach `gradients()`. Raises
+        `IndexError` for an id outside 0 … N - 1, `TypeError` for other dtypes, `RuntimeError` once it is closed.
         """
-        reader = self._reader or self._opened_reader()
-        if not (isinstance(row_ids, torch.Tensor) and row_ids.dtype in ID_DTYPES):
-            self._refuse_id_type(row_ids)
-        if not (self.training and self.rows_require_grad and self.collects_gradients and torch.is_grad_enabled()):
-            if row_ids.is_cpu:
-                return reader.read(row_ids)
-            return reader.read_to(row_ids.cpu(), row_ids.device)
-        ids_U, inverse = torch.unique(row_ids.detach().cpu().reshape(-1), return_inverse=True)
-        self._refuse_ids(ids_U)
-        self.protect_soon(ids_U.to(torch.int64))
-        rows = self._rows_with_gradient(ids_U, inverse, reader.read_to(ids_U, row_ids.device), self.dtype)
-        return rows.reshape(*row_ids.shape, self.embedding_dim)
+        # One call into the extension where it can be: what Python does around a small warm batch takes longer than
+        # its rows.
+        rows = None if self.training else self._small.read(row_ids)
+        return super().forward(row_ids) if rows is None else rows
+
+    def _read(self, row_ids: torch.Tensor, device: torch.device) -> torch.Tensor:
+        reader = self._opened_reader()
+        return reader.read(row_ids) if device.type == "cpu" else reader.read_to(row_ids, device)
 
     def prefetch(self, row_ids: torch.Tensor) -> None:
         """Begins to read the rows of `row_ids` [...], int64 or int32, from the disk, and returns at once. What is in
         memory already costs next to nothing, and no row that is read differs. Raises as `forward`."""
-        if self._lookup is None or not self._lookup.prefetch(row_ids):
-            self._opened_reader().prefetch(self._checked_ids(row_ids))
+        if not self._small.prefetch(row_ids):
+            self._refuse_unusable(row_ids)
+            self._opened_reader().prefetch(row_ids.detach().cpu())
 
     @property
     def reads_the_disk(self) -> bool:
-        """Whether batches came from the disk lately: who would have to compute row ids for `prefetch` asks first."""
+        """True if batches came from the disk lately: code that would have to compute row ids for `prefetch` asks
+        first."""
         return self._opened_reader().reads_the_disk
-
-    def gather(self, row_ids_U: torch.Tensor) -> torch.Tensor:
-        """Rows as float32 [U, D] in memory of their own, without gradient: what a row update computes with."""
-        reader, ids_U = self._opened_reader(), self._checked_ids(row_ids_U)
-        rows_UD = torch.empty(len(ids_U), self.embedding_dim, dtype=self.dtype, device="cpu")
-        return reader.read(ids_U, out=rows_UD).float()
 
     def _opened_reader(self) -> RowReader:
         self._refuse_closed()
         assert self._reader is not None
         return self._reader
-
-    def _checked_ids(self, row_ids: torch.Tensor) -> torch.Tensor:
-        if not isinstance(row_ids, torch.Tensor) or row_ids.dtype not in ID_DTYPES:
-            self._refuse_id_type(row_ids)
-        return row_ids.detach().cpu().reshape(-1)
-
-    def _refuse_id_type(self, row_ids: object) -> None:
-        found = row_ids.dtype if isinstance(row_ids, torch.Tensor) else type(row_ids).__name__
-        raise TypeError(f"row ids are a tensor of int64 or int32, not {found}")
-
-    def _refuse_ids(self, ids_U: torch.Tensor) -> None:
-        if len(ids_U):
-            low, high = torch.aminmax(ids_U)
-            if low < 0 or high >= self.num_embeddings:
-                self._refuse_out_of_range(ids_U)
-
-    def _refuse_out_of_range(self, ids: torch.Tensor) -> None:
-        outside = ids[(ids < 0) | (ids >= self.num_embeddings)]
-        if len(outside):
-            raise IndexError(f"row id {int(outside[0])}: {self.path} has rows 0 to {self.num_embeddings - 1}")
 
     # Training
 
@@ -314,45 +272,28 @@ class MMapEmbeddingStorage(GradientCollector):
         """Makes these rows ready to be stored to, in the table and in all open states, or raises `OSError` before
         any of them is. `write` and `write_state` do it too, each for its own file."""
         self._refuse_no_writer("write rows")
-        ids_U = self._checked_ids(row_ids_U).to(torch.int64)
-        self._refuse_ids(ids_U)
+        ids_U = self._checked_ids(row_ids_U)
         self._refuse_others_rows(ids_U)
         self._undo.protect(list(self._undo.files), ids_U)
         self._refuse_full_disk(ids_U, [self.weight, *(state.values for state in self._states.values())])
 
-    def write(self, row_ids_U: torch.Tensor, rows_UD: torch.Tensor, *, stochastic: bool = False) -> None:
-        """Stores rows, rounded to the table's dtype. Ids must be unique: of two rows for one id, either may stay.
-
-        `stochastic` rounds to bfloat16 up or down at random, on average to the value itself, so that updates smaller
-        than half a step of bfloat16 aren't lost. The draws depend on the table's seed and on how many calls of
-        `write` it has seen, and so repeat with a run.
-
-        Raises `OSError` where the old rows couldn't be kept or there is no room; nothing is stored then.
-        """
-        self._refuse_no_writer("write rows")
-        ids_U = self._checked_ids(row_ids_U).to(torch.int64)
-        if rows_UD.shape != (len(ids_U), self.embedding_dim):
-            raise ValueError(f"rows have shape {list(rows_UD.shape)}, not [{len(ids_U)}, {self.embedding_dim}]")
-        if stochastic and self.dtype == torch.bfloat16:
-            rows_UD = stochastic_bfloat16(rows_UD.detach().cpu(), self._manifest.init_seed or 0, self._updates)
-        self._store(self.path.name, self.weight, ids_U, rows_UD.detach().to("cpu", self.dtype))
-        self._updates += 1
+    def _store(self, row_ids_U: torch.Tensor, rows_UD: torch.Tensor) -> None:
+        self._store_to(self.path.name, self.weight, row_ids_U, rows_UD)
 
     def read_state(self, state: RowState, row_ids_U: torch.Tensor) -> torch.Tensor:
         """Rows of an optimizer state [U, width], in memory of their own."""
-        self._refuse_closed()
-        return state.values.index_select(0, row_ids_U)
+        return state.values.index_select(0, self._checked_ids(row_ids_U))
 
     def write_state(self, state: RowState, row_ids_U: torch.Tensor, values_UW: torch.Tensor) -> None:
         """Stores rows of an optimizer state, [U, width]; as `write`."""
         self._refuse_no_writer("write to an optimizer state")
-        ids_U = self._checked_ids(row_ids_U).to(torch.int64)
-        self._store(state.path.name, state.values, ids_U, values_UW)
+        ids_U = self._checked_ids(row_ids_U)
+        self._refuse_shape("state rows", values_UW, (len(ids_U), state.width))
+        self._store_to(state.path.name, state.values, ids_U, values_UW)
 
-    def _store(self, name: str, table_ND: torch.Tensor, ids_U: torch.Tensor, rows_UD: torch.Tensor) -> None:
+    def _store_to(self, name: str, table_ND: torch.Tensor, ids_U: torch.Tensor, rows_UD: torch.Tensor) -> None:
         if not len(ids_U):
             return
-        self._refuse_ids(ids_U)
         self._refuse_others_rows(ids_U)
         self._undo.protect([name], ids_U)
         self._refuse_full_disk(ids_U, [table_ND])
@@ -382,7 +323,7 @@ class MMapEmbeddingStorage(GradientCollector):
         listed = self._manifest.states.get(name)
         path = self._files.state(name, self._manifest)
         state = self._states.get(name)
-        known_width = state.values.shape[1] if state else listed.width if listed else width
+        known_width = state.width if state else listed.width if listed else width
         if known_width != width:
             raise ValueError(f"optimizer state {path} has width {known_width}, asked for {width}")
         if state:
@@ -404,29 +345,9 @@ class MMapEmbeddingStorage(GradientCollector):
         return self._manifest
 
     @property
-    def committed_step(self) -> int | None:
-        """The step that the last commit to name one was given; None before that."""
-        return self._manifest.step
-
-    @property
-    def committed_extra(self) -> dict[str, Any]:
-        """What the last commit was given as `extra`."""
-        return self._manifest.extra
-
-    @property
     def is_new(self) -> bool:
         """Whether no row has been stored since the table was made, as far as its manifest knows."""
         return self._updates == 0 and self._manifest.init_std is not None
-
-    @property
-    def updates(self) -> int:
-        """Calls that stored rows since the table was made; the draws of stochastic rounding depend on it. Setting it
-        is for who puts the rows of an earlier moment back."""
-        return self._updates
-
-    @updates.setter
-    def updates(self, updates: int) -> None:
-        self._updates = operator.index(updates)
 
     @property
     def journal_limit_bytes(self) -> int:
@@ -436,6 +357,15 @@ class MMapEmbeddingStorage(GradientCollector):
     @journal_limit_bytes.setter
     def journal_limit_bytes(self, limit_bytes: int) -> None:
         self._undo.journal.limit_bytes = limit_bytes
+
+    @contextlib.contextmanager
+    def one_commit(self) -> Iterator[None]:
+        """Lets the journal grow to whatever one commit takes, however many rows it changes."""
+        limit_bytes, self.journal_limit_bytes = self.journal_limit_bytes, 2**63 - 1
+        try:
+            yield
+        finally:
+            self.journal_limit_bytes = limit_bytes
 
     def commit(self, step: int | None = None, extra: Mapping[str, Any] | None = None) -> None:
         """Keeps rows, all open optimizer states, `step` and `extra` (any JSON object) together, as `durability` says.
@@ -461,8 +391,7 @@ class MMapEmbeddingStorage(GradientCollector):
             self._refuse_no_writer("commit")
             try:
                 manifest = self._synced_manifest(step, extra, durable=durable)
-                with new_file(self._files.manifest, replace=True) as fd:
-                    disk.write_at(fd, manifest.to_json().encode(), 0)
+                disk.write_file(self._files.manifest, manifest.to_json())
                 self._adopt(manifest)
             except BaseException as error:
                 # Before the rename nothing has happened, if it wasn't a sync. After it the commit may or may not be
@@ -512,7 +441,7 @@ class MMapEmbeddingStorage(GradientCollector):
         old = self._manifest
         texts = {file: None if values is None else to_hex(values) for file, values in sums.items()}
         open_states = {
-            name: StateEntry(file, state.values.shape[1], step=operator.index(state.step), checksums=texts[file])
+            name: StateEntry(file, state.width, step=operator.index(state.step), checksums=texts[file])
             for name, state in self._states.items()
             for file in [state.path.name]
         }
@@ -532,44 +461,31 @@ class MMapEmbeddingStorage(GradientCollector):
     def close(self) -> None:
         """Lets go of the mappings and of the right to write. What wasn't committed is undone by the next opening,
         and a warning says so. The storage can't be used after that."""
-        if self._mmap is not None and self.mode == "r+" and self._process == os.getpid():
-            uncommitted = self._updates - self._manifest.updates
-            if uncommitted:
-                warnings.warn(
-                    f"{self.path} is closed with {uncommitted} updates since its last commit (step "
-                    f"{self.committed_step}); the next opening undoes them. commit() keeps them",
-                    UserWarning,
-                    stacklevel=2,
-                )
+        self._warn_uncommitted("the next opening undoes them")
+        self._is_closed = True
         self._let_go()
         if self._reader is not None:
             self._reader.close()
         self._mmap = self._weight = self._reader = None
-        self._lookup = None
+        self._small = NoSmallReads()
         self._states, self._state_maps = {}, {}
         self.clear_gradients()
 
+    def copy_to(self, path: str | os.PathLike[str], *, states: bool = True, reflink_only: bool = False) -> None:
+        """Copies the table of the last commit to `path`; see `sense_v2.engram.table_copy`."""
+        table_copy.copy_table(self, path, states=states, reflink_only=reflink_only)
+
+    def restore_from(self, path: str | os.PathLike[str]) -> None:
+        """Makes the rows those of the copy at `path`, in one commit; see `sense_v2.engram.table_copy`."""
+        table_copy.restore_table(self, path)
+
     def _refuse_no_writer(self, what: str) -> None:
-        self._refuse_read_only(what)
-        self._refuse_closed()
-        if self._process != os.getpid():
-            raise RuntimeError(
-                f"{self.path} was opened by process {self._process}, of which this is a forked child: can't {what}. "
-                "Only the process that opened a table writes to it"
-            )
+        super()._refuse_no_writer(what)
         if self._failed or self._undo.failed:
             raise RuntimeError(
                 f"{self.path}: an earlier sync failed, or a commit was interrupted, so what is on disk isn't known. "
                 "Open it again: that goes back to the last commit"
             )
-
-    def _refuse_read_only(self, what: str) -> None:
-        if self.mode == "r":
-            raise PermissionError(f"{self.path} is open with mode='r': can't {what}. Open it with mode='r+'")
-
-    def _refuse_closed(self) -> None:
-        if self._mmap is None:
-            raise RuntimeError(f"{self.path}: the storage is closed; make a new one to open the table again")
 
     def __reduce__(self) -> tuple[Any, ...]:
         arguments = (self.num_embeddings, self.embedding_dim, str(self.path.absolute()), self._row_dtype.name)
@@ -579,19 +495,6 @@ class MMapEmbeddingStorage(GradientCollector):
         return (
             f"{self.num_embeddings}, {self.embedding_dim}, {str(self.path)!r}, dtype={self.dtype}, mode={self.mode!r}"
         )
-
-
-def _hooks_of(module: nn.Module) -> tuple[dict[int, Any], ...]:
-    """What `nn.Module`'s own call looks into: the module's hooks and those of all modules, each a dictionary that is
-    filled and emptied in place."""
-    own = (module._forward_pre_hooks, module._forward_hooks, module._backward_pre_hooks, module._backward_hooks)
-    forward = (nn_module._global_forward_pre_hooks, nn_module._global_forward_hooks)
-    return (*own, *forward, nn_module._global_backward_pre_hooks, nn_module._global_backward_hooks)
-
-
-if gather.compiled is not None:
-    # `nn.Module`'s own call, and what `forward` asks, take several times as long as a small batch's rows.
-    MMapEmbeddingStorage.__call__ = gather.compiled.small_batches_first(MMapEmbeddingStorage)  # type: ignore[method-assign]
 
 
 def _reopen(num_embeddings: int, embedding_dim: int, path: str, dtype: str, training: bool) -> MMapEmbeddingStorage:

@@ -25,7 +25,6 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-import secrets
 import warnings
 from collections.abc import Callable, Hashable, Iterator
 from dataclasses import asdict, dataclass, fields
@@ -37,6 +36,7 @@ import torch
 
 from sense_v2.core.config import NORMALIZATIONS
 from sense_v2.engram.pretrained_tokenizer import DEEPSEEK_PACKAGE, load_tokenizer
+from sense_v2.engram.table.disk import new_file, write_file
 
 _FORMAT = "sense-engram shadow map"
 _FORMAT_VERSION = 1
@@ -292,22 +292,11 @@ def write_identity_map(output_path: str | os.PathLike[str], vocab_size: int, *, 
 
 def _write_map(path: Path, map_V: np.ndarray, description: ShadowMapDescription) -> None:
     check_output_path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    json_path = description_path(path)
-    parts = {json_path: _temporary(json_path), path: _temporary(path)}
-    try:
-        with open(parts[json_path], "xb") as file:
-            file.write(description.to_json().encode())
-            _sync(file)
-        with open(parts[path], "xb") as file:
-            np.save(file, map_V.astype("<i8"), allow_pickle=False)
-            _sync(file)
-        for target, part in parts.items():
-            os.replace(part, target)
-            _sync_folder(path.parent)
-    finally:
-        for part in parts.values():
-            part.unlink(missing_ok=True)
+    # The description is renamed first, once the map is written.
+    with new_file(path, replace=True) as fd, open(fd, "wb", closefd=False) as file:
+        np.save(file, map_V.astype("<i8"), allow_pickle=False)
+        file.flush()
+        write_file(description_path(path), description.to_json())
 
 
 def description_path(map_path: Path) -> Path:
@@ -335,23 +324,6 @@ def check_output_path(path: Path) -> None:
                 f"{json_path} would be overwritten and is no shadow map's description: move it away, or choose "
                 "another name for the map"
             )
-
-
-def _temporary(path: Path) -> Path:
-    return path.with_name(f".{path.name}.{secrets.token_hex(6)}.tmp")
-
-
-def _sync(file: Any) -> None:
-    file.flush()
-    os.fsync(file.fileno())
-
-
-def _sync_folder(folder: Path) -> None:
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 class EngramTokenizer:

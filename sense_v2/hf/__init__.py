@@ -1,6 +1,6 @@
-"""Memory on a model of transformers. Importing this registers saved models with transformers' Auto classes.
+"""Memory on a model of transformers.
 
-The public names below are imported when they are first used.
+Importing this package registers saved models with transformers' Auto classes. Public names are imported on first use.
 """
 
 from importlib import import_module

@@ -1,13 +1,8 @@
-"""attach_engram / detach_engram: memory for a transformers model, in place.
+"""attach_engram and detach_engram: memory for a transformers model, in place.
 
-    model(input_ids) ──hook on the base model──▶ row ids, mask, documents ride along as a keyword argument
-                     ──hook on each named layer──▶ hidden states + memory ──▶ the layer as it was
-
-They travel as an argument, not as state on a module: gradient checkpointing replays a layer with the arguments it was
-first called with, and two forwards (or two threads) never see each other's ids. (Mamba's models hand no argument down
-to their layers. There they lie in a context variable while the call lasts, which a compiler doesn't follow.) What
-generation needs of the tokens before a call is in the model's KV cache (`sense_v2.hf.cache`). No weight of the
-backbone is touched, moved or renamed; `detach_engram` removes the hooks and the model is what it was.
+Hooks on the base model and on its layers add the memory (`sense_v2.hf.forward_hooks`); what generation needs of
+earlier tokens is in the model's KV cache (`sense_v2.hf.cache`). No weight of the backbone is touched, moved or
+renamed; `detach_engram` removes the hooks, and the model is what it was.
 
 What was attached lies in `model.engram` (`EngramMemory`): one table, one shadow map, one fusion layer per index.
 """
@@ -17,43 +12,24 @@ from __future__ import annotations
 import inspect
 import warnings
 from collections.abc import Sequence
-from contextvars import ContextVar
 from functools import partial
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import nn
-from transformers import Cache, PreTrainedModel
+from transformers import PreTrainedModel
 
 from sense_v2.core.config import EngramConfig
-from sense_v2.engram.model import EngramFusionLayer
 from sense_v2.engram.tokenizer import EngramTokenizer, EngramTokenizerBuilder
 from sense_v2.engram.variants import VARIANTS
-from sense_v2.hf.cache import EngramState, state_in
+from sense_v2.hf.forward_hooks import HAND_NOTHING_DOWN, add_memory, carry_inputs, forget_call, note_given
 from sense_v2.hf.given_tables import identity_map, placed_tables, refuse_another_map
-from sense_v2.hf.inputs import (
-    CARRIER,
-    IDS_ARGUMENT,
-    MASK_ARGUMENT,
-    EngramInputs,
-    cache_in,
-    engram_inputs,
-    is_plain_mask,
-)
 from sense_v2.hf.memory import EngramMemory, attached_memory, memory_of
 from sense_v2.hf.model_methods import replace_methods
 
 # An embedding is often padded to a round number of rows; more than this many rows without a token is another
 # tokenizer's map.
 MAX_PADDED_ROWS = 1024
-# Models that call their layers without the keyword arguments that they were called with.
-HAND_NOTHING_DOWN = ("mamba", "mamba2", "falcon_mamba")
-
-_call: ContextVar[EngramInputs | None] = ContextVar("engram_inputs", default=None)
-"""Of such a model, in the thread that calls it."""
-_given: ContextVar[dict[str, Any]] = ContextVar("engram_arguments", default={})  # noqa: B039  # never changed in place
-"""The arguments for the memory that such a model was called with."""
 
 
 def attach_engram(
@@ -121,7 +97,7 @@ def attach_engram(
         )
 
     tables = [] if given is None else [table for _, table in given.values()]
-    num_embeddings = _rows(model.get_input_embeddings())
+    num_embeddings = len(model.get_input_embeddings().weight)  # type: ignore[arg-type]  # transformers says Module
     shadow_map = shadow_map_of(config, tokenizer, tables, num_embeddings)
     _check_vocabulary(shadow_map, num_embeddings, config)
     pad_token_id = getattr(model.config, "pad_token_id", None)
@@ -135,18 +111,17 @@ def attach_engram(
     model.engram = memory
     # Not closures: a deep copy of the model copies what partial objects hold, so that its hooks are its own.
     names = tuple(inspect.signature(base.forward).parameters)
-    carry = partial(_carry_ids, memory, names, num_embeddings, depth)
-    memory._undo.append(base.register_forward_pre_hook(carry, with_kwargs=True))
+    carry = partial(carry_inputs, memory, memory.layers, names, num_embeddings, depth)
+    memory.undo.append(base.register_forward_pre_hook(carry, with_kwargs=True))
     if model.config.model_type in HAND_NOTHING_DOWN:
-        memory._undo += [
-            model.register_forward_pre_hook(_note_given, with_kwargs=True),
-            base.register_forward_hook(_forget_call, always_call=True),
+        memory.undo += [
+            model.register_forward_pre_hook(note_given, with_kwargs=True),
+            base.register_forward_hook(forget_call, always_call=True),
         ]
-    fusions = {fusion.layer_id: (number, fusion) for number, fusion in enumerate(memory)}
     for layer_id, layer in enumerate(layers):
-        hook = partial(_add_memory, memory, layer_id, depth, *fusions.get(layer_id, (None, None)))
-        memory._undo.append(layer.register_forward_pre_hook(hook, with_kwargs=True))
-    memory._undo += replace_methods(model)
+        hook = partial(add_memory, memory, memory.layers, layer_id, depth)
+        memory.undo.append(layer.register_forward_pre_hook(hook, with_kwargs=True))
+    memory.undo += replace_methods(model)
     return model
 
 
@@ -164,7 +139,7 @@ def detach_engram(model: PreTrainedModel) -> PreTrainedModel:
     for storage in memory.storages:
         if storage.mode == "r+":
             storage.flush()
-    for change in memory._undo:
+    for change in memory.undo:
         change.remove()
     del model.engram
     if memory.owns_tables:
@@ -230,142 +205,9 @@ def shadow_map_of(
     return shadow_map
 
 
-def _rows(embedding: nn.Module) -> int:
-    weight = embedding.weight
-    assert isinstance(weight, torch.Tensor)
-    return weight.shape[0]
-
-
 def _check_vocabulary(shadow_map: EngramTokenizer, num_embeddings: int, config: EngramConfig) -> None:
     if not 0 <= num_embeddings - shadow_map.vocab_size <= MAX_PADDED_ROWS:
         raise ValueError(
             f"the shadow map {config.shadow_map_path} covers {shadow_map.vocab_size} token ids, the model embeds "
             f"{num_embeddings}: it was made from another tokenizer; make one with `sense-engram setup --tokenizer …`"
         )
-
-
-def _carry_ids(
-    memory: EngramMemory,
-    names: tuple[str, ...],
-    num_embeddings: int,
-    depth: int,
-    base: Any,
-    args: tuple[Any, ...],
-    kwargs: dict[str, Any],
-) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    """The hook on the base model: finds ids, mask, positions and cache among its arguments, whose `names` are in
-    their order, and sends along what the layers need."""
-    hands_down = base.config.model_type not in HAND_NOTHING_DOWN
-    given = kwargs if hands_down else {**_given.get(), **kwargs}
-    given_ids_BT, given_mask = given.get(IDS_ARGUMENT), given.get(MASK_ARGUMENT)
-    kwargs = {name: value for name, value in kwargs.items() if name not in (IDS_ARGUMENT, MASK_ARGUMENT)}
-    arguments = {**dict(zip(names, args, strict=False)), **kwargs}
-    token_ids_BT = arguments.get("input_ids") if given_ids_BT is None else given_ids_BT
-    if token_ids_BT is None:
-        raise ValueError(
-            "memory is looked up by token ids, and this call has none (inputs_embeds alone): pass the ids "
-            f"along as {IDS_ARGUMENT}=…"
-        )
-    current = _rows(base.get_input_embeddings())
-    if current != num_embeddings:
-        raise ValueError(
-            f"the vocabulary was resized from {num_embeddings} to {current} after memory was attached; "
-            "detach_engram, make a shadow map of the new tokenizer, attach again"
-        )
-    cache = cache_in(arguments)
-    mask = arguments.get("attention_mask") if given_mask is None else given_mask
-    if mask is not None and not is_plain_mask(mask):
-        shape = tuple(mask.shape) if isinstance(mask, torch.Tensor) else type(mask).__name__
-        raise ValueError(
-            f"attention_mask is {shape}: with memory attached it must be [batch, sequence] with 0 at padding, so "
-            f"that n-grams can stop there; such a mask can come along as {MASK_ARGUMENT}=…"
-        )
-    state = None if cache is None else _state_in(cache, memory, depth)
-    inputs = engram_inputs(memory, token_ids_BT, mask, arguments.get("position_ids"), state)
-    if hands_down:
-        kwargs[CARRIER] = inputs
-    else:
-        _call.set(inputs)
-    return args, kwargs
-
-
-def _note_given(model: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-    _given.set({name: kwargs[name] for name in (IDS_ARGUMENT, MASK_ARGUMENT) if name in kwargs})
-
-
-def _forget_call(*_: Any) -> None:
-    _call.set(None)
-    _given.set({})
-
-
-def _state_in(cache: Cache, memory: EngramMemory, depth: int, *, is_new: bool = False) -> EngramState:
-    if not memory.config.causal:
-        raise ValueError(
-            "this memory looks ahead (EngramConfig.causal = False), so it can't go on from a cache: call with "
-            "use_cache=False"
-        )
-    return state_in(cache, depth=depth, memory_id=memory.id, reach=memory.reach, is_new=is_new)
-
-
-def _add_memory(
-    memory: EngramMemory,
-    layer_id: int,
-    depth: int,
-    number: int | None,
-    fusion: EngramFusionLayer | None,
-    layer: nn.Module,
-    args: tuple[Any, ...],
-    kwargs: dict[str, Any],
-) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    """The hook on a layer: takes what was carried off its arguments and, where the layer has memory, adds it."""
-    kwargs = dict(kwargs)
-    carried = kwargs.pop(CARRIER, None)
-    if fusion is None:
-        return args, kwargs
-    if carried is None:
-        carried = _call.get()
-    if carried is None:
-        raise ValueError(
-            f"layer {layer_id} was called without token ids: call the model, not its layers; if the model was "
-            "called, its type doesn't hand keyword arguments down and isn't supported"
-        )
-    remember = _keep_tokens(carried, args, kwargs, memory, depth, layer_id)
-    hidden_states = args[0] if args else kwargs["hidden_states"]
-    memory_BTE = fusion.lookup(carried.row_ids_LBTH[number], carried.valid_BT)
-    fused = fusion.fuse(
-        hidden_states,
-        memory_BTE.to(hidden_states.device),
-        valid_BT=carried.valid_BT,
-        sequence_ids_BQ=carried.documents_BQ,
-        remember=remember,
-    )
-    if args:
-        return (fused, *args[1:]), kwargs
-    return args, {**kwargs, "hidden_states": fused}
-
-
-def _keep_tokens(
-    carried: EngramInputs,
-    args: tuple[Any, ...],
-    kwargs: dict[str, Any],
-    memory: EngramMemory,
-    depth: int,
-    layer_id: int,
-) -> Any:
-    """What `fuse` keeps the convolution's inputs with, where this call has a cache; the first layer with memory also
-    keeps the tokens. A cache that the model made itself is first seen here, and is empty."""
-    cache = next((value for value in (*args, *kwargs.values()) if isinstance(value, Cache)), None)
-    if cache is None:
-        if carried.num_past > 0:
-            raise ValueError(
-                "the model was given a cache that holds tokens but its layers weren't (gradient checkpointing leaves "
-                "it out): call with use_cache=False and the whole sequence"
-            )
-        return None
-    if carried.state is None:
-        carried.state = _state_in(cache, memory, depth, is_new=True)
-    state = carried.state
-    if not carried.is_kept:
-        state.append_tokens(carried.tokens_BT3)
-        carried.is_kept = True
-    return lambda inputs_BTX: state.remember(layer_id, inputs_BTX)

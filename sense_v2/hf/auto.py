@@ -26,7 +26,7 @@ class EngramForCausalLM(PreTrainedModel):
     def from_pretrained(  # type: ignore[override]
         cls, name: Any, *args: Any, config: EngramModelConfig | None = None, mode: str = "r", **options: Any
     ) -> Any:
-        """As `sense_v2.hf.saving.save.from_pretrained`."""
+        """As `sense_v2.hf.load.from_pretrained`."""
         from sense_v2.hf.load import from_pretrained
 
         return from_pretrained(str(name), mode=mode, config=config, **options)

@@ -28,9 +28,6 @@ from typing import Any
 import torch
 from transformers import Cache, EncoderDecoderCache, cache_utils
 
-# What the entry keeps of each token, in this order, as one int64 tensor [B, P, 3].
-COMPRESSED_ID, VALID, POSITION = range(3)
-
 # Before transformers had caches of linear attention, no mask code looked for any.
 _EntryBase: Any = getattr(cache_utils, "LinearAttentionCacheLayerMixin", cache_utils.CacheLayerMixin)
 

@@ -1,4 +1,4 @@
-"""A folder, or a model of the hub -> the model with its memory attached (`saving/folder.py` says what is in it)."""
+"""A folder, or a model of the hub -> the model with its memory attached."""
 
 from __future__ import annotations
 
@@ -58,23 +58,26 @@ def from_pretrained(
     output_loading_info: bool = False,
     **options: Any,
 ) -> Any:
-    """The model that `save_pretrained` wrote, with its memory attached, in eval mode.
+    """Load a model that `save_pretrained` wrote, with its memory attached, in eval mode.
 
-    `name` is a folder, or (a string where no folder of that name is) a model of the hub, downloaded to the hub's
-    cache by `revision`, `cache_dir`, `token`, `local_files_only`. With mode "r" its rows can't be trained, and
-    nothing in the folder changes; "r+" trains them in place, a referenced table where it lies.
+    Only safetensors are read. Warns if backbone, tokenizer or versions aren't those that were saved.
 
-    `overlay` is a delta that was made on this table: rows that it has are looked up there, and with mode "r+" all
-    that is trained goes there (it is made, if it isn't there yet), while the table is only read. A folder that was
-    saved with an overlay has its own.
+    Args:
+        name: A folder; or, if there is no such folder, a model of the hub, which is downloaded to the hub's cache.
+        mode: "r" only reads rows. "r+" trains them in place, a referenced table where it lies.
+        overlay: A delta of this table: rows that it has are looked up there. With mode "r+" all that is trained goes
+            there, and the file is made if it isn't there yet. A folder that was saved with an overlay has its own.
+        backbone: A model to attach the memory to, in place of the saved one.
+        tokenizer: Compared with the one that the memory was trained with.
+        config: The backbone's configuration.
+        revision: Of the hub's model, as are `cache_dir`, `token` and `local_files_only`.
+        output_loading_info: True to return what transformers reports of loading the backbone as well.
+        **options: Those of the backbone's own `from_pretrained` (`dtype`, `device_map`, `attn_implementation`, …).
 
-    `backbone` is a model to attach the memory to, in place of the saved one. `tokenizer` is compared with the one
-    that the memory was trained with. `config` and `options` (`dtype`, `device_map`, `attn_implementation`,
-    …) are those of the backbone's own `from_pretrained`. Only safetensors are read.
-
-    Warns where backbone, tokenizer or versions aren't those that were saved. Raises `FileNotFoundError` where the
-    folder or a part of it is missing, `ValueError` where parts don't belong together, the fusion layers' weights are
-    damaged, a reference's table has gone on, the overlay is another table's, or backbone or tokenizer can't do.
+    Raises:
+        FileNotFoundError: The folder, or a part of it, is missing.
+        ValueError: Parts don't belong together or are damaged, a reference's table has gone on, the overlay is
+            another table's, or backbone or tokenizer doesn't fit the memory.
     """
     if options.pop("use_safetensors", True) is False:
         raise ValueError("from_pretrained: use_safetensors = False: only safetensors are read; leave it out")
@@ -84,24 +87,22 @@ def from_pretrained(
         mode if overlay is None else "r",
     )
     memory_folder = folder / MEMORY_FOLDER
-    has_memory = memory_folder.is_dir()
-    if has_memory:
-        storage_path = table_of(memory_folder)
+    storage_path = table_of(memory_folder) if memory_folder.is_dir() else None
     overlay = _overlay_of(memory_folder, overlay)
+    facts = read_facts(memory_folder / BACKBONE_FILE)
     loading_info: Any = None
     if backbone is None:
         backbone, loading_info = _load_backbone(folder, config, options)
-        if tokenizer is None and tokenizer_file_differs(read_facts(memory_folder / BACKBONE_FILE), folder):
+        if tokenizer is None and tokenizer_file_differs(facts, folder):
             tokenizer = str(folder)
     elif attached_memory(backbone) is not None:
         raise ValueError("from_pretrained: the backbone has memory attached already; detach_engram(backbone) first")
-    if has_memory:
+    if storage_path is not None:
         memory_config = dataclasses.replace(
             EngramConfig.load(memory_folder / CONFIG_FILE),
             storage_path=str(storage_path),
             shadow_map_path=str(memory_folder / MAP_FILE),
         )
-        facts = read_facts(memory_folder / BACKBONE_FILE)
         if facts:
             check_backbone(facts, backbone, memory_folder)
         if tokenizer is not None:
@@ -118,8 +119,8 @@ def from_pretrained(
 
 
 def load_fusion(memory: EngramMemory, folder: Path) -> None:
-    """Gives the fusion layers the weights that `save_memory` wrote to `folder`. Raises `ValueError` where they are
-    damaged, or of other layers."""
+    """Load the fusion layers' weights that `save_memory` wrote. Raises `ValueError` if they are damaged, or of other
+    layers."""
     fusion_path = folder / FUSION_FILE
     try:
         weights = load_file(fusion_path)
@@ -170,7 +171,7 @@ def _found_folder(name: str | Path, download: dict[str, Any], mode: str) -> Path
 def _load_backbone(
     folder: Path, config: EngramModelConfig | None, options: dict[str, Any]
 ) -> tuple[PreTrainedModel, Any]:
-    """With the class that it was saved from: an encoder, say, is no causal model. And what loading reported."""
+    """Load with the class that was saved: an encoder, say, is no causal model. Also return transformers' report."""
     found: Any = config
     if found is None:
         code = {name: options[name] for name in ("trust_remote_code",) if name in options}
@@ -195,7 +196,7 @@ def _load_backbone(
 
 
 def _holds_fusion_weights(folder: Path) -> bool:
-    """Whether the fusion layers' weights are among the backbone's, as in a checkpoint that a Trainer resumes from."""
+    """True if the fusion layers' weights are among the backbone's, as in a Trainer's checkpoint."""
     for path in folder.glob("model*.safetensors"):
         with contextlib.suppress(SafetensorError), safe_open(path, framework="pt") as file:
             if any(name.startswith(FUSION_PREFIX) for name in file.keys()):  # noqa: SIM118  # no mapping

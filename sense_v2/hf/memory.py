@@ -15,11 +15,9 @@ from torch import nn
 
 from sense_v2.core.config import EngramConfig
 from sense_v2.engram import operators
-from sense_v2.engram.delta.overlay import OverlayStorage, Storage
+from sense_v2.engram.hashing import hash_tokens
 from sense_v2.engram.model import EngramFusionLayer, open_table
-from sense_v2.engram.ranks.sharded_table import ShardedTable
-from sense_v2.engram.released.released_table import ReleasedTable
-from sense_v2.engram.storage import MMapEmbeddingStorage
+from sense_v2.engram.row_source import RowSource, TrainableRows
 from sense_v2.engram.tokenizer import EngramTokenizer
 
 
@@ -33,7 +31,7 @@ class EngramMemory(nn.Module):
         tokenizer: EngramTokenizer,
         pad_token_id: int | None,
         mode: str = "r+",
-        given: Mapping[int, tuple[int, MMapEmbeddingStorage | ReleasedTable | ShardedTable]] | None = None,
+        given: Mapping[int, tuple[int, RowSource]] | None = None,
     ) -> None:
         """`given`: by layer of the model, the layer of `config` whose rows it reads, and the table that has them;
         without it `config`'s table is opened."""
@@ -42,7 +40,7 @@ class EngramMemory(nn.Module):
         self.tokenizer = tokenizer
         self.owns_tables = given is None
         if given is None:
-            table = open_table(config, tokenizer, mode=mode)
+            table: RowSource = open_table(config, tokenizer, mode=mode)
             given = {layer_id: (layer_id, table) for layer_id in config.layer_indices}
         if len({id(table) for _, table in given.values()}) == 1:
             # Tables of their own for several layers are `storages` alone.
@@ -65,14 +63,14 @@ class EngramMemory(nn.Module):
         """Says in a cache whose tokens it holds; a copy of the memory has the same."""
         self.checkpoint: Path | None = None
         """The folder of a Trainer's checkpoint that is about to be saved, to which its callback adds the memory."""
-        self._undo: list[Any] = []
-        self._handle = operators.handle_of(self)
+        self.undo: list[Any] = []
+        self.handle = operators.handle_of(self)
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
-        self._handle = operators.handle_of(self)
+        self.handle = operators.handle_of(self)
 
-    def use_storage(self, storage: Storage) -> None:
+    def use_storage(self, storage: RowSource) -> None:
         """Looks up, and trains, through another storage of the same rows from here on."""
         self.storage = storage
         for fusion in self:
@@ -80,8 +78,8 @@ class EngramMemory(nn.Module):
 
     @property
     def table(self) -> Any:
-        """The table itself: what the storage is, or what its overlay lies on."""
-        return self.storage.base if isinstance(self.storage, OverlayStorage) else self.storage
+        """The table itself: the storage, or what its overlay lies on."""
+        return self.storage.table
 
     def __getattr__(self, name: str) -> Any:
         if name == "storage" and name not in self.__dict__.get("_modules", {}):
@@ -102,66 +100,30 @@ class EngramMemory(nn.Module):
 
     @property
     def is_released(self) -> bool:
-        """Whether a table is a released checkpoint's, by itself or under an overlay: nobody's to copy."""
-        return any(isinstance(getattr(storage, "base", storage), ReleasedTable) for storage in self.storages)
+        """True if a table is a released checkpoint's, by itself or under an overlay: nobody's to copy."""
+        return any(storage.is_released for storage in self.storages)
 
     @property
     def reach(self) -> int:
         """How many positions back the memory of a position depends on."""
         return max(fusion.reach for fusion in self)
 
-    @property
-    def row_ids_per_position(self) -> tuple[int, int]:
-        """(L, H)."""
-        return len(self.layers), self.config.num_heads * len(self.config.ngram_orders)
-
-    def row_ids(
-        self,
-        token_ids_BT: torch.Tensor,
-        history_BP: torch.Tensor | None,
-        valid_BT: torch.Tensor | None,
-        documents_BT: torch.Tensor | None,
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Compressed ids [B, T] and every layer's row ids [L, B, T, H]. `history_BP` are compressed ids, `NO_TOKEN`
-        where no n-gram may reach. Raises `IndexError` for an id that no token has."""
-        if torch.compiler.is_compiling():
-            return operators.hash_tokens(token_ids_BT, history_BP, valid_BT, documents_BT, self._handle)
-        return self.hash_tokens(token_ids_BT, history_BP, valid_BT, documents_BT)
-
     def hash_tokens(
-        self,
-        token_ids_BT: torch.Tensor,
-        history_BP: torch.Tensor | None,
-        valid_BT: torch.Tensor | None,
-        documents_BT: torch.Tensor | None,
+        self, token_ids_BT: torch.Tensor, *masks: torch.Tensor | None
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """What `row_ids` does, as it is without a compiler."""
-        compressed_BT = self.tokenizer(token_ids_BT)
-        masks = {"attention_mask": valid_BT, "sequence_ids": documents_BT, "history": history_BP}
-        return compressed_BT, torch.stack([fusion.hasher(compressed_BT, **masks) for fusion in self])
+        """Compute compressed ids [B, T] and every layer's row ids [L, B, T, H]; as `hashing.hash_tokens`."""
+        return hash_tokens(self.tokenizer, [fusion.hasher for fusion in self], token_ids_BT, *masks)
 
     @property
-    def own_storage(self) -> MMapEmbeddingStorage:
-        """The file that this process stores to: the whole table, or a rank's shard of it."""
-        table: Any = self.table
-        storage: MMapEmbeddingStorage = table.own if isinstance(table, ShardedTable) else table
-        return storage
-
-    @property
-    def whole_table(self) -> MMapEmbeddingStorage:
-        """The file that has all rows. Raises `ValueError` where no file has: a table in shards."""
-        table = self.table
-        if isinstance(table, ShardedTable) and table.layout == "shards":
-            raise ValueError(
-                f"{table.path} lies in shards, so there is no file to copy: copy_table(table, path) of "
-                "sense_v2.engram.ranks.range_copy makes one, on all ranks"
-            )
-        return self.own_storage
+    def whole_table(self) -> TrainableRows:
+        """The file that has all rows. Raises `ValueError` if no file has: a table in shards."""
+        table: TrainableRows = self.storage.whole_table
+        return table
 
     def begin_rows(self, row_ids_LBTH: torch.Tensor, valid_BT: torch.Tensor | None) -> None:
         """A forward needs these rows, but for those of masked positions: they begin to come."""
         table = self.storages[0]
-        if not isinstance(table, ShardedTable):
+        if not table.needs_all_ranks:
             self.prefetch_rows(row_ids_LBTH)
         elif not torch.compiler.is_compiling():
             table.begin(row_ids_LBTH if valid_BT is None else row_ids_LBTH[:, valid_BT])
@@ -170,7 +132,7 @@ class EngramMemory(nn.Module):
         """Begins to read the rows of these token ids [B, T], the first layer's first, and returns at once. Does
         nothing where rows were in memory lately."""
         if any(storage.reads_the_disk for storage in self.storages):
-            self.prefetch_rows(self.hash_tokens(token_ids_BT, None, None, None)[1])
+            self.prefetch_rows(self.hash_tokens(token_ids_BT)[1])
 
     def prefetch_rows(self, row_ids_LBTH: torch.Tensor) -> None:
         """As `prefetch`, of rows that are known already."""

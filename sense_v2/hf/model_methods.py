@@ -1,6 +1,6 @@
 """The methods of transformers' models that have to know of the memory: put on the one object while it is attached.
 
-    prepare_inputs_for_generation    generate's inputs come with ids and mask for the memory (`inputs.py`)
+    prepare_inputs_for_generation    generate's inputs come with ids and mask for the memory (`forward_hooks.py`)
     save_pretrained                  saves the memory as well, so that whatever calls it (`push_to_hub`, a Trainer's
                                      save_model) loses nothing
     init_continuous_batching         refused
@@ -16,9 +16,10 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import torch
 from transformers import PreTrainedModel
 
-from sense_v2.hf.inputs import prepare_inputs_with_memory
+from sense_v2.hf.forward_hooks import IDS_ARGUMENT, MASK_ARGUMENT, is_plain_mask
 from sense_v2.hf.memory import memory_of
 
 
@@ -50,12 +51,38 @@ def replace_methods(model: PreTrainedModel) -> list[OwnMethod]:
     return [
         OwnMethod(model, name, function)
         for name, function in (
-            ("prepare_inputs_for_generation", prepare_inputs_with_memory),
+            ("prepare_inputs_for_generation", _prepare_inputs_with_memory),
             ("save_pretrained", _save_with_memory),
             ("init_continuous_batching", _refuse_continuous_batching),
         )
         if hasattr(model, name)
     ]
+
+
+def _prepare_inputs_with_memory(
+    model: Any,
+    input_ids: Any,
+    *args: Any,
+    engram_input_ids: Any = None,
+    engram_attention_mask: Any = None,
+    **kwargs: Any,
+) -> dict[str, Any]:
+    """What generate calls the model with: the class's own, and ids and mask where it leaves them out."""
+    inputs = type(model).prepare_inputs_for_generation(model, input_ids, *args, **kwargs)
+    embeds = inputs.get("inputs_embeds")
+    if embeds is not None and inputs.get("input_ids") is None:
+        ids_BT = input_ids if engram_input_ids is None else engram_input_ids
+        if ids_BT is not None and ids_BT.shape[1] >= embeds.shape[1]:
+            inputs[IDS_ARGUMENT] = ids_BT[:, -embeds.shape[1] :]
+    mask = inputs.get("attention_mask")
+    if mask is not None and not is_plain_mask(mask):
+        plain = engram_attention_mask if engram_attention_mask is not None else kwargs.get("attention_mask")
+        if plain is None:
+            new = embeds if inputs.get("input_ids") is None else inputs["input_ids"]
+            plain = torch.ones(new.shape[:2], dtype=torch.int64, device=new.device)
+        if is_plain_mask(plain):
+            inputs[MASK_ARGUMENT] = plain
+    return inputs
 
 
 def _save_with_memory(

@@ -26,8 +26,8 @@ def overlay_of(model: PreTrainedModel) -> OverlayStorage | None:
             "this memory has a table for each of its layers, and an overlay lies on one table. Attach it with them: "
             "attach_engram(model, config, tokenizer, storage={layer: OverlayStorage(table, path), …})"
         )
-    storage = memory.storages[0]
-    return storage if isinstance(storage, OverlayStorage) else None
+    (storage,) = memory.storages
+    return None if storage is storage.table else storage
 
 
 def add_overlay(

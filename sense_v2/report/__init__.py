@@ -1,0 +1,1 @@
+"""What a person looks at: self-contained HTML pages and terminal tables."""

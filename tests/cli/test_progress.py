@@ -6,7 +6,7 @@ import time
 
 import pytest
 import torch
-from test_pretrained import with_memory
+from test_save import with_memory
 from tiny import tiny_tokenizer
 
 from sense_v2.cli import progress

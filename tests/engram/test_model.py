@@ -11,7 +11,8 @@ from safetensors.torch import load_file
 from tiny import VOCABULARY, tiny_config, tiny_tokenizer
 
 from sense_v2.core.config import EngramConfig
-from sense_v2.engram.model import EngramFusionLayer, compressed_pad_id, open_table, packed_documents
+from sense_v2.engram.hashing import packed_documents
+from sense_v2.engram.model import EngramFusionLayer, compressed_pad_id, open_table
 from sense_v2.engram.storage import MMapEmbeddingStorage
 from sense_v2.engram.tokenizer import EngramTokenizer, EngramTokenizerBuilder
 from sense_v2.engram.variants import variant_config
@@ -126,7 +127,7 @@ def test_the_papers_fusion_is_reproduced(tmp_path, golden_folder, streams):
     gates = []
     layer.gate.register_forward_hook(lambda module, args, alpha: gates.append(alpha))
     hidden = golden["in.hidden_states"]
-    delta = layer.fuse(hidden, golden["in.embeddings"]) - hidden
+    delta = layer(hidden, memory=golden["in.embeddings"]) - hidden
     torch.testing.assert_close(delta, golden["out.residual_delta"], atol=1e-5, rtol=0)
     torch.testing.assert_close(gates[0][..., None], golden["out.gate"], atol=1e-5, rtol=0)
 
@@ -161,7 +162,7 @@ def test_the_released_fusion_is_reproduced(tmp_path, golden_folder):
     layer.gate.register_forward_hook(lambda module, args, alpha: gates.append(alpha))
     hidden, valid = golden["in.hidden_states"], golden["in.token_mask"] != 0
     assert not valid.all()
-    out = layer.fuse(hidden, golden["in.embeddings"], valid_BT=valid)
+    out = layer(hidden, memory=golden["in.embeddings"], valid_BT=valid)
     torch.testing.assert_close(out, golden["out.hidden_states"], atol=1e-5, rtol=0)
     torch.testing.assert_close(gates[0][valid], golden["out.gate"][valid], atol=1e-5, rtol=0)
     assert torch.equal(out[~valid], hidden[~valid])
@@ -304,7 +305,7 @@ def test_across_padding_in_the_middle_the_convolution_reads_and_n_grams_do_not(t
     mask = torch.tensor([[1, 1, 0, 1, 1]])
     rows = layer.row_ids(ids, attention_mask=mask > 0)
     assert torch.equal(rows[:, 3:], layer.row_ids(ids[:, 3:]))
-    gated = layer.fuse(torch.zeros_like(hidden), layer.lookup(rows, mask > 0), valid_BT=mask > 0)
+    gated = layer(torch.zeros_like(hidden), memory=layer.lookup(rows, mask > 0), valid_BT=mask > 0)
     out = layer(hidden, ids, mask)
     assert torch.equal(out[:, 2], hidden[:, 2])
     changed = hidden.clone()
@@ -356,7 +357,7 @@ def test_gradients_reach_the_rows_as_autograd_gives_them(tmp_path):
     table = torch.tensor(np.fromfile(layer.storage.path, dtype="<f4").reshape(-1, layer.storage.embedding_dim))
     table.requires_grad_()
     memory = table[layer.row_ids(ids)].flatten(-2)
-    layer.fuse(hidden, memory).square().sum().backward()
+    layer(hidden, memory=memory).square().sum().backward()
     torch.testing.assert_close(grads_UD, table.grad[row_ids_U])
     untouched = torch.ones(len(table), dtype=torch.bool)
     untouched[row_ids_U] = False

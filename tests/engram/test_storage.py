@@ -202,8 +202,8 @@ def test_a_path_below_a_file_or_a_folder_that_cannot_be_written_to(
 
 STALLED_FILL = """
 import sys, time
-from sense_v2.engram import disk, fill
 from sense_v2.engram.storage import MMapEmbeddingStorage
+from sense_v2.engram.table import disk, initial_noise as fill
 
 path, where = sys.argv[1:]
 

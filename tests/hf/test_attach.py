@@ -413,3 +413,61 @@ def test_two_models_have_nothing_in_common(tmp_path):
         second.engram.storage.weight.zero_()
     assert torch.equal(first(ids).logits, before)
     assert isinstance(next(iter(first.engram)), EngramFusionLayer)
+
+
+# --- one forward ---
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_hooks_on_a_fusion_layer_fire_once_a_call(tmp_path, name):
+    model, ids = attached(name, tmp_path, layers=(0, 2)), some_ids()
+    before = model(ids, use_cache=False).logits if name != "bert" else model(ids).logits
+    fired, handles = [], []
+    for number in ("0", "2"):
+        fusion = model.engram.layers[number]
+        enter = lambda module, args, kwargs, n=number: fired.append(("enter", n, args[0].shape))  # noqa: E731
+        leave = lambda module, args, kwargs, out, n=number: fired.append(("leave", n, out.shape))  # noqa: E731
+        handles.append(fusion.register_forward_pre_hook(enter, with_kwargs=True))
+        handles.append(fusion.register_forward_hook(leave, with_kwargs=True))
+    model(ids)
+    shape = (2, 9, 32)
+    assert fired == [(what, number, shape) for number in ("0", "2") for what in ("enter", "leave")]
+    for handle in handles:
+        handle.remove()
+    doubled = lambda module, args, out: args[0] + 2 * (out - args[0])  # noqa: E731
+    model.engram.layers["0"].register_forward_hook(doubled)
+    assert not torch.equal(model(ids).logits, before)
+
+
+def test_a_replaced_forward_of_a_fusion_layer_is_used(tmp_path):
+    """An object's own, as accelerate's hooks put it there, and a subclass's."""
+    model, ids = attached("llama", tmp_path), some_ids()
+    bare = tiny_model("llama")(ids).logits
+    assert not torch.equal(model(ids).logits, bare)
+    fusion = model.engram.layers["1"]
+    own = fusion.forward
+    fusion.forward = lambda hidden_states, *args, **kwargs: hidden_states
+    assert torch.equal(model(ids).logits, bare)
+    fusion.forward = own
+
+    class Off(EngramFusionLayer):
+        def forward(self, hidden_states, *args, **kwargs):
+            return hidden_states
+
+    off = Off(fusion.config, 32, 1, tokenizer=fusion.tokenizer, storage=fusion.storage)
+    model.engram.layers["1"] = off
+    assert torch.equal(model(ids).logits, bare)
+
+
+def test_both_entrances_of_a_fusion_layer_give_the_same(tmp_path):
+    (fusion,) = attached("llama", tmp_path).engram
+    ids, hidden = some_ids(), torch.randn(2, 9, 32)
+    mask = torch.ones_like(ids)
+    mask[0, :3] = 0
+    expected = fusion(hidden, ids, mask)
+    row_ids = fusion.row_ids(ids, attention_mask=mask)
+    assert torch.equal(fusion(hidden, row_ids_BTH=row_ids, valid_BT=mask != 0), expected)
+    memory = fusion.lookup(row_ids, mask != 0)
+    assert torch.equal(fusion(hidden, memory=memory, valid_BT=mask != 0), expected)
+    with pytest.raises(TypeError, match="input_ids, row_ids_BTH or memory"):
+        fusion(hidden)

@@ -6,7 +6,7 @@ import dataclasses
 import pytest
 import torch
 from checkpoints import bits, deepseek_config, deepseek_rows, slow_deepseek_rows, write_checkpoint
-from test_released import QWEN, qwen_config
+from test_released_table import QWEN, qwen_config
 from tiny import VOCABULARY, tiny_config, tiny_model, tiny_tokenizer
 from transformers import TrainingArguments
 

@@ -178,19 +178,21 @@ def test_the_operators_hold_torchs_rules_for_operators(masked):
     valid = mask > 0 if masked else None
     documents = torch.ones_like(ids) if masked else None
     history = torch.tensor([[4, -1], [3, 2], [-1, 7]]) if masked else None
-    torch.library.opcheck(operators.hash_tokens, (ids, history, valid, documents, memory._handle))
+    sizes = (len(memory.layers), 4)
+    torch.library.opcheck(operators.hash_tokens, (ids, history, valid, documents, *sizes, memory.handle))
     row_ids = fusion.row_ids(ids)
-    torch.library.opcheck(operators.read_rows, (row_ids, valid, fusion._handle))
-    assert torch.equal(operators.read_rows(row_ids, valid, fusion._handle), fusion.lookup(row_ids, valid))
+    given = (row_ids, valid, 32, torch.float32, fusion.handle)
+    torch.library.opcheck(operators.read_rows, given)
+    assert torch.equal(operators.read_rows(*given), fusion.lookup(row_ids, valid))
 
 
 def test_a_graph_of_a_memory_that_is_gone_says_so():
     with pytest.raises(RuntimeError, match="a memory that is gone"):
-        operators.read_rows(torch.zeros(1, 1, 4, dtype=torch.int64), None, 10**9)
+        operators.read_rows(torch.zeros(1, 1, 4, dtype=torch.int64), None, 32, torch.float32, 10**9)
 
 
 def test_a_copy_of_a_layer_answers_for_itself(tmp_path):
     memory = remembering("llama").engram
     twin = copy.deepcopy(memory)
-    assert twin._handle != memory._handle
-    assert twin.layers["0"]._handle != memory.layers["0"]._handle
+    assert twin.handle != memory.handle
+    assert twin.layers["0"].handle != memory.layers["0"].handle

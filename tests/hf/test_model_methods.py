@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
-from test_pretrained import in_place, logits, with_memory
+from test_save import in_place, logits, with_memory
 from test_sharing import hub  # noqa: F401  # a fixture
 from test_trainer import arguments, blocks, history, table_on_disk
 from test_trainer import with_memory as trainable

@@ -4,6 +4,7 @@
   at the top, in a function, behind `TYPE_CHECKING`, relative, or through `importlib`.
 - No modules import each other in a circle.
 - No name that begins with `_` is imported from another module.
+- A folder has at most `MOST_MODULES` files.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ from __future__ import annotations
 import ast
 import subprocess
 import sys
+from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -33,6 +35,7 @@ PACKAGES = (
     "report",
     "cli",
 )
+MOST_MODULES = 14
 
 
 @dataclass(frozen=True)
@@ -188,6 +191,12 @@ def circles(uses: dict[str, set[str]]) -> list[list[str]]:
 def test_the_package_holds_its_layers() -> None:
     assert len(module_names(ROOT / "sense_v2")) > 5, "the package wasn't found"
     assert "\n".join(violations(ROOT / "sense_v2")) == ""
+
+
+def test_no_folder_has_more_than_fourteen_modules() -> None:
+    """A folder is a thought: its reader keeps all of its files in mind."""
+    counts = Counter(path.parent.relative_to(ROOT) for path in (ROOT / "sense_v2").rglob("*.py"))
+    assert {str(folder): count for folder, count in counts.items() if count > MOST_MODULES} == {}
 
 
 @pytest.mark.parametrize("folder", ["benchmarks", "examples"])

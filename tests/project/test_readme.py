@@ -23,16 +23,3 @@ def test_the_python_examples_run_one_after_the_other_and_leave_the_files_they_na
 def test_the_links_lead_somewhere():
     for target in re.findall(r"\]\(((?!https?://)[^)#]+)", README):
         assert (ROOT / target).exists(), f"README.md links to {target}, which isn't there"
-
-
-def test_the_tree_names_files_that_exist():
-    (tree,) = re.findall(r"```\n(sense_v2/\n.*?)```", README, flags=re.DOTALL)
-    folder, missing = ROOT, []
-    for line in tree.splitlines():
-        depth, name = (len(line) - len(line.lstrip())) // 2, line.split()[0]
-        if name.endswith("/") and depth <= 1:
-            folder = ROOT / name if depth == 0 else ROOT / "sense_v2" / name
-        path = folder if name.endswith("/") else folder / name
-        if not path.exists():
-            missing.append(str(path.relative_to(ROOT)))
-    assert not missing

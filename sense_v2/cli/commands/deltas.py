@@ -1,4 +1,4 @@
-"""Commands for rows that were changed in a table, as small files: delta teach, export, apply, revert, merge, show."""
+"""Commands for rows that were changed in a table: delta teach, export, apply, revert, merge, show."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from sense_v2.cli.options import FolderArgument, JsonOption, one_of, table_path_of
+from sense_v2.cli.options import FolderArgument, JsonOption, choice, table_path_of
 from sense_v2.cli.output import lines_to, print_json
 from sense_v2.core.errors import CommandError
 from sense_v2.report import wording
@@ -137,11 +137,7 @@ def merge(
     output: OutputOption,
     prefer: Annotated[
         str | None,
-        typer.Option(
-            metavar="|".join(PREFERENCES),
-            help="Whose row is taken where several changed one to different values; refused without it.",
-            autocompletion=one_of(*PREFERENCES),
-        ),
+        choice(PREFERENCES, "Whose row is taken where several changed one to different values; refused without it."),
     ] = None,
     as_json: JsonOption = False,
 ) -> None:

@@ -1,4 +1,4 @@
-"""Commands that look into a trained memory: analyze, ablate. Each writes a report and its JSON."""
+"""Commands that look into a trained memory and write a report: analyze, ablate."""
 
 from __future__ import annotations
 

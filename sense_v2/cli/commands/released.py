@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from sense_v2.cli.options import JsonOption, TokenizerOption, one_of
+from sense_v2.cli.options import JsonOption, TokenizerOption, choice
 from sense_v2.cli.output import lines_to, print_json
 from sense_v2.core.config import VARIANT_NAMES
 from sense_v2.core.errors import CommandError
@@ -85,14 +85,7 @@ def lookup(
         typer.Argument(metavar="[FOLDER] TEXT", help="A released checkpoint, or none to see ids alone; the text."),
     ],
     tokenizer: TokenizerOption,
-    variant: Annotated[
-        str | None,
-        typer.Option(
-            metavar="|".join(VARIANT_NAMES),
-            help="Which architecture; else the folder's.",
-            autocompletion=one_of(*VARIANT_NAMES),
-        ),
-    ] = None,
+    variant: Annotated[str | None, choice(VARIANT_NAMES, "Which architecture; else the folder's.")] = None,
     as_json: JsonOption = False,
 ) -> None:
     """Show which rows a text looks up: tokens, compressed ids, n-grams, row ids, and the rows' norms.

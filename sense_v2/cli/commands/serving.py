@@ -34,8 +34,8 @@ def generate(
     from sense_v2.cli.progress import TokenProgress
     from sense_v2.hf.attach import detach_engram
     from sense_v2.hf.backbones import open_trained
+    from sense_v2.hf.insight.comparison import continue_prompt
     from sense_v2.hf.memory import attached_memory
-    from sense_v2.hf.serving.continuation import continue_prompt
 
     model, tokenizer = open_trained(folder)
     with_memory = attached_memory(model) is not None and not without_memory

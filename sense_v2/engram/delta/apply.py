@@ -31,9 +31,6 @@ from sense_v2.engram.delta.delta_file import (
     Delta,
     DeltaInfo,
     Source,
-    base_of,
-    digest_of_blocks,
-    meaning_of,
     read_delta,
     write_delta,
 )
@@ -41,6 +38,7 @@ from sense_v2.engram.storage import MMapEmbeddingStorage
 from sense_v2.engram.table.checksums import PART_BYTES, add_to_blocks, block_rows, from_hex, row_hashes, to_hex
 from sense_v2.engram.table.format import provenance_differences, row_dtype
 from sense_v2.engram.table.opening import TableFiles, read_manifest
+from sense_v2.engram.table_identity import digest_of_blocks, meaning_of
 
 PREFERENCES = ("first", "last", "mean")
 REVERTS_TO = "reverts_to"
@@ -90,8 +88,8 @@ def export_delta(trained: Path, base: Path, output: Path) -> Delta:
     ours, theirs = open_table_as_it_is(trained), open_table_as_it_is(base)
     try:
         _refuse_other_kind(ours, theirs)
-        info = DeltaInfo(base_of(theirs), ours.manifest.step)
-        base_of(ours)  # refuses a table without checksums
+        info = DeltaInfo(theirs.identity(), ours.manifest.step)
+        ours.identity()  # refuses a table without checksums
         row_ids_U = np.concatenate([np.empty(0, np.int64), *_differing_ids(ours, theirs)])
         ids_U = torch.from_numpy(row_ids_U)
         rows = Source(ours.embedding_dim, ours.dtype, lambda part: ours(ids_U[part]))
@@ -169,7 +167,7 @@ def apply_delta(path: Path, table: Path) -> Applied:
     delta = read_delta(path)
     storage = _open_to_change(table, delta)
     try:
-        before = base_of(storage)
+        before = storage.identity()
         delta.info.base.refuse_other(before, path, table)
         _refuse_other_dtype(delta, storage)
         digest = _digest_with(storage, delta)
@@ -205,7 +203,7 @@ def revert_delta(table: Path) -> Applied:
     digest = str(delta.info.extra.get(REVERTS_TO))
     storage = _open_to_change(table, delta)
     try:
-        delta.info.base.refuse_other(base_of(storage), undo, table)
+        delta.info.base.refuse_other(storage.identity(), undo, table)
         _refuse_other_dtype(delta, storage)
         if _digest_with(storage, delta) != digest:
             raise ValueError(f"{undo} doesn't lead back to what it says ({digest}). Go back to a copy of {table}")
@@ -241,8 +239,8 @@ def _refuse_other_dtype(delta: Delta, storage: MMapEmbeddingStorage) -> None:
 
 
 def _write_undo(undo: Path, storage: MMapEmbeddingStorage, delta: Delta, digest: str) -> None:
-    base = dataclasses.replace(base_of(storage), digest=digest)
-    info = DeltaInfo(base, extra={REVERTS_TO: base_of(storage).digest}, updates=storage.updates)
+    base = dataclasses.replace(storage.identity(), digest=digest)
+    info = DeltaInfo(base, extra={REVERTS_TO: storage.identity().digest}, updates=storage.updates)
     ids_U = torch.from_numpy(delta.row_ids_U)
     rows = Source(storage.embedding_dim, storage.dtype, lambda part: storage(ids_U[part]))
     write_delta(undo, info, delta.row_ids_U, {"rows": rows})
@@ -250,12 +248,12 @@ def _write_undo(undo: Path, storage: MMapEmbeddingStorage, delta: Delta, digest:
 
 def _store(storage: MMapEmbeddingStorage, delta: Delta, *, updates: int | None) -> None:
     """In one commit, however many rows."""
-    storage.journal_limit_bytes = 2**63 - 1
-    for part in _parts(delta):
-        storage.write(torch.from_numpy(delta.row_ids_U[part]), delta.rows_UD[part])
-    if updates is not None:
-        storage.updates = updates
-    storage.flush()
+    with storage.one_commit():
+        for part in _parts(delta):
+            storage.write(torch.from_numpy(delta.row_ids_U[part]), delta.rows_UD[part])
+        if updates is not None:
+            storage.updates = updates
+        storage.flush()
 
 
 def _check_is(storage: MMapEmbeddingStorage, delta: Delta, digest: str) -> None:
@@ -263,9 +261,9 @@ def _check_is(storage: MMapEmbeddingStorage, delta: Delta, digest: str) -> None:
         found = storage(torch.from_numpy(delta.row_ids_U[part]))
         if not np.array_equal(_bits(found), _bits(delta.rows_UD[part])):
             raise ValueError(f"{storage.path}: rows that were stored read otherwise. Check it: sense-engram verify")
-    if base_of(storage).digest != digest:
+    if storage.identity().digest != digest:
         raise ValueError(
-            f"{storage.path} has digest {base_of(storage).digest} now, expected {digest}: rows outside of "
+            f"{storage.path} has digest {storage.identity().digest} now, expected {digest}: rows outside of "
             f"{delta.path} aren't what they were. Check it: sense-engram verify {storage.path}"
         )
 

@@ -1,15 +1,14 @@
 """Rows of a table that were changed, as a small file that names the table: written, read, checked.
 
-    Base        which table the rows were changed in: its shape, and a digest of its rows
     write_delta ids, ascending, and what gives their rows, a part at a time ──▶ a file, whole or not at all
     read_delta  a file ──▶ Delta, mapped, everything in it checked
 
 The file is a safetensors file, so that any tool of that world opens it; docs/format.md ("Deltas") is its
 specification. Memory follows the ids (8 bytes each), never the rows.
 
-A table of our own is named by the block checksums that its manifest has, so nothing of it is read, however large it
-is. A released table has none: it is named by 1,024 of its rows, which tells one checkpoint from another, and not a
-copy with a damaged row.
+A delta names the table it was made on, its base, by that table's `identity()`
+(`sense_v2.engram.table_identity`): a digest of the block checksums in a manifest, so nothing of a table of ours is
+read, however large it is.
 
 N rows of the base, D row width, U rows of a delta, W values of a row of any tensor.
 """
@@ -17,7 +16,6 @@ N rows of the base, D row width, U rows of a delta, W values of a row of any ten
 from __future__ import annotations
 
 import dataclasses
-import hashlib
 import json
 import os
 import re
@@ -31,16 +29,13 @@ import numpy as np
 import torch
 
 from sense_v2.engram.reading.safetensors_headers import TensorSpan, read_header_and_metadata
-from sense_v2.engram.released.released_table import ReleasedTable
-from sense_v2.engram.storage import MMapEmbeddingStorage
 from sense_v2.engram.table import disk
 from sense_v2.engram.table.checksums import PART_BYTES, row_hashes
 from sense_v2.engram.table.disk import new_file
-from sense_v2.engram.table.format import DTYPES, Manifest, as_json_object, load_json, provenance_differences
+from sense_v2.engram.table.format import DTYPES, as_json_object, load_json
+from sense_v2.engram.table_identity import BLOCK_CHECKSUMS, SAMPLED_ROWS, TableIdentity
 
 FORMAT, FORMAT_VERSION = "sense-engram delta", "1"
-NUM_SAMPLES = 1024
-BLOCK_CHECKSUMS, SAMPLED_ROWS = "block checksums", "sampled rows"
 _STATE = re.compile(r"state\.([A-Za-z0-9_-]{1,64})")
 _DIGEST = re.compile(r"[0-9a-f]{64}")
 _TORCH = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
@@ -53,72 +48,10 @@ _NUMPY: dict[torch.dtype, np.dtype[Any]] = {
 
 
 @dataclass(frozen=True)
-class Base:
-    """Which table a delta's rows were changed in."""
-
-    rows: int
-    width: int
-    dtype: str
-    """Of the rows on disk: float32, int8, F8_E4M3, …"""
-    digest: str
-    digest_of: str
-    provenance: dict[str, Any] = field(default_factory=dict)
-
-    def refuse_other(self, found: Base, delta: object, table: object) -> None:
-        """Raises `ValueError`, naming all that differs, where `found`, the table at hand, isn't this one."""
-        names = ("rows", "width", "dtype", "digest_of", "digest")
-        differences = [
-            *provenance_differences(self.provenance, found.provenance),
-            *((name, getattr(self, name), getattr(found, name)) for name in names),
-        ]
-        named = "; ".join(f"{name} {old!r}, here {new!r}" for name, old, new in differences if old != new)
-        if named:
-            raise ValueError(
-                f"{delta} was made on another table than {table}: {named}. Use it with the table it was made on, "
-                "as that was then (sense-engram delta show names it)"
-            )
-
-
-def base_of(storage: MMapEmbeddingStorage | ReleasedTable) -> Base:
-    """Names the table as it was last committed. Raises `ValueError` where its manifest has no checksums, or rows were
-    stored since."""
-    if isinstance(storage, ReleasedTable):
-        facts = storage.facts
-        digest, provenance = _sample_digest(storage), {"variant": facts.variant, "layer": facts.layer}
-        return Base(facts.num_rows, facts.width, facts.dtype, digest, SAMPLED_ROWS, provenance)
-    manifest = storage.manifest
-    if storage.updates != manifest.updates:
-        raise ValueError(f"{storage.path} has updates since its last commit; commit() first")
-    if manifest.checksums is None:
-        raise ValueError(
-            f"{storage.path} has no checksums in its manifest, which are how a delta names it. Add them once: "
-            f"sense-engram verify --repair {storage.path}"
-        )
-    digest, provenance = digest_of_blocks(manifest.checksums), meaning_of(manifest)
-    return Base(manifest.rows, manifest.width, manifest.dtype, digest, BLOCK_CHECKSUMS, provenance)
-
-
-def meaning_of(manifest: Manifest) -> dict[str, Any]:
-    """Its provenance, without how the table came to be: what its rows mean."""
-    return {name: value for name, value in manifest.provenance.items() if name != "converted_from"}
-
-
-def digest_of_blocks(checksums: list[str]) -> str:
-    return hashlib.sha256("".join(checksums).encode("ascii")).hexdigest()
-
-
-def _sample_digest(table: ReleasedTable) -> str:
-    num_samples = min(NUM_SAMPLES, table.num_embeddings)
-    row_ids = torch.arange(num_samples) * table.num_embeddings // num_samples
-    rows_UD = table(row_ids).contiguous()
-    return hashlib.sha256(rows_UD.view(torch.uint8).numpy().tobytes()).hexdigest()
-
-
-@dataclass(frozen=True)
 class DeltaInfo:
     """What a delta says besides its rows."""
 
-    base: Base
+    base: TableIdentity
     step: int | None = None
     extra: dict[str, Any] = field(default_factory=dict)
     updates: int = 0
@@ -262,7 +195,7 @@ def _info(values: Any) -> tuple[DeltaInfo, dict[str, str]]:
     if not isinstance(values, dict) or values.keys() != known:
         raise ValueError(f"its description must be an object of {', '.join(sorted(known))}")
     base, checksums = values["base"], values["checksums"]
-    names = {one.name for one in dataclasses.fields(Base)}
+    names = {one.name for one in dataclasses.fields(TableIdentity)}
     _require(isinstance(base, dict) and base.keys() == names, f"base must be an object of {', '.join(sorted(names))}")
     for name in ("rows", "width"):
         _require(_is_count(base[name]) and base[name] >= 1, f"base.{name} = {base[name]!r}: an integer, at least 1")
@@ -279,7 +212,7 @@ def _info(values: Any) -> tuple[DeltaInfo, dict[str, str]]:
         _require(isinstance(values[name], dict), f"{name} must be an object")
     _require(all(map(_is_count, values["state_steps"].values())), "state_steps must be integers, 0 or more")
     del values["checksums"]
-    return DeltaInfo(**{**values, "base": Base(**base)}), checksums
+    return DeltaInfo(**{**values, "base": TableIdentity(**base)}), checksums
 
 
 def _check_tensors(spans: Mapping[str, TensorSpan], info: DeltaInfo, checksums: Mapping[str, str]) -> None:

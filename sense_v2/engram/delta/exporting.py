@@ -10,7 +10,7 @@ import numpy as np
 
 from sense_v2.core.errors import CommandError
 from sense_v2.engram.delta.apply import export_delta, open_table_as_it_is, strip_delta
-from sense_v2.engram.delta.delta_file import Delta, base_of
+from sense_v2.engram.delta.delta_file import Delta
 from sense_v2.engram.upkeep.check import check_table
 from sense_v2.engram.upkeep.find_table import find_table
 
@@ -129,7 +129,7 @@ def _table_in(path: Path) -> Path:
 def _refuse_other_base(delta: Delta, table: Path) -> None:
     storage = open_table_as_it_is(table)
     try:
-        delta.info.base.refuse_other(base_of(storage), delta.path, table)
+        delta.info.base.refuse_other(storage.identity(), delta.path, table)
     finally:
         storage.close()
 

@@ -22,7 +22,6 @@ from __future__ import annotations
 
 import operator
 import os
-import warnings
 import weakref
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -32,17 +31,14 @@ from typing import Any
 import numpy as np
 import torch
 
-from sense_v2.engram.delta.delta_file import Delta, DeltaInfo, Source, base_of, read_delta, write_delta
-from sense_v2.engram.gradients import GradientCollector
+from sense_v2.engram.delta.delta_file import Delta, DeltaInfo, Source, read_delta, write_delta
 from sense_v2.engram.reading import devices
-from sense_v2.engram.released.released_table import ReleasedTable
-from sense_v2.engram.storage import ID_DTYPES, MMapEmbeddingStorage
+from sense_v2.engram.row_source import RowSource
 from sense_v2.engram.table.disk import WriterLock
 from sense_v2.engram.table.format import LOCK_SUFFIX, Manifest, as_json_object, row_dtype
-from sense_v2.engram.table.rounding import stochastic_bfloat16
+from sense_v2.engram.table_identity import Origin, TableIdentity
+from sense_v2.engram.table_module import TableModule
 
-Table = MMapEmbeddingStorage | ReleasedTable
-"""What an overlay can lie on."""
 FORGOTTEN = -1
 
 
@@ -129,17 +125,18 @@ class OverlayState:
     recent: RecentRows
 
 
-class OverlayStorage(GradientCollector):
+class OverlayStorage(TableModule):
     """`base` with changed rows on top, which are kept in the delta at `path`; the base is only read.
 
     With mode "r+", a delta that isn't there is made by the first commit; "r" only reads one that is. Without a `path`
     changed rows are in memory alone, and `export` writes them where they are wanted. `base` is a table of our own,
     opened with mode "r", of any dtype, or a released one; the overlay owns it, and closes it with itself.
 
-    Has what lookups, row optimizers and a trainer need of `MMapEmbeddingStorage`. Raises `ValueError` where the delta
-    is damaged, or was made on another base than this one; `BlockingIOError` where a process writes to it already.
+    Raises `ValueError` if the delta is damaged, or was made on another base than this one; `BlockingIOError` if a
+    process writes to it already.
 
     >>> import tempfile
+    >>> from sense_v2.engram.storage import MMapEmbeddingStorage
     >>> folder = tempfile.TemporaryDirectory()
     >>> MMapEmbeddingStorage(100, 8, folder.name + "/engram_table.dat").close()
     >>> base = MMapEmbeddingStorage(100, 8, folder.name + "/engram_table.dat", mode="r")
@@ -153,28 +150,16 @@ class OverlayStorage(GradientCollector):
 
     # What sets it on any storage may; a commit survives a power cut whatever it says.
     durability = "power"
-    is_new = False
 
-    def __init__(
-        self,
-        base: Table,
-        path: str | os.PathLike[str] | None = None,
-        *,
-        mode: str = "r+",
-    ) -> None:
-        super().__init__()
-        if mode not in ("r", "r+"):
-            raise ValueError(f"mode = {mode!r}: must be 'r+' (read and train) or 'r' (read)")
+    def __init__(self, base: RowSource, path: str | os.PathLike[str] | None = None, *, mode: str = "r+") -> None:
+        super().__init__(base.num_embeddings, base.embedding_dim, mode=mode)
         if base.mode != "r":
             raise ValueError(
                 f"{base.path} is open with mode={base.mode!r}, and a base is only read. Open it with mode='r'"
             )
-        self.base, self.mode = base, mode
+        self.base, self.dtype, self.is_released = base, base.dtype, base.is_released
         self.path = None if path is None else Path(path)
-        self.num_embeddings, self.embedding_dim = base.num_embeddings, base.embedding_dim
-        self.collects_gradients = mode == "r+"
-        self._base_name = base_of(base)
-        self._process = os.getpid()
+        self._base_identity = base.identity()
         self._kept: Delta | None = None
         self._states: dict[str, OverlayState] = {}
         self._lock: WriterLock | None = None
@@ -189,57 +174,59 @@ class OverlayStorage(GradientCollector):
         except BaseException:
             self._let_go()
             raise
-        self._info = DeltaInfo(self._base_name) if self._kept is None else self._kept.info
+        self._info = DeltaInfo(self._base_identity) if self._kept is None else self._kept.info
         self._updates = self._info.updates
         self._recent = RecentRows(self.embedding_dim, self.dtype)
-        self._is_open = True
 
     def _refuse_delta(self, delta: Delta) -> None:
-        delta.info.base.refuse_other(self._base_name, delta.path, self.base.path)
+        delta.info.base.refuse_other(self._base_identity, delta.path, self.base.path)
         if delta.rows_UD.dtype != self.dtype:
             raise ValueError(
                 f"{delta.path} has rows of {delta.rows_UD.dtype}, and those of {self.base.path} are looked up as "
                 f"{self.dtype}. Make the delta anew"
             )
 
-    # Reading
+    # What it is
 
     @property
-    def dtype(self) -> torch.dtype:
-        """Of the rows that are looked up: the base's."""
-        return self.base.dtype
+    def table(self) -> RowSource:
+        return self.base
+
+    @property
+    def whole_table(self) -> Any:
+        return self.base.whole_table
+
+    @property
+    def belongs_to(self) -> Origin:
+        return self.base.belongs_to
 
     @property
     def changed_ids(self) -> torch.Tensor:
         """int64, ascending: the rows that don't come from the base."""
         return torch.from_numpy(self._changed_ids().copy())
 
-    def forward(self, row_ids: torch.Tensor) -> torch.Tensor:
-        """row_ids [...] of int64 or int32 -> rows [..., D] in the base's dtype, on the ids' device.
+    def identity(self) -> TableIdentity:
+        """The base's."""
+        return self._base_identity
 
-        In training, with gradients enabled and `collects_gradients`, the rows' gradients reach `gradients()`.
-        Raises `IndexError` for an id outside 0 … N - 1, `TypeError` for other dtypes.
-        """
-        ids = self._checked_ids(row_ids)
-        shape = (*row_ids.shape, self.embedding_dim)
-        if not (self.training and self.rows_require_grad and self.collects_gradients and torch.is_grad_enabled()):
-            return devices.move(self._rows(ids).view(shape), row_ids.device)
-        ids_U, inverse = torch.unique(ids, return_inverse=True)
-        rows_UD = devices.move(self._rows(ids_U), row_ids.device)
-        return self._rows_with_gradient(ids_U, inverse, rows_UD, self.dtype).view(shape)
+    @property
+    def _name(self) -> object:
+        return self.path or self.base.path
+
+    # Reading
+
+    def _read(self, row_ids: torch.Tensor, device: torch.device) -> torch.Tensor:
+        return devices.move(self._rows(row_ids.reshape(-1)).view(*row_ids.shape, self.embedding_dim), device)
 
     def prefetch(self, row_ids: torch.Tensor) -> None:
         """Begins to read the base's rows of `row_ids` [...] and returns at once. Raises as `forward`."""
-        self.base.prefetch(self._checked_ids(row_ids))
+        self._refuse_closed()
+        self.base.prefetch(row_ids)
 
     @property
     def reads_the_disk(self) -> bool:
-        """Whether batches came from the disk lately, so that `prefetch` pays."""
+        self._refuse_closed()
         return self.base.reads_the_disk
-
-    def gather(self, row_ids_U: torch.Tensor) -> torch.Tensor:
-        """Rows as float32 [U, D] in memory of their own, without gradient: what a row update computes with."""
-        return self._rows(self._checked_ids(row_ids_U)).float()
 
     @torch.no_grad()
     def _rows(self, ids_U: torch.Tensor) -> torch.Tensor:
@@ -265,41 +252,10 @@ class OverlayStorage(GradientCollector):
         kept = recent[:0] if self._kept is None else self._kept.row_ids_U
         return np.setdiff1d(np.union1d(kept, recent), self._recent.forgotten, assume_unique=True)
 
-    def _checked_ids(self, row_ids: torch.Tensor) -> torch.Tensor:
-        """int64 [U], on the CPU."""
-        self._refuse_closed()
-        if not isinstance(row_ids, torch.Tensor) or row_ids.dtype not in ID_DTYPES:
-            found = row_ids.dtype if isinstance(row_ids, torch.Tensor) else type(row_ids).__name__
-            raise TypeError(f"row ids are a tensor of int64 or int32, not {found}")
-        ids_U = row_ids.detach().cpu().reshape(-1).to(torch.int64)
-        if len(ids_U):
-            low, high = (int(end) for end in torch.aminmax(ids_U))
-            if low < 0 or high >= self.num_embeddings:
-                outside = low if low < 0 else high
-                raise IndexError(f"row id {outside}: {self.base.path} has rows 0 to {self.num_embeddings - 1}")
-        return ids_U
-
     # Training
 
-    def protect(self, row_ids_U: torch.Tensor) -> None:
-        """Raises what `write` would raise. (The last commit's rows are a file that isn't written to.)"""
-        self._refuse_no_writer("write rows")
-        self._checked_ids(row_ids_U)
-
-    def write(self, row_ids_U: torch.Tensor, rows_UD: torch.Tensor, *, stochastic: bool = False) -> None:
-        """Changes rows, rounded to the base's dtype. Ids must be unique.
-
-        `stochastic` rounds to bfloat16 up or down at random, as `MMapEmbeddingStorage.write` does.
-        """
-        self._refuse_no_writer("write rows")
-        ids_U = self._checked_ids(row_ids_U)
-        if rows_UD.shape != (len(ids_U), self.embedding_dim):
-            raise ValueError(f"rows have shape {list(rows_UD.shape)}, not [{len(ids_U)}, {self.embedding_dim}]")
-        rows_UD = rows_UD.detach().cpu()
-        if stochastic and self.dtype == torch.bfloat16:
-            rows_UD = stochastic_bfloat16(rows_UD.float(), self._seed, self._updates)
-        self._recent.write(ids_U.numpy(), rows_UD.to(self.dtype))
-        self._updates += 1
+    def _store(self, row_ids_U: torch.Tensor, rows_UD: torch.Tensor) -> None:
+        self._recent.write(row_ids_U.numpy(), rows_UD)
 
     def forget(self, row_ids_U: torch.Tensor) -> None:
         """Takes back all changes of these rows: they are the base's again, and their optimizer states zeros."""
@@ -332,11 +288,9 @@ class OverlayStorage(GradientCollector):
     def write_state(self, state: OverlayState, row_ids_U: torch.Tensor, values_UW: torch.Tensor) -> None:
         """Stores rows of an optimizer state, [U, W]; as `write`."""
         self._refuse_no_writer("write to an optimizer state")
-        state.recent.write(self._checked_ids(row_ids_U).numpy(), values_UW)
-
-    @property
-    def _seed(self) -> int:
-        return (self.base.manifest.init_seed or 0) if isinstance(self.base, MMapEmbeddingStorage) else 0
+        ids_U = self._checked_ids(row_ids_U)
+        self._refuse_shape("state rows", values_UW, (len(ids_U), state.width))
+        state.recent.write(ids_U.numpy(), values_UW)
 
     # Keeping
 
@@ -353,25 +307,6 @@ class OverlayStorage(GradientCollector):
             extra=info.extra,
             updates=info.updates,
         )
-
-    @property
-    def committed_step(self) -> int | None:
-        """The step that the last commit to name one was given; None before that."""
-        return self._info.step
-
-    @property
-    def committed_extra(self) -> dict[str, Any]:
-        """What the last commit was given as `extra`."""
-        return self._info.extra
-
-    @property
-    def updates(self) -> int:
-        """Calls that changed rows; the draws of stochastic rounding depend on it."""
-        return self._updates
-
-    @updates.setter
-    def updates(self, updates: int) -> None:
-        self._updates = operator.index(updates)
 
     def commit(self, step: int | None = None, extra: Mapping[str, Any] | None = None) -> None:
         """Keeps changed rows, their optimizer states, `step` and `extra` (any JSON object) together, on the disk when
@@ -391,14 +326,13 @@ class OverlayStorage(GradientCollector):
         """A commit."""
         self.commit(step)
 
-    def export(self, path: str | os.PathLike[str], *, states: bool = False) -> None:
-        """Writes the changed rows as a delta of its own, and reads it back; with their optimizer `states` it is what
-        `restore` goes back to. Raises as `commit`."""
+    def copy_to(self, path: str | os.PathLike[str], *, states: bool = True, reflink_only: bool = False) -> None:
+        """Writes the changed rows as a delta of its own, and reads it back. Raises as `commit`."""
         self._refuse_closed()
         self._write(Path(path), self._next_info(None, None), states=states)
         read_delta(path)
 
-    def restore(self, path: str | os.PathLike[str]) -> None:
+    def restore_from(self, path: str | os.PathLike[str]) -> None:
         """Makes changed rows, optimizer states, step and extra those of the delta at `path`, and commits. Raises
         `ValueError` where it is damaged or of another base; nothing has changed then."""
         self._refuse_no_writer("restore rows")
@@ -430,7 +364,7 @@ class OverlayStorage(GradientCollector):
     def _next_info(self, step: int | None, extra: Mapping[str, Any] | None) -> DeltaInfo:
         old = self._info
         return DeltaInfo(
-            self._base_name,
+            self._base_identity,
             step=old.step if step is None else operator.index(step),
             extra=old.extra if extra is None else as_json_object(extra),
             updates=self._updates,
@@ -457,40 +391,20 @@ class OverlayStorage(GradientCollector):
         assert self._kept is not None
         return self._kept.states[name].shape[1]
 
-    def release(self) -> Table:
+    def release(self) -> RowSource:
         """Lets go of the delta and gives the base back, open. What wasn't committed is lost; the overlay can't be
         used after that."""
         self._let_go()
-        self._is_open = False
+        self._is_closed = True
         self._kept = None
         self.clear_gradients()
         return self.base
 
     def close(self) -> None:
         """Lets go of delta and base. What wasn't committed is lost, and a warning says so where there is a path."""
-        uncommitted = self._updates - self._info.updates
-        if self._is_open and self.path is not None and uncommitted and self._process == os.getpid():
-            warnings.warn(
-                f"{self.path} is closed with {uncommitted} updates since its last commit (step "
-                f"{self.committed_step}), which are lost. commit() keeps them",
-                UserWarning,
-                stacklevel=2,
-            )
+        if self.path is not None:
+            self._warn_uncommitted("they are lost")
         self.release().close()
-
-    def _refuse_no_writer(self, what: str) -> None:
-        self._refuse_closed()
-        if self.mode == "r":
-            raise PermissionError(f"{self.path} is open with mode='r': can't {what}. Open it with mode='r+'")
-        if self._process != os.getpid():
-            raise RuntimeError(
-                f"{self.path} was opened by process {self._process}, of which this is a forked child: can't {what}. "
-                "Only the process that opened it writes to it"
-            )
-
-    def _refuse_closed(self) -> None:
-        if not self._is_open:
-            raise RuntimeError(f"{self.path or self.base.path}: the overlay is closed; make a new one")
 
     def __reduce__(self) -> tuple[Any, ...]:
         """A copy (deepcopy, pickle) opens the same files again, read-only; without a path it has the rows."""
@@ -502,12 +416,8 @@ class OverlayStorage(GradientCollector):
         return f"{self.path}, {len(self._changed_ids())} rows changed of {self.num_embeddings}, mode={self.mode!r}"
 
 
-Storage = MMapEmbeddingStorage | ReleasedTable | OverlayStorage
-"""What a memory can be looked up in."""
-
-
 def _reopen(
-    base: Table, path: str | None, changed: tuple[torch.Tensor, torch.Tensor] | None, training: bool
+    base: RowSource, path: str | None, changed: tuple[torch.Tensor, torch.Tensor] | None, training: bool
 ) -> OverlayStorage:
     if changed is None:
         return OverlayStorage(base, path, mode="r" if Path(str(path)).exists() else "r+").train(training)

@@ -1,0 +1,1 @@
+"""One table across several processes: ownership, collectives, liveness, commits."""

@@ -21,26 +21,26 @@ step over all ranks.
 
 from __future__ import annotations
 
-import threading
+import os
 import time
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from fractions import Fraction
+from functools import partial
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import nn
 
 from sense_v2.core.config import EngramConfig
 from sense_v2.engram.hashing import HeadLayout
 from sense_v2.engram.model import table_settings
-from sense_v2.engram.ranks import global_commit
+from sense_v2.engram.ranks import global_commit, range_copy
 from sense_v2.engram.ranks.collectives import Ranks
 from sense_v2.engram.ranks.global_commit import GlobalManifest
-from sense_v2.engram.ranks.ownership import Ownership, OwnFile, RowIds
+from sense_v2.engram.ranks.ownership import LocalIds, Ownership, OwnFile, RowIds
 from sense_v2.engram.ranks.tree_sum import (
     RowGrads,
     TreeSum,
@@ -50,14 +50,15 @@ from sense_v2.engram.ranks.tree_sum import (
     row_squares,
     total_of,
 )
-from sense_v2.engram.storage import ID_DTYPES, MMapEmbeddingStorage, RowState
+from sense_v2.engram.row_source import OptimizerT
+from sense_v2.engram.storage import MMapEmbeddingStorage, RowState
 from sense_v2.engram.table.format import Manifest
 from sense_v2.engram.table.opening import Share, TableFiles
+from sense_v2.engram.table_identity import Origin
+from sense_v2.engram.table_module import TableModule, leaf_of
 from sense_v2.engram.tokenizer import EngramTokenizer
 
 LAYOUTS = ("file", "shards")
-
-OptimizerT = TypeVar("OptimizerT", bound=torch.optim.Optimizer)
 
 
 @dataclass(frozen=True)
@@ -89,7 +90,7 @@ class Traffic:
         )
 
 
-class ShardedTable(nn.Module):
+class ShardedTable(TableModule):
     """A table of `num_rows` rows of `width` values that all of `ranks` read and train; to be made by all of them,
     with the same arguments.
 
@@ -104,6 +105,8 @@ class ShardedTable(nn.Module):
     fails.
     """
 
+    needs_all_ranks = True
+
     def __init__(
         self,
         num_rows: int,
@@ -117,34 +120,33 @@ class ShardedTable(nn.Module):
         provenance: Mapping[str, Any] | None = None,
         **table: Any,
     ) -> None:
-        super().__init__()
+        super().__init__(num_rows, width, mode=mode)
         if layout not in LAYOUTS:
             raise ValueError(f"layout = {layout!r}: must be one of {', '.join(map(repr, LAYOUTS))}")
-        self.num_embeddings, self.embedding_dim, self.path = num_rows, width, Path(path)
-        self.ranks, self.layout, self.mode = ranks, layout, mode
+        self.path: Path = Path(path)
+        self.ranks, self.layout, self.is_in_shards = ranks, layout, layout == "shards"
         self.ownership = Ownership.split(num_rows, ranks.num_ranks, head_rows)
         self.own_rows = self.ownership.rows_of(ranks.rank)
         self._global: GlobalManifest | None = None
         settings = {"mode": mode, **table}
         if layout == "file":
             self.own_file = OwnFile(0)
-            self.own = self._open_one_file({**settings, "provenance": provenance})
+            self._own = self._open_one_file({**settings, "provenance": provenance})
         else:
             self.own_file = OwnFile(self.own_rows.start)
-            self.own = self._open_shards({**settings, "provenance": dict(provenance or {})})
-        self.rows_require_grad = True
-        self._moves_rows = layout == "shards" and ranks.num_ranks > 1
+            self._own = self._open_shards({**settings, "provenance": dict(provenance or {})})
+        self.dtype = self._own.dtype
+        self._moves_rows = self.is_in_shards and ranks.num_ranks > 1
         self._pool = ThreadPoolExecutor(1, "sense-v2-exchange")
         self._running: Future[torch.Tensor] | None = None
         self._started: tuple[RowIds, int | None, torch.device] | None = None
         self._fetch: Fetch | None = None
         self._num_micro_batches = 0
-        self._pending: dict[int, RowGrads] = {}
-        self._pending_lock = threading.Lock()
+        self._sums: dict[int, RowGrads] = {}
+        """Gradients of this rank's micro-batches since the last step, by their numbers."""
         self._norm = 0.0
         self._stand_in: torch.Tensor | None = None
-        self.num_rows_met = 0
-        """Rows that had a gradient in the last `exchange_gradients`, over all ranks."""
+        self._num_rows_met = 0
         self._exchange_seconds = self._waited_seconds = 0.0
 
     # Opening
@@ -212,7 +214,7 @@ class ShardedTable(nn.Module):
 
     def _in_turn(self, phase: str, call: Callable[[], Any]) -> Any:
         """`call` on rank 0, which makes what isn't there, then on the others; on all at once for shards."""
-        if self.layout == "shards":
+        if self.is_in_shards:
             return self.ranks.together(phase, call)
         made = self.ranks.together(f"{phase}: rank 0", call, only=0)
         if self.ranks.num_ranks == 1:
@@ -224,52 +226,59 @@ class ShardedTable(nn.Module):
         """The manifest that ties shards; on rank 0's disk."""
         return self.path.with_name(self.path.name.rpartition(".")[0] + ".shards.json")
 
-    # Reading
+    # What it is
 
     @property
-    def dtype(self) -> torch.dtype:
-        return self.own.dtype
+    def own(self) -> MMapEmbeddingStorage:
+        """The file that this rank stores to."""
+        return self._own
+
+    @property
+    def whole_table(self) -> MMapEmbeddingStorage:
+        if self.is_in_shards:
+            raise ValueError(
+                f"{self.path} lies in shards, so no file has all rows. On all ranks, table.copy_to(path) makes one"
+            )
+        return self._own
+
+    @property
+    def belongs_to(self) -> Origin:
+        return self._own.belongs_to
+
+    # Reading
 
     def begin(self, row_ids: torch.Tensor) -> None:
         """The rows of `row_ids` [...] begin to come, from their owners where those are others, and this returns at
-        once. By all ranks, before each forward; what an earlier call brought is forgotten.
-
-        Raises `IndexError` for an id outside 0 … N - 1, `TypeError` for other dtypes than int64 and int32.
-        """
-        if row_ids.dtype not in ID_DTYPES:
-            raise TypeError(f"row ids are a tensor of int64 or int32, not {row_ids.dtype}")
-        ids_U = RowIds(torch.unique(row_ids.detach().cpu().reshape(-1).long()))
-        for row_id in (int(ids_U[0]), int(ids_U[-1])) if len(ids_U) else ():
-            if not 0 <= row_id < self.num_embeddings:
-                raise IndexError(f"row id {row_id}: {self.path} has rows 0 to {self.num_embeddings - 1}")
+        once. By all ranks, before each forward; what an earlier call brought is forgotten. Raises as `forward`."""
+        ids_U = RowIds(torch.unique(self._checked_ids(row_ids)))
         self._forget_fetch()
         number = None
-        if self.training and self.rows_require_grad and self.mode == "r+" and torch.is_grad_enabled():
+        if self._trains():
             number = self._num_micro_batches
             self._num_micro_batches += 1
         self._started = ids_U, number, row_ids.device
-        self._running = self._pool.submit(self._read, ids_U, number is not None)
+        self._running = self._pool.submit(self._fetched, ids_U, number is not None)
 
-    def _read(self, row_ids_U: RowIds, trains: bool) -> torch.Tensor:
+    def _fetched(self, row_ids_U: RowIds, trains: bool) -> torch.Tensor:
         """rows_UD of these ids; in the exchange's thread."""
         started = time.perf_counter()
         rows_UD = self._from_owners(row_ids_U, trains) if self._moves_rows else self._from_disk(row_ids_U)
         if trains and not self._moves_rows:
             first, stop = self.own_rows.start, self.own_rows.stop
             own_ids = RowIds(row_ids_U[(row_ids_U >= first) & (row_ids_U < stop)])
-            self.own.protect_soon(self.own_file.to_local(own_ids))
+            self._own.protect_soon(self.own_file.to_local(own_ids))
         self._exchange_seconds += time.perf_counter() - started
         return rows_UD
 
     def _from_disk(self, row_ids_U: RowIds) -> torch.Tensor:
-        return self.own.gather(self.own_file.to_local(row_ids_U)).to(self.dtype)
+        return self._own.gather(self.own_file.to_local(row_ids_U)).to(self.dtype)
 
     def _from_owners(self, row_ids_U: RowIds, trains: bool) -> torch.Tensor:
         counts = self.ownership.counts(row_ids_U)
         theirs = self.ranks.swap_counts("lookup: counts", torch.tensor(counts)[:, None])[:, 0].tolist()
         asked = RowIds(self.ranks.all_to_all("lookup: ids", row_ids_U, counts, theirs))
         if trains:
-            self.own.protect_soon(self.own_file.to_local(RowIds(torch.unique(asked))))
+            self._own.protect_soon(self.own_file.to_local(RowIds(torch.unique(asked))))
         return self.ranks.all_to_all("lookup: rows", self._from_disk(asked), theirs, counts)
 
     def _current(self) -> Fetch | None:
@@ -283,8 +292,7 @@ class ShardedTable(nn.Module):
             self._waited_seconds += time.perf_counter() - started
             leaf_UD = rows_UD.to(device).float()
             if number is not None:
-                leaf_UD.requires_grad_()
-                leaf_UD.register_post_accumulate_grad_hook(self._gradient_hook(number, ids_U))
+                leaf_UD = leaf_of(leaf_UD, partial(self._add_gradient, number, ids_U))
             self._fetch = Fetch(ids_U, leaf_UD)
         return self._fetch
 
@@ -294,13 +302,16 @@ class ShardedTable(nn.Module):
             running.result()
 
     def forward(self, row_ids: torch.Tensor) -> torch.Tensor:
-        """row_ids [...] of int64 or int32, among those of the last `begin` -> rows [..., D] in the table's dtype, on
-        the ids' device. In training their gradient is kept for `exchange_gradients`.
+        """Looks up rows that were among those of the last `begin`. In training their gradient is kept for
+        `exchange_gradients`.
 
-        Raises `ValueError` for rows that `begin` wasn't called with; where nothing has to travel, it is called here.
+        Raises as every table's, and `ValueError` for rows that `begin` wasn't called with; where nothing has to
+        travel, it is called here.
         """
+        self._refuse_unusable(row_ids)
         found = self._found(row_ids)
         if found is None:
+            self._checked_ids(row_ids)
             if self._moves_rows:
                 raise ValueError(
                     f"rank {self.ranks.rank} has rows at hand only of its last begin(row_ids), which all ranks call "
@@ -322,32 +333,34 @@ class ShardedTable(nn.Module):
         places = torch.searchsorted(fetch.row_ids_U, ids).clamp_(max=max(0, len(fetch.row_ids_U) - 1))
         return (fetch, places) if bool((fetch.row_ids_U[places] == ids).all()) else None
 
+    def _read(self, row_ids: torch.Tensor, device: torch.device) -> torch.Tensor:
+        raise NotImplementedError  # rows come by `begin`
+
+    def gather(self, row_ids: torch.Tensor) -> torch.Tensor:
+        """Rows as float32 [U, D]; of shards, those that this rank owns."""
+        return self._own.gather(self._local_ids(row_ids) if self._moves_rows else self._checked_ids(row_ids))
+
     def prefetch(self, row_ids: torch.Tensor) -> None:
-        """As the storage's, where rows are read from a mapping here; elsewhere owners read when they are asked."""
+        """Begins to read rows from a mapping that is here. Elsewhere owners read when they are asked."""
+        ids = RowIds(self._checked_ids(row_ids))
         if not self._moves_rows:
-            self.own.prefetch(self.own_file.to_local(RowIds(row_ids)))
+            self._own.prefetch(self.own_file.to_local(ids))
 
     @property
     def reads_the_disk(self) -> bool:
-        return not self._moves_rows and self.own.reads_the_disk
+        return not self._moves_rows and self._own.reads_the_disk
 
     # Training
 
-    def requires_grad_(self, requires_grad: bool = True) -> ShardedTable:
-        """False freezes the rows: lookups carry no gradient."""
-        self.rows_require_grad = requires_grad
-        return self
+    def _add_gradient(self, number: int, row_ids_U: RowIds, grads_UD: torch.Tensor) -> None:
+        new: RowGrads = (row_ids_U, grads_UD.cpu())
+        with self._pending_lock:
+            old = self._sums.get(number)
+            self._sums[number] = new if old is None else add_row_grads(old, new)
 
-    def _gradient_hook(self, number: int, row_ids_U: RowIds) -> Callable[[torch.Tensor], None]:
-        def move(leaf_UD: torch.Tensor) -> None:
-            if leaf_UD.grad is not None:
-                new: RowGrads = (row_ids_U, leaf_UD.grad.detach().cpu())
-                with self._pending_lock:
-                    old = self._pending.get(number)
-                    self._pending[number] = new if old is None else add_row_grads(old, new)
-                leaf_UD.grad = None
-
-        return move
+    def average_over_ranks(self) -> None:
+        """As DDP averages weights' gradients: their losses are means already."""
+        self.exchange_gradients(divide_by=self.ranks.num_ranks)
 
     def exchange_gradients(self, divide_by: float | None = None) -> None:
         """Every owner gets the sum of its rows' gradients over all micro-batches since the last step, divided by
@@ -368,13 +381,13 @@ class ShardedTable(nn.Module):
         row_ids_U, grads_UD = total
         divisor = num_own * self.ranks.num_ranks if divide_by is None else divide_by
         grads_UD = grads_UD / divisor
-        self.own.replace_gradients(self.own_file.to_local(RowIds(row_ids_U)), grads_UD)
+        self._own.replace_gradients(self.own_file.to_local(RowIds(row_ids_U)), grads_UD)
         self._norm = self._gather_norm(grads_UD)
         self._stand_in = torch.tensor([self._norm])
 
     def _sum_of_own(self, num_own: int) -> TreeSum[RowGrads]:
         with self._pending_lock:
-            pending, self._pending = self._pending, {}
+            pending, self._sums = self._sums, {}
         tree: TreeSum[RowGrads] = TreeSum(add_row_grads, self.ranks.rank * num_own)
         nothing = torch.empty(0, dtype=torch.int64), torch.empty(0, self.embedding_dim)
         for number in range(num_own):
@@ -417,7 +430,7 @@ class ShardedTable(nn.Module):
         finite = bool(torch.isfinite(squares_U).all())
         mine: Fraction | None = exact_sum(squares_U.numpy()) if finite else None
         found = self.ranks.gather("gradients: norms", (mine, len(grads_UD)))
-        self.num_rows_met = sum(count for _, count in found)
+        self._num_rows_met = sum(count for _, count in found)
         parts = [part for part, _ in found if part is not None]
         norm = total_of(parts) ** 0.5 if len(parts) == len(found) else float("nan")
         return float(torch.tensor(norm, dtype=torch.float64).float())
@@ -429,8 +442,19 @@ class ShardedTable(nn.Module):
         is the same on all ranks, so that what clips or unscales it does the same on each. It scales no row: the
         factor goes to `scale_gradients`. None before `exchange_gradients`.
         """
-        gradients = self.own.gradients()
+        gradients = self._own.gradients()
         return None if gradients is None or self._stand_in is None else (gradients[0], self._stand_in)
+
+    def replace_gradients(self, row_ids_U: torch.Tensor, grads_UD: torch.Tensor) -> None:
+        """Puts others in place of this rank's rows' own. By all ranks."""
+        self._own.replace_gradients(self._local_ids(row_ids_U), grads_UD)
+        self._norm = self._gather_norm(grads_UD)
+        self._stand_in = torch.tensor([self._norm])
+
+    @property
+    def num_rows_met(self) -> int:
+        """Rows that had a gradient in the last `exchange_gradients`, over all ranks."""
+        return self._num_rows_met
 
     def gradient_norm(self) -> float:
         """Return the norm of all ranks' rows together, as `exchange_gradients` left them; 0 where there are none.
@@ -441,7 +465,7 @@ class ShardedTable(nn.Module):
 
     def scale_gradients(self, scale: float) -> None:
         """Multiply the gradients of the rows that this rank owns."""
-        gradients = self.own.gradients()
+        gradients = self._own.gradients()
         if gradients is not None and scale != 1.0:
             gradients[1].mul_(scale)
 
@@ -449,27 +473,54 @@ class ShardedTable(nn.Module):
         """Forgets them, and which micro-batches there were."""
         self._forget_fetch()
         with self._pending_lock:
-            self._pending = {}
+            self._sums = {}
         self._num_micro_batches = 0
         self._norm, self._stand_in = 0.0, None
-        self.own.clear_gradients()
+        self._own.clear_gradients()
 
     def row_optimizer(self, kind: Callable[..., OptimizerT], **settings: Any) -> OptimizerT:
         """`RowWiseAdagrad` or `RowAdam` over the rows that this rank owns. By all ranks."""
-        optimizer: OptimizerT = self._in_turn("optimizer", lambda: kind(self.own, **settings))
+        optimizer: OptimizerT = self._in_turn("optimizer", lambda: kind(self._own, **settings))
         return optimizer
 
     def open_state(self, name: str, width: int) -> RowState:
         """The optimizer state of that name, of the file that this rank stores to. By all ranks."""
-        state: RowState = self._in_turn("state", lambda: self.own.open_state(name, width))
+        state: RowState = self._in_turn("state", lambda: self._own.open_state(name, width))
         return state
+
+    def read_state(self, state: RowState, row_ids_U: torch.Tensor) -> torch.Tensor:
+        """Of rows that this rank owns."""
+        return self._own.read_state(state, self._local_ids(row_ids_U))
+
+    def write_state(self, state: RowState, row_ids_U: torch.Tensor, values_UW: torch.Tensor) -> None:
+        """Of rows that this rank owns."""
+        self._own.write_state(state, self._local_ids(row_ids_U), values_UW)
+
+    def protect(self, row_ids_U: torch.Tensor) -> None:
+        """Rows that this rank owns."""
+        self._own.protect(self._local_ids(row_ids_U))
+
+    def write(self, row_ids_U: torch.Tensor, rows_UD: torch.Tensor, *, stochastic: bool = False) -> None:
+        """Rows that this rank owns. What `begin` brought before isn't changed."""
+        self._own.write(self._local_ids(row_ids_U), rows_UD, stochastic=stochastic)
+
+    def _local_ids(self, row_ids: torch.Tensor) -> LocalIds:
+        """Of rows that this rank owns."""
+        ids_U = RowIds(self._checked_ids(row_ids))
+        others = ids_U[(ids_U < self.own_rows.start) | (ids_U >= self.own_rows.stop)]
+        if len(others):
+            raise PermissionError(
+                f"row id {int(others[0])}: rank {self.ranks.rank} owns rows {self.own_rows.start} to "
+                f"{self.own_rows.stop - 1} of {self.path}; the others are other ranks'"
+            )
+        return self.own_file.to_local(ids_U)
 
     def step_rows(self, optimizer: torch.optim.Optimizer) -> None:
         """The owner's update of its rows, and in one file the wait for all others'. By all ranks."""
         if self.gradients() is not None:
             optimizer.step()
         self.clear_gradients()
-        if self.layout == "file":
+        if not self.is_in_shards:
             self.ranks.barrier("rows stored")  # nobody reads rows that are being stored
 
     def take_traffic(self) -> Traffic:
@@ -483,41 +534,37 @@ class ShardedTable(nn.Module):
     @property
     def manifest(self) -> Manifest:
         """Of the file that this rank stores to, as of the last commit."""
-        return self.own.manifest
+        return self._own.manifest
 
     @property
     def generation(self) -> int:
         """Commits of the whole so far."""
-        return self.own.manifest.generation if self._global is None else self._global.generation
-
-    @property
-    def committed_step(self) -> int | None:
-        return self.own.committed_step
-
-    @property
-    def committed_extra(self) -> dict[str, Any]:
-        return self.own.committed_extra
+        return self.manifest.generation if self._global is None else self._global.generation
 
     @property
     def updates(self) -> int:
-        return self.own.updates
+        return self._own.updates
+
+    @updates.setter
+    def updates(self, updates: int) -> None:
+        self._own.updates = updates
 
     @property
     def is_new(self) -> bool:
-        return self.own.is_new
+        return self._own.is_new
 
     @property
     def durability(self) -> str:
-        return self.own.durability
+        return self._own.durability
 
     @durability.setter
     def durability(self, durability: str) -> None:
-        self.own.durability = durability
+        self._own.durability = durability
 
     def commit(self, step: int | None = None, extra: Mapping[str, Any] | None = None) -> None:
         """Keeps what all ranks stored, their optimizer states, `step` and `extra` (any JSON object) together, or
         nothing of it. By all ranks. What fails on one is an error on all, and the table is opened again."""
-        self._commit(step, extra, durable=self.own.durability == "power")
+        self._commit(step, extra, durable=self._own.durability == "power")
 
     def flush(self, step: int | None = None) -> None:
         """A commit that is on the disks when this returns."""
@@ -526,26 +573,39 @@ class ShardedTable(nn.Module):
     def _commit(self, step: int | None, extra: Mapping[str, Any] | None, *, durable: bool) -> None:
         if self._global is not None:
             self._global = global_commit.commit_shards(
-                self.own, self.ranks, self.global_path, self._global, step, extra, durable=durable
+                self._own, self.ranks, self.global_path, self._global, step, extra, durable=durable
             )
         elif self.ranks.num_ranks > 1:
-            global_commit.commit_one_file(self.own, self.ranks, step, extra, durable=durable)
+            global_commit.commit_one_file(self._own, self.ranks, step, extra, durable=durable)
         elif durable and extra is None:
             # Alone in one file: its manifest is the global one.
-            self.own.flush(step)
+            self._own.flush(step)
         else:
-            self.own.commit(step, extra)
+            self._own.commit(step, extra)
 
-    def __reduce__(self) -> tuple[Any, ...]:
+    def copy_to(self, path: str | os.PathLike[str], *, states: bool = True, reflink_only: bool = False) -> None:
+        """Copies all ranks' rows to one ordinary table; see `sense_v2.engram.ranks.range_copy`. By all ranks."""
+        if reflink_only:
+            raise OSError(f"{self.path} lies on several ranks, so a copy can't be a reflink. Leave reflink_only out")
+        range_copy.copy_table(self, path, states=states)
+
+    def restore_from(self, path: str | os.PathLike[str]) -> None:
+        """See `sense_v2.engram.ranks.range_copy`. By all ranks."""
+        range_copy.restore_table(self, path)
+
+    def __reduce__(self) -> Any:
         """A copy opens the same file, read-only, as a copy of a storage does."""
         if self._moves_rows:
             raise ValueError(f"{self.path} lies in shards on {self.ranks.num_ranks} ranks, which can't be copied")
-        return self.own.__reduce__()
+        return self._own.__reduce__()
 
     def close(self) -> None:
         """Lets go of the files; no other rank is waited for."""
+        self._forget_fetch()
+        self._fetch = None
+        self._is_closed = True
         self._pool.shutdown()
-        self.own.close()
+        self._own.close()
 
 
 def open_sharded_table(

@@ -1,0 +1,1 @@
+"""Rows out of the files: warm gathers, cold batches, prefetch, budgets, devices."""

@@ -11,8 +11,8 @@
        off that number, one that didn't makes it `batches_after_cold`.
        None for everything else, for which the caller has another way: ids that aren't a contiguous CPU tensor of int64
        or int32, many of them (with `batches_to_ask`, more than a few, or any where `batches_after_cold` is 0), one
-       outside of the table, a file that was cut; and every batch while `slow` is set, or one of the dictionaries
-       `hooks` has anything in it. Sets `slow` where rows took longer than rows in memory can.
+       outside of the table, a file that was cut; and every batch while `slow` is set. Sets `slow` where rows took
+       longer than rows in memory can.
 
    Lookup.gather(row_ids, num_threads) -> rows, or the position of the first id outside, or None
        Any number of them. None for ids as above, and where there is no memory.
@@ -22,9 +22,6 @@
    Lookup.prefetch(row_ids) -> whether nothing is left to do: while `batches_to_ask` isn't 0 the kernel begins to read
        the pages of these rows that aren't in memory; after that all of a small batch is taken to be. False for what
        `read` has None for.
-
-   small_batches_first(class) -> a `__call__` for this class of modules: what `self._lookup.read` of a module that isn't
-       training has rows for, it reads; everything else is handed to `self._call`.
 
    gather(table, num_rows, row_bytes, ids, num_ids, id_bytes, out, num_threads) -> -1, or the position of the first id
        outside, in which case nothing is copied. table and ids are addresses that the caller has checked; `out` is a
@@ -49,7 +46,7 @@
 #include "_results.h"
 
 enum {
-    INTERFACE = 2,                            /* one more with each change of what this file offers */
+    INTERFACE = 3,                            /* one more with each change of what this file offers */
     SMALL_IDS = 1023, SMALL_BYTES = 1 << 20,  /* of a batch that is read without a look at anything else */
     LOOK_NS = 1000000,                        /* between two looks at the file's size */
     SAMPLES = 4, ASKED_IDS = 64,
@@ -65,7 +62,6 @@ typedef struct {
     DLType dtype;
     int fd, batches_to_ask, batches_after_cold;
     char slow;
-    PyObject *hooks;
 } Lookup;
 
 static int64_t now_ns(void) {
@@ -144,17 +140,10 @@ static long ask_for_rows(const Copy *copy) {
     return asked;
 }
 
-/* Whether one of these dictionaries has anything in it. */
-static int any_filled(PyObject *dicts) {
-    for (Py_ssize_t k = 0; dicts && k < PyTuple_GET_SIZE(dicts); k++)
-        if (PyDict_GET_SIZE(PyTuple_GET_ITEM(dicts, k))) return 1;
-    return 0;
-}
-
 static PyObject *lookup_read(Lookup *self, PyObject *row_ids) {
     DLTensor ids;
     Copy copy;
-    if (self->slow || any_filled(self->hooks) || !view_ids(self, row_ids, &ids, &copy)) Py_RETURN_NONE;
+    if (self->slow || !view_ids(self, row_ids, &ids, &copy)) Py_RETURN_NONE;
     if (copy.num_ids > SMALL_IDS || copy.num_ids * copy.row_bytes > SMALL_BYTES) Py_RETURN_NONE;
     if (self->batches_to_ask && (copy.num_ids > ASKED_IDS || !self->batches_after_cold)) Py_RETURN_NONE;
     if (first_outside(&copy, self->num_rows) >= 0) Py_RETURN_NONE;
@@ -268,50 +257,13 @@ static PyObject *lookup_new(PyTypeObject *type, PyObject *arguments, PyObject *k
     return (PyObject *)self;
 }
 
-/* A hook may refer to the module whose reads these are. */
-static int lookup_traverse(Lookup *self, visitproc visit, void *arg) {
-    Py_VISIT(Py_TYPE(self));
-    Py_VISIT(self->rows.obj);
-    Py_VISIT(self->hooks);
-    return 0;
-}
-
-static int lookup_clear(Lookup *self) {
-    Py_CLEAR(self->hooks);
-    return 0;
-}
-
 static void lookup_dealloc(Lookup *self) {
     PyTypeObject *type = Py_TYPE(self);
-    PyObject_GC_UnTrack(self);
     PyBuffer_Release(&self->rows);
     Py_XDECREF(self->tensor_class);
-    Py_CLEAR(self->hooks);
     type->tp_free(self);
     Py_DECREF(type);
 }
-
-static PyObject *lookup_get_hooks(Lookup *self, void *closure) {
-    (void)closure;
-    return self->hooks ? Py_NewRef(self->hooks) : PyTuple_New(0);
-}
-
-static int lookup_set_hooks(Lookup *self, PyObject *hooks, void *closure) {
-    (void)closure;
-    int right = hooks && PyTuple_Check(hooks);
-    for (Py_ssize_t k = 0; right && k < PyTuple_GET_SIZE(hooks); k++) right = PyDict_Check(PyTuple_GET_ITEM(hooks, k));
-    if (!right) {
-        PyErr_SetString(PyExc_TypeError, "hooks is a tuple of dicts");
-        return -1;
-    }
-    Py_XSETREF(self->hooks, Py_NewRef(hooks));
-    return 0;
-}
-
-static PyGetSetDef lookup_properties[] = {
-    {"hooks", (getter)(void (*)(void))lookup_get_hooks, (setter)(void (*)(void))lookup_set_hooks, NULL, NULL},
-    {NULL, NULL, NULL, NULL, NULL},
-};
 
 static PyMethodDef lookup_methods[] = {
     {"read", (PyCFunction)(void (*)(void))lookup_read, METH_O, NULL},
@@ -330,45 +282,12 @@ static PyMemberDef lookup_members[] = {
 };
 
 static PyType_Slot lookup_slots[] = {
-    {Py_tp_new, lookup_new}, {Py_tp_dealloc, lookup_dealloc}, {Py_tp_traverse, lookup_traverse},
-    {Py_tp_clear, lookup_clear}, {Py_tp_methods, lookup_methods},
-    {Py_tp_members, lookup_members}, {Py_tp_getset, lookup_properties}, {0, NULL},
+    {Py_tp_new, lookup_new}, {Py_tp_dealloc, lookup_dealloc}, {Py_tp_methods, lookup_methods},
+    {Py_tp_members, lookup_members}, {0, NULL},
 };
 
 static PyType_Spec lookup_spec = {"sense_v2.engram.reading._gather.Lookup", sizeof(Lookup), 0,
-                                  Py_TPFLAGS_DEFAULT | Py_TPFLAGS_HAVE_GC, lookup_slots};
-
-static PyTypeObject *lookup_type;
-static PyObject *name_lookup, *name_training, *name_call;
-
-static PyObject *call_module(PyObject *self, PyObject *const *arguments, Py_ssize_t num_arguments, PyObject *keywords) {
-    PyObject *state = num_arguments == 1 && !keywords ? PyObject_GenericGetDict(self, NULL) : NULL;
-    if (state) {
-        PyObject *lookup = PyDict_GetItemWithError(state, name_lookup), *rows = NULL;
-        if (lookup && Py_IS_TYPE(lookup, lookup_type) && PyDict_GetItemWithError(state, name_training) == Py_False) {
-            Py_INCREF(lookup);  /* another thread may close the module meanwhile */
-            rows = lookup_read((Lookup *)lookup, arguments[0]);
-            Py_DECREF(lookup);
-        }
-        Py_DECREF(state);
-        if (rows && rows != Py_None) return rows;
-        Py_XDECREF(rows);
-    }
-    if (PyErr_Occurred()) return NULL;
-    PyObject *call = PyObject_GetAttr(self, name_call);
-    PyObject *result = call ? PyObject_Vectorcall(call, arguments, num_arguments, keywords) : NULL;
-    Py_XDECREF(call);
-    return result;
-}
-
-static PyMethodDef call_definition = {"__call__", (PyCFunction)(void (*)(void))call_module,
-                                      METH_FASTCALL | METH_KEYWORDS, "As `forward`."};
-
-static PyObject *small_batches_first(PyObject *module, PyObject *module_class) {
-    (void)module;
-    if (!PyType_Check(module_class)) return PyErr_Format(PyExc_TypeError, "a class is needed");
-    return PyDescr_NewMethod((PyTypeObject *)module_class, &call_definition);
-}
+                                  Py_TPFLAGS_DEFAULT, lookup_slots};
 
 static PyObject *gather(PyObject *module, PyObject *const *arguments, Py_ssize_t num_arguments) {
     (void)module;
@@ -415,7 +334,6 @@ static PyObject *will_need(PyObject *module, PyObject *const *arguments, Py_ssiz
 }
 
 static PyMethodDef methods[] = {
-    {"small_batches_first", small_batches_first, METH_O, "A `__call__`; see the top of _gather.c."},
     {"gather", (PyCFunction)(void (*)(void))gather, METH_FASTCALL, "Copies rows; see the top of _gather.c."},
     {"will_need", (PyCFunction)(void (*)(void))will_need, METH_FASTCALL, "Reads ahead; see the top of _gather.c."},
     {NULL, NULL, 0, NULL},
@@ -423,13 +341,9 @@ static PyMethodDef methods[] = {
 
 static int add_lookup(PyObject *module) {
     find_threads();
-    name_lookup = PyUnicode_InternFromString("_lookup");
-    name_training = PyUnicode_InternFromString("training");
-    name_call = PyUnicode_InternFromString("_call");
-    lookup_type = (PyTypeObject *)PyType_FromSpec(&lookup_spec);
-    if (!name_lookup || !name_training || !name_call || !lookup_type) return -1;
-    if (PyModule_AddIntConstant(module, "INTERFACE", INTERFACE)) return -1;
-    return PyModule_AddObjectRef(module, "Lookup", (PyObject *)lookup_type);
+    PyObject *lookup_type = PyType_FromSpec(&lookup_spec);
+    if (!lookup_type || PyModule_AddIntConstant(module, "INTERFACE", INTERFACE)) return -1;
+    return PyModule_AddObject(module, "Lookup", lookup_type);
 }
 
 static PyModuleDef_Slot slots[] = {{Py_mod_exec, add_lookup}, {0, NULL}};

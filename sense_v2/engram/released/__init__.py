@@ -1,0 +1,1 @@
+"""Tables that others released: read in place, imported, exported."""

@@ -1,4 +1,4 @@
-"""Tables of ours -> a checkpoint in a released layout, which a serving engine loads: safetensors, index, config.json.
+"""Tables of ours -> a checkpoint in a released layout, which a serving engine loads.
 
     model-00001-of-0000n.safetensors    a table's rows: one file a layer
     model-0000n-of-0000n.safetensors    the fusion layers' weights, where they are given
@@ -86,13 +86,19 @@ def export_tables(
     config: EngramConfig | None = None,
     advance: Callable[[int], Any] = lambda num_bytes: None,
 ) -> Exported:
-    """Writes `tables`, one a layer, as a checkpoint in the released layout of `variant` to `folder`, or goes on.
+    """Write tables as a checkpoint in a released layout, or go on with it.
 
-    `fusion` are the weights of the layers, by layer (`EngramFusionLayer.state_dict()`), of all or of none. `config`
-    is the memory's, for what a table's manifest doesn't say. A folder that is this conversion's result stays as it
-    is.
+    Args:
+        tables: One for each layer.
+        folder: The checkpoint's. One that is this conversion's result stays as it is.
+        variant: Whose layout.
+        dtype: Of the rows, by default what the layout has.
+        fusion: The fusion layers' weights by layer (`EngramFusionLayer.state_dict()`), of all layers or of none.
+        config: The memory's, for what a table's manifest doesn't say.
+        advance: Is told how many bytes are read and written.
 
-    Raises `ValueError` naming what the layout can't express; else as `convert_table`.
+    Raises:
+        ValueError: The layout can't express the memory; else as `convert_table`.
     """
     folder = Path(folder)
     if variant not in LAYOUTS:
@@ -187,7 +193,7 @@ def _export_rows(
     done: Exported,
     advance: Callable[[int], Any],
 ) -> None:
-    """One table's file, made or found made."""
+    """Make one table's file, or find it made."""
     exists = path.exists()
     made = NewFile(path if exists else temporary(path), shard.num_bytes, shard.head)
     manifest_path = TableFiles(table.path).manifest
@@ -212,15 +218,14 @@ def _export_rows(
         done.errors[table.layer] = known
         return
     transfer.run(advance)
-    disk.os.replace(temporary(path), path)
-    disk.sync(path.parent)
+    disk.rename(temporary(path), path)
     done.resumed_rows += transfer.resumed_rows
     done.notes += transfer.notes
     done.errors[table.layer] = transfer.errors()
 
 
 def _described(path: Path, variant: str, config: EngramConfig | None) -> DescribedTable:
-    """What is known of the table, once the layout can express it. Raises `ValueError`."""
+    """Return what is known of a table. Raises `ValueError` if the layout can't express it."""
     manifest = readable_manifest(path)
     known = dict(manifest.provenance)
     if config is not None:
@@ -277,7 +282,7 @@ def _refuse_inexpressible(
     known: Mapping[str, Any],
     config: EngramConfig | None,
 ) -> None:
-    """What a config.json of that layout has no key for. Raises `ValueError`."""
+    """Raise `ValueError` for what a config.json of that layout has no key for."""
     orders = list(layout.ngram_orders)
     if orders != list(range(2, max(orders) + 1)):
         raise ValueError(f"{path}: n-gram orders {orders}; the released layouts have all from 2 on. Train with those")
@@ -300,7 +305,7 @@ def _refuse_inexpressible(
 
 
 def _refuse_strangers(tables: Sequence[DescribedTable]) -> None:
-    """One config.json describes all of them, and each layer once."""
+    """Raise `ValueError` unless one config.json describes all tables, and each layer once."""
     if not tables:
         raise ValueError("no table to write; name one, or a folder of them")
     first = tables[0]
@@ -334,7 +339,7 @@ def _fitting_scale(largest: float) -> float:
 
 
 def _largest_value(table: DescribedTable) -> float:
-    """Largest |value|; all rows are read for it."""
+    """Return the largest |value|; reads all rows."""
     side, largest = table_side(table.path, table.manifest), 0.0
     rows, width = table.manifest.rows, table.manifest.width
     part_rows = max(1, min(PART_VALUES // width, rows))
@@ -354,7 +359,7 @@ def _largest_value(table: DescribedTable) -> float:
 def _fusion_tensors(
     variant: str, fusion: Mapping[int, Mapping[str, torch.Tensor]], table: DescribedTable
 ) -> tuple[Tensors, dict[int, dict[str, float]]]:
-    """Released tensors by their whole names, and by layer what writing them so costs. Raises `ValueError`."""
+    """Return released tensors by their full names, and by layer what writing them so costs."""
     tensors: Tensors = {}
     errors: dict[int, dict[str, float]] = {}
     for layer, weights in sorted(fusion.items()):
@@ -380,13 +385,13 @@ def _fusion_tensors(
 
 
 def _refuse_another(made: NewFile) -> None:
-    """Raises `FileExistsError` for a shard that isn't this conversion's."""
+    """Raise `FileExistsError` for a shard that isn't this conversion's."""
     if not is_made(made):
         raise FileExistsError(f"{made.path} is there already, of something else; choose another --output")
 
 
 def _earlier_errors(index: Path) -> dict[str, dict[str, float]]:
-    """What an earlier call that came to its end wrote of its tables. Raises `FileExistsError` for another index."""
+    """Read the errors that a finished earlier call wrote. Raises `FileExistsError` for another index."""
     if not index.exists():
         return {}
     try:

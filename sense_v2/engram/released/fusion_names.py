@@ -1,4 +1,4 @@
-"""A released checkpoint's fusion tensors <-> those of `EngramFusionLayer`, by a table of names.
+"""A released checkpoint's fusion tensors <-> those of `EngramFusionLayer`, by name.
 
     deepseek_v41   layers.{i}.engram.wkv.weight   F8_E4M3 [(S + 1)·C, engram_dim], with .scale F8_E8M0, one for
                    32 × 32 values: the keys of all streams, then the value; q_weight and k_weight BF16 [S, C]
@@ -66,9 +66,9 @@ def scale_name(theirs: str) -> str:
 
 
 def ours_from_theirs(variant: str, get: Callable[[str], torch.Tensor | None]) -> Tensors:
-    """The layer's weights as float32, of the released tensors that `get` gives by `FusionName.theirs`, or None.
+    """Return a layer's weights as float32. `get` gives the released tensors by `FusionName.theirs`, or None.
 
-    Raises `KeyError` with the name of one that isn't there, where others are; {} where none is.
+    Returns {} if there is none of them; raises `KeyError` with the name of one that is missing beside others.
     """
     found = {name.theirs: get(name.theirs) for name in FUSION_NAMES[variant]}
     if all(tensor is None for tensor in found.values()):
@@ -95,7 +95,7 @@ def ours_from_theirs(variant: str, get: Callable[[str], torch.Tensor | None]) ->
 
 
 def theirs_from_ours(variant: str, weights: Mapping[str, torch.Tensor]) -> Tensors:
-    """The released tensors of one layer's weights, by `FusionName.theirs` and `scale_name`. Raises `KeyError`."""
+    """Return one layer's weights as released tensors, by `FusionName.theirs` and `scale_name`."""
     tensors: Tensors = {}
     for name in FUSION_NAMES[variant]:
         values = torch.cat([weights[ours].detach().float().cpu() for ours in name.ours])
@@ -110,7 +110,7 @@ def theirs_from_ours(variant: str, weights: Mapping[str, torch.Tensor]) -> Tenso
 
 def encode_blocks(values: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """float32 [R, K] -> codes, float8_e4m3fn [R, K], and scales, float8_e8m0fnu [⌈R/32⌉, ⌈K/32⌉]: the least power of
-    two with which no code of the block is too large. Raises `ValueError` for NaN and infinities."""
+    two that keeps every code of the block in range. Raises `ValueError` for NaN and infinities."""
     if not bool(values.isfinite().all()):
         raise ValueError("a fusion weight is NaN or an infinity, for which float8 has no scale")
     num_rows, num_columns = values.shape
@@ -127,7 +127,7 @@ def encode_blocks(values: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
 
 
 def decode_blocks(codes: torch.Tensor, scales: torch.Tensor) -> torch.Tensor:
-    """float32 [R, K] of what `encode_blocks` gives. Raises `ValueError` for scales of another shape."""
+    """Decode what `encode_blocks` gives: float32 [R, K]. Raises `ValueError` for scales of another shape."""
     expected = [-(-size // BLOCK_VALUES) for size in codes.shape]
     if list(scales.shape) != expected:
         raise ValueError(f"scales {list(scales.shape)} beside a matrix {list(codes.shape)}; expected {expected}")

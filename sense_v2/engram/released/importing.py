@@ -1,4 +1,4 @@
-"""A released table -> one of ours: the same rows, in a file that is mapped, trained and converted as any other.
+"""A released table -> one of ours, which is mapped, trained and converted as any other.
 
 Streamed, taken up again after a kill, read back and compared (`sense_v2.engram.upkeep.transfer`); checked before as
 `open_released_table` checks (`sense_v2.engram.released.released_table`). Where no other dtype is asked for, a row's
@@ -129,14 +129,22 @@ def import_table(
     tokenizer: EngramTokenizer | None = None,
     advance: Callable[[int], Any] = lambda num_bytes: None,
 ) -> Imported:
-    """Writes the table of `layer` of the checkpoint at `place` as one of ours to `output`, or goes on with it.
+    """Write one table of a released checkpoint as one of ours, or go on with it.
 
-    Without `dtype` the rows' bytes stay what they are; else they are widened, or coded anew. The manifest gets what
-    is known: variant, layer, layout, the tokenizer map's checksum. The layer's fusion weights, where the checkpoint
-    has them, go to `output` with the suffix .fusion.safetensors, for `EngramFusionLayer.load_state_dict`. Other
-    arguments are those of `open_released_table`, and what is checked is what that checks.
+    The manifest gets what is known: variant, layer, layout, the shadow map's checksum. The layer's fusion weights, if
+    the checkpoint has them, go to `output` with the suffix .fusion.safetensors, for
+    `EngramFusionLayer.load_state_dict`.
 
-    Raises what `open_released_table` and `convert_table` raise; `ValueError` where no dtype of ours has these bytes.
+    Args:
+        place: The checkpoint's folder, index or file.
+        layer: Whose table.
+        output: The new table's file.
+        dtype: Of the rows; without it their bytes stay what they are, else they are widened or coded anew.
+        variant: As `open_released_table` takes it, which checks the same; so are `config` and `tokenizer`.
+        advance: Is told how many bytes are read and written.
+
+    Raises:
+        ValueError: No dtype of ours has these bytes; or as `open_released_table` and `convert_table`.
     """
     output = Path(output)
     found = find_released_table(place, layer, variant=variant, config=config, tokenizer=tokenizer)
@@ -188,7 +196,7 @@ def _column(spans: Sequence[TensorSpan], row_bytes: int) -> Column:
 
 
 def _identity(found: ReleasedTensors) -> dict[str, Any]:
-    """Which rows these are, as far as that is known without reading them all."""
+    """Say which rows these are, as far as that is known without reading them all."""
     paths = sorted({span.path for span in (*found.weights, *found.scales)})
     files = [[path.name, os.stat(path).st_size, os.stat(path).st_mtime_ns] for path in paths]
     facts = found.facts

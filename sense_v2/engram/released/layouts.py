@@ -1,4 +1,4 @@
-"""How a released checkpoint is written: names, types, shapes, header bytes, config.json. Opens no file.
+"""How a released checkpoint is written: names, types, shapes, header bytes, config.json.
 
 What is here are the facts of the two layouts, as functions of what is known of a table (`DescribedTable`);
 `sense_v2.engram.released.exporting` writes. Sources: as `sense_v2.engram.released.released_table`; for the
@@ -81,7 +81,7 @@ class Shard:
 
 
 def table_shard(path: Path, variant: str, table: DescribedTable, coding: Coding, *, num_parts: int) -> Shard:
-    """The file at `path` that holds the rows of `table` so coded; Qwen's in `num_parts` tensors."""
+    """Lay out the file that holds a table's rows so coded; Qwen's rows in `num_parts` tensors."""
     names, rows, width = LAYOUTS[variant], table.manifest.rows, table.manifest.width
     prefix = names.prefix.format(layer=table.layer)
     dtype, row_bytes = ("BF16", 2 * width) if coding.name == "bfloat16" else ("F8_E4M3", width)
@@ -135,7 +135,7 @@ def part_rows(num_rows: int, num_parts: int) -> list[int]:
 
 
 def _metadata(table: DescribedTable, coding: Coding) -> dict[str, str]:
-    """For people, and to tell this conversion's result from another file of that name."""
+    """Tell people, and this conversion, where the file comes from."""
     known = {name: table.known.get(name) for name in ("variant", "shadow_map_sha256", "tokenizer_name")}
     known |= {"rows": coding.name, "converted_from": identity_of(table.manifest)}
     return {"format": "pt", "sense_v2": json.dumps(known, sort_keys=True)}
@@ -150,7 +150,7 @@ def config_json(
     is_float8: bool,
     num_parts: int,
 ) -> dict[str, Any]:
-    """The layout under the released checkpoint's keys."""
+    """Describe the layout under the released checkpoint's keys."""
     first = tables[0]
     layout, known = first.layout, first.known
     heads, largest = layout.num_heads, max(layout.ngram_orders)
@@ -193,7 +193,7 @@ def config_json(
 
 
 def hash_buffers(layer: int, table: DescribedTable) -> Tensors:
-    """What transformers keeps in a checkpoint of the hash."""
+    """Return what transformers keeps of the hash in a checkpoint."""
     known, layout = table.known, table.layout
     place = layout.layer_ids.index(layer)
     hasher = NgramHasher(

@@ -21,6 +21,7 @@ N rows, D row width, K scales of a row, U row ids of a call.
 
 from __future__ import annotations
 
+import hashlib
 import os
 import re
 import warnings
@@ -31,7 +32,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import nn
 
 from sense_v2.core.config import EngramConfig
 from sense_v2.engram.hashing import HeadLayout, round_up
@@ -40,10 +40,12 @@ from sense_v2.engram.reading.row_parts import MappedFiles, PartsReader, RowParts
 from sense_v2.engram.reading.safetensors_headers import Checkpoint, TensorSpan, find_tensors
 from sense_v2.engram.table.compact_rows import BLOCK_VALUES, decode
 from sense_v2.engram.table.format import Manifest
+from sense_v2.engram.table_identity import SAMPLED_ROWS, Origin, TableIdentity
+from sense_v2.engram.table_module import TableModule
 from sense_v2.engram.tokenizer import EngramTokenizer, map_sha256
 from sense_v2.engram.variants import VARIANTS, variant_config
 
-ID_DTYPES = (torch.int64, torch.int32)
+NUM_SAMPLES = 1024
 
 
 @dataclass(frozen=True)
@@ -118,22 +120,16 @@ class ReleasedTensors:
     """Of the tokenizer's map that the rows belong to."""
 
 
-class ReleasedTable(nn.Module):
-    """Rows of a released checkpoint; only read. Made by `open_released_table`.
+class ReleasedTable(TableModule):
+    """Rows of a released checkpoint; only read. Made by `open_released_table`."""
 
-    Has what a lookup needs of `MMapEmbeddingStorage`: `forward`, `prefetch`, `gather`, `num_embeddings`,
-    `embedding_dim`, `dtype`, `mode` ("r"). Nothing of it is a parameter or a buffer.
-    """
-
-    mode = "r"
-    is_new = False
-    collects_gradients = False
-    rows_require_grad = False
+    is_released = True
 
     def __init__(self, tensors: ReleasedTensors, reader: PartsReader) -> None:
-        super().__init__()
-        self.tensors, self.path, self.facts = tensors, tensors.path, tensors.facts
-        self.num_embeddings, self.embedding_dim = self.facts.num_rows, self.facts.width
+        super().__init__(tensors.facts.num_rows, tensors.facts.width, mode="r")
+        self.path: Path = tensors.path
+        self.tensors, self.facts = tensors, tensors.facts
+        self.rows_require_grad = False
         self._reader = reader
         self._scale = None if tensors.scale is None else tensors.scale.clone()
         self.dtype = torch.bfloat16 if self._scale is None else self._scale.dtype
@@ -141,8 +137,8 @@ class ReleasedTable(nn.Module):
 
     @property
     def config(self) -> EngramConfig | None:
-        """The memory that the rows belong to, as far as the checkpoint's config.json, or who opened it, says: for
-        `attach_engram`."""
+        """The memory that the rows belong to, as far as the checkpoint's config.json, or the caller who opened the
+        table, says: for `attach_engram`."""
         return self.tensors.config
 
     @property
@@ -152,37 +148,41 @@ class ReleasedTable(nn.Module):
         name = str(self.dtype).removeprefix("torch.")
         return Manifest(self.num_embeddings, self.embedding_dim, name, provenance=known)
 
-    def forward(self, row_ids: torch.Tensor) -> torch.Tensor:
-        """row_ids [...] of int64 or int32 -> rows [..., D] of `dtype`, on the ids' device.
+    @property
+    def belongs_to(self) -> Origin:
+        tensors, facts = self.tensors, self.facts
+        seed = None if tensors.config is None else tensors.config.seed
+        size = tensors.compressed_vocab_size
+        return Origin(facts.variant, facts.layer, seed, facts.layout, size, tensors.map_sha256)
 
-        Raises `IndexError` for an id outside 0 … N - 1, `TypeError` for other dtypes, `OSError` where a file was cut
-        since it was opened.
-        """
-        return self.rows_as(row_ids, self.dtype)
+    @property
+    def whole_table(self) -> Any:
+        raise ValueError(
+            f"{self.path} is a released checkpoint, which is read where it is. sense-engram convert makes a table of "
+            "ours from it"
+        )
+
+    def identity(self) -> TableIdentity:
+        """By 1,024 of its rows: nothing lists checksums of all. That tells one checkpoint from another, and not a
+        copy with a damaged row."""
+        num_samples = min(NUM_SAMPLES, self.num_embeddings)
+        rows_UD = self(torch.arange(num_samples) * self.num_embeddings // num_samples).contiguous()
+        digest = hashlib.sha256(rows_UD.view(torch.uint8).numpy().tobytes()).hexdigest()
+        rows, width, dtype = self.num_embeddings, self.embedding_dim, self.facts.dtype
+        return TableIdentity(rows, width, dtype, digest, SAMPLED_ROWS, self.manifest.provenance)
 
     def rows_as(self, row_ids: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
         """As `forward`, with rows of `dtype`. Of a table with one scale the product is computed in it, as it is in a
         model of transformers of that type."""
-        rows_UD = self._rows(self._checked_ids(row_ids), dtype)
-        return devices.move(rows_UD.view(*row_ids.shape, self.embedding_dim), row_ids.device)
-
-    def gather(self, row_ids_U: torch.Tensor) -> torch.Tensor:
-        """Rows as float32 [U, D] in memory of their own."""
-        return self._rows(self._checked_ids(row_ids_U), self.dtype).float()
+        self._refuse_unusable(row_ids)
+        return self._read(row_ids.cpu(), row_ids.device, dtype)
 
     def prefetch(self, row_ids: torch.Tensor) -> None:
-        """Begins to read the rows of `row_ids` [...] from the disk, and returns at once. Raises as `forward`."""
         self._reader.prefetch(self._checked_ids(row_ids))
-
-    def gradients(self) -> None:
-        """As a trainer asks: rows that are only read have none."""
-
-    def clear_gradients(self) -> None:
-        """There are none."""
 
     @property
     def reads_the_disk(self) -> bool:
-        """Whether batches came from the disk lately, so that `prefetch` pays."""
+        self._refuse_closed()
         return self._reader.reads_the_disk
 
     def requires_grad_(self, requires_grad: bool = True) -> ReleasedTable:
@@ -192,7 +192,7 @@ class ReleasedTable(nn.Module):
         return self
 
     def close(self) -> None:
-        """Ends the thread that reads ahead. Rows that were read stay valid."""
+        self._is_closed = True
         self._reader.close()
 
     def __reduce__(self) -> tuple[Any, ...]:
@@ -202,23 +202,17 @@ class ReleasedTable(nn.Module):
         facts = self.facts
         return f"{self.path}, {facts.variant} layer {facts.layer}: {facts.num_rows:,} rows of {facts.width}"
 
-    def _checked_ids(self, row_ids: torch.Tensor) -> torch.Tensor:
-        if not isinstance(row_ids, torch.Tensor) or row_ids.dtype not in ID_DTYPES:
-            found = row_ids.dtype if isinstance(row_ids, torch.Tensor) else type(row_ids).__name__
-            raise TypeError(f"row ids are a tensor of int64 or int32, not {found}")
-        ids_U = row_ids.detach().cpu().reshape(-1).to(torch.int64)
-        if len(ids_U):
-            low, high = (int(end) for end in torch.aminmax(ids_U))
-            if low < 0 or high >= self.num_embeddings:
-                outside = low if low < 0 else high
-                raise IndexError(f"row id {outside}: {self.path} has rows 0 to {self.num_embeddings - 1}")
-        return ids_U
+    def _read(self, row_ids: torch.Tensor, device: torch.device, dtype: torch.dtype | None = None) -> torch.Tensor:
+        ids_U = row_ids.reshape(-1).to(torch.int64)
+        self._refuse_out_of_range(ids_U)
+        rows_UD = self._decoded(self._reader.read(ids_U), dtype or self.dtype)
+        return devices.move(rows_UD.view(*row_ids.shape, self.embedding_dim), device)
 
-    def _rows(self, ids_U: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-        codes_UB, *scales_UK = self._reader.read(ids_U)
+    def _decoded(self, parts: list[torch.Tensor], dtype: torch.dtype) -> torch.Tensor:
+        codes_UB, *scales_UK = parts
         if scales_UK:
-            rows_UD = torch.empty(len(ids_U), self.embedding_dim, dtype=self.dtype, device="cpu")
-            if len(ids_U):
+            rows_UD = torch.empty(len(codes_UB), self.embedding_dim, dtype=self.dtype, device="cpu")
+            if len(codes_UB):
                 decode(codes_UB.view(torch.float8_e4m3fn), scales_UK[0], rows_UD)
             return rows_UD.to(dtype)
         if self._scale is not None:

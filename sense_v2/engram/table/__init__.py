@@ -1,0 +1,1 @@
+"""Bytes on disk: format, row types, checksums, files and locks, opening, journal."""

@@ -1,0 +1,1 @@
+"""Work on whole tables: check, copy, convert, transfer, hot rows, usage."""

@@ -20,7 +20,7 @@ from typing import Any
 
 from sense_v2.engram.table import disk
 from sense_v2.engram.table.checksums import to_hex
-from sense_v2.engram.table.disk import WriterLock, new_file
+from sense_v2.engram.table.disk import WriterLock
 from sense_v2.engram.table.format import Manifest, row_dtype
 from sense_v2.engram.table.opening import (
     TableFiles,
@@ -146,10 +146,8 @@ def _publish(files: TableFiles, wanted: Manifest, transfer: Transfer) -> Manifes
         checksums=to_hex(transfer.progress.sums),
     )
     manifest.validate()
-    with new_file(files.manifest, replace=True) as fd:
-        disk.write_at(fd, manifest.to_json().encode(), 0)
-    disk.os.replace(temporary(files.table), files.table)
-    disk.sync(files.table.parent)
+    disk.write_file(files.manifest, manifest.to_json())
+    disk.rename(temporary(files.table), files.table)
     progress_path(files.table).unlink(missing_ok=True)
     return manifest
 

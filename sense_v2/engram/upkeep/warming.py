@@ -1,4 +1,4 @@
-"""A table, or its hottest rows -> the page cache, where every process that opens the table finds them."""
+"""A table, or its hottest rows -> the page cache, for every process that opens the table."""
 
 from __future__ import annotations
 
@@ -10,9 +10,9 @@ from typing import Any
 
 from sense_v2.core.errors import CommandError
 from sense_v2.core.progress import Progress, no_progress
-from sense_v2.engram.reading.reader import usable_memory_bytes
 from sense_v2.engram.table.format import row_dtype
 from sense_v2.engram.table.opening import TableFiles, read_manifest
+from sense_v2.engram.table.platform import usable_memory_bytes
 from sense_v2.engram.upkeep.hot_rows import load, runs_of, warm_rows, warm_table
 
 

@@ -1,4 +1,4 @@
-"""Preparing data at scale: a corpus -> files of token ids, and which rows it looks up, by many workers.
+"""A corpus -> files of token ids, and which rows it looks up, by many workers.
 
     documents ──Tokenize──▶ token ids of each ──CountRows──▶ partial counts ──merged──▶ RowCounts
 
@@ -23,17 +23,17 @@ import numpy as np
 import torch
 
 from sense_v2.core.config import EngramConfig
+from sense_v2.engram.hashing import NgramHasher
+from sense_v2.engram.model import compressed_pad_id
 from sense_v2.engram.table.disk import new_file, write_at
 from sense_v2.engram.table.format import Manifest
-from sense_v2.engram.hashing import NgramHasher
-from sense_v2.engram.upkeep.hot_rows import RowCounts
-from sense_v2.engram.model import compressed_pad_id
 from sense_v2.engram.table.opening import TableFiles, read_manifest
 from sense_v2.engram.tokenizer import EngramTokenizer
+from sense_v2.engram.upkeep.hot_rows import RowCounts
 from sense_v2.hf.data.corpus import encode
-from sense_v2.hf.saving.folder import CONFIG_FILE, MEMORY_FOLDER, memory_paths
 from sense_v2.hf.data.streaming import TOKENS_FILE
 from sense_v2.hf.data.workers import Processes, RayCluster, columns_of
+from sense_v2.hf.saving.folder import CONFIG_FILE, MEMORY_FOLDER, memory_paths
 
 TOKEN_COLUMN = "input_ids"
 PIECE_TOKENS = 1 << 16
@@ -61,10 +61,10 @@ class Tokenize:
 
 
 class CountRows:
-    """{input_ids} -> {row_id, count, held_out}: each row that these documents look up, and how often, apart for the
-    documents that are held out (which ones, their tokens decide).
+    """{input_ids} -> {row_id, count, held_out}: each row that these documents look up, and how often.
 
-    `folder` is that of a model with memory; a worker opens it once, when it first works.
+    Held-out documents are counted apart; a document's tokens decide whether it is one. `folder` is that of a model
+    with memory; a worker opens it once, when it first works.
     """
 
     def __init__(self, folder: str | Path) -> None:
@@ -96,13 +96,13 @@ class CountRows:
 
 
 def is_held_out(token_ids_T: np.ndarray[Any, Any]) -> bool:
-    """Whether a document is among the tenth that a profile is judged by: its tokens decide, everywhere alike."""
+    """True for the tenth of all documents that a profile is judged by; the tokens decide, everywhere alike."""
     digest = hashlib.sha256(token_ids_T.astype("<i8").tobytes()).digest()
     return int.from_bytes(digest[:8], "big") / 2**64 < HELD_OUT_SHARE
 
 
 def row_hasher(folder: Path) -> Callable[[np.ndarray[Any, Any]], Iterator[np.ndarray[Any, Any]]]:
-    """token_ids_T of a document -> the row ids that all memory layers of the model look up for it, in pieces."""
+    """Return a function: a document's token_ids_T -> the row ids of all memory layers, in pieces."""
     config, shadow_map, _ = read_memory(folder)
     hashers = memory_hashers(config, shadow_map)
 
@@ -119,9 +119,9 @@ def row_hasher(folder: Path) -> Callable[[np.ndarray[Any, Any]], Iterator[np.nda
 
 
 def read_memory(folder: Path) -> tuple[EngramConfig, EngramTokenizer, Manifest]:
-    """Of a model's memory: settings, shadow map and the table's manifest; the table stays closed.
+    """Return a memory's settings, shadow map and manifest, without opening the table.
 
-    Raises `FileNotFoundError` where the folder has no memory.
+    Raises `FileNotFoundError` if the folder has no memory.
     """
     path = folder / MEMORY_FOLDER / CONFIG_FILE
     if not path.is_file():
@@ -167,11 +167,24 @@ def tokenize_corpus(
     text_column: str = "text",
     split: str = "train",
 ) -> dict[str, Any]:
-    """Writes the token ids of each document to Parquet files in the new folder `output`, and tokens.json, which says
-    what they are; returns that. `PackedStream(open_documents(output), token_column="input_ids")` trains on them.
+    """Write the token ids of each document to Parquet files, and tokens.json, which says what they are.
 
-    `source` is what `open_documents` takes. Raises `FileExistsError` where `output` is there already, and what
-    reading the corpus raises; nothing is left at `output` then.
+    `PackedStream(open_documents(output), token_column="input_ids")` trains on them.
+
+    Args:
+        source: What `open_documents` takes.
+        tokenizer: A `tokenizers.Tokenizer`, or one of transformers.
+        output: The new folder; nothing is left there if this fails.
+        workers: Who works.
+        separator_id: The token behind each document.
+        text_column: Where documents have their text.
+        split: Of a dataset.
+
+    Returns:
+        The content of tokens.json.
+
+    Raises:
+        FileExistsError: `output` is there already.
     """
     output = Path(output)
     if output.exists():
@@ -209,9 +222,20 @@ def profile_rows(
     text_column: str = "text",
     split: str = "train",
 ) -> RowProfile:
-    """How often a corpus looks up each row of the model in `folder`: of texts, or of what `tokenize_corpus` wrote.
+    """Count how often a corpus looks up each row of a model's table.
 
-    Raises `ValueError` where the tokens are another tokenizer's, `FileNotFoundError` where the model has no memory.
+    Args:
+        source: What `open_documents` takes, or what `tokenize_corpus` wrote.
+        folder: The model's.
+        tokenizer: The model's.
+        workers: Who works.
+        separator_id: The token behind each document.
+        text_column: Where documents have their text.
+        split: Of a dataset.
+
+    Raises:
+        ValueError: The tokens are another tokenizer's.
+        FileNotFoundError: The model has no memory.
     """
     read_memory(Path(folder))  # what is wrong with it is said here, not by every worker
     work: list[Any] = [CountRows(folder)]
@@ -229,14 +253,14 @@ def profile_rows(
 
 
 def tokenizer_digest(tokenizer: Any) -> str:
-    """SHA-256 of what decides a tokenizer's ids: its tokenizer.json, or its vocabulary where it has no such thing."""
+    """SHA-256 of what decides a tokenizer's ids: its tokenizer.json, or else its vocabulary."""
     backend = getattr(tokenizer, "backend_tokenizer", tokenizer)
     whole = backend.to_str() if hasattr(backend, "to_str") else json.dumps(tokenizer.get_vocab(), sort_keys=True)
     return hashlib.sha256(whole.encode()).hexdigest()
 
 
 def _check_tokens(source: str | Path | Sequence[str | Path], tokenizer: Any) -> None:
-    """Refuses tokens of another tokenizer, where the folder says whose they are."""
+    """Refuse tokens of another tokenizer, if the folder says whose they are."""
     for path in [source] if isinstance(source, (str, Path)) else source:
         described = Path(path) / TOKENS_FILE
         if not described.is_file():
@@ -250,7 +274,7 @@ def _check_tokens(source: str | Path | Sequence[str | Path], tokenizer: Any) -> 
 
 
 def _count_tokens(folder: Path) -> tuple[int, int]:
-    """(documents, tokens) of the Parquet files in a folder."""
+    """Return the number of documents and of tokens in a folder's Parquet files."""
     import pyarrow.compute
     import pyarrow.parquet
 

@@ -1,4 +1,4 @@
-"""The rows of a model's table that a corpus looks up most, and how much of other text they serve.
+"""The rows that a corpus looks up most, and how much of other text they serve.
 
 Rows are counted over the part of the corpus that training reads, and judged by the part that it holds out: what a hot
 set serves of text that it was chosen by says little. Hashes only; no row is read, and no model is loaded.
@@ -9,7 +9,6 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -65,12 +64,13 @@ def write_hot_rows(
     """
     started = time.perf_counter()
     folder, output = Path(folder), Path(output)
-    _, _, manifest = read_memory(folder)
+    config, _, manifest = read_memory(folder)
     if workers is None:
-        counted = _count_as_trained(folder, corpus, tokenizer, separator_id, progress)
+        name, train, held_out = _count_as_trained(folder, corpus, tokenizer, separator_id, progress)
     else:
-        counted = _count_by_workers(folder, corpus, tokenizer, separator_id, workers)
-    train, held_out = counted.train, counted.held_out
+        name, train, held_out = _count_by_workers(folder, corpus, tokenizer, separator_id, workers)
+    # A token looks up one row for each of these.
+    per_token = len(config.layer_indices) * len(config.ngram_orders) * config.num_heads
     ids_R, counts_R = train.hottest()
     row_bytes = row_dtype(manifest.dtype).row_bytes(manifest.width)
     sets = []
@@ -79,9 +79,7 @@ def write_hot_rows(
         served = held_out.served_by(hot_ids)
         sets.append({"share": part, "rows": len(hot_ids), "bytes": len(hot_ids) * row_bytes, "serves": served})
     kept = math.ceil(share * manifest.rows)
-    hot = HotRows(
-        ids_R[:kept], counts_R[:kept], manifest.rows, identity(manifest), counted.corpus, train.lookups, len(ids_R)
-    )
+    hot = HotRows(ids_R[:kept], counts_R[:kept], manifest.rows, identity(manifest), name, train.lookups, len(ids_R))
     with new_folders(output.parent):
         save(hot, output)
     return {
@@ -89,23 +87,14 @@ def write_hot_rows(
         "rows": len(hot.row_ids),
         "table_rows": manifest.rows,
         "rows_met": len(ids_R),
-        "corpus": counted.corpus,
-        "tokens": counted.tokens,
-        "held_out_tokens": counted.held_out_tokens,
+        "corpus": name,
+        "tokens": train.lookups // per_token,
+        "held_out_tokens": held_out.lookups // per_token,
         "lookups": train.lookups,
         "held_out_lookups": held_out.lookups,
         "hot_sets": sets,
         "seconds": time.perf_counter() - started,
     }
-
-
-@dataclass
-class _Counted:
-    corpus: str
-    tokens: int
-    train: RowCounts
-    held_out_tokens: int
-    held_out: RowCounts
 
 
 def _count_as_trained(
@@ -114,7 +103,7 @@ def _count_as_trained(
     tokenizer: Any,
     separator_id: int | None,
     progress: Progress,
-) -> _Counted:
+) -> tuple[str, RowCounts, RowCounts]:
     """In this process; whole files are held out, as in training."""
     config, shadow_map, _ = read_memory(folder)
     hashers = memory_hashers(config, shadow_map)
@@ -125,7 +114,7 @@ def _count_as_trained(
     for texts in (text.train_texts, text.held_out_texts):
         with progress("tokenising", sum(map(len, texts)), unit="characters") as advance:
             streams.append(encode(texts, tokenizer, separator_id=separator_id, advance=advance))
-    counted = [RowCounts(), RowCounts()]
+    counted = RowCounts(), RowCounts()
     with progress("counting", sum(map(len, streams)), unit="tokens") as advance:
         for stream, counts in zip(streams, counted, strict=True):
             for token_ids_BT in _blocks(stream, length):
@@ -133,7 +122,7 @@ def _count_as_trained(
                 for hasher in hashers:
                     counts.add(hasher(compressed_BT).numpy())
                 advance(token_ids_BT.size)
-    return _Counted(text.name, len(streams[0]), counted[0], len(streams[1]), counted[1])
+    return text.name, *counted
 
 
 def _count_by_workers(
@@ -142,17 +131,14 @@ def _count_by_workers(
     tokenizer: Any,
     separator_id: int | None,
     workers: Processes | RayCluster,
-) -> _Counted:
+) -> tuple[str, RowCounts, RowCounts]:
     """By many workers; documents are held out."""
     source = source_of(corpus) if corpus else standard_library()
     found = profile_rows(source, folder, tokenizer, workers=workers, separator_id=separator_id)
-    trained, held_out = found.trained, found.held_out
-    if not trained.lookups:
+    if not found.trained.lookups:
         raise CommandError(f"{source}: no token of it is looked up", "name files with more text")
-    config, _, _ = read_memory(folder)
-    per_token = len(config.layer_indices) * len(config.ngram_orders) * config.num_heads
     name = ", ".join(Path(path).name for path in corpus) if corpus else "Python standard library"
-    return _Counted(name, trained.lookups // per_token, trained, held_out.lookups // per_token, held_out)
+    return name, found.trained, found.held_out
 
 
 def _blocks(stream: np.ndarray, length: int) -> Iterator[np.ndarray]:

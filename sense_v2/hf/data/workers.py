@@ -1,4 +1,6 @@
-"""Who works through a corpus: processes of this machine, or a Ray cluster. Both run the same functions.
+"""Who works through a corpus: processes of this machine, or a Ray cluster.
+
+Both run the same functions:
 
     documents ──function──▶ … ──function──▶ Arrow tables, one after another, or Parquet files
 
@@ -28,14 +30,14 @@ Work = Sequence[Callable[[Any], Any]]
 
 
 def source_of(corpus: Sequence[str | Path]) -> str | list[str | Path]:
-    """The files that were named as a corpus, or a dataset of the hub: a lone name that is no path."""
+    """Return the files that were named as a corpus; a lone name that is no path is a dataset of the hub."""
     if len(corpus) == 1 and not Path(corpus[0]).exists():
         return str(corpus[0])
     return list(corpus)
 
 
 def columns_of(source: Source, *, split: str = "train") -> list[str]:
-    """The names of a corpus's columns, from its first document. Raises `ValueError` where there is none."""
+    """Return a corpus's columns, from its first document. Raises `ValueError` if there is none."""
     first = next(iter(open_documents(source, split=split)), None)
     if first is None:
         raise ValueError(f"{source} has no document")
@@ -44,7 +46,7 @@ def columns_of(source: Source, *, split: str = "train") -> list[str]:
 
 @dataclass
 class Processes:
-    """`count` processes of this machine. One works in the process that asks."""
+    """`count` processes of this machine. If it is one, the calling process works itself."""
 
     count: int = 1
     progress: bool = False
@@ -56,12 +58,12 @@ class Processes:
 
     @contextmanager
     def tables(self, source: Source, work: Work, *, split: str = "train") -> Iterator[Iterator[Any]]:
-        """What comes out of the last function, while the context lasts."""
+        """Give the tables that come out of the last function."""
         with self._mapped(source, work, split) as done:
             yield done.with_format("arrow").iter(batch_size=1 << 16)
 
     def write(self, source: Source, work: Work, folder: Path, *, split: str = "train") -> None:
-        """What comes out of the last function, as Parquet files in `folder`."""
+        """Write the tables that come out of the last function as Parquet files."""
         with self._mapped(source, work, split) as done:
             parts = max(1, min(self.count, len(done)))
             for number in range(parts):
@@ -75,29 +77,24 @@ class Processes:
         bars = datasets.are_progress_bars_disabled()
         (datasets.enable_progress_bars if self.progress else datasets.disable_progress_bars)()
         try:
-            with self._kept_apart(datasets, source, work, split) as done:
-                yield done
+            # `datasets` names what it keeps by a function's own attributes, not by what lies in the files that these
+            # name. So what it keeps is nobody else's, and gone afterwards.
+            with tempfile.TemporaryDirectory(prefix="sense-engram-") as kept:
+                documents = self._documents(datasets, source, split, kept)
+                for number, function in enumerate(work):
+                    workers = max(1, min(self.count, len(documents)))
+                    documents = documents.with_format("arrow").map(
+                        function,
+                        batched=True,
+                        batch_size=BATCH_DOCUMENTS,
+                        num_proc=workers if workers > 1 else None,
+                        remove_columns=documents.column_names,
+                        load_from_cache_file=False,
+                        cache_file_name=str(Path(kept, f"step{number}.arrow")),
+                    )
+                yield documents
         finally:
             (datasets.disable_progress_bars if bars else datasets.enable_progress_bars)()
-
-    @contextmanager
-    def _kept_apart(self, datasets: Any, source: Source, work: Work, split: str) -> Iterator[Any]:
-        # `datasets` names what it keeps by a function's own attributes, not by what lies in the files that these
-        # name. So what it keeps is nobody else's, and gone afterwards.
-        with tempfile.TemporaryDirectory(prefix="sense-engram-") as kept:
-            documents = self._documents(datasets, source, split, kept)
-            for number, function in enumerate(work):
-                workers = max(1, min(self.count, len(documents)))
-                documents = documents.with_format("arrow").map(
-                    function,
-                    batched=True,
-                    batch_size=BATCH_DOCUMENTS,
-                    num_proc=workers if workers > 1 else None,
-                    remove_columns=documents.column_names,
-                    load_from_cache_file=False,
-                    cache_file_name=str(Path(kept, f"step{number}.arrow")),
-                )
-            yield documents
 
     def _documents(self, datasets: Any, source: Source, split: str, kept: str) -> Any:
         found = files_of_one_kind(source)
@@ -117,8 +114,8 @@ class Processes:
 
 @dataclass
 class RayCluster:
-    """The workers of a Ray cluster: the one at `address`, the one that this process is connected to already, or,
-    where there is neither, a cluster of this machine's cores that lasts as long as the work."""
+    """The workers of a Ray cluster: the one at `address`, or the one that this process is connected to, or else a
+    cluster of this machine's cores that lasts as long as the work."""
 
     address: str | None = None
     """As `ray.init` takes it: "auto", "local", or where the head listens."""
@@ -127,12 +124,12 @@ class RayCluster:
 
     @contextmanager
     def tables(self, source: Source, work: Work, *, split: str = "train") -> Iterator[Iterator[Any]]:
-        """What comes out of the last function, while the context lasts."""
+        """Give the tables that come out of the last function."""
         with self._mapped(source, work, split) as done:
             yield done.iter_batches(batch_size=None, batch_format="pyarrow")
 
     def write(self, source: Source, work: Work, folder: Path, *, split: str = "train") -> None:
-        """What comes out of the last function, as Parquet files in `folder`, written where they were made."""
+        """Write the tables that come out of the last function as Parquet files, where they were made."""
         with self._mapped(source, work, split) as done:
             done.write_parquet(str(folder.resolve()))
 

@@ -1,0 +1,1 @@
+"""What a memory does and whether it helps: evaluation, ablation, analysis."""

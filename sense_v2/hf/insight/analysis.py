@@ -1,6 +1,6 @@
 """What was observed of a memory -> the numbers that a report shows; each function makes one part of it, for JSON.
 
-    Observation (hf/observation.py), Ngrams (engram/usage.py), RowLengths (engram/drift.py) ──▶ dictionaries
+    Observation (observation.py), Ngrams (upkeep/ngram_usage.py), RowLengths (upkeep/row_lengths.py) ──▶ dictionaries
 
 Nothing here runs a model or opens a file. A loss belongs to the position that predicts, t, and to the token that is
 predicted, t + 1: gates, n-grams and their counts are those of t, where the memory is looked up; the token named is

@@ -10,12 +10,14 @@ T tokens of prompt and continuation, K candidates, V tokens of the vocabulary.
 
 from __future__ import annotations
 
+import time
 from contextlib import nullcontext
 from typing import Any
 
 import torch
 from transformers import PreTrainedModel
 
+from sense_v2.core.errors import CommandError
 from sense_v2.hf.data.corpus import encode
 from sense_v2.hf.data.token_texts import Words
 from sense_v2.hf.insight.evaluation import evaluating
@@ -54,7 +56,7 @@ def compare(
     with evaluating(model):
         for side in (WITH_MEMORY, WITHOUT_MEMORY):
             with _side(model, side):
-                token_ids_1T = _continued(model, prompt_1T, max_new_tokens, temperature, seed)
+                token_ids_1T = continued(model, prompt_1T, max_new_tokens, temperature, seed)
             other = WITHOUT_MEMORY if side == WITH_MEMORY else WITH_MEMORY
             own_TV, other_TV = (_probabilities(model, token_ids_1T, num_prompt, name) for name in (side, other))
             new_T1 = token_ids_1T[0, num_prompt:, None]
@@ -75,8 +77,59 @@ def continue_text(model: PreTrainedModel, tokenizer: Any, prompt: str, *, max_ne
     """What the model goes on with, its likeliest token each time. Raises `ValueError` for a prompt of no tokens."""
     prompt_1T = _encoded(tokenizer, prompt)[None].to(model.device)
     with evaluating(model):
-        token_ids_1T = _continued(model, prompt_1T, max_new_tokens, temperature=0.0, seed=0)
+        token_ids_1T = continued(model, prompt_1T, max_new_tokens)
     return Words(tokenizer).text(token_ids_1T[0, prompt_1T.shape[1] :].tolist())
+
+
+def continue_prompt(
+    model: PreTrainedModel,
+    tokenizer: Any,
+    prompt: str,
+    *,
+    max_new_tokens: int = 64,
+    temperature: float = 0.7,
+    seed: int = 0,
+    streamer: Any = None,
+) -> dict[str, Any]:
+    """Let a model go on from a prompt, the same way from the same seed.
+
+    Args:
+        model: Generates.
+        tokenizer: The model's.
+        prompt: At least one token.
+        max_new_tokens: At most so many are added.
+        temperature: 0 takes the likeliest token each time.
+        seed: Of the sampling.
+        streamer: transformers' own, which is given each new token.
+
+    Returns:
+        What JSON can hold: "continuation", "tokens", "seconds", "tokens_per_second".
+
+    Raises:
+        CommandError: The prompt is empty, or the model can't take so many tokens.
+    """
+    ids_T = torch.from_numpy(encode([prompt], tokenizer, separator_id=None)).long()
+    num_prompt = len(ids_T)
+    if num_prompt == 0:
+        raise CommandError(f"the prompt {prompt!r} has no tokens", "begin with at least one word")
+    limit: int | None = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    if limit is not None and num_prompt + max_new_tokens > limit:
+        raise CommandError(
+            f"{num_prompt} tokens of prompt and {max_new_tokens} new ones, but {model.name_or_path} takes "
+            f"{limit} at most",
+            "a shorter prompt, or fewer --max-new-tokens",
+        )
+    started = time.perf_counter()
+    with torch.no_grad():
+        token_ids_1T = continued(model, ids_T[None], max_new_tokens, temperature, seed, streamer=streamer)
+    seconds = time.perf_counter() - started
+    new_token_ids = token_ids_1T[0, num_prompt:].tolist()
+    return {
+        "continuation": tokenizer.decode(new_token_ids, skip_special_tokens=True),
+        "tokens": len(new_token_ids),
+        "seconds": seconds,
+        "tokens_per_second": len(new_token_ids) / seconds,
+    }
 
 
 def _encoded(tokenizer: Any, prompt: str) -> torch.Tensor:
@@ -90,14 +143,25 @@ def _side(model: PreTrainedModel, side: str) -> Any:
     return memory_off(memory_of(model)) if side == WITHOUT_MEMORY else nullcontext()
 
 
-def _continued(
-    model: Any, prompt_1T: torch.Tensor, max_new_tokens: int, temperature: float, seed: int
+def continued(
+    model: Any,
+    prompt_1T: torch.Tensor,
+    max_new_tokens: int,
+    temperature: float = 0.0,
+    seed: int = 0,
+    *,
+    streamer: Any = None,
 ) -> torch.Tensor:
+    """The token ids of a prompt and of what a model adds to it [1, T]; arguments as `continue_prompt`."""
     sampling = {"do_sample": True, "temperature": temperature} if temperature > 0 else {"do_sample": False}
     with torch.random.fork_rng():
         torch.manual_seed(seed)
         token_ids_1T: torch.Tensor = model.generate(
-            prompt_1T, attention_mask=torch.ones_like(prompt_1T), max_new_tokens=max_new_tokens, **sampling
+            prompt_1T,
+            attention_mask=torch.ones_like(prompt_1T),
+            max_new_tokens=max_new_tokens,
+            streamer=streamer,
+            **sampling,
         )
     return token_ids_1T
 

@@ -3,7 +3,7 @@
     tasks (names, or YAML files) ──▶ requests ──HFLM──▶ model ──▶ metrics with standard errors
 
 HFLM takes the model as an object, so its memory stays attached; it pads batches on the right where it scores and on
-the left where it generates, and either way the memory sees what it sees of a text alone (tests/test_harness.py holds
+the left where it generates, and either way the memory sees what it sees of a text alone (test_harness.py holds
 the scores against the model's own forward). What the harness leaves to its caller is decided here: a tokenizer
 without a padding token pads with its end of text, since the token that the harness would add has no embedding.
 

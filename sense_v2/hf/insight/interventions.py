@@ -1,21 +1,22 @@
 """A live model's memory, changed for a while: off, a layer or head off, other rows, another gate.
 
 Each function here is a context manager. Inside it the model computes with the change; afterwards it is the object it
-was, whatever ended the block. Nothing is written: methods of the fusion layers are covered by others on the same
-objects, and uncovered again, so weights, hooks and table aren't touched and forward hooks see what they always see.
+was, whatever ended the block. The changes are forward hooks on fusion layers, gates and projections, and another
+`hasher` of a fusion layer, so weights and table aren't touched.
 
     with memory_off(memory_of(model)):
         model(input_ids=token_ids_BT, use_cache=False)
 
-Calls with a KV cache of another state of the memory don't mix with these; pass `use_cache=False`.
+A KV cache that was filled with the memory in another state doesn't go with these; pass `use_cache=False`.
 
-L layers with memory, B batch, T sequence, S residual streams, H rows a position, D row width, U unique rows.
+L layers with memory, B batch, T sequence, S residual streams, H rows a position, D row width, U unique rows, E width
+of the memory vector.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import numpy as np
@@ -28,88 +29,86 @@ from sense_v2.hf.training.controls import PermutedHasher
 
 @contextmanager
 def memory_off(memory: EngramMemory, layers: Sequence[int] | None = None) -> Iterator[None]:
-    """Hidden states pass these layers (their numbers; all by default) as if no memory were attached."""
+    """Let hidden states pass these layers (their numbers; all by default) as if no memory were attached."""
 
-    def pass_on(fusion: EngramFusionLayer) -> Callable[..., torch.Tensor]:
-        return lambda hidden_states, memory, **masks: hidden_states
+    def pass_on(fusion: torch.nn.Module, args: Any, kwargs: dict[str, Any], fused: torch.Tensor) -> Any:
+        return args[0] if args else kwargs["hidden_states"]
 
-    with _covered(_named(memory, layers), "fuse", pass_on):
+    with ExitStack() as hooks:
+        for fusion in _named(memory, layers):
+            hooks.enter_context(fusion.register_forward_hook(pass_on, with_kwargs=True))
         yield
 
 
 @contextmanager
 def gate_forced(memory: EngramMemory, alpha: float) -> Iterator[None]:
-    """Every gate of every layer is `alpha`, from 0 (shut) to 1 (open)."""
+    """Set every gate of every layer to `alpha`, from 0 (shut) to 1 (open)."""
 
-    def constant(gate: torch.nn.Module) -> Callable[..., torch.Tensor]:
-        # Shape [B, T, S], float32, as the gate's own.
-        return lambda hidden_BTSC, key_BTSC: torch.full(
-            hidden_BTSC.shape[:-1], alpha, dtype=torch.float32, device=hidden_BTSC.device
-        )
+    def constant(gate: torch.nn.Module, args: Any, alpha_BTS: torch.Tensor) -> torch.Tensor:
+        return torch.full_like(alpha_BTS, alpha)
 
-    with _covered([fusion.gate for fusion in memory], "forward", constant):
+    with ExitStack() as hooks:
+        for fusion in memory:
+            # Before other hooks, so that these see the gate that is used.
+            hooks.enter_context(fusion.gate.register_forward_hook(constant, prepend=True))
         yield
 
 
 @contextmanager
 def rows_shuffled(memory: EngramMemory, seed: int) -> Iterator[None]:
-    """A batch's rows are dealt to its positions at random, each position's H rows together."""
-    with _covered(memory, "hasher", lambda fusion: PermutedHasher(fusion.hasher, seed + fusion.layer_id)):
+    """Deal a batch's rows to its positions at random, each position's H rows together."""
+    with _hashers(memory, lambda fusion: PermutedHasher(fusion.hasher, seed + fusion.layer_id)):
         yield
 
 
 @contextmanager
 def one_row_per_head(memory: EngramMemory, row_ids_LH: torch.Tensor) -> Iterator[None]:
-    """Every position looks up the same row of each head: a table of capacity one."""
-    place = {fusion.layer_id: number for number, fusion in enumerate(memory)}
+    """Look up the same row of each head at every position: a table of capacity one."""
+    row_ids = dict(zip(memory, row_ids_LH, strict=True))
 
     def constant(fusion: EngramFusionLayer) -> Callable[..., torch.Tensor]:
-        row_ids_H = row_ids_LH[place[fusion.layer_id]]
+        row_ids_H = row_ids[fusion]
         return lambda compressed_BT, **masks: row_ids_H.to(compressed_BT.device).expand(*compressed_BT.shape, -1)
 
-    with _covered(memory, "hasher", constant):
+    with _hashers(memory, constant):
         yield
 
 
 @contextmanager
 def heads_off(memory: EngramMemory, layer: int, heads: Sequence[int]) -> Iterator[None]:
-    """These heads of that layer (0 to H - 1, ordered as the memory vector is) read zeros: as if all their rows
+    """Make these heads of that layer (0 to H - 1, ordered as the memory vector is) read zeros, as if all their rows
     were."""
 
-    def without(fusion: EngramFusionLayer) -> Callable[..., torch.Tensor]:
-        lookup = fusion.lookup
+    def without(projection: torch.nn.Module, args: tuple[torch.Tensor]) -> tuple[torch.Tensor]:
+        rows_BTHD = args[0].unflatten(-1, (-1, memory.config.row_dim)).clone()
+        rows_BTHD[..., list(heads), :] = 0
+        return (rows_BTHD.flatten(-2),)
 
-        def zeroed(row_ids_BTH: torch.Tensor, valid_BT: torch.Tensor | None = None) -> torch.Tensor:
-            rows_BTHD = lookup(row_ids_BTH, valid_BT).unflatten(-1, (row_ids_BTH.shape[-1], -1)).clone()
-            rows_BTHD[..., list(heads), :] = 0
-            return rows_BTHD.flatten(-2)
-
-        return zeroed
-
-    with _covered(_named(memory, [layer]), "lookup", without):
+    with ExitStack() as hooks:
+        for fusion in _named(memory, [layer]):
+            for projection in (fusion.W_k, fusion.W_v):
+                hooks.enter_context(projection.register_forward_pre_hook(without))
         yield
 
 
 @contextmanager
 def rows_of_noise(memory: EngramMemory, std_LH: torch.Tensor, seed: int) -> Iterator[None]:
-    """Every row is noise of that head's deviation, the same noise wherever the row is looked up: a fresh table that
+    """Make every row noise of that head's deviation, the same noise wherever the row is looked up: a fresh table that
     takes no room."""
-    place = {fusion.layer_id: number for number, fusion in enumerate(memory)}
+    std = dict(zip(memory, std_LH, strict=True))
 
-    def noise(fusion: EngramFusionLayer) -> Callable[..., torch.Tensor]:
-        std_H = std_LH[place[fusion.layer_id]]
+    def drawn(fusion: EngramFusionLayer, args: Any, kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
+        row_ids_BTH, valid_BT = kwargs["row_ids_BTH"], kwargs["valid_BT"]
+        ids_U, inverse = np.unique(row_ids_BTH.cpu().numpy(), return_inverse=True)
+        rows_UD = torch.from_numpy(noise_rows(ids_U, fusion.storage.embedding_dim, seed))
+        rows_BTHD = rows_UD[torch.from_numpy(inverse.reshape(row_ids_BTH.shape))] * std[fusion][:, None]
+        if valid_BT is not None:
+            rows_BTHD = rows_BTHD * valid_BT.cpu()[..., None, None]
+        return args, {**kwargs, "memory": rows_BTHD.flatten(-2)}
 
-        def drawn(row_ids_BTH: torch.Tensor, valid_BT: torch.Tensor | None = None) -> torch.Tensor:
-            ids_U, inverse = np.unique(row_ids_BTH.cpu().numpy(), return_inverse=True)
-            rows_UD = torch.from_numpy(noise_rows(ids_U, fusion.storage.embedding_dim, seed))
-            rows_BTHD = rows_UD[torch.from_numpy(inverse.reshape(row_ids_BTH.shape))] * std_H[:, None]
-            if valid_BT is not None:
-                rows_BTHD = rows_BTHD * valid_BT.cpu()[..., None, None]
-            return rows_BTHD.flatten(-2).to(row_ids_BTH.device)
-
-        return drawn
-
-    with _covered(memory, "lookup", noise):
+    with ExitStack() as hooks:
+        for fusion in memory:
+            hooks.enter_context(fusion.register_forward_pre_hook(drawn, with_kwargs=True))
         yield
 
 
@@ -140,19 +139,13 @@ def _named(memory: EngramMemory, layers: Sequence[int] | None) -> list[EngramFus
 
 
 @contextmanager
-def _covered(objects: Iterable[Any], name: str, replacement: Callable[[Any], Any]) -> Iterator[None]:
-    """While it lasts, `name` of each object is `replacement(object)`; then what the object itself had, or nothing,
-    where it was its class's."""
-    objects = list(objects)
-    missing = object()
-    before = [vars(one).get(name, missing) for one in objects]
+def _hashers(memory: EngramMemory, replacement: Callable[[EngramFusionLayer], Any]) -> Iterator[None]:
+    """Hash each layer's tokens by `replacement(layer)` instead."""
+    before = [(fusion, fusion.hasher) for fusion in memory]
     try:
-        for one in objects:
-            vars(one)[name] = replacement(one)
+        for fusion in memory:
+            fusion.hasher = replacement(fusion)
         yield
     finally:
-        for one, own in zip(objects, before, strict=True):
-            if own is missing:
-                vars(one).pop(name, None)
-            else:
-                vars(one)[name] = own
+        for fusion, own in before:
+            fusion.hasher = own

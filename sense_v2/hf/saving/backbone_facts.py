@@ -28,8 +28,8 @@ _SAMPLES = 64  # values of each tensor that the digest reads
 
 
 def backbone_facts(model: PreTrainedModel, state_dict: Mapping[str, torch.Tensor] | None = None) -> dict[str, Any]:
-    """What identifies a backbone, as JSON holds it; the memory attached to it isn't part of it. `state_dict` are the
-    weights that are saved, where those aren't the model's own."""
+    """Return what identifies a backbone, as JSON holds it, without the memory attached to it. `state_dict` holds the
+    weights that are saved, if they aren't the model's own."""
     config = model.config.get_text_config()
     weight = model.get_input_embeddings().weight
     assert isinstance(weight, torch.Tensor)
@@ -47,12 +47,12 @@ def backbone_facts(model: PreTrainedModel, state_dict: Mapping[str, torch.Tensor
 
 
 def tokenizer_facts(tokenizer: Any, folder: Path) -> dict[str, Any]:
-    """What identifies a tokenizer, and its file where it lies in `folder`."""
+    """Return what identifies a tokenizer, and its file if that lies in `folder`."""
     return {"token_texts": _texts_digest(EngramTokenizerBuilder(tokenizer)), "tokenizer_file": _file_digest(folder)}
 
 
 def read_facts(path: Path) -> dict[str, Any]:
-    """What `backbone.json` says; {} where there is none. Raises `ValueError` where it is damaged."""
+    """Read a backbone.json; {} if there is none. Raises `ValueError` if it is damaged."""
     if not path.is_file():
         return {}
     try:
@@ -65,9 +65,9 @@ def read_facts(path: Path) -> dict[str, Any]:
 
 
 def check_backbone(recorded: dict[str, Any], model: PreTrainedModel, path: Path) -> None:
-    """Compares `model`, without memory, with what the memory at `path` was trained on.
+    """Compare a model with the one that the memory at `path` was trained on.
 
-    Raises `ValueError` where their hidden sizes differ; warns of what else does, field by field.
+    Warns of each field that differs. Raises `ValueError` if the hidden sizes do.
     """
     found = backbone_facts(model)
     compared = ["model_type", "architecture", "hidden_size", "num_hidden_layers", "vocab_size"]
@@ -100,9 +100,9 @@ def check_backbone(recorded: dict[str, Any], model: PreTrainedModel, path: Path)
 
 
 def check_tokenizer(recorded: dict[str, Any], tokenizer: Any, map_path: Path, normalization: str) -> None:
-    """Compares a tokenizer with the shadow map that the memory was trained with.
+    """Compare a tokenizer with the shadow map that the memory was trained with.
 
-    Raises `ValueError` where it maps token ids in another way; warns where the map is the same and the tokens aren't.
+    Warns if the map is the same and the tokens' texts differ. Raises `ValueError` if token ids map otherwise.
     """
     builder = EngramTokenizerBuilder(tokenizer, normalization=normalization)
     if recorded.get("token_texts") == _texts_digest(builder):
@@ -133,7 +133,7 @@ def check_tokenizer(recorded: dict[str, Any], tokenizer: Any, map_path: Path, no
 
 
 def tokenizer_file_differs(recorded: dict[str, Any], folder: Path) -> bool:
-    """Whether the tokenizer.json in `folder` is another than was saved there."""
+    """True if the tokenizer.json in `folder` isn't the one that was saved there."""
     found = _file_digest(folder)
     return None not in (recorded.get("tokenizer_file"), found) and recorded["tokenizer_file"] != found
 
@@ -143,7 +143,7 @@ def _release(version: str) -> list[str]:
 
 
 def _weights_digest(model: PreTrainedModel, state_dict: Mapping[str, torch.Tensor]) -> str | None:
-    """SHA-256 over names, shapes and a sample of each tensor. None where some aren't in memory, or are quantized."""
+    """SHA-256 over names, shapes and a sample of each tensor; None if one isn't in memory or is quantized."""
     if getattr(model, "hf_quantizer", None) is not None:
         return None
     digest = hashlib.sha256()

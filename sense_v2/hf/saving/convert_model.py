@@ -20,7 +20,7 @@ from sense_v2.hf.saving.folder import (
     STATE_FILE,
     TABLE_FILE,
     referenced_table,
-    replaced_file,
+    replace_file,
 )
 
 # That, and what `sense-engram delta apply` keeps: of no use to a table of other bytes.
@@ -34,11 +34,17 @@ def convert_trained(
     *,
     advance: Callable[[int], Any] = lambda num_bytes: None,
 ) -> Conversion:
-    """Copies the model in `folder` to `output` with its table's rows in another dtype; `folder` is only read. Ended
-    early, the same call goes on; config.json comes last, so that until then there is no model to load.
+    """Copy a model, with its table's rows in another dtype. Ended early, the same call goes on.
 
-    Raises what `sense_v2.engram.upkeep.convert.convert_table` raises, and `FileExistsError` where another model is
-    there.
+    Args:
+        folder: The model's; it is only read.
+        output: The new model's folder. config.json comes last: until then there is no model to load.
+        dtype: Of the rows.
+        advance: Is told how many bytes are read and written.
+
+    Raises:
+        FileExistsError: Another model is there.
+        ValueError: The model has an overlay; or as `convert_table`.
     """
     folder, output = Path(folder), Path(output)
     memory, target = folder / MEMORY_FOLDER, output / MEMORY_FOLDER
@@ -60,8 +66,7 @@ def convert_trained(
             file.name in of_table or file.suffix == ".tmp" or _OF_THIS_TABLE.fullmatch(file.name)
         ):
             copy_file(file, target / file.name)
-    with replaced_file(target / CONFIG_FILE) as to:
-        to.write(dataclasses.replace(config, dtype=dtype).to_json().encode())
+    replace_file(target / CONFIG_FILE, dataclasses.replace(config, dtype=dtype).to_json().encode())
     for file in sorted(folder.iterdir(), key=lambda file: (file.name == CONFIG_FILE, file.name)):
         if file.is_file():
             copy_file(file, output / file.name)

@@ -1,16 +1,16 @@
-"""The folder that holds a model with memory: names of its files, and whether all parts of it are there.
+"""The folder of a saved model: the names of its files, and whether all of them are there.
 
     folder/config.json                           the backbone's, announced as one with memory (`auto.py`)
     folder/model.safetensors, …                  the backbone's weights
     folder/tokenizer.json, tokenizer_config.json its tokenizer
-    folder/README.md                             the model card (`card.py`)
+    folder/README.md                             the model card (`model_card.py`)
     folder/engram/config.json                    EngramConfig; its paths are relative to folder/engram
     folder/engram/fusion.safetensors             the fusion layers' weights
     folder/engram/engram_table.dat, .json        the table and its manifest, or
     folder/engram/table_reference.json           where the table is, and its commit
     folder/engram/overlay.safetensors            rows that were changed on top of the table, where any were
     folder/engram/shadow_map.npy, .json          the shadow map
-    folder/engram/backbone.json                  what the memory was trained on (`backbone.py`)
+    folder/engram/backbone.json                  what the memory was trained on (`backbone_facts.py`)
 
 The table is never rewritten: it is where it was trained, or it is copied. A reference takes no room and holds as long
 as its commit is the table's last: it is refused once another one has followed, never taken for the rows it named.
@@ -21,19 +21,17 @@ end.
 
 from __future__ import annotations
 
-import contextlib
 import json
 import os
 import re
-from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 import torch
 from safetensors.torch import load_file
 
 from sense_v2.core.config import EngramConfig
-from sense_v2.engram.table.disk import new_file
+from sense_v2.engram.table.disk import new_file, write_at
 from sense_v2.engram.table.format import manifest_name
 from sense_v2.engram.table.opening import read_manifest
 
@@ -51,14 +49,17 @@ STATE_FILE = re.compile(r"engram_table\.[A-Za-z0-9_-]{1,64}\.dat")
 
 
 def memory_paths(folder: str | Path) -> tuple[Path, Path]:
-    """`storage_path` and `shadow_map_path` of a memory that is trained in place in `folder`."""
+    """Return `storage_path` and `shadow_map_path` of a memory that is trained in place in `folder`."""
     memory = Path(folder) / MEMORY_FOLDER
     return memory / TABLE_FILE, memory / MAP_FILE
 
 
 def check_folder(folder: Path) -> dict[str, Any]:
-    """The config.json of a saved model, after a look at whether all parts of it are there. Raises `FileNotFoundError`
-    naming the one that isn't, `ValueError` where the file is damaged or a reference's table has gone on."""
+    """Check that all parts of a saved model are there, and return its config.json.
+
+    Raises `FileNotFoundError` naming a missing part, `ValueError` if the file is damaged or a reference's table has
+    gone on.
+    """
     path = folder / "config.json"
     if not path.is_file():
         raise FileNotFoundError(f"{folder}: no model there (it has no config.json); `sense-engram train` writes one")
@@ -72,7 +73,7 @@ def check_folder(folder: Path) -> dict[str, Any]:
 
 
 def table_of(memory_folder: Path) -> Path:
-    """The table's path, after a look at whether all parts of the memory are there."""
+    """Check that all parts of the memory are there, and return the table's path."""
     is_reference = (memory_folder / REFERENCE_FILE).is_file()
     for name, what in (
         (CONFIG_FILE, "configuration is missing: it was not saved to its end, so save it again"),
@@ -86,8 +87,8 @@ def table_of(memory_folder: Path) -> Path:
 
 
 def memory_parts(folder: str | Path) -> tuple[EngramConfig, Path, dict[int, dict[str, torch.Tensor]]]:
-    """(configuration, table, weights of the fusion layers by layer) of the model that was saved to `folder`, to write
-    them in another form. Raises as `from_pretrained`."""
+    """Return a saved model's (configuration, table, fusion layers' weights by layer), to write them in another form.
+    Raises as `from_pretrained`."""
     memory = Path(folder) / MEMORY_FOLDER
     table = table_of(memory)
     fusion: dict[int, dict[str, torch.Tensor]] = {}
@@ -98,7 +99,7 @@ def memory_parts(folder: str | Path) -> tuple[EngramConfig, Path, dict[int, dict
 
 
 def read_reference(path: Path) -> dict[str, Any]:
-    """storage_path, commit and step of a referenced table. Raises `ValueError` where the file is damaged."""
+    """Return storage_path, commit and step of a referenced table. Raises `ValueError` if the file is damaged."""
     try:
         named = json.loads(path.read_text(encoding="utf-8"))
         if not all(isinstance(named[name], str) for name in ("storage_path", "commit")):
@@ -126,11 +127,10 @@ def referenced_table(memory_folder: Path) -> Path:
     return path
 
 
-@contextlib.contextmanager
-def replaced_file(path: Path) -> Iterator[BinaryIO]:
-    """A file to write to, which takes the place of the one at `path` once it is whole."""
-    with new_file(path, replace=True) as fd, open(fd, "wb", closefd=False) as file:
-        yield file
+def replace_file(path: Path, content: bytes) -> None:
+    """Write a file that takes the place of the one at `path` once it is whole."""
+    with new_file(path, replace=True) as fd:
+        write_at(fd, content, 0)
 
 
 def is_same_file(path: Path, other: Path) -> bool:

@@ -1,4 +1,6 @@
-"""A saved folder -> a repository of the Hugging Face hub. (The way back is `from_pretrained("name/model")`.)
+"""A saved folder -> a repository of the Hugging Face hub.
+
+The way back is `from_pretrained("name/model")`.
 
 What is uploaded is named file by file: the backbone's weights as safetensors, tokenizer, configuration, card and
 memory. A table's optimizer states, journals, locks and whatever else lies in the folder stay here. huggingface_hub
@@ -56,11 +58,23 @@ def push_to_hub(
     create_pr: bool = False,
     commit_message: str = "Upload a model with memory",
 ) -> Any:
-    """Uploads what `save_pretrained` wrote to `folder`, and makes the repository where there is none. Returns
-    huggingface_hub's `CommitInfo`. Nothing in `folder` changes.
+    """Upload what `save_pretrained` wrote, and make the repository if there is none.
 
-    Raises `FileNotFoundError` where no model is there or it was not saved to its end, `ValueError` where its table is
-    a reference or has uncommitted rows, and what huggingface_hub raises.
+    Args:
+        folder: The saved model; nothing in it changes.
+        repo_id: The repository, "user/name".
+        private: True to make a private repository.
+        token: The hub's, by default the saved one.
+        revision: The branch to commit to.
+        create_pr: True to open a pull request.
+        commit_message: Of the commit.
+
+    Returns:
+        huggingface_hub's `CommitInfo`.
+
+    Raises:
+        FileNotFoundError: No model is there, or it was not saved to its end.
+        ValueError: Its table is a reference, or has uncommitted rows.
     """
     folder = Path(folder)
     memory = folder / MEMORY_FOLDER
@@ -100,7 +114,7 @@ def push_to_hub(
 
 
 def _stage(folder: Path, staging: Path) -> None:
-    """Links to what is uploaded, and a manifest and an overlay without optimizer states."""
+    """Link what is uploaded; write a manifest and an overlay without optimizer states."""
     for pattern in _FILES:
         for path in folder.glob(pattern):
             link = staging / path.name

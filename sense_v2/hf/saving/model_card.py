@@ -1,5 +1,6 @@
-"""What is known of a model -> the model card, README.md in its folder. Everything in it is a fact that was given or
-read; there is no prose to be wrong.
+"""What is known of a model -> its model card, README.md in its folder.
+
+Everything in it is a fact that was given or read; there is no prose to be wrong.
 
 A card that somebody else wrote, or changed the first line of, stays as it is.
 """
@@ -16,8 +17,8 @@ from huggingface_hub import ModelCardData
 from transformers import PreTrainedModel
 
 from sense_v2 import __version__
-from sense_v2.engram.table.disk import new_file, write_at
 from sense_v2.hf.memory import attached_memory
+from sense_v2.hf.saving.folder import replace_file
 
 CARD_FILE = "README.md"
 _MARK = "<!-- Written by sense_v2; without this line it is not written again. -->"
@@ -26,7 +27,7 @@ _MARK = "<!-- Written by sense_v2; without this line it is not written again. --
 def model_card(
     model: PreTrainedModel, name: str, *, training: Mapping[str, Any], evaluation: Mapping[str, Any]
 ) -> str:
-    """The card's text. `training` and `evaluation` become tables, a row for each name."""
+    """Return the card's text. `training` and `evaluation` become tables, one row for each name."""
     memory = attached_memory(model)
     base = str(getattr(model.config, "_name_or_path", "") or "")
     front = ModelCardData(
@@ -77,13 +78,12 @@ def model_card(
 def write_card(
     model: PreTrainedModel, folder: Path, name: str, *, training: Mapping[str, Any], evaluation: Mapping[str, Any]
 ) -> None:
-    """Writes the card to `folder`, unless one is there that isn't ours."""
+    """Write the card to `folder`, unless somebody else wrote the one that is there."""
     path = folder / CARD_FILE
     if path.exists() and _MARK not in path.read_text(encoding="utf-8", errors="replace").splitlines():
         return
     text = model_card(model, name, training=training, evaluation=evaluation)
-    with new_file(path, replace=True) as fd:
-        write_at(fd, text.encode(), 0)
+    replace_file(path, text.encode())
 
 
 def _use(name: str, has_memory: bool) -> list[str]:

@@ -17,7 +17,7 @@ from transformers.models.auto.modeling_auto import (
     MODEL_FOR_MASKED_LM_MAPPING_NAMES,
 )
 
-from sense_v2.engram.table.disk import new_file, write_at
+from sense_v2.hf.saving.folder import replace_file
 
 MODEL_TYPE = "sense_engram"
 
@@ -57,19 +57,14 @@ class EngramModelConfig(PreTrainedConfig):
 
 
 def announce_memory(folder: Path, model: PreTrainedModel) -> bool:
-    """Rewrites the config.json that `model` was saved with, so that it says what the folder is. False, and the file
-    stays, where no Auto class of transformers opens such a backbone."""
-    auto_class = next(
-        (
-            auto_class
-            for auto_class, names in (
-                (AutoModelForCausalLM, MODEL_FOR_CAUSAL_LM_MAPPING_NAMES),
-                (AutoModelForMaskedLM, MODEL_FOR_MASKED_LM_MAPPING_NAMES),
-            )
-            if type(model).__name__ in names.values()
-        ),
-        None,
-    )
+    """Rewrite the config.json that `model` was saved with, so that it says what the folder is.
+
+    Returns False, and leaves the file, if no Auto class of transformers opens such a backbone.
+    """
+    # The later one wins: a class that is both is a causal model.
+    auto_classes: dict[str, Any] = dict.fromkeys(MODEL_FOR_MASKED_LM_MAPPING_NAMES.values(), AutoModelForMaskedLM)
+    auto_classes |= dict.fromkeys(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values(), AutoModelForCausalLM)
+    auto_class = auto_classes.get(type(model).__name__)
     path = folder / "config.json"
     values = json.loads(path.read_text(encoding="utf-8"))
     if auto_class is None or values.get("model_type") not in CONFIG_MAPPING_NAMES:
@@ -78,6 +73,5 @@ def announce_memory(folder: Path, model: PreTrainedModel) -> bool:
     # Pipelines and transformers' server load the class that stands here, if transformers has one of that name: the
     # backbone's own would open without its memory.
     values["model_type"], values["architectures"] = MODEL_TYPE, [auto_class.__name__]
-    with new_file(path, replace=True) as fd:
-        write_at(fd, (json.dumps(values, indent=2, sort_keys=True) + "\n").encode(), 0)
+    replace_file(path, (json.dumps(values, indent=2, sort_keys=True) + "\n").encode())
     return True

@@ -68,7 +68,7 @@ def _tables_in(folder: Path) -> list[Path]:
 
 
 def _fusion_beside(tables: list[Path]) -> dict[int, Any] | None:
-    """What `import_table` wrote beside them, where it did for all."""
+    """The fusion weights that `import_table` wrote beside the tables, if all tables have them."""
     paths = {table: table.with_suffix(FUSION_SUFFIX) for table in tables}
     if not tables or not all(path.is_file() for path in paths.values()):
         return None

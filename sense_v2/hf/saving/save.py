@@ -1,9 +1,4 @@
-"""A model with memory -> its folder (`folder.py`): the backbone as transformers saves it, and the memory beside it.
-
-The table is never rewritten: it is where it was trained, or it is copied. Every file is written under another name
-first, so that a process that reads the old one keeps it. engram/config.json comes last and is taken away before a
-table is replaced: a folder without it was not saved to its end.
-"""
+"""A model with memory -> its folder: the backbone, and the memory beside it."""
 
 from __future__ import annotations
 
@@ -20,14 +15,11 @@ from safetensors.torch import save as to_safetensors
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
 from sense_v2.core.config import EngramConfig
-from sense_v2.engram.delta.overlay import OverlayStorage
-from sense_v2.engram.ranks.sharded_table import ShardedTable
-from sense_v2.engram.storage import MMapEmbeddingStorage
+from sense_v2.engram.row_source import TrainableRows
 from sense_v2.engram.table.disk import WriterLock, copy_file
 from sense_v2.engram.table.format import lock_name, manifest_name
 from sense_v2.engram.table.opening import read_manifest
 from sense_v2.engram.tokenizer import description_path
-from sense_v2.engram.upkeep.table_copy import copy_table
 from sense_v2.hf.memory import EngramMemory, attached_memory
 from sense_v2.hf.saving.backbone_facts import (
     BACKBONE_FILE,
@@ -46,7 +38,7 @@ from sense_v2.hf.saving.folder import (
     STATE_FILE,
     TABLE_FILE,
     is_same_file,
-    replaced_file,
+    replace_file,
 )
 from sense_v2.hf.saving.model_card import write_card
 from sense_v2.hf.saving.model_config import announce_memory
@@ -66,18 +58,27 @@ def save_pretrained(
     state_dict: Mapping[str, torch.Tensor] | None = None,
     **options: Any,
 ) -> None:
-    """Writes the model, its memory (if any is attached) and its tokenizer to `folder`.
+    """Save a model, its memory if any is attached, and its tokenizer.
 
-    A table that lies in `folder/engram` stays. For one that lies elsewhere `table` says what is saved, without its
-    optimizer states: "copy" (a reflink where the file system has them), "reflink" (refused where it hasn't), or
-    "reference", its path and commit. `model` goes on with the table it has. `tokenizer` is a `tokenizers.Tokenizer`
-    or a transformers tokenizer. `training` and `evaluation`, names and values, go into the model card, whose title is
-    `name`, by default the folder's. `state_dict` is saved in place of the model's own weights, those of the fusion
-    layers included; `options` (`max_shard_size`, `variant`, …) are those of the backbone's own `save_pretrained`.
+    A table that lies in `folder/engram` already stays there. The model goes on with the table it has.
 
-    Raises `FileExistsError` where a model without memory would be saved beside the memory of another, or a reference
-    beside a table, `BlockingIOError` where somebody writes to the table whose place would be taken, `ValueError` for
-    another `table` and for a model that a PEFT adapter wraps, `OSError` where there is no room or no reflink.
+    Args:
+        model: A model of transformers.
+        folder: Where everything goes.
+        tokenizer: A `tokenizers.Tokenizer`, or a tokenizer of transformers.
+        table: What is saved of a table that lies elsewhere, without its optimizer states: "copy" (a reflink where
+            the file system has them), "reflink" (refused where it hasn't), or "reference", its path and commit.
+        training: Names and values for the model card.
+        evaluation: More of them.
+        name: The model card's title, by default the folder's name.
+        state_dict: Saved in place of the model's own weights, those of the fusion layers included.
+        **options: Those of the backbone's own `save_pretrained` (`max_shard_size`, `variant`, …).
+
+    Raises:
+        FileExistsError: A model without memory would be saved beside another's memory, or a reference beside a table.
+        BlockingIOError: Another process writes to the table whose place would be taken.
+        ValueError: `table` is something else, or a PEFT adapter wraps the model.
+        OSError: There is no room, or no reflink.
     """
     folder = Path(folder)
     target = folder / MEMORY_FOLDER
@@ -123,7 +124,7 @@ def save_pretrained(
             tokenizer = _save_tokenizer(tokenizer, model, folder)
         if memory is not None:
             # Several processes commit together, and one of them may save alone what was committed.
-            if memory.storage.mode == "r+" and not isinstance(memory.storage, ShardedTable):
+            if memory.storage.mode == "r+" and not memory.storage.needs_all_ranks:
                 memory.storage.flush()
             # What is recorded of a tokenizer that isn't saved again still holds.
             facts = {
@@ -145,11 +146,9 @@ def save_pretrained(
 
 
 def describe_backbone(model: PreTrainedModel, folder: Path, facts: Mapping[str, Any]) -> None:
-    """Says in `folder`, to which transformers has saved `model`, that it is one with memory, and what the memory was
-    trained on."""
+    """Say in the folder that transformers saved `model` to that it has a memory, and what that was trained on."""
     (folder / MEMORY_FOLDER).mkdir(parents=True, exist_ok=True)
-    with replaced_file(folder / MEMORY_FOLDER / BACKBONE_FILE) as file:
-        file.write((json.dumps(facts, indent=2) + "\n").encode())
+    replace_file(folder / MEMORY_FOLDER / BACKBONE_FILE, (json.dumps(facts, indent=2) + "\n").encode())
     if not announce_memory(folder, model):
         warnings.warn(
             f"{type(model).__name__} is none of transformers' own models with a language head: "
@@ -168,11 +167,15 @@ def save_memory(
     states: bool,
     fusion: Mapping[str, torch.Tensor] | None = None,
 ) -> None:
-    """Writes what of a model is memory to the folder `target`, as above, its configuration last. `fusion` are the
-    fusion layers' weights, by default those that they have.
+    """Write a model's memory to a folder, its configuration last.
 
-    `table`: "copy" and "reflink" copy the table of the last commit, with its optimizer states where `states`;
-    "reference" names it; "stay" is for one that lies there already. An overlay's rows are written beside it.
+    Args:
+        memory: Attached to the model.
+        target: The folder.
+        table: "copy" and "reflink" copy the table of the last commit, "reference" names it, and "stay" is for a table
+            that lies there already. An overlay's rows are written beside it.
+        states: True to copy the table's optimizer states as well.
+        fusion: The fusion layers' weights, by default those that they have.
     """
     target.mkdir(parents=True, exist_ok=True)
     if table == "reference":
@@ -190,33 +193,27 @@ def save_memory(
     copy_file(map_path, target / MAP_FILE)
     fusion = memory.layers.state_dict() if fusion is None else fusion
     weights = {name: value.contiguous() for name, value in fusion.items()}
-    with replaced_file(target / FUSION_FILE) as file:
-        file.write(to_safetensors(weights, metadata={"format": "pt"}))
-    with replaced_file(target / CONFIG_FILE) as file:
-        file.write(_portable_config(memory).to_json().encode())
+    replace_file(target / FUSION_FILE, to_safetensors(weights, metadata={"format": "pt"}))
+    replace_file(target / CONFIG_FILE, _portable_config(memory).to_json().encode())
 
 
 def _save_overlay(memory: EngramMemory, path: Path, states: bool) -> None:
-    overlay: Any = memory.storage
-    if not isinstance(overlay, OverlayStorage):
+    if memory.storage is memory.table:
         path.unlink(missing_ok=True)  # of another memory
-    elif overlay.path is None or not is_same_file(overlay.path, path):
-        overlay.export(path, states=states)
+    elif memory.storage.path is None or not is_same_file(memory.storage.path, path):
+        memory.storage.copy_to(path, states=states)
 
 
-def _write_reference(storage: MMapEmbeddingStorage, target: Path) -> None:
-    if storage.manifest.commit is None:
+def _write_reference(storage: TrainableRows, target: Path) -> None:
+    manifest = storage.manifest
+    assert storage.path is not None
+    if manifest.commit is None:
         raise ValueError(
             f"{storage.path} was never committed, so that nothing identifies its rows; commit() before it is "
             "referenced, or save a copy"
         )
-    named = {
-        "storage_path": str(storage.path.absolute()),
-        "commit": storage.manifest.commit,
-        "step": storage.manifest.step,
-    }
-    with replaced_file(target / REFERENCE_FILE) as file:
-        file.write((json.dumps(named, indent=2) + "\n").encode())
+    named = {"storage_path": str(storage.path.absolute()), "commit": manifest.commit, "step": manifest.step}
+    replace_file(target / REFERENCE_FILE, (json.dumps(named, indent=2) + "\n").encode())
 
 
 def _save_tokenizer(tokenizer: Any, model: PreTrainedModel, folder: Path) -> Any:
@@ -236,8 +233,8 @@ def _save_tokenizer(tokenizer: Any, model: PreTrainedModel, folder: Path) -> Any
 
 
 def _portable_config(memory: EngramMemory) -> EngramConfig:
-    """Paths relative to the folder, and the pad token by name: left open, it would be the one that the model has when
-    it is loaded, and other rows would be looked up."""
+    """Make paths relative to the folder, and name the pad token: left open, it would be the loaded model's, and other
+    rows would be looked up."""
     pad_token_id = memory.config.pad_token_id
     if pad_token_id is None:
         compressed_V = memory.tokenizer(torch.arange(memory.tokenizer.vocab_size))
@@ -248,8 +245,8 @@ def _portable_config(memory: EngramMemory) -> EngramConfig:
 
 
 def _copy_table(memory: EngramMemory, target: Path, states: bool, *, reflink_only: bool) -> None:
-    """The table and its manifest. State that an earlier table left there would be taken for its own."""
-    copy_table(memory.whole_table, target / TABLE_FILE, states=states, reflink_only=reflink_only)
+    """Copy the table and its manifest, and remove an earlier table's states, which would be taken for its own."""
+    memory.whole_table.copy_to(target / TABLE_FILE, states=states, reflink_only=reflink_only)
     kept = {entry.file for entry in read_manifest(target / manifest_name(TABLE_FILE)).states.values()}
     for path in target.glob("engram_table.*.dat"):
         is_table = path.with_name(manifest_name(path.name)).exists() or is_same_file(path, memory.table.path)
@@ -259,8 +256,8 @@ def _copy_table(memory: EngramMemory, target: Path, states: bool, *, reflink_onl
 
 @contextlib.contextmanager
 def _sole_writer(table: Path) -> Iterator[None]:
-    """While a table that is there is replaced, nobody else writes to it: the next commit would put its own manifest
-    beside the new rows."""
+    """Keep other writers out while a table is replaced: their next commit would put its manifest beside the new
+    rows."""
     lock = WriterLock(table.with_name(lock_name(table.name)), str(table)) if table.exists() else None
     try:
         yield

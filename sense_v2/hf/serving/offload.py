@@ -1,4 +1,6 @@
-"""A Qwen4-Exp model of transformers whose n-gram tables stay on disk: the same outputs, without the table in memory.
+"""A Qwen4-Exp model of transformers whose n-gram tables stay on disk.
+
+Its outputs are the same, without the table in memory:
 
     load_with_tables_on_disk(folder)    builds and loads the model, all but the tables
     offload_ngram_table(model, folder)  takes the tables out of a model that is there
@@ -12,6 +14,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import threading
 from collections.abc import Iterator
 from typing import Any
 
@@ -25,9 +28,9 @@ from sense_v2.hf.saving.weights import load_weights
 
 
 class EmbeddingOnDisk(nn.Module):
-    """In the place of `ngram_embedding`: row ids -> rows, in the type that the layer computes in.
+    """Takes the place of `ngram_embedding`: row ids -> rows, in the type that the layer computes in.
 
-    `table` None is a place that is still empty; to call it is a `ValueError`.
+    With `table` None the place is still empty, and calling it raises `ValueError`.
     """
 
     def __init__(
@@ -42,7 +45,7 @@ class EmbeddingOnDisk(nn.Module):
 
     @property
     def weight(self) -> torch.Tensor:
-        """No rows: a shape on the device meta, from which transformers sees that ids stay where they are."""
+        """No rows: a shape on the meta device, from which transformers sees that ids stay where they are."""
         return torch.empty(self.num_embeddings, self.embedding_dim, device="meta")
 
     def forward(self, row_ids: torch.Tensor) -> torch.Tensor:
@@ -53,13 +56,12 @@ class EmbeddingOnDisk(nn.Module):
 
 
 def offload_ngram_table(model: PreTrainedModel, folder: str | os.PathLike[str]) -> PreTrainedModel:
-    """Replaces the n-gram tables of `model`, in place, by those in the checkpoint in `folder`; returns the model.
+    """Replace the n-gram tables of a model, in place, by those in its checkpoint; return the model.
 
     The tables' memory is given back when nothing else refers to it. The rows aren't trained, and `save_pretrained`
     leaves them out: they are in `folder`.
 
-    Raises `ValueError` where the model has no such table, or where that of the folder doesn't fit it; the model is
-    then as it was.
+    Raises `ValueError` if the model has no such table, or the folder's doesn't fit it; the model is then as it was.
     """
     places = list(_ngram_embeddings(model))
     if not places:
@@ -106,11 +108,13 @@ def load_with_tables_on_disk(
 
 @contextlib.contextmanager
 def _tables_left_out() -> Iterator[None]:
-    """Modules that are built get an empty place for `ngram_embedding`, so that no table is ever allocated."""
+    """Give modules that are built an empty place for `ngram_embedding`, so that no table is allocated."""
 
-    # Typed as torch does it, which takes a result as well, the module to register instead.
+    thread = threading.get_ident()
+
+    # The module to register instead, or None. (torch's annotation of such hooks forgets the former: Any.)
     def replaced(module: nn.Module, name: str, child: nn.Module | None) -> Any:
-        if name != "ngram_embedding" or isinstance(child, EmbeddingOnDisk):
+        if name != "ngram_embedding" or isinstance(child, EmbeddingOnDisk) or threading.get_ident() != thread:
             return None
         assert isinstance(child, nn.Embedding)
         return EmbeddingOnDisk(child.num_embeddings, child.embedding_dim, module, None)
@@ -123,7 +127,7 @@ def _tables_left_out() -> Iterator[None]:
 
 
 def _ngram_embeddings(model: nn.Module) -> Iterator[tuple[nn.Module, Any]]:
-    """(layer, the module in it that has `ngram_embedding`) of each table."""
+    """Yield (layer, the module in it that has `ngram_embedding`) for each table."""
     for layer in model.modules():
         inner = getattr(layer, "ple_embedding", None)
         if isinstance(inner, nn.Module) and hasattr(inner, "ngram_embedding") and hasattr(layer, "norm_key"):

@@ -1,0 +1,1 @@
+"""Training on transformers' Trainer, and everything that a run needs."""

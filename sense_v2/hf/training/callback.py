@@ -25,8 +25,6 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from sense_v2.core.config import DURABILITIES, ROW_OPTIMIZERS
 from sense_v2.engram.optim import RowAdam, RowGradients, RowWiseAdagrad
-from sense_v2.engram.ranks.range_copy import copy_table
-from sense_v2.engram.ranks.sharded_table import ShardedTable
 from sense_v2.hf.load import load_fusion
 from sense_v2.hf.memory import EngramMemory, memory_of
 from sense_v2.hf.saving.folder import MEMORY_FOLDER, TABLE_FILE
@@ -147,7 +145,7 @@ class EngramCallback(TrainerCallback):
                 f"{storage.path} is open read-only: attach with mode='r+' to train its rows, or freeze them "
                 "(storage.requires_grad_(False))"
             )
-        if self.checkpoints != "copy" and isinstance(storage, ShardedTable) and storage.layout == "shards":
+        if self.checkpoints != "copy" and storage.is_in_shards:
             raise ValueError(
                 f"EngramCallback(checkpoints={self.checkpoints!r}) is for one file, and this table lies in shards; "
                 "use checkpoints='copy'"
@@ -185,13 +183,13 @@ class EngramCallback(TrainerCallback):
                 "the Trainer has another model than at its beginning (model_init?): a table has one writer, so give "
                 "the Trainer the model itself"
             )
-        is_sharded = isinstance(self.memory.storage, ShardedTable)
-        if (is_sharded or self._num_ranks > 1) and not self.averages_ranks:
+        is_shared = self.memory.storage.needs_all_ranks
+        if (is_shared or self._num_ranks > 1) and not self.averages_ranks:
             raise ValueError(
                 "several processes train, and a plain Trainer doesn't bring their rows' gradients together: use "
                 "EngramTrainer, or put EngramTraining before your Trainer's class"
             )
-        if self._num_ranks > 1 and not is_sharded:
+        if self._num_ranks > 1 and not is_shared:
             raise ValueError(
                 f"{self._num_ranks} processes train, and this one has attached the table for itself: use "
                 "sense_v2.hf.training.ranks.attach_on_every_rank"
@@ -205,8 +203,7 @@ class EngramCallback(TrainerCallback):
                 optimizer = optimizer.optimizer
             self._group = _group_of(self._stand_in, optimizer)
             kind: Any = RowAdam if self.row_optimizer == "adam" else RowWiseAdagrad
-            storage = self.memory.storage
-            self._rows = storage.row_optimizer(kind) if isinstance(storage, ShardedTable) else kind(storage)
+            self._rows = self.memory.storage.row_optimizer(kind)
             self._handles.append(optimizer.register_step_pre_hook(self._before_step))
         if state.global_step > 0:
             self._resume(args, state, model)
@@ -233,9 +230,9 @@ class EngramCallback(TrainerCallback):
         if self.checkpoints == "stay":
             return
         table, storage = self.checkpoints, self.memory.storage
-        if isinstance(storage, ShardedTable) and storage.layout == "shards":
+        if storage.is_in_shards:
             # No rank has all rows: each copies its own.
-            copy_table(storage, folder / MEMORY_FOLDER / TABLE_FILE, states=states)
+            storage.copy_to(folder / MEMORY_FOLDER / TABLE_FILE, states=states)
             table = "stay"
         if args.should_save:
             write_checkpoint(model, folder, table=table, states=states)
@@ -275,7 +272,7 @@ class EngramCallback(TrainerCallback):
         # An optimizer that unscales by itself (fused AdamW) gets these from a gradient scaler, for the step.
         found_inf, scale = getattr(optimizer, "found_inf", None), getattr(optimizer, "grad_scale", None)
         if gradients is not None and not (found_inf is not None and found_inf.item()):
-            row_ids_U, grads_UD = gradients
+            _, grads_UD = gradients
             if scale is not None:
                 grads_UD.div_(scale.to(grads_UD.device))
             if not torch.isfinite(grads_UD).all():
@@ -283,17 +280,15 @@ class EngramCallback(TrainerCallback):
                     f"the rows' gradient isn't finite at step {self._step + 1}; the rows are those of step "
                     f"{self._step}. Lower learning_rate or EngramCallback(row_rate=)"
                 )
-            is_sharded = isinstance(storage, ShardedTable)
-            self._touched.append(storage.num_rows_met if is_sharded else len(row_ids_U))
+            self._touched.append(storage.num_rows_met)
             self._rate = float(self._group["lr"] * self.row_rate)
             assert self._rows is not None
             self._rows.param_groups[0]["lr"] = self._rate
-            if is_sharded:
+            if storage.needs_all_ranks:
+                # What was clipped is a stand-in for all ranks' rows.
                 norm = storage.gradient_norm()
                 storage.scale_gradients(float(grads_UD) / norm if norm else 1.0)
-                storage.step_rows(self._rows)
-            else:
-                self._rows.step()
+            storage.step_rows(self._rows)
         storage.clear_gradients()
 
     def _commit(self, state: TrainerState) -> None:

@@ -1,7 +1,7 @@
 """A Trainer's checkpoint folder <-> the memory at that step.
 
     checkpoint-N/              what the Trainer writes: weights, optimizer, schedule, random states
-    checkpoint-N/engram/       what is written here, as in a saved model (`pretrained.py`); with the table
+    checkpoint-N/engram/       what is written here, as in a saved model (`saving/folder.py`); with the table
         engram_table.*         copied ("copy"), or
         table_reference.json   named by the commit it had then ("reference"), or
         rows_in_table.json     left where it is, at the checkpoint's step ("stay"), or
@@ -17,15 +17,10 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Any
 
 from transformers import PreTrainedModel
 
-from sense_v2.engram.delta.overlay import OverlayStorage
-from sense_v2.engram.ranks import range_copy
-from sense_v2.engram.ranks.sharded_table import ShardedTable
 from sense_v2.engram.table.disk import sync
-from sense_v2.engram.upkeep.table_copy import restore_table
 from sense_v2.hf.memory import EngramMemory, memory_of
 from sense_v2.hf.saving.backbone_facts import backbone_facts
 from sense_v2.hf.saving.folder import (
@@ -95,9 +90,9 @@ def restore_rows(memory: EngramMemory, checkpoint: Path) -> None:
             f"{folder / CONFIG_FILE} isn't there: the checkpoint was saved without an EngramCallback, or saving was "
             "cut off. Resume from an earlier one: trainer.train(resume_from_checkpoint=FOLDER)"
         )
-    storage: Any = memory.storage
-    if isinstance(storage, OverlayStorage):
-        storage.restore(folder / OVERLAY_FILE)
+    storage = memory.storage
+    if storage is not memory.table:
+        storage.restore_from(folder / OVERLAY_FILE)
         return
     if memory.is_released:  # its rows are what they were
         return
@@ -109,16 +104,13 @@ def restore_rows(memory: EngramMemory, checkpoint: Path) -> None:
             )
         return
     if not (folder / REFERENCE_FILE).is_file():
-        if isinstance(memory.storage, ShardedTable):
-            range_copy.restore_table(memory.storage, folder / TABLE_FILE)
-        else:
-            restore_table(memory.storage, folder / TABLE_FILE)
+        storage.restore_from(folder / TABLE_FILE)
         return
-    named, manifest = read_reference(folder / REFERENCE_FILE), memory.storage.manifest
-    if named["commit"] != manifest.commit or memory.storage.updates != manifest.updates:
+    named, manifest = read_reference(folder / REFERENCE_FILE), storage.manifest
+    if named["commit"] != manifest.commit or storage.updates != manifest.updates:
         raise ValueError(
             f"{checkpoint} names its rows by reference: {named['storage_path']} as committed at step "
-            f"{named['step']}. {memory.storage.path} has gone on since then (step {manifest.step}), and rows that "
+            f"{named['step']}. {storage.path} has gone on since then (step {manifest.step}), and rows that "
             "changed can't be had back. Resume from the last checkpoint, or train with EngramCallback("
             "checkpoints='copy')"
         )

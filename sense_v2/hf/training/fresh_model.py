@@ -1,5 +1,4 @@
-"""A corpus -> a tokenizer, a small model that has learned nothing yet, and a memory of a size that suits it: what is
-trained where no model is named."""
+"""A corpus -> a tokenizer, a small untrained model, and a memory of a size that suits it."""
 
 from __future__ import annotations
 
@@ -20,7 +19,7 @@ END_OF_TEXT_ID = 0
 
 
 def train_bpe(texts: list[str]) -> Tokenizer:
-    """A byte-level BPE of 4,096 tokens, or of fewer where the texts have no more to give; token 0 ends a text."""
+    """Train a byte-level BPE of 4,096 tokens, or fewer if the texts have no more to give; token 0 ends a text."""
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
@@ -33,8 +32,8 @@ def train_bpe(texts: list[str]) -> Tokenizer:
 
 
 def fresh_backbone(vocab_size: int, seed: int, *, max_positions: int = 512) -> LlamaForCausalLM:
-    """A Llama of two layers of width 128, the same weights from the same arguments. Its embedding is its output layer
-    too, as small models have it; weights are drawn at 0.05, since the usual 0.02 suits larger widths."""
+    """Make a Llama of two layers of width 128; the same arguments give the same weights. Its embedding is its output
+    layer too, as in small models; weights are drawn at 0.05, since the usual 0.02 suits larger widths."""
     torch.manual_seed(seed)
     return LlamaForCausalLM(
         LlamaConfig(
@@ -55,8 +54,8 @@ def fresh_backbone(vocab_size: int, seed: int, *, max_positions: int = 512) -> L
 
 
 def small_memory(folder: str | Path) -> EngramConfig:
-    """4 heads of about 524,288 rows of width 64 before layer 1, zeros at first, in a folder that `save_pretrained`
-    will save to."""
+    """Return a memory of 4 heads of about 524,288 rows of width 64 before layer 1, zeros at first, in a folder that
+    `save_pretrained` will save to."""
     storage_path, shadow_map_path = memory_paths(folder)
     return EngramConfig(
         table_size=4 * 524_288,

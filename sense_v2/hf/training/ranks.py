@@ -74,10 +74,11 @@ def attach_on_every_rank(
 
 def table_of(model: nn.Module) -> ShardedTable:
     """The table that `attach_on_every_rank` attached. Raises `ValueError` for another one."""
-    storage = memory_of(model).storage
-    if not isinstance(storage, ShardedTable):
+    storage: Any = memory_of(model).storage
+    if not storage.needs_all_ranks:
         raise ValueError("this model's memory was attached for one process: attach_on_every_rank(model, config)")
-    return storage
+    table: ShardedTable = storage
+    return table
 
 
 class GlobalStep:

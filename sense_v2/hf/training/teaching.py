@@ -1,10 +1,10 @@
-"""A short text -> the rows of its n-grams, moved until the model says it: a fact, taught and undone.
+"""A short text -> the rows of its n-grams, moved until the model says it.
 
     before = what the model says
     taught = teach(model, tokenizer, " Lutz.", prompt="The capital of Zubrowka is")
     taught.undo()
 
-Only rows change, in an overlay (`engram/overlay.py`): backbone, fusion layers and table are the same bits afterwards.
+Only rows change, in an overlay (`delta/overlay.py`): backbone, fusion layers and table are the same bits afterwards.
 And only rows of positions whose next token is learned: the n-grams that end with the prompt, and those of the text.
 Rows at the prompt's other positions could help as well, through attention, but they are those of phrases that other
 texts share; leaving them alone costs nothing that was measured (benchmarks/LOG.md).
@@ -32,6 +32,7 @@ from sense_v2.engram.delta.overlay import OverlayStorage
 from sense_v2.engram.optim import row_adam
 from sense_v2.hf.attach import detach_engram
 from sense_v2.hf.data.corpus import encode
+from sense_v2.hf.insight.comparison import continued
 from sense_v2.hf.load import from_pretrained
 from sense_v2.hf.memory import EngramMemory, memory_of
 from sense_v2.hf.overlays import add_overlay, overlay_of
@@ -73,14 +74,23 @@ def teach(
     lr: float = 0.02,
     stop_below: float = 0.1,
 ) -> Taught:
-    """Moves rows that `text`, behind `prompt`, looks up until the model goes on from `prompt` with `text`.
+    """Move the rows that a text looks up until the model says it.
 
-    `tokenizer` is the model's. `prompt` is context: how it itself goes on isn't learned. `lr` is Adam's, in units of
-    a row's values. It ends after `steps`, or once the loss is below `stop_below`. A model without an overlay gets one
-    in memory (`add_overlay(model, path)` before makes it a file); nothing is committed.
+    A model without an overlay gets one in memory (`add_overlay(model, path)` before makes it a file). Nothing is
+    committed.
 
-    Raises `ValueError` for a text of no tokens to learn, and for a model whose memory can't be heard (W_v is zero);
-    `FloatingPointError` where the loss isn't finite, and the rows are what they were.
+    Args:
+        model: With memory attached.
+        tokenizer: The model's.
+        text: What the model is to say.
+        prompt: The context before it; how it goes on itself isn't learned.
+        steps: At most so many.
+        lr: Adam's, in units of a row's values.
+        stop_below: The loss, in nats a token, at which it ends earlier.
+
+    Raises:
+        ValueError: The text has no tokens to learn, or the memory can't be heard (W_v is zero).
+        FloatingPointError: The loss isn't finite; the rows are what they were.
     """
     memory = memory_of(model)
     if not any(bool(layer.W_v.weight.any()) for layer in memory):
@@ -92,7 +102,7 @@ def teach(
     overlay = overlay_of(model) or add_overlay(model)
     with _rows_alone(model, memory, overlay):
         learned_T = labels_1T[0, 1:] != -100  # whose next token is learned
-        row_ids_LBTH = memory.hash_tokens(token_ids_1T, None, None, None)[1]
+        row_ids_LBTH = memory.hash_tokens(token_ids_1T)[1]
         row_ids_U = row_ids_LBTH[:, 0, :-1][:, learned_T.to(row_ids_LBTH.device)].unique().cpu()
         return _descend(model, overlay, row_ids_U, token_ids_1T, labels_1T, steps=steps, lr=lr, stop_below=stop_below)
 
@@ -150,17 +160,14 @@ def teach_delta(
         detach_engram(model)
 
 
-def _continuation(model: Any, tokenizer: Any, prompt: str) -> str | None:
+def _continuation(model: PreTrainedModel, tokenizer: Any, prompt: str) -> str | None:
     """How the model goes on, the likeliest token each time; None without a prompt."""
-    prompt_1T = torch.from_numpy(encode([prompt], tokenizer, separator_id=None)).long()[None]
-    if not prompt_1T.shape[1]:
+    ids_T = torch.from_numpy(encode([prompt], tokenizer, separator_id=None)).long()
+    if not len(ids_T):
         return None
     with torch.no_grad():
-        token_ids_1T = model.generate(
-            prompt_1T, attention_mask=torch.ones_like(prompt_1T), max_new_tokens=SHOWN_TOKENS, do_sample=False
-        )
-    text: str = tokenizer.decode(token_ids_1T[0, prompt_1T.shape[1] :].tolist(), skip_special_tokens=True)
-    return text
+        token_ids_1T = continued(model, ids_T[None], SHOWN_TOKENS)
+    return str(tokenizer.decode(token_ids_1T[0, len(ids_T) :].tolist(), skip_special_tokens=True))
 
 
 def _descend(

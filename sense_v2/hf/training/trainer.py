@@ -16,7 +16,6 @@ import torch
 from transformers import Trainer
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, get_last_checkpoint
 
-from sense_v2.engram.ranks.sharded_table import ShardedTable
 from sense_v2.hf.data.streaming import STREAM_FILE, ResumableStream, load_stream, save_stream
 from sense_v2.hf.training.callback import EngramCallback
 
@@ -98,10 +97,9 @@ class EngramTraining(StreamTraining):
 
     def training_step(self, *args: Any, **kwargs: Any) -> torch.Tensor:
         loss = super().training_step(*args, **kwargs)  # type: ignore[misc]
-        table = self.engram.memory.storage
-        if self.accelerator.sync_gradients and isinstance(table, ShardedTable):  # type: ignore[attr-defined]
+        if self.accelerator.sync_gradients:  # type: ignore[attr-defined]
             # As DDP averages the weights' gradients, which the Trainer has divided by its accumulation steps.
-            table.exchange_gradients(divide_by=table.ranks.num_ranks)
+            self.engram.memory.storage.average_over_ranks()
         return loss
 
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:

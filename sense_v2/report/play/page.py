@@ -1,4 +1,4 @@
-"""The page of `sense-engram play`: its texts, its components, and which of them calls what of a `Player`.
+"""The page of `sense-engram play`: its texts and components, and what they call of a `Player`.
 
 Only Gradio is here. What a request comes to is in `player.py`, what is shown of it in `sense_v2.report.playground`.
 """
@@ -32,7 +32,7 @@ TEACH = (
 
 
 def build_app(player: Player) -> FastAPI:
-    """The page as an ASGI app, with nothing of Gradio's that would leave this machine or keep what was typed."""
+    """Build the page as an ASGI app, without anything of Gradio's that leaves this machine or keeps what is typed."""
     app = FastAPI(openapi_url=None, docs_url=None, redoc_url=None)
     return gr.mount_gradio_app(
         app,
@@ -52,7 +52,7 @@ def build_app(player: Player) -> FastAPI:
 
 
 def theme() -> gr.themes.Base:
-    """Fonts of the reader's machine alone, and the reports' grounds."""
+    """Use only fonts of the reader's machine, and the reports' background colours."""
     return gr.themes.Base(primary_hue="blue", neutral_hue="slate", font=FONT, font_mono=MONO).set(
         body_background_fill="#ffffff",
         body_background_fill_dark="#14181d",

@@ -37,7 +37,7 @@ NUM_CONTINUED = 12
 
 @dataclass
 class Fact:
-    """Something that was taught, and how to take it back."""
+    """Something that was taught, and how to undo it."""
 
     prompt: str
     text: str
@@ -46,7 +46,7 @@ class Fact:
 
 @dataclass
 class Notebook:
-    """What one tab has taught: rows on top of the model's table, in memory, and the facts in their order."""
+    """What one tab was taught: rows on top of the model's table, in memory, and the facts in order."""
 
     overlay: OverlayStorage
     facts: list[Fact] = field(default_factory=list)
@@ -79,7 +79,7 @@ class Player:
         self._lock = threading.Lock()
 
     def look(self, text: str, notebook: Notebook | None) -> tuple[str, str]:
-        """The text coloured by gate, and its rows as a table."""
+        """Return the text coloured by gate, and its rows as a table."""
         try:
             with self._turn(notebook):
                 found = self._inspected(text)
@@ -90,7 +90,7 @@ class Player:
     def go_on(
         self, text: str, max_new_tokens: float, temperature: float, seed: float, notebook: Notebook | None
     ) -> str:
-        """Two continuations, with memory and without."""
+        """Return two continuations, with memory and without."""
         try:
             with self._turn(notebook):
                 found = compare(
@@ -109,8 +109,8 @@ class Player:
     def teach(
         self, prompt: str, text: str, steps: float, page_text: str, watched: str, notebook: Notebook | None
     ) -> tuple[str, str, Notebook | None]:
-        """Teaches the tab that `prompt` goes on with `text`: what that did, to the text of the page and to the lines
-        of `watched` too, all that the tab was taught, and its notebook."""
+        """Teach the tab that `prompt` goes on with `text`. Returns what that did, to the page's text and the lines of
+        `watched` too; all that the tab was taught; and its notebook."""
         facts = [] if notebook is None else notebook.facts
         texts = [page_text, *(fact.prompt + fact.text for fact in facts), *watched.splitlines()]
         texts = list(dict.fromkeys(one for one in texts if one.strip()))[:MAX_WATCHED]
@@ -142,7 +142,7 @@ class Player:
         return playground.lesson(found), self.facts(notebook), notebook
 
     def undo(self, notebook: Notebook | None) -> tuple[str, str, Notebook | None]:
-        """Takes the last fact back."""
+        """Undo the last fact."""
         if notebook is None or not notebook.facts:
             return playground.note("Nothing was taught in this tab."), self.facts(notebook), notebook
         with self._turn(notebook):
@@ -152,21 +152,21 @@ class Player:
         return playground.note(said), self.facts(notebook), notebook
 
     def facts(self, notebook: Notebook | None) -> str:
-        """All that a tab was taught."""
+        """Return all that a tab was taught."""
         if notebook is None:
             return playground.facts([], 0)
         pairs = [(fact.prompt, fact.text) for fact in notebook.facts]
         return playground.facts(pairs, len(notebook.overlay.changed_ids))
 
     def save(self, notebook: Notebook | None) -> str:
-        """Writes what the tab was taught to a delta, and says where."""
+        """Write what the tab was taught to a delta, and say where."""
         if notebook is None or not notebook.facts:
             return playground.note("Nothing was taught in this tab, so there is nothing to save.")
         try:
             with self._turn(notebook):
                 path = _unused(self.save_to / f"taught-{datetime.now():%Y%m%d-%H%M%S}.safetensors")
                 path.parent.mkdir(parents=True, exist_ok=True)
-                notebook.overlay.export(path)
+                notebook.overlay.copy_to(path, states=False)
         except (OSError, ValueError) as error:
             return self._refusal(error)
         num_rows, num_bytes = len(notebook.overlay.changed_ids), path.stat().st_size
@@ -174,7 +174,7 @@ class Player:
 
     @contextmanager
     def _turn(self, notebook: Notebook | None) -> Iterator[None]:
-        """The model alone, with what this tab has taught."""
+        """Lend the model, with what this tab was taught, to one request."""
         with self._lock:
             self.memory.use_storage(self.base if notebook is None else notebook.overlay.eval())
             try:
@@ -185,7 +185,7 @@ class Player:
     def _inspected(self, text: str) -> dict[str, Any]:
         limit = MAX_SHOWN if self.max_tokens is None else min(MAX_SHOWN, self.max_tokens)
         found = inspect_text(self.model, self.tokenizer, text, max_tokens=limit)
-        if isinstance(self.memory.storage, OverlayStorage):
+        if self.memory.storage is not self.memory.table:
             changed_ids = self.memory.storage.changed_ids
             for layer in found["layers"]:
                 layer["moved"] = torch.isin(torch.tensor(layer["row_ids"]), changed_ids).tolist()
@@ -205,7 +205,7 @@ class Player:
 
 
 def _looks_up(found: dict[str, Any], row_ids_U: torch.Tensor) -> list[bool]:
-    """Of each token of an inspected text: whether one of its rows is among these."""
+    """Return for each token of an inspected text whether one of its rows is among these."""
     if not found["layers"]:
         return []
     row_ids_LTH = torch.tensor([layer["row_ids"] for layer in found["layers"]])
@@ -213,7 +213,7 @@ def _looks_up(found: dict[str, Any], row_ids_U: torch.Tensor) -> list[bool]:
 
 
 def _unused(path: Path) -> Path:
-    """`path`, or with a number where there is a file of that name."""
+    """Return `path`, with a number if a file has that name."""
     number, free = 1, path
     while free.exists():
         number += 1

@@ -24,7 +24,7 @@ SHUTDOWN_SECONDS = 1
 
 
 def listen(port: int) -> socket.socket:
-    """A listening socket on 127.0.0.1. Raises `CommandError` where the port is taken or not for us."""
+    """Return a listening socket on 127.0.0.1. Raises `CommandError` if the port is taken or reserved."""
     listener = socket.socket()
     listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
     try:
@@ -43,8 +43,7 @@ def listen(port: int) -> socket.socket:
 
 
 def serve(app: Any, listener: socket.socket) -> None:
-    """Runs the ASGI app on a listening socket until SIGINT or SIGTERM, which are raised again after the last
-    connection is closed."""
+    """Run an ASGI app on a listening socket until SIGINT or SIGTERM; both are raised again at the end."""
     import uvicorn
 
     config = uvicorn.Config(
@@ -54,10 +53,10 @@ def serve(app: Any, listener: socket.socket) -> None:
 
 
 class LocalOnly:
-    """An ASGI app that answers only what is addressed to this machine by a page of its own.
+    """An ASGI app that answers only requests to this machine from a page of its own.
 
-    A page of another site that a browser here has open could otherwise post to it (its Origin gives it away), or get
-    at it under a name of its own that it points to 127.0.0.1 (the Host gives that away).
+    Another site's page in this machine's browser could otherwise post to it (its Origin gives that away), or reach it
+    under a name that it points to 127.0.0.1 (the Host gives that away).
     """
 
     def __init__(self, app: Any) -> None:

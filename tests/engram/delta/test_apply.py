@@ -10,8 +10,9 @@ import pytest
 import torch
 from tables import D, N, in_a_fork, make, manifest, on_disk, slow_sums
 
+from sense_v2.engram.delta import apply
 from sense_v2.engram.delta.apply import apply_delta, export_delta, merge_deltas, revert_delta, strip_delta
-from sense_v2.engram.delta.delta_file import apply, read_delta
+from sense_v2.engram.delta.delta_file import read_delta
 from sense_v2.engram.delta.overlay import OverlayStorage
 from sense_v2.engram.optim import RowAdam
 from sense_v2.engram.storage import MMapEmbeddingStorage

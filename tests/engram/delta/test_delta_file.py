@@ -11,11 +11,12 @@ from safetensors import safe_open
 from safetensors.torch import load_file
 from tables import D, N, make, manifest, slow_row_hash
 
-from sense_v2.engram.delta.delta_file import Base, DeltaInfo, Source, base_of, read_delta, write_delta
+from sense_v2.engram.delta.delta_file import DeltaInfo, Source, read_delta, write_delta
 from sense_v2.engram.delta.overlay import OverlayStorage
 from sense_v2.engram.storage import MMapEmbeddingStorage
+from sense_v2.engram.table_identity import TableIdentity
 
-BASE = Base(N, D, "float32", "ab" * 32, "block checksums", {"variant": "sense"})
+BASE = TableIdentity(N, D, "float32", "ab" * 32, "block checksums", {"variant": "sense"})
 IDS = np.array([3, 9, 40])
 ROWS = torch.arange(3 * D, dtype=torch.float32).reshape(3, D)
 
@@ -79,7 +80,7 @@ def test_the_safetensors_library_reads_what_the_format_says(tmp_path, dtype):
 
 
 def test_every_tensor_begins_at_a_multiple_of_its_items_bytes(tmp_path):
-    info = DeltaInfo(Base(N, 1, "bfloat16", "ab" * 32, "block checksums"), state_steps={"a": 0})
+    info = DeltaInfo(TableIdentity(N, 1, "bfloat16", "ab" * 32, "block checksums"), state_steps={"a": 0})
     raw = write(tmp_path / "d", rows=ROWS[:, :1].bfloat16(), info=info, a=torch.rand(3, 1)).read_bytes()
     (length,) = struct.unpack("<Q", raw[:8])
     header = json.loads(raw[8 : 8 + length])
@@ -102,18 +103,18 @@ def test_a_delta_of_no_rows_and_one_of_many_parts_are_deltas(tmp_path, monkeypat
 
 def test_a_table_is_named_by_its_manifests_checksums_and_a_copy_is_the_same_table(tmp_path):
     table = make(tmp_path / "a.dat", provenance={"variant": "sense"})
-    named = base_of(table)
+    named = table.identity()
     text = "".join(manifest(tmp_path / "a.dat")["checksums"])
-    assert named == Base(
+    assert named == TableIdentity(
         N, D, "float32", hashlib.sha256(text.encode()).hexdigest(), "block checksums", {"variant": "sense"}
     )
     table.commit()  # of no row
-    assert base_of(table) == named
+    assert table.identity() == named
     table.write(torch.tensor([1]), torch.ones(1, D))
     with pytest.raises(ValueError, match=r"updates since its last commit; commit\(\)"):
-        base_of(table)
+        table.identity()
     table.commit()
-    assert base_of(table).digest != named.digest
+    assert table.identity().digest != named.digest
     table.close()
 
 

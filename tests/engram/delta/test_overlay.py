@@ -115,7 +115,7 @@ def test_without_a_path_rows_change_in_memory_and_are_exported_where_they_are_wa
         "engram_table.json",
         "engram_table.lock",
     ]
-    overlay.export(table.with_name("sent.safetensors"))
+    overlay.copy_to(table.with_name("sent.safetensors"), states=False)
     overlay.discard()
     assert overlay.changed_ids.tolist() == []
     overlay.close()

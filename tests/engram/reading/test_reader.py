@@ -16,11 +16,14 @@ import pytest
 import torch
 from tables import in_a_fork, run_python
 
-from sense_v2.engram.reading import gather, pages, reader
+from sense_v2.engram.reading import cold_policy, gather, pages
+from sense_v2.engram.reading.cold_policy import ASKED_BATCHES
 from sense_v2.engram.reading.pages import page_runs
-from sense_v2.engram.reading.reader import ASKED_BATCHES, RowReader, map_rows, usable_memory_bytes
+from sense_v2.engram.reading.reader import RowReader, map_rows
 from sense_v2.engram.storage import MMapEmbeddingStorage
+from sense_v2.engram.table import platform
 from sense_v2.engram.table.format import row_dtype
+from sense_v2.engram.table.platform import usable_memory_bytes
 
 needs_compiled = pytest.mark.skipif(gather.compiled is None, reason="the extension wasn't compiled")
 needs_smaps = pytest.mark.skipif(not Path("/proc/self/smaps").exists(), reason="asks /proc/self/smaps")
@@ -48,7 +51,7 @@ def path(tmp_path) -> Path:
 @pytest.mark.parametrize(("memory_bytes", "has_holes"), [(4 << 20, False), (4 << 20, True), (4096 * 8 * 4, False)])
 @pytest.mark.parametrize("mode", ["r", "r+"])
 def test_reading_ahead_stays_where_the_file_fits_and_has_no_holes(path, monkeypatch, memory_bytes, has_holes, mode):
-    monkeypatch.setattr(reader, "usable_memory_bytes", lambda: memory_bytes)
+    monkeypatch.setattr(platform, "usable_memory_bytes", lambda: memory_bytes)
     rows_ND = map_rows(path, np.dtype("<f4"), mode, (4096, 8), has_holes=has_holes)
     assert reads_ahead(path) == (memory_bytes == 4 << 20 and not has_holes)
     np.testing.assert_array_equal(rows_ND, np.arange(4096 * 8).reshape(4096, 8))
@@ -139,8 +142,8 @@ def asked_runs(opened: RowReader, monkeypatch, *, in_memory: bool | None) -> lis
     """What is asked for from here on; `in_memory` is what the kernel says of every page."""
     runs: list[np.ndarray] = []
     # Else the extension would ask the real kernel about a small batch.
-    monkeypatch.setattr(opened._pages, "tells", False)
-    opened._small.batches_after_cold = 0
+    monkeypatch.setattr(opened._cold, "tells", False)
+    opened.small.batches_after_cold = 0
     monkeypatch.setattr(opened._pages, "will_need", runs.append)
     monkeypatch.setattr(opened._pages, "in_memory", lambda offsets: in_memory)
     return runs
@@ -149,8 +152,8 @@ def asked_runs(opened: RowReader, monkeypatch, *, in_memory: bool | None) -> lis
 def take_forever(opened: RowReader, monkeypatch, forever: bool) -> None:
     """Whether every gather counts as slow, or none does."""
     slow_ns = -(10**12) if forever else 10**12
-    monkeypatch.setattr(reader, "SLOW_NS", slow_ns)
-    opened._small.slow_ns = slow_ns
+    monkeypatch.setattr(cold_policy, "SLOW_NS", slow_ns)
+    opened.small.slow_ns = slow_ns
 
 
 @pytest.mark.parametrize("num_ids", [0, 1, 16, 2000])
@@ -159,7 +162,7 @@ def take_forever(opened: RowReader, monkeypatch, forever: bool) -> None:
 def test_rows_are_the_same_asked_for_or_not(tmp_path, way, monkeypatch, num_ids, in_memory, batches_to_ask):
     opened, values = open_reader(tmp_path / "rows")
     monkeypatch.setattr(opened._pages, "in_memory", lambda offsets: in_memory)
-    opened._small.batches_to_ask = batches_to_ask
+    opened.small.batches_to_ask = batches_to_ask
     ids = torch.from_numpy(np.random.default_rng(1).integers(0, N_ROWS, num_ids))
     opened.prefetch(ids)
     for dtype in (torch.int64, torch.int32):
@@ -168,7 +171,7 @@ def test_rows_are_the_same_asked_for_or_not(tmp_path, way, monkeypatch, num_ids,
 
 
 def test_a_warm_table_is_never_asked_for(tmp_path, way, monkeypatch):
-    monkeypatch.setattr(reader, "SLOW_NS", 10**12)
+    monkeypatch.setattr(cold_policy, "SLOW_NS", 10**12)
     opened, _ = open_reader(tmp_path / "rows")
     runs = asked_runs(opened, monkeypatch, in_memory=True)
     for num_ids in (16, 16, 5000, 16):
@@ -184,15 +187,15 @@ def test_a_slow_batch_that_read_the_disk_is_followed_by_asking(tmp_path, way, mo
     ids = torch.tensor([1, 5])
     take_forever(opened, monkeypatch, False)
     runs = asked_runs(opened, monkeypatch, in_memory=False)
-    opened._small.batches_to_ask = 0
+    opened.small.batches_to_ask = 0
     opened.read(ids)
     assert runs == []
-    reads = opened._disk_reads
+    reads = opened._cold.disk_reads
     take_forever(opened, monkeypatch, True)
-    monkeypatch.setattr(reader, "disk_reads", lambda: reads)
+    monkeypatch.setattr(cold_policy, "disk_reads", lambda: reads)
     opened.read(ids)  # slow, but not because of the disk
     assert not opened.reads_the_disk
-    monkeypatch.setattr(reader, "disk_reads", lambda: reads + 1)
+    monkeypatch.setattr(cold_policy, "disk_reads", lambda: reads + 1)
     opened.read(ids)
     assert opened.reads_the_disk
     assert runs == []
@@ -201,10 +204,10 @@ def test_a_slow_batch_that_read_the_disk_is_followed_by_asking(tmp_path, way, mo
 
 
 def test_asking_ends_when_nothing_is_slow_any_more(tmp_path, way, monkeypatch):
-    monkeypatch.setattr(reader, "SLOW_NS", 10**12)
+    monkeypatch.setattr(cold_policy, "SLOW_NS", 10**12)
     opened, _ = open_reader(tmp_path / "rows")
     runs = asked_runs(opened, monkeypatch, in_memory=None)
-    opened._small.batches_to_ask = ASKED_BATCHES
+    opened.small.batches_to_ask = ASKED_BATCHES
     for _ in range(ASKED_BATCHES + 20):
         opened.read(torch.tensor([1]))
     assert len(runs) == ASKED_BATCHES
@@ -238,54 +241,55 @@ def test_the_extension_asks_for_small_batches_that_arent_in_memory(tmp_path, mon
     opened._mapping.madvise(mmap.MADV_RANDOM)  # a read brings no other page
     monkeypatch.setattr(opened._pages, "will_need", pytest.fail)
     monkeypatch.setattr(opened, "_read_any", lambda *_: pytest.fail("went the long way"))
-    opened._small.slow_ns = 10**12  # however slow this machine is
+    opened.small.slow_ns = 10**12  # however slow this machine is
     ids = torch.tensor([0, 1, 2, 3, 400])  # four of them on one page
     if opened._pages.in_memory([0]):
         pytest.skip("this file system keeps its pages")
     opened.prefetch(ids)
-    assert opened._small.batches_to_ask == ASKED_BATCHES
+    assert opened.small.batches_to_ask == ASKED_BATCHES
     for deadline in [time.monotonic() + 10]:
         while not opened._pages.in_memory([0, 400 * WIDTH * 4]) and time.monotonic() < deadline:
             time.sleep(0.001)
     for batch, left in ((ids, -1), (torch.tensor([2000, 2001]), 0), (ids, -1)):
         np.testing.assert_array_equal(opened.read(batch).numpy(), values[batch.numpy()])
-        assert opened._small.batches_to_ask == ASKED_BATCHES + left
-    opened._small.batches_to_ask = 1
-    assert opened._small.prefetch(ids)
-    assert opened._small.batches_to_ask == 1
-    assert opened._small.prefetch(torch.tensor([1, 3000], dtype=torch.int32))
-    assert opened._small.batches_to_ask == ASKED_BATCHES
-    assert not opened._small.prefetch(torch.tensor([N_ROWS]))
-    assert not opened._small.prefetch(torch.zeros(65, dtype=torch.int64))
+        assert opened.small.batches_to_ask == ASKED_BATCHES + left
+    opened.small.batches_to_ask = 1
+    assert opened.small.prefetch(ids)
+    assert opened.small.batches_to_ask == 1
+    assert opened.small.prefetch(torch.tensor([1, 3000], dtype=torch.int32))
+    assert opened.small.batches_to_ask == ASKED_BATCHES
+    assert not opened.small.prefetch(torch.tensor([N_ROWS]))
+    assert not opened.small.prefetch(torch.zeros(65, dtype=torch.int64))
 
 
 @needs_compiled
-def test_what_isnt_a_small_warm_batch_goes_the_other_way(tmp_path):
+def test_what_isnt_a_small_warm_batch_goes_the_other_way(tmp_path, monkeypatch):
     opened, values = open_reader(tmp_path / "rows")
     ids = torch.arange(16).reshape(2, 8)
     many = torch.zeros(65, dtype=torch.int64)
-    opened._small.slow_ns = 10**12  # however slow this machine is
-    assert opened._small.read(many) is None  # whether the table is warm isn't known yet
-    opened._small.batches_after_cold = 0
-    assert opened._small.read(ids) is None
-    opened._small.batches_to_ask = 0
-    assert opened._small.read(many) is not None
-    assert torch.equal(opened._small.read(ids), torch.from_numpy(values[:16].reshape(2, 8, WIDTH)))
-    assert torch.equal(opened._small.read(ids[:, :1].contiguous()), torch.from_numpy(values[[[0], [8]]]))
+    opened.small.slow_ns = 10**12  # however slow this machine is
+    assert opened.small.read(many) is None  # whether the table is warm isn't known yet
+    opened.small.batches_after_cold = 0
+    assert opened.small.read(ids) is None
+    opened.small.batches_to_ask = 0
+    assert opened.small.read(many) is not None
+    assert torch.equal(opened.small.read(ids), torch.from_numpy(values[:16].reshape(2, 8, WIDTH)))
+    assert torch.equal(opened.small.read(ids[:, :1].contiguous()), torch.from_numpy(values[[[0], [8]]]))
     one_past = torch.arange(1025 * 1024 // (4 * WIDTH)) % N_ROWS
     fake = torch.nn.Parameter(ids, requires_grad=False)
     for other in (ids.T, ids[:, ::2], ids.float(), ids.to(torch.int16), ids.to("meta"), fake, one_past, None, [1]):
-        assert opened._small.read(other) is None
-    opened._small.slow = True
-    assert opened._small.read(ids) is None
+        assert opened.small.read(other) is None
+    opened.small.slow = True
+    monkeypatch.setattr(cold_policy, "disk_reads", lambda: opened._cold.disk_reads)
+    assert opened.small.read(ids) is None
     assert opened.read(ids) is not None
-    assert opened._small.read(ids) is not None  # it was no disk
+    assert opened.small.read(ids) is not None  # it was no disk
 
 
 @needs_compiled
 def test_ids_of_a_transform_are_refused_by_pytorch(tmp_path):
     opened, _ = open_reader(tmp_path / "rows")
-    opened._small.batches_to_ask = 0
+    opened.small.batches_to_ask = 0
     with pytest.raises(RuntimeError, match="doesn't have storage"):
         torch.func.vmap(opened.read)(torch.arange(6).reshape(2, 3))
 
@@ -295,7 +299,7 @@ def test_ids_outside(tmp_path, way, bad):
     opened, _ = open_reader(tmp_path / "rows")
     for call in (opened.read, opened.prefetch):
         for asks in (0, 5):
-            opened._small.batches_to_ask = asks
+            opened.small.batches_to_ask = asks
             with pytest.raises(IndexError, match=rf"row id {bad}: .*rows has rows 0 to {N_ROWS - 1}"):
                 call(torch.tensor([3, bad]))
 
@@ -323,7 +327,7 @@ def test_a_file_that_was_removed_or_replaced_is_read_as_it_was(tmp_path, way):
 
 def test_a_file_in_memory(quick_path, way):
     opened, values = open_reader(quick_path / "rows")
-    opened._small.batches_to_ask = 5
+    opened.small.batches_to_ask = 5
     opened.prefetch(torch.arange(N_ROWS))
     np.testing.assert_array_equal(opened.read(torch.arange(N_ROWS)).numpy(), values)
     opened.close()
@@ -349,11 +353,11 @@ def test_rows_outlive_the_reader(tmp_path, way):
 
 def test_in_a_forked_child(tmp_path, way):
     opened, values = open_reader(tmp_path / "rows")
-    opened._small.batches_to_ask = 50
+    opened.small.batches_to_ask = 50
     opened.prefetch(torch.arange(1000))
 
     def child() -> str:
-        opened._small.batches_to_ask = 50
+        opened.small.batches_to_ask = 50
         opened.prefetch(torch.arange(1000))
         return str(float(opened.read(torch.arange(1000)).sum()))
 
@@ -393,7 +397,7 @@ def test_a_budget_that_is_too_small(tmp_path):
 
 
 def test_without_statm_the_budget_counts_what_it_may_have_mapped(tmp_path, monkeypatch):
-    monkeypatch.setattr(reader, "_shared_bytes", lambda: None)
+    monkeypatch.setattr(platform, "file_backed_bytes", lambda: None)
     opened, values = open_reader(tmp_path / "rows", max_resident_bytes=8 << 20)
     drops = []
     monkeypatch.setattr(opened._pages, "drop", lambda: drops.append(1))

@@ -12,9 +12,10 @@ import pytest
 import torch
 from tables import in_a_fork
 from torch import nn
-from torch.nn.modules.module import register_module_forward_hook
+from torch.nn.modules.module import register_module_forward_hook, register_module_forward_pre_hook
 
 from sense_v2.engram.reading import gather
+from sense_v2.engram.reading.reader import RowReader
 from sense_v2.engram.storage import MMapEmbeddingStorage
 from sense_v2.engram.table.format import row_dtype
 
@@ -31,7 +32,8 @@ def warm(folder: Path, dtype: str = "float32") -> MMapEmbeddingStorage:
 
 def known_to_be_warm(storage: MMapEmbeddingStorage) -> MMapEmbeddingStorage:
     """However slow this machine is."""
-    storage._lookup.batches_to_ask, storage._lookup.slow, storage._lookup.slow_ns = 0, False, 10**12
+    small = storage._small
+    small.batches_to_ask, small.slow, small.slow_ns = 0, False, 10**12
     return storage
 
 
@@ -47,7 +49,7 @@ def bits(rows: torch.Tensor) -> bytes:
 @pytest.fixture
 def never_forward(monkeypatch):
     """Whatever reads a row reads it in the extension."""
-    monkeypatch.setattr(MMapEmbeddingStorage, "forward", lambda *arguments: pytest.fail("went the long way"))
+    monkeypatch.setattr(RowReader, "read", lambda *arguments, **keywords: pytest.fail("went the long way"))
 
 
 @pytest.mark.usefixtures("never_forward")
@@ -111,7 +113,47 @@ def test_training_goes_the_way_of_gradients(tmp_path):
         assert not storage(ids).requires_grad
 
 
-@pytest.mark.parametrize("where", ["forward_pre", "forward", "everywhere"])
+class Doubled(MMapEmbeddingStorage):
+    def forward(self, row_ids: torch.Tensor) -> torch.Tensor:
+        return 2 * super().forward(row_ids)
+
+
+@pytest.mark.parametrize("training", [False, True])
+def test_a_subclass_forward_is_used(tmp_path, training):
+    storage = Doubled(N_ROWS, WIDTH, tmp_path / "engram_table.dat").train(training)
+    ids = torch.tensor([1, 2])
+    for _ in range(3):  # the first batch asks the kernel, the others needn't
+        assert bits(storage(ids).detach()) == (2 * expected(storage, ids)).tobytes()
+
+
+@pytest.mark.parametrize("training", [False, True])
+def test_an_instances_own_forward_is_used(tmp_path, training):
+    storage, ids = warm(tmp_path).train(training), torch.tensor([1, 2])
+    storage.forward = lambda row_ids: row_ids + 1
+    assert storage(ids).tolist() == [2, 3]
+    del storage.forward
+    assert bits(storage(ids).detach()) == expected(storage, ids).tobytes()
+
+
+@pytest.mark.parametrize("training", [False, True])
+def test_accelerates_hooks_are_called(tmp_path, training):
+    hooks = pytest.importorskip("accelerate.hooks")
+    storage, ids = warm(tmp_path).train(training), torch.tensor([1, 2])
+
+    class OneFurther(hooks.ModelHook):
+        def pre_forward(self, module, row_ids):
+            return (row_ids + 1,), {}
+
+        def post_forward(self, module, rows):
+            return -rows
+
+    hooks.add_hook_to_module(storage, OneFurther())
+    assert bits(storage(ids).detach()) == (-expected(storage, ids + 1)).tobytes()
+    hooks.remove_hook_from_module(storage)
+    assert bits(storage(ids).detach()) == expected(storage, ids).tobytes()
+
+
+@pytest.mark.parametrize("where", ["forward_pre", "forward", "everywhere_pre", "everywhere"])
 def test_hooks_see_small_batches(tmp_path, where):
     storage, seen = warm(tmp_path), []
     ids = torch.tensor([1, 2])
@@ -119,6 +161,8 @@ def test_hooks_see_small_batches(tmp_path, where):
     hook = lambda module, *_: seen.append(module)  # noqa: E731
     if where == "everywhere":
         handle = register_module_forward_hook(hook)
+    elif where == "everywhere_pre":
+        handle = register_module_forward_pre_hook(hook)
     else:
         handle = getattr(storage, f"register_{where}_hook")(hook)
     try:
@@ -141,8 +185,6 @@ def test_keywords_and_wrong_calls_are_forwards(tmp_path):
         storage([1])
     with pytest.raises(IndexError, match=rf"row id {N_ROWS}: .*engram_table.dat has rows 0 to {N_ROWS - 1}"):
         storage(torch.tensor([1, N_ROWS]))
-    with pytest.raises(TypeError, match="a class is needed"):
-        gather.compiled.small_batches_first(storage)
     storage.close()
     with pytest.raises(RuntimeError, match="the storage is closed"):
         storage(torch.tensor([1]))
@@ -209,8 +251,5 @@ def test_what_a_lookup_is_made_of_is_checked():
     with pytest.raises((TypeError, ValueError)):
         make(rows_ND, 4, 4, 2, 32, object(), torch.Tensor, -1, 0, 0, 0)
     lookup = gather.lookup_of(rows_ND, torch.float32)
-    for wrong in ([{}], (1,), None):
-        with pytest.raises(TypeError, match="hooks is a tuple of dicts"):
-            lookup.hooks = wrong
     assert lookup.gather(torch.tensor([0, 4]), 1) == 1
     assert lookup.gather(torch.tensor([0.0]), 1) is None

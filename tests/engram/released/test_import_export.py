@@ -25,7 +25,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from tables import manifest, names
 from test_qwen import text_config as qwen_text_config
-from test_released import DEEPSEEK, QWEN, change_config, qwen_config
+from test_released_table import DEEPSEEK, QWEN, change_config, qwen_config
 from transformers.models.qwen4_exp.modeling_qwen4_exp import Qwen4ExpTextPLELayer
 
 from sense_v2.engram.hashing import HeadLayout
@@ -157,7 +157,7 @@ def test_the_released_fusion_by_its_names(golden_folder):
     layer = EngramFusionLayer(config, 32, 1, tokenizer=Map(), storage=torch.nn.Identity()).eval()
     layer.load_state_dict(weights)
     hidden, valid = golden["in.hidden_states"], golden["in.token_mask"] != 0
-    out = layer.fuse(hidden, golden["in.embeddings"], valid_BT=valid)
+    out = layer(hidden, memory=golden["in.embeddings"], valid_BT=valid)
     torch.testing.assert_close(out, golden["out.hidden_states"], atol=1e-5, rtol=0)
     back = theirs_from_ours("deepseek_v41", weights)
     assert {name: (tensor.dtype, tuple(tensor.shape)) for name, tensor in back.items()} == {

@@ -223,7 +223,7 @@ def test_the_layer_in_parts_equals_transformers_own_with_a_cache(pair, cuts):
         part = slice(start, start + cut)
         delta = theirs(hidden_BTSC[:, part].flatten(-2), ids_BT[:, part], cache).unflatten(-1, hidden_BTSC.shape[-2:])
         row_ids = ours.hasher(ids_BT[:, part], history=ids_BT[:, max(0, start - 2) : start])
-        out = ours.fuse(hidden_BTSC[:, part], ours.lookup(row_ids), remember=remember)
+        out = ours(hidden_BTSC[:, part], row_ids_BTH=row_ids, remember=remember)
         torch.testing.assert_close(out - hidden_BTSC[:, part], delta, atol=1e-5, rtol=1e-5)
         torch.testing.assert_close(out, whole[:, part], atol=1e-5, rtol=1e-5)
         start += cut

@@ -329,7 +329,7 @@ def test_killed_at_random_it_ends_with_the_same_bytes(source, tmp_path):
     convert_table(source, whole, "int8")
     path = tmp_path / "new.dat"
     code = (
-        "import sys; from sense_v2.engram import convert, transfer\n"
+        "import sys; from sense_v2.engram.upkeep import convert, transfer\n"
         f"transfer.PART_VALUES, transfer.SAVE_BYTES = {D}, 1\n"
         "print('begins', flush=True)\n"
         "done = convert.convert_table(sys.argv[1], sys.argv[2], 'int8')\n"

@@ -436,8 +436,9 @@ def test_a_full_disk(quick_path: Path, call: str) -> None:
     tried = subprocess.run([*prefix, "true"], capture_output=True, text=True) if shutil.which("unshare") else None
     if tried is None or tried.returncode:
         pytest.skip(f"no file system can be mounted here: {tried.stderr if tried else 'there is no unshare'}")
-    program = "import sys; sys.path.insert(0, sys.argv[1])\nfrom pathlib import Path\nfrom test_io_errors import *\n"
+    program = "import sys; from pathlib import Path; here = Path(sys.argv[1])\n"
+    program += "sys.path[:0] = [str(here), str(here.parents[1])]\nfrom test_io_errors import *\n"
     program += f"small, elsewhere = Path(sys.argv[2]), Path(sys.argv[3])\n{call}"
-    command = [sys.executable, "-c", program, str(Path(__file__).parents[2]), str(small), str(quick_path)]
+    command = [sys.executable, "-c", program, str(Path(__file__).parent), str(small), str(quick_path)]
     done = subprocess.run([*prefix, *command], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-3000:]

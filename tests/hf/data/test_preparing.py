@@ -13,13 +13,13 @@ from tiny import tiny_config, tiny_model, tiny_tokenizer
 
 from sense_v2.cli.main import main
 from sense_v2.engram.upkeep.hot_rows import RowCounts
-from sense_v2.hf.data import preparing, workers
 from sense_v2.hf.attach import attach_engram
+from sense_v2.hf.data import preparing, workers
 from sense_v2.hf.data.preparing import CountRows, Tokenize, is_held_out, profile_rows, tokenize_corpus
-from sense_v2.hf.load import from_pretrained
-from sense_v2.hf.saving.save import save_pretrained
 from sense_v2.hf.data.streaming import PackedStream, open_documents
 from sense_v2.hf.data.workers import Processes, RayCluster
+from sense_v2.hf.load import from_pretrained
+from sense_v2.hf.saving.save import save_pretrained
 
 SEPARATOR = 3
 

@@ -13,8 +13,8 @@ from tiny import tiny_tokenizer
 from transformers import PreTrainedTokenizerFast
 
 from sense_v2.hf.data import streaming
-from sense_v2.hf.training.callback import EngramCallback
 from sense_v2.hf.data.streaming import PackedStream, load_stream, open_documents, save_stream
+from sense_v2.hf.training.callback import EngramCallback
 from sense_v2.hf.training.trainer import EngramTrainer
 
 SEPARATOR = 2

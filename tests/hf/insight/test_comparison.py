@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from test_pretrained import with_memory
+from test_save import with_memory
 from tiny import tiny_model, tiny_tokenizer
 
 from sense_v2.hf.attach import detach_engram

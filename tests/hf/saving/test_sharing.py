@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 from huggingface_hub import HfApi, RepoUrl
-from test_pretrained import ids, in_place, logits, with_memory
+from test_save import ids, in_place, logits, with_memory
 from tiny import tiny_model, tiny_tokenizer
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import (

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from test_pretrained import with_memory
+from test_save import with_memory
 from tiny import tiny_tokenizer
 from tokenizers import decoders
 from transformers import PreTrainedTokenizerFast

@@ -47,7 +47,7 @@ def test_a_fact_is_learned_by_rows_of_its_own_n_grams_and_nothing_else_moves(mod
     before = {name: value.clone() for name, value in model.state_dict().items()}
     table = (tmp_path / "engram_table.dat").read_bytes()
     # The rows of the prompt's last position and of the text's, but for its last, behind which nothing is learned.
-    row_ids = memory_of(model).hash_tokens(IDS[:, :5], None, None, None)[1][0, 0, 1:4].unique()
+    row_ids = memory_of(model).hash_tokens(IDS[:, :5])[1][0, 0, 1:4].unique()
     taught = teach(model, tiny_tokenizer(), **FACT, lr=0.05, steps=12)
     assert taught.losses[-1] < taught.losses[0] - 0.2
     assert len(taught.losses) == 13
@@ -80,7 +80,7 @@ def test_undo_puts_every_bit_back_and_the_last_one_first(model):
 
 def test_a_fact_is_shipped_as_a_small_file_that_does_the_same_on_a_copy(model, saved, tmp_path):
     taught = teach(model, tiny_tokenizer(), **FACT, lr=0.05, steps=5)
-    taught.overlay.export(tmp_path / "fact.safetensors")
+    taught.overlay.copy_to(tmp_path / "fact.safetensors", states=False)
     assert (tmp_path / "fact.safetensors").stat().st_size < 5_000
     assert read_delta(tmp_path / "fact.safetensors").row_ids_U.tolist() == taught.row_ids_U.tolist()
     other = attach_engram(tiny_model("llama"), tiny_config(saved[0]), mode="r")

@@ -6,7 +6,7 @@ from functools import partial
 
 import pytest
 import torch
-from test_pretrained import in_place
+from test_save import in_place
 from tiny import tiny_tokenizer
 
 from sense_v2.cli.errors import explain
@@ -53,7 +53,7 @@ def test_a_fact_is_learned_shown_and_taken_back(player):
     fresh = player.look(text, None)
     html, facts, notebook = taught(player)
     before, after = (float(found) for found in re.findall(r"<b>(?:&[lg]t; )?([\d.]+)\xa0%</b>", html))
-    assert after > 1.3 * before  # the model is a random one; tests/test_teaching.py has one that can learn
+    assert after > 1.3 * before  # a random model; tests/hf/training/test_teaching.py has one that can learn
     assert "word9 word8" in facts.replace("·", " ")
     assert "taught here" in player.look(text, notebook)[0]
     assert player.look(text, None) == fresh

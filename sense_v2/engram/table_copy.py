@@ -1,0 +1,199 @@
+"""A committed table <-> a copy of it: what a checkpoint keeps, since the table itself has one state only.
+
+    copy_table     table, optimizer states, manifest ──▶ files of another name, a reflink where the file system can
+    restore_table  such a copy ──▶ the rows that differ are stored to the open table, and committed
+
+Restoring stores into the files that are there and ends with one commit. So a kill in the middle leaves the table as
+it was before, every process that maps the table sees the rows come back, and the copy stays what it is. It reads both
+tables once, and writes what differs. The parts of both are here for `sense_v2.engram.ranks.range_copy`, too, where
+each rank has some of the rows.
+
+N rows, U rows that differ, W values of a row.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Protocol
+
+import numpy as np
+import torch
+
+from sense_v2.engram.row_source import TrainableRows
+from sense_v2.engram.table.checksums import PART_BYTES, block_sums, to_hex
+from sense_v2.engram.table.disk import copy_file, write_file
+from sense_v2.engram.table.format import (
+    STATE_DTYPE,
+    Manifest,
+    StateEntry,
+    file_bytes,
+    journal_name,
+    manifest_name,
+    provenance_differences,
+    row_dtype,
+    state_file_name,
+)
+from sense_v2.engram.table.opening import read_manifest
+
+
+class MappedRows(TrainableRows, Protocol):
+    """A table in one file of ours."""
+
+    @property
+    def path(self) -> Path: ...
+
+    @property
+    def weight(self) -> torch.Tensor:
+        """[N, D], sharing the mapping."""
+
+    def one_commit(self) -> contextlib.AbstractContextManager[None]:
+        """Lets the journal grow to whatever one commit takes."""
+
+
+def copy_table(
+    storage: MappedRows, path: str | os.PathLike[str], *, states: bool = True, reflink_only: bool = False
+) -> None:
+    """Copies the table of the last commit to `path`, with its manifest.
+
+    What lies there is replaced; the manifest goes first and comes last, so that a copy that was cut off has none.
+
+    Args:
+        storage: The table.
+        path: Where its rows go; manifest and states lie beside them.
+        states: Copies the optimizer states, too.
+        reflink_only: Raises `OSError` if the file system would have to copy the data.
+
+    Raises:
+        ValueError: Rows were stored since the last commit.
+        OSError: There is no room.
+    """
+    path = Path(path)
+    refuse_uncommitted(storage)
+    manifest = storage.manifest
+    target = remove_manifest(path)
+    entries: dict[str, StateEntry] = {}
+    for name, entry in manifest.states.items() if states else ():
+        entries[name] = dataclasses.replace(entry, file=state_file_name(path.name, name))
+        copy_file(storage.path.with_name(entry.file), path.with_name(entries[name].file), reflink_only=reflink_only)
+    copy_file(storage.path, path, reflink_only=reflink_only)
+    write_manifest(target, dataclasses.replace(manifest, states=entries))
+
+
+def refuse_uncommitted(storage: MappedRows) -> None:
+    if storage.mode == "r+" and storage.updates != storage.manifest.updates:
+        raise ValueError(f"{storage.path} has updates since its last commit; commit() before it is copied")
+
+
+def remove_manifest(path: Path) -> Path:
+    """Takes away the manifest of what lies at `path`, and the journal, which would be undone in the copy. Returns
+    where the new manifest goes."""
+    target = path.with_name(manifest_name(path.name))
+    target.unlink(missing_ok=True)
+    path.with_name(journal_name(path.name)).unlink(missing_ok=True)
+    return target
+
+
+def write_manifest(target: Path, manifest: Manifest) -> None:
+    write_file(target, manifest.to_json())
+
+
+def restore_table(storage: MappedRows, path: str | os.PathLike[str]) -> None:
+    """Gives the table the rows, optimizer states, step, extra and update count of the copy at `path`, in one commit.
+
+    A state that the copy lacks becomes zeros. Raises `ValueError` for a copy of another table or a damaged one, and
+    changes nothing then; `FileNotFoundError` for one that was cut off.
+    """
+    path = Path(path)
+    manifest = checked_copy(path, storage.path, storage.manifest)
+    for file, sums in manifest.checksums_of(path.name).items():
+        raw = np.memmap(path.with_name(file), dtype=np.uint8, mode="r").reshape(manifest.rows, -1)
+        refuse_other_sums(path.with_name(file), to_hex(block_sums(raw)), sums)
+    if storage.updates == storage.manifest.updates and manifest.commit == storage.manifest.commit:
+        return  # it is there
+    with storage.one_commit():
+        store_differences(storage, path, manifest, range(manifest.rows), 0)
+        storage.updates = manifest.updates
+        storage.commit(step=manifest.step, extra=manifest.extra)
+
+
+def checked_copy(path: Path, table: Path, own: Manifest) -> Manifest:
+    """The manifest of the copy at `path`, if it is of the table that has the manifest `own`, and its files are as
+    long as it says. Raises as `restore_table`."""
+    manifest_path = path.with_name(manifest_name(path.name))
+    if not manifest_path.is_file():
+        raise FileNotFoundError(f"{manifest_path} isn't there: this copy of a table was not made to its end")
+    manifest = read_manifest(manifest_path)
+    recorded, given = (
+        {**{name: getattr(one, name) for name in ("rows", "width", "dtype", "init_seed")}, **one.provenance}
+        for one in (manifest, own)
+    )
+    found = provenance_differences(recorded, given)
+    if found:
+        told = "; ".join(f"{name} is {old!r}, here {new!r}" for name, old, new in found)
+        raise ValueError(f"{path} is a copy of another table than {table}: {told}")
+    for file, row_bytes in manifest.row_bytes_of(path.name).items():
+        copy = path.with_name(file)
+        expected_bytes, found_bytes = manifest.rows * row_bytes, copy.stat().st_size
+        if found_bytes != expected_bytes:
+            raise ValueError(f"{copy}: expected {expected_bytes} bytes, found {found_bytes}: the copy is damaged")
+    return manifest
+
+
+def refuse_other_sums(copy: Path, found: list[str], expected: list[str]) -> None:
+    if found != expected:
+        raise ValueError(
+            f"{copy} doesn't have the checksums of its manifest: the copy is damaged, or was trained on. Go back to "
+            "another one"
+        )
+
+
+def store_differences(storage: MappedRows, path: Path, manifest: Manifest, rows: range, first_row: int) -> None:
+    """Stores what the copy at `path` has otherwise than the table, in the copy's rows `rows`.
+
+    Args:
+        storage: The table that is stored to.
+        path: The copy's rows.
+        manifest: The copy's.
+        rows: Which of the copy's rows.
+        first_row: The copy's row that is row 0 of `storage`.
+    """
+    local = slice(rows.start - first_row, rows.stop - first_row)
+    copied_NW = _mapped(path, manifest.rows, manifest.width, manifest.dtype)
+    for ids_U, new_UW in _differences(storage.weight[local], copied_NW[rows.start : rows.stop]):
+        storage.write(ids_U + local.start, new_UW)
+    for name, entry in {**storage.manifest.states, **manifest.states}.items():
+        state = storage.open_state(name, entry.width)
+        copied = manifest.states.get(name)
+        wanted_RW = None
+        if copied is not None:
+            values_NW = _mapped(path.with_name(copied.file), manifest.rows, copied.width, STATE_DTYPE)
+            wanted_RW = values_NW[rows.start : rows.stop]
+        for ids_U, new_UW in _differences(state.values[local], wanted_RW):
+            storage.write_state(state, ids_U + local.start, new_UW)
+        state.step = 0 if copied is None else copied.step
+
+
+def _mapped(path: Path, num_rows: int, width: int, dtype: str) -> torch.Tensor:
+    """[N, W], to be read only."""
+    kind = row_dtype(dtype)
+    # Mode "c" (a write stays in memory) for torch, which has no read-only tensors. Read front to back, so not by
+    # `map_rows`, which may advise against reading ahead.
+    return torch.from_numpy(np.memmap(path, dtype=kind.numpy, mode="c", shape=(num_rows, width))).view(kind.torch)
+
+
+def _differences(now_NW: torch.Tensor, wanted_NW: torch.Tensor | None) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+    """(row ids, the rows wanted there) of rows whose bytes differ, in parts; wanted None is zeros."""
+    num_rows, width = now_NW.shape
+    part_rows = max(1, PART_BYTES // file_bytes(1, width, now_NW.dtype))
+    for start in range(0, num_rows, part_rows):
+        now = now_NW[start : start + part_rows]
+        wanted = torch.zeros_like(now) if wanted_NW is None else wanted_NW[start : start + part_rows]
+        # Bytes, not values: -0.0 equals 0.0, and NaN nothing.
+        differ = (now.view(torch.uint8) != wanted.view(torch.uint8)).any(dim=1)
+        row_ids_U = differ.nonzero()[:, 0]
+        if len(row_ids_U):
+            yield row_ids_U + start, wanted[row_ids_U]

@@ -1,0 +1,1 @@
+"""Text to batches of token ids: corpora of any size, streams, many workers."""

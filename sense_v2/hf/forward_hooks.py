@@ -1,0 +1,239 @@
+"""The hooks of an attached model: a call's tokens become row ids, and memory is added before the layers.
+
+    model(input_ids) ──base model──▶ `carry_inputs`: row ids, mask, documents ride along as a keyword argument
+                     ──each layer──▶ `add_memory`: hidden states + memory ──▶ the layer as it was
+
+They travel as an argument, not as state on a module: gradient checkpointing replays a layer with the arguments it was
+first called with, and two forwards (or two threads) never see each other's ids. (Mamba's models hand no argument down
+to their layers. There they lie in a context variable while the call lasts, which a compiler doesn't follow.)
+
+Which rows a call needs depends on its tokens alone, so it is known before the first layer runs. What it must know of
+earlier tokens is in the model's KV cache (`sense_v2.hf.cache`).
+
+L layers with memory, B batch, T sequence, H rows a position, X channels of the convolution.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from contextvars import ContextVar
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import Cache
+
+from sense_v2.engram.hashing import TokenRows, token_rows
+from sense_v2.hf.cache import EngramState, state_in
+from sense_v2.hf.memory import EngramMemory
+
+# The keyword argument that carries `EngramInputs` from the base model's hook through transformers' **kwargs.
+CARRIER = "engram_inputs"
+# Token ids for a call with `inputs_embeds`: the memory is looked up by ids.
+IDS_ARGUMENT = "engram_input_ids"
+# A mask [B, T] beside an attention mask that was prepared already.
+MASK_ARGUMENT = "engram_attention_mask"
+# What models call the state of the tokens before. 5.24 renamed past_key_values.
+CACHE_ARGUMENTS = ("cache", "past_key_values", "cache_params", "state", "mems", "past_buckets_states")
+# Models that call their layers without the keyword arguments that they were called with.
+HAND_NOTHING_DOWN = ("mamba", "mamba2", "falcon_mamba")
+
+
+@dataclass
+class EngramInputs:
+    """What the memory layers need of one forward call."""
+
+    rows: TokenRows
+    state: EngramState | None
+    is_kept: bool = False
+    """True if the cache has these tokens already: the first layer with memory puts them there."""
+
+
+_call: ContextVar[EngramInputs | None] = ContextVar("engram_inputs", default=None)
+"""Of a model that hands nothing down, in the thread that calls it."""
+_given: ContextVar[dict[str, Any]] = ContextVar("engram_arguments", default={})  # noqa: B039  # never changed in place
+"""The arguments for the memory that such a model was called with."""
+
+
+def carry_inputs(
+    memory: EngramMemory,
+    fusions: nn.ModuleDict,
+    names: tuple[str, ...],
+    num_embeddings: int,
+    depth: int,
+    base: Any,
+    args: tuple[Any, ...],
+    kwargs: dict[str, Any],
+) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """Find ids, mask, positions and cache among the base model's arguments, and send along what the layers need.
+
+    `fusions` are `memory.layers`, `names` the positional arguments' in their order, `num_embeddings` the model's when
+    memory was attached, and `depth` its number of layers.
+    """
+    hands_down = base.config.model_type not in HAND_NOTHING_DOWN
+    given = kwargs if hands_down else {**_given.get(), **kwargs}
+    given_ids_BT, given_mask = given.get(IDS_ARGUMENT), given.get(MASK_ARGUMENT)
+    kwargs = {name: value for name, value in kwargs.items() if name not in (IDS_ARGUMENT, MASK_ARGUMENT)}
+    arguments = {**dict(zip(names, args, strict=False)), **kwargs}
+    token_ids_BT = arguments.get("input_ids") if given_ids_BT is None else given_ids_BT
+    if token_ids_BT is None:
+        raise ValueError(
+            "memory is looked up by token ids, and this call has none (inputs_embeds alone): pass the ids "
+            f"along as {IDS_ARGUMENT}=…"
+        )
+    current = base.get_input_embeddings().weight.shape[0]
+    if current != num_embeddings:
+        raise ValueError(
+            f"the vocabulary was resized from {num_embeddings} to {current} after memory was attached; "
+            "detach_engram, make a shadow map of the new tokenizer, attach again"
+        )
+    mask = arguments.get("attention_mask") if given_mask is None else given_mask
+    if mask is not None and not is_plain_mask(mask):
+        shape = tuple(mask.shape) if isinstance(mask, torch.Tensor) else type(mask).__name__
+        raise ValueError(
+            f"attention_mask is {shape}: with memory attached it must be [batch, sequence] with 0 at padding, so "
+            f"that n-grams can stop there; such a mask can come along as {MASK_ARGUMENT}=…"
+        )
+    cache = _cache_in(arguments)
+    state = None if cache is None else _state_in(cache, memory, depth)
+    length = 0 if state is None else state.length
+    if mask is not None and mask.shape != token_ids_BT.shape and token_ids_BT.dim() == 2:
+        mask = _newest(mask, token_ids_BT, length)
+    rows = token_rows(
+        memory.tokenizer,
+        [fusion.hasher for fusion in fusions.values()],  # type: ignore[misc]  # a ModuleDict doesn't know its modules' type
+        token_ids_BT,
+        mask,
+        arguments.get("position_ids"),
+        past_BP3=None if state is None else state.recent_tokens(),
+        num_before=length,
+        handle=memory.handle,
+    )
+    memory.begin_rows(rows.row_ids_LBTH, rows.valid_BT)
+    inputs = EngramInputs(rows, state)
+    if hands_down:
+        kwargs[CARRIER] = inputs
+    else:
+        _call.set(inputs)
+    return args, kwargs
+
+
+def note_given(model: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    """Keep the memory's arguments of a call of a model that hands nothing down, also from its base model."""
+    _given.set({name: kwargs[name] for name in (IDS_ARGUMENT, MASK_ARGUMENT) if name in kwargs})
+
+
+def forget_call(*_: Any) -> None:
+    """Let go of what such a call has left in this thread."""
+    _call.set(None)
+    _given.set({})
+
+
+def add_memory(
+    memory: EngramMemory,
+    fusions: nn.ModuleDict,
+    layer_id: int,
+    depth: int,
+    layer: nn.Module,
+    args: tuple[Any, ...],
+    kwargs: dict[str, Any],
+) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """Take what was carried off a layer's arguments and, if the layer has memory, add it to its hidden states."""
+    kwargs = dict(kwargs)
+    carried = kwargs.pop(CARRIER, None)
+    if str(layer_id) not in fusions:
+        return args, kwargs
+    if carried is None:
+        carried = _call.get()
+    if carried is None:
+        raise ValueError(
+            f"layer {layer_id} was called without token ids: call the model, not its layers; if the model was "
+            "called, its type doesn't hand keyword arguments down and isn't supported"
+        )
+    rows = carried.rows
+    fused = fusions[str(layer_id)](
+        args[0] if args else kwargs["hidden_states"],
+        row_ids_BTH=rows.row_ids_LBTH[list(fusions).index(str(layer_id))],
+        valid_BT=rows.valid_BT,
+        documents_BQ=rows.documents_BQ,
+        remember=_keep_tokens(carried, args, kwargs, memory, depth, layer_id),
+    )
+    if args:
+        return (fused, *args[1:]), kwargs
+    return args, {**kwargs, "hidden_states": fused}
+
+
+def _keep_tokens(
+    carried: EngramInputs,
+    args: tuple[Any, ...],
+    kwargs: dict[str, Any],
+    memory: EngramMemory,
+    depth: int,
+    layer_id: int,
+) -> Callable[[torch.Tensor], torch.Tensor] | None:
+    """What keeps the convolution's inputs, if this call has a cache; the first layer with memory also keeps the
+    tokens. A cache that the model made itself is first seen here, and is empty."""
+    cache = next((value for value in (*args, *kwargs.values()) if isinstance(value, Cache)), None)
+    if cache is None:
+        if carried.rows.num_past > 0:
+            raise ValueError(
+                "the model was given a cache that holds tokens but its layers weren't (gradient checkpointing leaves "
+                "it out): call with use_cache=False and the whole sequence"
+            )
+        return None
+    if carried.state is None:
+        carried.state = _state_in(cache, memory, depth, is_new=True)
+    if not carried.is_kept:
+        carried.state.append_tokens(carried.rows.to_remember())
+        carried.is_kept = True
+    return partial(carried.state.remember, layer_id)
+
+
+def _state_in(cache: Cache, memory: EngramMemory, depth: int, *, is_new: bool = False) -> EngramState:
+    if not memory.config.causal:
+        raise ValueError(
+            "this memory looks ahead (EngramConfig.causal = False), so it can't go on from a cache: call with "
+            "use_cache=False"
+        )
+    return state_in(cache, depth=depth, memory_id=memory.id, reach=memory.reach, is_new=is_new)
+
+
+def _newest(mask: torch.Tensor, token_ids_BT: torch.Tensor, length: int | torch.Tensor) -> torch.Tensor:
+    """Cut the new tokens' part [B, T] out of a mask over all tokens of the cache and them."""
+    num_tokens, num_new = mask.shape[1], token_ids_BT.shape[1]
+    if mask.shape[0] != token_ids_BT.shape[0] or num_tokens < num_new:
+        raise ValueError(
+            f"attention_mask has shape {tuple(mask.shape)}; expected [{token_ids_BT.shape[0]}, {num_new}], or as "
+            "many more as the cache holds tokens, with 0 at padding"
+        )
+    if isinstance(length, torch.Tensor):
+        places_T = torch.arange(num_new, device=mask.device) + length.to(mask.device)
+        return mask.index_select(1, places_T)
+    if num_tokens < length + num_new:
+        raise ValueError(
+            f"attention_mask covers {num_tokens} tokens; the cache holds {length} and input_ids {num_new} more: "
+            f"expected {num_new} or {length + num_new}"
+        )
+    return mask[:, length : length + num_new]
+
+
+def _cache_in(arguments: dict[str, Any]) -> Cache | None:
+    """Find the KV cache among a call's arguments, by its type, under whatever name: one that was missed would be
+    wrong tokens instead of an error. Raises `ValueError` for a state of earlier tokens of another type."""
+    for value in arguments.values():
+        if isinstance(value, Cache):
+            return value
+    for name in CACHE_ARGUMENTS:
+        if arguments.get(name) is not None:
+            raise ValueError(
+                f"{name} is a {type(arguments[name]).__name__}, no transformers Cache: the memory has no place in it "
+                "for what it must know of earlier tokens; call with use_cache=False"
+            )
+    return None
+
+
+def is_plain_mask(mask: Any) -> bool:
+    """True for a tensor [B, T]."""
+    return isinstance(mask, torch.Tensor) and mask.dim() == 2
