@@ -1,4 +1,4 @@
-"""`fit`: a model, batches of token ids and a TrainConfig -> the model trained by EngramTrainer, and its history.
+"""`fit`: a model and batches -> the model trained by EngramTrainer, and its history.
 
 It is what `sense-engram train`, the demo, the controls and the benchmarks run. AdamW trains the weights (decay on the
 backbone's matrices only) and a row optimizer the rows of the batch. Both warm up together; then the weights' rates
