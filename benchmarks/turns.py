@@ -29,13 +29,13 @@ from typing import Any
 
 import numpy as np
 import torch
-from sense_v2.hf.training.plain_loop import History
 from transformers import PreTrainedModel
 
 from sense_v2.core.config import EngramConfig, TrainConfig
 from sense_v2.engram.tokenizer import EngramTokenizerBuilder
 from sense_v2.hf.attach import attach_engram
 from sense_v2.hf.data.corpus import Batches, encode, read_corpus
+from sense_v2.hf.training.fit import History
 from sense_v2.hf.training.fresh_model import END_OF_TEXT_ID, fresh_backbone, small_memory, train_bpe
 
 SAMPLE_SECONDS = 0.01
