@@ -33,12 +33,12 @@ import matplotlib
 import torch
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from sense_v2.hf.training.plain_loop import History, train
 from turns import MemoryPeak, ProcessorClock, Text, Turn, machine, prepare_text, take_turns
 
 from sense_v2.core.config import TrainConfig
 from sense_v2.hf.insight.evaluation import evaluate
 from sense_v2.hf.memory import memory_of
+from sense_v2.hf.training.fit import History, fit
 from sense_v2.hf.training.step_times import spread
 from sense_v2.report.plots import PALETTE, style
 
@@ -108,9 +108,7 @@ def train_one(turn: Turn, run: Run) -> dict[str, Any]:
             clock.go_on()
 
         batches = run.text.batches(settings)
-        history = train(
-            model, batches, settings, evaluate=lambda model: evaluate(model, held_out_BT), on_step=on_step
-        )
+        history = fit(model, batches, settings, evaluate=lambda model: evaluate(model, held_out_BT), on_step=on_step)
     result: dict[str, Any] = {
         "rows": run.rows,
         "seed": settings.seed,

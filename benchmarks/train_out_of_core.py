@@ -18,7 +18,7 @@ limit   the same training inside a memory cgroup smaller than a quarter of the t
         table's checksums have to be equal, bit for bit. That the limit bites is seen from the pages that were
         taken away and read again, which the group counts.
 peers   step time against the resident table and against no memory at all, in one process, in blocks of ten steps that
-        take turns.
+        take turns. One bare loop trains them all, since a table in RAM is nothing that a Trainer could train.
 writes  `write`, and a whole step of the row optimizer, against `index_copy_`; what journaling costs.
 
     python benchmarks/train_out_of_core.py [--quick] [--parts sizes,limit,peers,writes] [--folder data]
@@ -50,7 +50,6 @@ from typing import Any
 
 import torch
 from resident import ResidentAdagrad, ResidentRows
-from sense_v2.hf.training.plain_loop import History, _step, make_optimizers, train
 from transformers import PreTrainedModel
 from turns import (
     MemoryPeak,
@@ -67,9 +66,10 @@ from turns import (
 from sense_v2.core.config import TrainConfig
 from sense_v2.engram.hashing import NgramHasher
 from sense_v2.engram.model import EngramFusionLayer, compressed_pad_id
-from sense_v2.engram.optim import RowWiseAdagrad
+from sense_v2.engram.optim import RowWiseAdagrad, clip_grad_norm_
 from sense_v2.engram.storage import MMapEmbeddingStorage
-from sense_v2.hf.memory import memory_of
+from sense_v2.hf.memory import attached_memory, memory_of
+from sense_v2.hf.training.fit import History, fit
 from sense_v2.hf.training.step_times import spread
 
 WIDTH = 64
@@ -182,7 +182,7 @@ def train_a_size(turn: Turn, run: SizeRun) -> dict[str, Any]:
             turn.on_step(history)
             clock.go_on()
 
-        history = train(model, run.text.batches(settings), settings, on_step=on_step)
+        history = fit(model, run.text.batches(settings), settings, on_step=on_step)
         seconds = history.step_seconds()
         disk_bytes = sum(file.stat().st_blocks * 512 for file in Path(folder).iterdir())
         table_bytes = storage.path.stat().st_size
@@ -300,7 +300,7 @@ def limit_run(arguments: dict[str, Any]) -> dict[str, Any]:
     row_ids = torch.cat([layer.row_ids(ids) for ids in islice(batches, settings.steps) for layer in memory_of(model)])
     touched_pages = len(torch.unique(row_ids.flatten() // (PAGE_FLOATS // WIDTH)))
     faults = resource.getrusage(resource.RUSAGE_SELF).ru_majflt
-    history = train(model, batches, settings)
+    history = fit(model, batches, settings)
     return {
         "major_faults": resource.getrusage(resource.RUSAGE_SELF).ru_majflt - faults,
         "losses": history.train_loss,
@@ -380,6 +380,35 @@ def run_limited(
 # peers
 
 
+def make_optimizers(model: PreTrainedModel, settings: TrainConfig) -> list[torch.optim.Optimizer]:
+    """AdamW for the weights, and the row optimizer where there is memory."""
+    memory = attached_memory(model)
+    fusion = set() if memory is None else set(memory.parameters())
+    groups: list[dict[str, Any]] = [
+        {"params": [one for one in model.parameters() if one not in fusion], "weight_decay": settings.weight_decay},
+        {"params": list(fusion), "lr": settings.fusion_learning_rate},
+    ]
+    weights = torch.optim.AdamW(groups, lr=settings.learning_rate, betas=(0.9, 0.99), weight_decay=0.0)
+    return [weights] if memory is None else [weights, RowWiseAdagrad(memory.storage, settings.row_learning_rate)]
+
+
+def bare_step(
+    model: PreTrainedModel, token_ids_BT: torch.Tensor, optimizers: list[torch.optim.Optimizer], max_norm: float
+) -> float:
+    """Forward, backward, clipping over weights and rows, update. Returns the loss."""
+    loss = model(input_ids=token_ids_BT, labels=token_ids_BT, use_cache=False).loss
+    loss.backward()
+    memory = attached_memory(model)
+    if memory is None:
+        torch.nn.utils.clip_grad_norm_(model.parameters(), max_norm)
+    else:
+        clip_grad_norm_(model.parameters(), memory.storage, max_norm)
+    for optimizer in optimizers:
+        optimizer.step()
+        optimizer.zero_grad()
+    return float(loss)
+
+
 @dataclass
 class Peer:
     name: str
@@ -400,7 +429,7 @@ class Peer:
         seconds, processor = 0.0, 0.0
         for token_ids_BT in batches:
             started, processor_started = time.perf_counter(), time.process_time()
-            self.last_loss = _step(self.model, token_ids_BT, self.optimizers, max_grad_norm, self.steps_done + 1)
+            self.last_loss = bare_step(self.model, token_ids_BT, self.optimizers, max_grad_norm)
             seconds += time.perf_counter() - started
             processor += time.process_time() - processor_started
             self.steps_done += 1
@@ -582,9 +611,9 @@ def print_ceilings(text: Text, settings: TrainConfig) -> dict[str, float]:
     model = text.model(settings, None).train()
     optimizers = make_optimizers(model, settings)
     seconds = []
-    for number, token_ids_BT in enumerate(islice(text.batches(settings), 8)):
+    for token_ids_BT in islice(text.batches(settings), 8):
         started = time.perf_counter()
-        _step(model, token_ids_BT, optimizers, settings.max_grad_norm, number + 1)
+        bare_step(model, token_ids_BT, optimizers, settings.max_grad_norm)
         seconds.append(time.perf_counter() - started)
     source, target = torch.ones(1 << 24), torch.zeros(1 << 24)
     copies = []

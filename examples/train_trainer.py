@@ -4,7 +4,7 @@
     python examples/train_trainer.py --corpus my_texts/ --steps 2000    your own text, JSON lines or Parquet
     python examples/train_trainer.py --resume                           on from the last checkpoint
 
-About a minute on two cores; downloads nothing. `pip install 'sense-v2[train,stream]'`.
+About a minute on two cores; downloads nothing. `pip install 'sense-v2[stream]'`.
 """
 
 import argparse

@@ -1,4 +1,4 @@
-"""`sense-engram demo`: does memory help? What it prints and writes; the experiment is library code."""
+"""`sense-engram demo`: what it prints and writes; the experiment is library code."""
 
 from __future__ import annotations
 

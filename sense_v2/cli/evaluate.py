@@ -1,4 +1,4 @@
-"""`sense-engram eval`: how well a trained model predicts a text, with its memory and with it taken off."""
+"""`sense-engram eval`: how well a model predicts a text, with its memory and without."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""`sense-engram train`: what a run prints, and how Ctrl-C stops it (the run itself is `hf/training/run.py`)."""
+"""`sense-engram train`: what a run prints, and how Ctrl-C stops it."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Every setting, in one place: `EngramConfig` (the memory), `TrainConfig` (a run), `Config` (both).
+"""Every setting: `EngramConfig` (the memory), `TrainConfig` (a run), `Config` (both).
 
 Keyword arguments, a dictionary, JSON or YAML become a validated dataclass that is saved beside the table, so that a
 table always says how it was made. Validation runs when a configuration is made and again where it is used

@@ -80,7 +80,7 @@ def copy_table(
         entries[name] = dataclasses.replace(entry, file=state_file_name(path.name, name))
         copy_file(storage.path.with_name(entry.file), path.with_name(entries[name].file), reflink_only=reflink_only)
     copy_file(storage.path, path, reflink_only=reflink_only)
-    write_manifest(target, dataclasses.replace(manifest, states=entries))
+    write_file(target, dataclasses.replace(manifest, states=entries).to_json())
 
 
 def refuse_uncommitted(storage: MappedRows) -> None:
@@ -95,10 +95,6 @@ def remove_manifest(path: Path) -> Path:
     target.unlink(missing_ok=True)
     path.with_name(journal_name(path.name)).unlink(missing_ok=True)
     return target
-
-
-def write_manifest(target: Path, manifest: Manifest) -> None:
-    write_file(target, manifest.to_json())
 
 
 def restore_table(storage: MappedRows, path: str | os.PathLike[str]) -> None:

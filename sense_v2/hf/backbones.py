@@ -1,4 +1,4 @@
-"""A name or a folder -> a model and its tokenizer: one to train, or one that was trained with memory."""
+"""A name or a folder -> a model and its tokenizer, to train or trained with memory."""
 
 from __future__ import annotations
 

@@ -19,6 +19,7 @@ from sense_v2.core.config import Config, EngramConfig, TrainConfig
 from sense_v2.core.errors import CommandError
 from sense_v2.hf.load import from_pretrained
 from sense_v2.hf.memory import attached_memory
+from sense_v2.hf.training import experiment
 
 ROOT = Path(__file__).parents[2]
 SMALL = ("--batch-size", "2", "--sequence-length", "32", "--table-size", "2000")
@@ -291,6 +292,49 @@ def test_files_that_are_no_text_are_a_note_of_one_line(run, corpus, tmp_path):
     assert line.startswith("note: 1 of 13 files are not UTF-8 text")
 
 
+def test_any_setting_of_the_trainer_can_be_given(run, run_json, corpus, tmp_path):
+    """On the command line and in the configuration file, where the command line wins; kept for --resume."""
+    (tmp_path / "run.yaml").write_text("trainer: {gradient_accumulation_steps: 2, bf16: false}")
+    output = tmp_path / "run"
+    arguments = ("train", "--corpus", corpus, "--config", tmp_path / "run.yaml", *SMALL, "--layers", 1)
+    run_json(
+        *(*arguments, "--steps", 2, "--output", output),
+        *("--set", "bf16=true", "--set", "report_to=tensorboard", "--set", "lr_scheduler_type=linear"),
+    )
+    assert Config.load(output / "config.yaml").trainer == {
+        "gradient_accumulation_steps": 2,
+        "bf16": True,
+        "report_to": "tensorboard",
+        "lr_scheduler_type": "linear",
+    }
+    assert list(output.rglob("events.out.tfevents.*"))
+    assert not list(output.rglob("checkpoint-*"))
+    for setting, message in (
+        ("bf61=true", "did you mean 'bf16'?"),
+        ("max_steps=3", "use --steps or --tokens"),
+        ("bf16=maybe", "must be of type bool"),
+    ):
+        status, out, error = run(*arguments, "--output", tmp_path / "other", "--set", setting)
+        assert (status, out) == (1, "")
+        assert message in error
+        assert not (tmp_path / "other").exists()
+    (tmp_path / "run.yaml").write_text("trainer: {gradient_accumulation: 2}")
+    status, _, error = run(*arguments, "--output", tmp_path / "other")
+    assert status == 1
+    assert "did you mean 'gradient_accumulation_steps'?" in error
+    assert not (tmp_path / "other").exists()
+
+
+def test_the_best_model_can_be_had_at_the_end(run_json, corpus, tmp_path):
+    (tmp_path / "run.yaml").write_text("train: {eval_every: 2, commit_every: 2, eval_sequences: 4}")
+    found = run_json(
+        *("train", "--corpus", corpus, "--config", tmp_path / "run.yaml", "--output", tmp_path / "run", *SMALL),
+        *("--steps", 6, "--layers", 1, "--set", "load_best_model_at_end=true", "--set", "greater_is_better=true"),
+    )
+    again = run_json("eval", tmp_path / "run", "--corpus", corpus)
+    assert again["perplexity"]["with_memory"] == pytest.approx(found["perplexity"]["after"], rel=1e-6)
+
+
 # Ctrl-C
 
 
@@ -383,8 +427,8 @@ def test_demo(run, run_json, corpus, tmp_path, monkeypatch):
 
     whole_config = demo.demo_config
     monkeypatch.setattr(demo, "demo_config", small_config)
-    monkeypatch.setattr(demo, "BLOCK_STEPS", 1)
-    monkeypatch.setattr(demo, "STEP_TIME_ROUNDS", 6)
+    monkeypatch.setattr(experiment, "BLOCK_STEPS", 1)
+    monkeypatch.setattr(experiment, "STEP_TIME_ROUNDS", 6)
     output = tmp_path / "demo"
     status, out, table = run("demo", "--corpus", corpus, "--output", output, "--json")
     assert status == 0, table
@@ -396,7 +440,7 @@ def test_demo(run, run_json, corpus, tmp_path, monkeypatch):
     assert numbers["compression"]["tokens"] > numbers["compression"]["ids"] > 90_000
     times = numbers["step_times"]
     assert 0 < times["low"] <= times["ratio"] <= times["high"]
-    assert times["rounds"] == demo.STEP_TIME_ROUNDS
+    assert times["rounds"] == experiment.STEP_TIME_ROUNDS
     assert times["seconds"].keys() == {"plain", "engram"}
     assert "equal_time" in numbers
     assert numbers["seconds"] > 0

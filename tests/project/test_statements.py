@@ -45,6 +45,17 @@ def test_the_demos_figures_are_the_same_on_all_pages() -> None:
     assert all(f"{perplexity:.4g}" in PAGES["tutorial.md"] for perplexity in (plain, engram))
 
 
+def test_the_disk_that_setting_up_takes_is_the_same_on_all_pages() -> None:
+    contributing = (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8")
+    said = {
+        tuple(re.findall(r"Python 3\.10 or newer.*?(\d+) GB of disk", text))
+        for text in (contributing, PAGES["tutorial.md"])
+    }
+    assert len(said) == 1
+    (installed,) = re.findall(r"takes a few minutes and ([\d.]+) GB of disk", PAGES["README.md"])
+    assert float(installed) + 1 <= float(said.pop()[0])  # and the demo's tables
+
+
 def written(name: str) -> str:
     """A model's name as the docs write it, in letters and digits alone: "Falcon-H1", "falcon_h1" -> "falconh1"."""
     return re.sub(r"[^a-z0-9]", "", name.lower())

@@ -1,4 +1,4 @@
-"""Is a batch in memory or on the disk: when to look, when to ask the kernel for its pages, when to ask ahead.
+"""Decides whether a batch is warm or cold, and when to ask the kernel for its pages.
 
 **Warm** rows, whose pages are in memory, are gathered and nothing else. **Cold** rows are asked for first: the kernel
 begins to read all pages of a batch, then the gather finds them. To ask costs several times a warm gather, so which of

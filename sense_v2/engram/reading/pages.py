@@ -1,4 +1,4 @@
-"""Row ids -> pages of a mapped file -> what the kernel is asked about them: to read them, to let go of them.
+"""Row ids -> pages of a mapped file -> what the kernel is asked about them.
 
 A page that isn't in memory is read when it is touched, and who touched it waits: one read at a time is the slowest
 way to use a disk. `will_need` asks for all pages of a batch first, each once and in order, so that many reads are in

@@ -1,4 +1,4 @@
-"""Rows of one mapped file: small warm batches in one call of the extension, all others by the cold policy.
+"""Reads rows of one mapped file, small warm batches in one call of the extension.
 
 `sense_v2.engram.reading.cold_policy` tells warm batches from cold ones, `sense_v2.engram.reading.gather` copies the
 rows, `sense_v2.engram.reading.pages` asks the kernel. A budget, where there is one, bounds what of the file stays

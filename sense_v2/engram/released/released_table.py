@@ -34,7 +34,7 @@ import numpy as np
 import torch
 
 from sense_v2.core.config import EngramConfig
-from sense_v2.engram.hashing import HeadLayout, round_up
+from sense_v2.engram.head_layout import HeadLayout, round_up
 from sense_v2.engram.reading import devices
 from sense_v2.engram.reading.row_parts import MappedFiles, PartsReader, RowParts
 from sense_v2.engram.reading.safetensors_headers import Checkpoint, TensorSpan, find_tensors

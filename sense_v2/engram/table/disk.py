@@ -1,4 +1,4 @@
-"""Every call that changes what is on disk, in one place: files made whole, space reserved, writes, syncs, locks.
+"""Every call that changes what is on disk: whole files, space, writes, syncs, locks.
 
 A file appears under its final name complete or not at all: `new_file` gives a temporary in the same folder and
 renames it when the block ends well. There is one temporary name per file, and its maker holds a lock on it: a second

@@ -1,4 +1,4 @@
-"""Bytes on disk: what the files are called, how long they are, and what the manifest says. Opens no file.
+"""Bytes on disk: names and lengths of the files, and the manifest. Opens no file.
 
 A table is a few kinds of files in one folder; docs/format.md is their specification:
 

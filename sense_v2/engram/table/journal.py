@@ -1,4 +1,4 @@
-"""Old bytes of changed rows -> a file that undoes what wasn't committed: the rollback journal of a table.
+"""The rollback journal: old bytes of changed rows, to undo what was not committed.
 
     table.journal = header | record | record | …      docs/format.md, "The journal", has every byte
 

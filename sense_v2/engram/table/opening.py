@@ -1,4 +1,4 @@
-"""A table's path and what the caller wants -> its files, checked, whole, and as the last commit left them.
+"""Opens a table: its files checked, whole, and as the last commit left them.
 
 What stands between a path and a mapping, in the order in which it happens:
 

@@ -1,4 +1,4 @@
-"""Rows as bytes on disk <-> float32 values, however they are coded: `Coding`, and the codings there are.
+"""Rows as bytes on disk <-> float32 values: `Coding`, and the codings there are.
 
     DtypeCoding    a row type of our own tables; float8_e4m3fn has the bytes of DeepSeek-V4.1's codes and scales
     ScaledCodes    float8 codes with one scale for the whole table, as transformers has Qwen's

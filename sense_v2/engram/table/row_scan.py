@@ -1,4 +1,4 @@
-"""A file of rows -> its block checksums, how many values are no numbers, how many rows are zeros; in one reading.
+"""A file of rows -> its block checksums, and its values that are no numbers, in one pass.
 
 Parts of a few MiB go through one buffer, so memory doesn't follow the file; holes of a sparse file are skipped, since
 a row of zeros hashes to 0. Values are looked at as bits, which serves bfloat16 as well: NumPy has no such type.

@@ -1,4 +1,4 @@
-"""A table -> the same rows in another dtype, in a new file: streamed, taken up again after a kill, verified.
+"""Converts a table to another dtype, in a new file, resumable and verified.
 
 How rows are carried over is `sense_v2.engram.upkeep.transfer`'s; here a table of ours is both sides of it, and what
 was made gets its manifest, and its name, when it was read back and compared.

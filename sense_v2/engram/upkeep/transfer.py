@@ -1,4 +1,4 @@
-"""Rows in one place -> the same rows in new files: streamed, taken up again after a kill, read back and compared.
+"""Carries rows over to new files: streamed, resumable, read back and compared.
 
 Rows go through memory in parts of a few MiB, front to back, wherever either side has them
 (`sense_v2.engram.table.row_files`) and however it codes them (`sense_v2.engram.table.row_dtypes`). Where both code

@@ -102,8 +102,7 @@ def read_corpus(
         name_of = find_files(roots)
         name = ", ".join(root.resolve().name or str(root) for root in roots)
 
-    # Of two files of one name (below different folders) the path decides the order.
-    files = sorted(name_of, key=lambda file: (share_of("order of " + name_of[file]), str(file)))
+    files = in_order(name_of)
     texts: list[tuple[float, str]] = []  # what decides between the parts, and the text
     left_out: list[Path] = []
     num_read, num_empty, room = 0, 0, max_bytes
@@ -119,12 +118,7 @@ def read_corpus(
         else:
             texts.append((share_of(name_of[file]), text))
             room = None if room is None else room - len(text.encode())
-    if left_out:
-        warnings.warn(
-            f"{len(left_out)} of {num_read} files are not UTF-8 text and are left out, {left_out[0]} first",
-            UserWarning,
-            stacklevel=2,
-        )
+    warn_of_left_out(left_out, num_read)
     if not texts:
         raise ValueError(
             f"the corpus {name or 'of no paths'} has no text: {num_read} files, {len(left_out)} not UTF-8 text, "
@@ -133,16 +127,34 @@ def read_corpus(
     if len(texts) == 1:
         train_text, held_out_text = _cut_end(texts[0][1], held_out_fraction, name)
         return Corpus(name, [train_text], [held_out_text], len(left_out))
-    shares = sorted(share for share, _ in texts)
-    # At least the file with the smallest share is held out, and at least the one with the largest is not.
-    threshold = min(max(held_out_fraction, float(np.nextafter(shares[0], 1))), shares[-1])
-    if threshold <= shares[0]:
+    threshold = held_out_threshold([share for share, _ in texts], held_out_fraction)
+    if threshold <= min(share for share, _ in texts):
         # All files have one name, so the order decides.
         all_texts = [text for _, text in texts]
         return Corpus(name, all_texts[1:], all_texts[:1], len(left_out))
     train_texts = [text for share, text in texts if share >= threshold]
     held_out_texts = [text for share, text in texts if share < threshold]
     return Corpus(name, train_texts, held_out_texts, len(left_out))
+
+
+def in_order(name_of: dict[Path, str]) -> list[Path]:
+    """Sort files as their names decide, or of two with one name (below different folders) their paths."""
+    return sorted(name_of, key=lambda file: (share_of("order of " + name_of[file]), str(file)))
+
+
+def warn_of_left_out(files: Sequence[Path], num_read: int) -> None:
+    """Warn where files were left out, in the caller's caller."""
+    if files:
+        warnings.warn(
+            f"{len(files)} of {num_read} files are not UTF-8 text and are left out, {files[0]} first",
+            UserWarning,
+            stacklevel=3,
+        )
+
+
+def held_out_threshold(shares: Sequence[float], fraction: float) -> float:
+    """Return below which share something is held out: at least the smallest of these is, and the largest isn't."""
+    return min(max(fraction, float(np.nextafter(min(shares), 1))), max(shares))
 
 
 def find_files(roots: Sequence[Path]) -> dict[Path, str]:

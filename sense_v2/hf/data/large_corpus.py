@@ -10,16 +10,22 @@ Only as much is read here as evaluation needs of the text that is held out, and 
 from __future__ import annotations
 
 import re
-import warnings
 from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 from sense_v2.core.config import TrainConfig
-from sense_v2.hf.data.corpus import Corpus, find_files, read_corpus, read_text, share_of
+from sense_v2.hf.data.corpus import (
+    Corpus,
+    find_files,
+    held_out_threshold,
+    in_order,
+    read_corpus,
+    read_text,
+    share_of,
+    warn_of_left_out,
+)
 from sense_v2.hf.data.streaming import FORMATS, open_documents, text_documents
 
 MIN_CORPUS_BYTES = 16 * 2**20
@@ -98,15 +104,10 @@ def open_large_corpus(
         return Corpus(name, train_texts, held_out_texts, documents=documents, text_column=text_column)
 
     name_of = find_files([Path(path) for path in paths])
-    files = sorted(name_of, key=lambda file: (share_of("order of " + name_of[file]), str(file)))
+    files = in_order(name_of)
     left_out = [file for file in files if read_text(file, 2**16) is None]
     files = [file for file in files if file not in set(left_out) and file.stat().st_size]
-    if left_out:
-        warnings.warn(
-            f"{len(left_out)} of {len(name_of)} files are not UTF-8 text and are left out, {left_out[0]} first",
-            UserWarning,
-            stacklevel=2,
-        )
+    warn_of_left_out(left_out, len(name_of))
     if not files:
         raise ValueError(f"the corpus {name} has no text. Name files, or folders with files, of UTF-8 text")
     sizes = {file: file.stat().st_size for file in files}
@@ -115,7 +116,7 @@ def open_large_corpus(
         training, held_out = [(files[0], 0, cut)], [(files[0], cut, sizes[files[0]])]
     else:
         shares = {file: share_of(name_of[file]) for file in files}
-        threshold = _threshold(sorted(shares.values()), held_out_fraction)
+        threshold = held_out_threshold(list(shares.values()), held_out_fraction)
         training, held_out = (
             [(file, 0, sizes[file]) for file in files if (shares[file] < threshold) == is_held_out]
             for is_held_out in (False, True)
@@ -168,14 +169,9 @@ def _apart(
             break
     if len(found) < 2:
         raise ValueError(f"the corpus {name} has {len(found)} documents; one is held out, so add text")
-    threshold = _threshold(sorted(share for share, _ in found), fraction)
+    threshold = held_out_threshold([share for share, _ in found], fraction)
     training = [text for share, text in found if share >= threshold]
     return training, [text for share, text in found if share < threshold], threshold
-
-
-def _threshold(shares: Sequence[float], fraction: float) -> float:
-    """Below which share something is held out: at least the first of these is, and the last isn't."""
-    return min(max(fraction, float(np.nextafter(shares[0], 1))), shares[-1])
 
 
 def _is_training(document: dict[str, Any], *, column: str, threshold: float) -> bool:

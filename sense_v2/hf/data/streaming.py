@@ -1,4 +1,4 @@
-"""Corpora of any size: documents read as they are needed -> blocks of tokens, packed, shuffled, resumable.
+"""Corpora of any size, read as needed -> blocks of tokens, packed, shuffled, resumable.
 
     files or a hub name ──open_documents──▶ documents ──tokenizer──▶ one line of tokens, cut ──buffer──▶ blocks
 

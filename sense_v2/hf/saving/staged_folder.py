@@ -1,4 +1,4 @@
-"""A model's folder that is whole or as it was: a run works in a folder inside it and moves all of it at the end.
+"""A model's folder that is whole or as it was: a run works in a folder inside it.
 
     runs/train/.training-x7f3/…     while it trains: table, optimizer state, shadow map, then the weights
     runs/train/…                    when all of it is there, by renames

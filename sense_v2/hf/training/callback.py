@@ -20,7 +20,7 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers import TrainerCallback, TrainerState, TrainingArguments
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from sense_v2.core.config import DURABILITIES, ROW_OPTIMIZERS
@@ -136,16 +136,7 @@ class EngramCallback(TrainerCallback):
 
     # Events of the Trainer, in their order.
 
-    def on_init_end(
-        self,
-        args: TrainingArguments,
-        state: TrainerState,
-        control: TrainerControl,
-        model: Any = None,
-        optimizer: Any = None,
-        lr_scheduler: Any = None,
-        **_: Any,
-    ) -> None:
+    def on_init_end(self, args: TrainingArguments, *_: Any, model: Any = None, **more: Any) -> None:
         self._memory = memory_of(model)
         self._num_ranks = args.world_size
         storage = self._memory.storage
@@ -170,22 +161,22 @@ class EngramCallback(TrainerCallback):
         self._stand_in = RowGradients(storage)
         self._memory.add_module(STAND_IN, RowStandIn(self._stand_in))
         _keep_from_ddp(model, self._stand_in)
-        if optimizer is not None:
-            if lr_scheduler is not None:
+        if more.get("optimizer") is not None:
+            if more.get("lr_scheduler") is not None:
                 raise ValueError(
                     "EngramCallback: the optimizer that was given doesn't hold the rows, and its schedule is made "
                     "already; pass optimizers=(optimizer, None), or let the Trainer make both"
                 )
-            optimizer.add_param_group({"params": [self._stand_in], "weight_decay": 0.0})
+            more["optimizer"].add_param_group({"params": [self._stand_in], "weight_decay": 0.0})
 
     def on_train_begin(
         self,
         args: TrainingArguments,
         state: TrainerState,
-        control: TrainerControl,
+        *_: Any,
         model: Any = None,
         optimizer: Any = None,
-        **_: Any,
+        **more: Any,
     ) -> None:
         if memory_of(model) is not self.memory:
             raise ValueError(
@@ -218,10 +209,10 @@ class EngramCallback(TrainerCallback):
             self._resume(args, state, model)
         self._handles += [layer.gate.register_forward_hook(self._gate_hook(layer.layer_id)) for layer in self.memory]
 
-    def on_step_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+    def on_step_begin(self, *_: Any, **more: Any) -> None:
         self.memory.checkpoint = None
 
-    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, *_: Any, **more: Any) -> None:
         self._step = state.global_step
         self.memory.checkpoint = _checkpoint_folder(args, state.global_step)
         due = self.commit_steps and state.global_step % self.commit_steps == 0
@@ -229,9 +220,7 @@ class EngramCallback(TrainerCallback):
         if due and self.writes and self.checkpoints == "copy":
             self._commit(state)
 
-    def on_save(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, model: Any = None, **_: Any
-    ) -> None:
+    def on_save(self, args: TrainingArguments, state: TrainerState, *_: Any, model: Any = None, **more: Any) -> None:
         folder, states = _checkpoint_folder(args, state.global_step), not args.save_only_model
         if self.checkpoints == "stay" and args.should_save:
             write_checkpoint(model, folder, table="stay", states=states)
@@ -249,12 +238,7 @@ class EngramCallback(TrainerCallback):
             write_checkpoint(model, folder, table=table, states=states)
 
     def on_log(
-        self,
-        args: TrainingArguments,
-        state: TrainerState,
-        control: TrainerControl,
-        logs: dict[str, float] | None = None,
-        **_: Any,
+        self, args: Any, state: TrainerState, *_: Any, logs: dict[str, float] | None = None, **more: Any
     ) -> None:
         # EngramTrainer has added them already.
         if logs is not None and "loss" in logs and not any(name.startswith("engram/") for name in logs):
@@ -263,9 +247,7 @@ class EngramCallback(TrainerCallback):
             if state.log_history and state.log_history[-1].get("step") == state.global_step:
                 state.log_history[-1].update(metrics)
 
-    def on_train_end(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, model: Any = None, **_: Any
-    ) -> None:
+    def on_train_end(self, args: TrainingArguments, state: TrainerState, *_: Any, **more: Any) -> None:
         self._stop_listening()
         self.memory.checkpoint = None
         self.memory.storage.clear_gradients()

@@ -1,4 +1,4 @@
-"""Controls: the same model and training with one thing taken away, to see where a gain comes from.
+"""Controls: the same training with one thing taken away, to see where a gain comes from.
 
 `freeze_rows`: the rows stay the random noise they started as; the fusion layers learn. What gain remains comes from
 more weights and from random features of n-grams, not from anything stored in the table.

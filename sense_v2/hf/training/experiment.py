@@ -1,4 +1,4 @@
-"""The demo's experiment: the same small model trained without memory, with it, and with two controls.
+"""The demo's experiment: one model without memory, with it, and with two controls.
 
 Everything is made on the spot from a corpus: a BPE tokenizer, its shadow map, a small Llama. All runs share the seed,
 the data and its order, and the schedule. What comes out is one dictionary, from which a report is made, and the

@@ -1,4 +1,4 @@
-"""`fit`: a model, batches of token ids and a TrainConfig -> the model trained by EngramTrainer, and its history.
+"""`fit`: a model and batches -> the model trained by EngramTrainer, and its history.
 
 It is what `sense-engram train`, the demo, the controls and the benchmarks run. AdamW trains the weights (decay on the
 backbone's matrices only) and a row optimizer the rows of the batch. Both warm up together; then the weights' rates
@@ -9,7 +9,6 @@ way, so that a comparison differs in the memory alone.
 from __future__ import annotations
 
 import math
-import statistics
 import tempfile
 import time
 import warnings
@@ -76,10 +75,6 @@ class History:
         """How long each step took, the mean where several have one entry."""
         steps, seconds = [0, *self.steps], [0.0, *self.seconds]
         return [(seconds[i] - seconds[i - 1]) / (steps[i] - steps[i - 1]) for i in range(1, len(steps))]
-
-    def median_step_seconds(self) -> float:
-        """nan before the first step."""
-        return statistics.median(self.step_seconds()) if self.steps else math.nan
 
 
 def rate_factor(step: int, *, warmup_steps: int, steps: int) -> float:
@@ -429,7 +424,7 @@ class _Fitting(StreamTraining):
         super()._save(output_dir, state_dict)  # type: ignore[misc]
 
 
-class _PlainFit(_Fitting, Trainer):  # both have `optimizer`
+class _PlainFit(_Fitting, Trainer):
     """Without memory."""
 
 

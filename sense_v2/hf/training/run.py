@@ -1,4 +1,4 @@
-"""A whole run: a corpus and a model's name -> a folder with the trained model, whole or as it was.
+"""A whole run: a corpus and a model's name -> a folder with the trained model.
 
     corpus ──▶ backbone, tokenizer, shadow map ──▶ memory attached in the folder ──▶ steps ──▶ the folder, whole
 

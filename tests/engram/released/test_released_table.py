@@ -22,7 +22,8 @@ from checkpoints import (
 from safetensors import safe_open
 from safetensors.torch import load_file
 
-from sense_v2.engram.hashing import HeadLayout, NgramHasher
+from sense_v2.engram.hashing import NgramHasher
+from sense_v2.engram.head_layout import HeadLayout
 from sense_v2.engram.released.released_table import open_released_table, released_config, released_tables
 from sense_v2.engram.variants import variant_config
 

@@ -136,6 +136,7 @@ def test_another_text_and_another_model_are_refused(tmp_path):
         run(tmp_path, resident(tmp_path), dies_at=3)
     with pytest.raises(ValueError, match="the text isn't the one that the run began with"):
         run(tmp_path, resident(tmp_path, seed=1), resumes=True)
+    gc.collect()
     model = attach_engram(tiny_model("llama", layers=2), tiny_config(tmp_path, init_std=0.0), tiny_tokenizer())
     with pytest.raises(ValueError, match="parameter group that doesn't match"):
         fit(model, resident(tmp_path), SETTINGS, folder=tmp_path / "training", resumes=True)
