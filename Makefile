@@ -1,13 +1,13 @@
-# `make help` says what there is. Whatever needs packages installs them into .venv first, on the first run.
+# `make help` lists the targets. A target that needs packages installs them into .venv on the first run.
 #
 # Settings, as in `make test PYTHON=python3.12`:
 #   PYTHON             the Python (3.10 or newer) that .venv is made with
 #   TORCH_CONSTRAINTS  the file that fixes torch's version; /dev/null takes the newest that pyproject.toml allows, such
 #                      as the CUDA build on a machine with a GPU. A change makes .venv again, which then remembers it.
 #                      Where packages come from is pip's own business (its configuration, PIP_INDEX_URL).
-#   CORPUS, QUICK      for `make demo`: a folder of text of your own; QUICK=1 for a look in place of a measurement
-#   JOBS               processes that `make test` runs in
-#   FUZZ_SECONDS       how long `make fuzz` looks for a folder that breaks the promise
+#   CORPUS, QUICK      for `make demo`: a folder of your own text; QUICK=1 for a quick look instead of a measurement
+#   JOBS               how many processes `make test` runs in
+#   FUZZ_SECONDS       how long `make fuzz` looks for a folder that breaks the promises
 
 PYTHON ?= python3
 JOBS ?= 2
@@ -19,8 +19,8 @@ INSTALLED := $(VENV)/.installed
 INSTALLING := $(VENV)/.installing
 TORCH_CONSTRAINTS ?= $(or $(shell sed -n 2p $(INSTALLED) 2>/dev/null),constraints.txt)
 TYPED := sense_v2 $(wildcard scripts/*.py benchmarks/*.py)
-# Some only help the others; scaling.py has a target of its own, since it takes half an hour, and teaching.py needs a
-# model that has learned.
+# Some are helpers of the others. scaling.py has a target of its own, since it takes half an hour; teaching.py needs a
+# trained model.
 HELPERS := $(addprefix benchmarks/, turns.py resident.py reading.py lookup_cold.py)
 BENCHMARKS := $(filter-out $(HELPERS) benchmarks/scaling.py benchmarks/teaching.py, $(wildcard benchmarks/*.py))
 
@@ -47,7 +47,7 @@ crash: $(INSTALLED) ## kill a trainer 500 times, cut the power, fail every call 
 ranks: $(INSTALLED) ## kill one of 2 to 4 ranks 60 times, at random moments and at calls of a commit (ten minutes)
 	SENSE_RANK_KILLS=$${SENSE_RANK_KILLS:-15} OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(JOBS) --dist loadscope $(ARGS) tests/engram/ranks/test_global_commit.py tests/engram/ranks/test_hosts.py
 
-# Nothing but packages is downloaded, and the site asks for nothing: scripts/check_site.py holds that.
+# Only packages are downloaded, and the site loads nothing from elsewhere: scripts/check_site.py checks it.
 docs: $(INSTALLED) ## the site of docs/, in site/index.html
 	@$(BIN)/python -c 'import material, mkdocstrings_handlers.python' 2>/dev/null || $(BIN)/python -m pip install --quiet -c $(TORCH_CONSTRAINTS) -e ".[docs]"
 	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --quiet --strict
@@ -59,7 +59,7 @@ docs-pictures: $(INSTALLED) ## draw the pictures of docs/ again
 trees: ## write the file trees of README.md and docs/architecture.md again, from the modules' docstrings
 	$(PYTHON) scripts/file_tree.py --write
 
-# What is found is left as crash-*, which the script repeats when it is given that file.
+# A finding is left as a file crash-*. The script repeats it when it gets that file.
 fuzz: $(INSTALLED) ## damaged and mixed folders of a table, for FUZZ_SECONDS (ten minutes)
 	$(BIN)/python -m pip install --quiet -c $(TORCH_CONSTRAINTS) -e ".[fuzz]"
 	OMP_NUM_THREADS=1 $(BIN)/python tests/fuzz/fuzz_folders.py -max_total_time=$(FUZZ_SECONDS) $(ARGS)
@@ -98,8 +98,8 @@ clean: ## remove what was built and the demo's output; data/ and .venv stay
 distclean: clean ## clean, and remove .venv
 	rm -rf $(VENV)
 
-# .venv/.installed says in which folder and with which constraints everything was installed. Where that isn't so any
-# more (the checkout was moved, its Python or packages were removed), the environment is made from nothing.
+# .venv/.installed says in which folder and with which constraints everything was installed. If that no longer holds
+# (the checkout was moved, its Python or packages were removed), the environment is made again from scratch.
 STATE := $(CURDIR) $(TORCH_CONSTRAINTS)
 PROBE := import sys, importlib.util as u; sys.exit(not all(map(u.find_spec, "torch transformers pytest xdist mypy ruff".split())))
 ifneq ($(wildcard $(INSTALLED)),)
@@ -113,10 +113,10 @@ ifdef STALE
 $(INSTALLED): broken
 endif
 
-# An installation that was cut off leaves .installing behind, and packages of which nobody knows whether they are
-# whole: from nothing as well, unless the make whose number it holds is still at it. An environment that somebody else
-# made and that works is only added to.
-# torch comes first, and the constraints are in every call, or pip would be free to take another build of it.
+# An interrupted installation leaves .installing behind, and packages that may be incomplete. Then the environment is
+# made from scratch too, unless the make whose process id is in .installing is still running. A working environment
+# that somebody else made only gets what is missing.
+# torch comes first, and every call has the constraints, or pip might take another build of torch.
 $(INSTALLED): pyproject.toml constraints.txt $(wildcard sense_v2/engram/reading/_*.[ch])
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' || { echo "$(PYTHON): Python 3.10 or newer is needed; make PYTHON=... names another" >&2; exit 1; }
 	@pid=$$(cat $(INSTALLING) 2>/dev/null); if [ -n "$$pid" ] && kill -0 "$$pid" 2>/dev/null; then echo "another make (process $$pid) is installing into $(VENV); wait for it, or remove $(INSTALLING)" >&2; exit 1; fi

@@ -18,9 +18,10 @@ import time
 from collections.abc import Callable
 
 import torch
-from turns import machine, spread
+from turns import machine
 
 from sense_v2.engram.table.compact_rows import FLOAT8, INT8, decode, encode, join, split
+from sense_v2.hf.training.step_times import spread
 
 
 def main() -> None:

@@ -89,8 +89,8 @@ def cold(folder: Path, gigabytes: int, rounds: int) -> dict[str, Any]:
         table = open_released_table(shard, 1)
         for tensor in table._reader.tensors:
             for part in tensor._parts:
-                part.pages.can_ask = False
-                part.mapping.madvise(row_parts.mmap.MADV_RANDOM)
+                part.pages.pages.can_ask = False
+                part.pages.pages.mapping.madvise(row_parts.mmap.MADV_RANDOM)
         return table
 
     figures: dict[str, Any] = {"rows": num_rows}

@@ -34,11 +34,12 @@ import torch
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from sense_v2.hf.training.plain_loop import History, train
-from turns import MemoryPeak, ProcessorClock, Text, Turn, machine, prepare_text, spread, take_turns
+from turns import MemoryPeak, ProcessorClock, Text, Turn, machine, prepare_text, take_turns
 
 from sense_v2.core.config import TrainConfig
 from sense_v2.hf.insight.evaluation import evaluate
 from sense_v2.hf.memory import memory_of
+from sense_v2.hf.training.step_times import spread
 from sense_v2.report.plots import PALETTE, style
 
 PLAIN = 0

@@ -61,7 +61,6 @@ from turns import (
     machine,
     memory_limit,
     prepare_text,
-    spread,
     take_turns,
 )
 
@@ -71,6 +70,7 @@ from sense_v2.engram.model import EngramFusionLayer, compressed_pad_id
 from sense_v2.engram.optim import RowWiseAdagrad
 from sense_v2.engram.storage import MMapEmbeddingStorage
 from sense_v2.hf.memory import memory_of
+from sense_v2.hf.training.step_times import spread
 
 WIDTH = 64
 """D. Rows of 256 bytes, sixteen to a page."""

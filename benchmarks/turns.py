@@ -2,7 +2,7 @@
 
 A number that is compared between tables of several sizes has to come from processes of their own, or one table's
 memory would count for the other; and from the same seconds, or the machine's other work would. So every run is a
-child that trains with `sense_v2.hf.training.plain_loop.train` and stops after each few steps until it is told to go
+child that trains with `sense_v2.hf.training.fit.fit` and stops after each few steps until it is told to go
 on: one child runs at a time, and all of them see the machine's good and bad moments alike.
 
 Times are taken twice: on the wall, and of the processor, all threads of a process together. The second hardly moves
@@ -19,7 +19,6 @@ import dataclasses
 import multiprocessing
 import os
 import platform
-import statistics
 import subprocess
 import threading
 import time
@@ -256,9 +255,3 @@ def _commit() -> str:
     command = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty"]
     found = subprocess.run(command, capture_output=True, text=True, check=False)
     return found.stdout.strip() or "unknown"
-
-
-def spread(values: Sequence[float]) -> dict[str, float]:
-    """Median, and the tenth and ninetieth percentile."""
-    low, high = (float(np.quantile(values, quantile)) for quantile in (0.1, 0.9))
-    return {"median": float(statistics.median(values)), "low": low, "high": high}

@@ -1,10 +1,10 @@
-"""Whether a built site asks nothing of anybody: no page, stylesheet or script of it loads something from elsewhere.
+"""Checks that no page, stylesheet or script of a built site loads anything from elsewhere.
 
     python scripts/check_site.py site
 
-Links that a reader may click on may lead anywhere; what a browser fetches by itself may not. In scripts those
-addresses are looked for that the theme could load code from; two are known, for what isn't used here (diagrams,
-browsers of 2019). Prints what is wrong and ends with status 1.
+Links that a reader clicks may lead anywhere; what a browser fetches by itself may not. In scripts, it looks for the
+addresses that the theme could load code from. Two of them are known and unused here (diagrams, browsers of 2019).
+Prints what is wrong and exits with status 1.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ import sys
 from html.parser import HTMLParser
 from pathlib import Path
 
-# What a browser fetches without being asked.
+# What a browser fetches by itself.
 FETCHED = {"script": "src", "img": "src", "iframe": "src", "source": "src", "video": "src", "audio": "src"}
 RELATIONS = {"stylesheet", "icon", "preload", "prefetch", "preconnect", "dns-prefetch", "modulepreload", "manifest"}
 UNUSED = ("https://unpkg.com/mermaid@", "https://unpkg.com/resize-observer-polyfill")
@@ -36,7 +36,7 @@ class Page(HTMLParser):
 
 
 def problems(site: Path) -> list[str]:
-    """One line a thing that is wrong."""
+    """Return one line for each thing that is wrong."""
     found = []
     pages = sorted(site.rglob("*.html"))
     if not pages:

@@ -1,4 +1,4 @@
-"""The help of every command of `sense-engram` as Markdown: the end of the site's page on the command line."""
+"""The help of every command as Markdown: the end of the site's page on the command line."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from sense_v2.cli import main
 
 
 def commands() -> str:
-    """Every command's help as Markdown."""
+    """Return every command's help as Markdown."""
     parts = ["## Each command", ""]
     for heading, listed in main.COMMANDS.items():
         parts += [f"**{heading}:** " + ", ".join(f"[`{name}`](#sense-engram-{_slug(name)})" for name in listed), ""]
@@ -28,7 +28,7 @@ def commands() -> str:
 
 
 def _command(name: str) -> Any:
-    """By its whole name, as in "delta show"."""
+    """Find a command by its whole name, as in "delta show"."""
     found: Any = get_command(main.app)
     for word in name.split():
         found = found.commands[word]
@@ -49,10 +49,10 @@ def _called(parameter: Any) -> str:
 
 
 def _default(parameter: Any) -> str:
-    """What is taken where the option isn't given."""
+    """Say which value an option has if it isn't given."""
     if parameter.param_type_name != "option" or parameter.is_flag or parameter.default in (None, (), []):
-        return " Needed." if parameter.required and parameter.param_type_name == "option" else ""
-    return f" Else `{_cell(str(parameter.default))}`."
+        return " Required." if parameter.required and parameter.param_type_name == "option" else ""
+    return f" Default: `{_cell(str(parameter.default))}`."
 
 
 def _cell(text: str) -> str:

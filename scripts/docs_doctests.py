@@ -1,6 +1,7 @@
-"""Doctests in docstrings -> code blocks of Markdown, for mkdocstrings (mkdocs.yml names this file).
+"""Doctests in docstrings -> code blocks of Markdown, for mkdocstrings (see mkdocs.yml).
 
-The docstrings are plain text with `>>>` examples, and Markdown would take `>>>` for a quotation in a quotation.
+Examples with `>>>` stand in the text of docstrings, and Markdown would take `>>>` for nested quotations. mkdocstrings
+itself knows those of an `Examples:` section, which are indented.
 """
 
 from __future__ import annotations

@@ -1,9 +1,9 @@
 """What mkdocs doesn't do by itself for the site of docs/ (mkdocs.yml names this file).
 
-- Pages that are kept elsewhere or in the code: the log of benchmarks, the changelog, and, at the end of commands.md,
-  every command's help, taken from the program itself.
-- Links that lead out of docs/, as a reader of the repository follows them: to a page of the site where the file is
-  one, else only its name.
+- It adds pages that are kept elsewhere: the log of benchmarks, the changelog, and, at the end of commands.md, every
+  command's help, taken from the program itself.
+- It rewrites links that lead out of docs/. They become links to a page of the site if there is one, and plain text
+  otherwise.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ def on_page_markdown(markdown: str, *, page: Any, config: MkDocsConfig, files: F
 
 
 def _relinked(text: str, folder: Path) -> str:
-    """Markdown of a file in `folder` of the repository, as it has to be on a page that lies in docs/."""
+    """Return the Markdown of a file in `folder` with links that work on a page of the site."""
 
     def replaced(match: re.Match[str]) -> str:
         words, target, anchor = match[1], match[2], match[3] or ""

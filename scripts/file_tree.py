@@ -1,10 +1,11 @@
-"""Prints the tree of sense_v2/ from the first line of each module's docstring, and writes it into the docs.
+"""Prints the tree of sense_v2/, made from the modules' docstrings, and writes it into docs.
 
     python scripts/file_tree.py            print the full tree
     python scripts/file_tree.py --write    write it into docs/architecture.md (all files) and README.md (packages)
     python scripts/file_tree.py --check    exit with status 1 if a page differs
 
-`make trees` writes them. In a page the tree stands between two comments, `BEGIN` and `END`; nothing else is touched.
+`make trees` writes them. A file's line is the first line of its docstring. In a page the tree stands between two
+comments, `BEGIN` and `END`; nothing else is touched.
 """
 
 from __future__ import annotations
@@ -25,7 +26,7 @@ ORDER = ("core", "engram", "hf", "report", "cli", "table", "reading", "upkeep", 
 BEGIN = "<!-- tree: written by `make trees` -->"
 END = "<!-- end of tree -->"
 LONGEST = 90
-"""Characters of a module's first docstring line beyond which it is named as too long."""
+"""Characters of a line; a module's first docstring line that has more is cut at a clause, and named."""
 
 
 def first_line(path: Path) -> str:
@@ -39,6 +40,16 @@ def first_line(path: Path) -> str:
     return said.split("\n")[0].strip().removesuffix("*/").rstrip(" .:")
 
 
+def shortened(said: str) -> str:
+    """Return the first sentence of a line that is longer than `LONGEST`, or its last clause that fits."""
+    if len(said) <= LONGEST:
+        return said
+    if ". " in said[:LONGEST]:
+        return said[: said.index(". ")]
+    ends = [match.start() for match in re.finditer(r"[,;:] ", said[:LONGEST])]
+    return said[: ends[-1]] if ends else said
+
+
 def rank(folder: Path) -> tuple[int, str]:
     """Return what packages are sorted by: their place in `ORDER`, then their name."""
     name = folder.name
@@ -50,11 +61,11 @@ def entries(folder: Path, files: bool, depth: int = 1) -> Iterator[tuple[str, st
     if files:
         for path in sorted(p for p in folder.iterdir() if p.suffix in (".py", ".c", ".h")):
             if path.name != "__init__.py":
-                yield "  " * depth + path.name, first_line(path)
+                yield "  " * depth + path.name, shortened(first_line(path))
     packages = [p for p in folder.iterdir() if p.is_dir() and any(p.glob("*.py"))]
     for package in sorted(packages, key=rank):
         init = package / "__init__.py"
-        yield "  " * depth + f"{package.name}/", first_line(init) if init.exists() else ""
+        yield "  " * depth + f"{package.name}/", shortened(first_line(init)) if init.exists() else ""
         yield from entries(package, files, depth + 1)
 
 
@@ -73,7 +84,7 @@ def with_tree(page: str, files: bool) -> str:
     if page.count(BEGIN) != 1 or page.count(END) != 1:
         raise ValueError(f"the page needs {BEGIN} and {END}, once each")
     before, _, rest = page.partition(BEGIN)
-    return f"{before}{BEGIN}\n```\n{tree(files)}\n```\n{END}{rest.partition(END)[2]}"
+    return f"{before}{BEGIN}\n\n```\n{tree(files)}\n```\n\n{END}{rest.partition(END)[2]}"
 
 
 def main(arguments: list[str] | None = None) -> int:

@@ -1,6 +1,6 @@
-"""Does the installed wheel work where there is no checkout? Run by .ci/run with an empty environment's Python.
+"""Checks that the installed wheel works where there is no checkout.
 
-    python -I scripts/wheel_smoke.py CHECKOUT
+    python -I scripts/wheel_smoke.py CHECKOUT    with the Python of an empty environment, as `make wheel` does
 
 The checkout is only looked at, for what the wheel ought to hold. Needs to run in a folder outside of it. Exits with
 status 1 and a line per problem; a part of the package that isn't written yet is named as skipped.

@@ -194,6 +194,52 @@ def refusals(ranks: Ranks, folder: Path, *, event: Callable[[str], None]) -> dic
     return told
 
 
+def as_one(ranks: Ranks, folder: Path, *, layout: str, event: Callable[[str], None]) -> dict[str, Any]:
+    """What a contract asks of every table, of one that two ranks have; each rank looks up other ids."""
+
+    def told(*calls: Callable[[], Any]) -> list[str]:
+        found = []
+        for call in calls:
+            try:
+                found.append(str(call()))
+            except Exception as error:
+                found.append(f"{type(error).__name__}: {error}")
+        return found
+
+    table = open_table(ranks, folder, layout).eval()
+    mine, others = (0, ROWS - 1) if ranks.rank == 0 else (ROWS - 1, 0)
+    ones = torch.ones(1, WIDTH)
+    table.write(torch.tensor([mine]), (ranks.rank + 1) * ones)
+    ranks.barrier("written")
+    state = table.open_state("adam", WIDTH)
+    result: dict[str, Any] = {"rows": [], "types": [], "others_row": others}
+    for ids in (
+        torch.tensor([[0, 96, 50], [96, 3, 3]])[:, ranks.rank :],
+        torch.tensor(7 + ranks.rank),
+        torch.empty(0, 3, dtype=torch.int64),
+        torch.arange(ROWS, dtype=torch.int32).reshape(1, -1).T if ranks.rank else torch.tensor([1]),
+    ):
+        table.begin(ids)
+        table.prefetch(ids)
+        rows = table(ids)
+        result["rows"].append([ids.tolist(), rows.tolist()])
+    result["types"] = [str(rows.dtype), str(table.gather(torch.tensor([mine])).dtype)]
+    outside, theirs = torch.tensor([ROWS]), torch.tensor([others])
+    result["outside"] = told(lambda: table.begin(outside), lambda: table(outside), lambda: table.prefetch(outside))
+    result["others"] = [
+        text[: text.index(" rows") + 5]
+        for text in told(
+            lambda: table.write(theirs, ones),
+            lambda: table.protect(theirs),
+            lambda: table.write_state(state, theirs, ones),
+        )
+    ]
+    table.commit()
+    table.close()
+    (result["closed"],) = told(lambda: table.begin(torch.tensor([1])))
+    return result
+
+
 def come_late(ranks: Ranks, folder: Path, *, layout: str, event: Callable[[str], None]) -> None:
     """Rank 1 does something else for longer than the others wait."""
     table = open_table(ranks, folder, layout)

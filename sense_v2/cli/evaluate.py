@@ -82,9 +82,7 @@ def run_eval(
     for line in _table(result, list(found)):
         echo(line)
     if len(found) == 2:
-        echo(
-            "without memory: this backbone, trained with its memory, after it was taken off; not one trained without"
-        )
+        echo("without memory: this model with its memory taken off; one that was trained without may do better")
     return result
 
 

@@ -1,1 +1,1 @@
-"""Every setting: validated once, saved beside the table."""
+"""Settings, validated once and saved beside the table; errors, folders, progress."""

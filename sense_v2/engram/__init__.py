@@ -18,7 +18,7 @@ _HOME = {
     "EngramFusionLayer": "model",
     "EngramTokenizer": "tokenizer",
     "EngramTokenizerBuilder": "tokenizer",
-    "HeadLayout": "hashing",
+    "HeadLayout": "head_layout",
     "MMapEmbeddingStorage": "storage",
     "NgramHasher": "hashing",
     "OverlayStorage": "delta.overlay",

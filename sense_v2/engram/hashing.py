@@ -7,8 +7,9 @@ The multipliers m are odd, drawn per layer, and bounded so that no product leave
 its own, so heads that share an n-gram collide on different ones. A position before the sequence, behind padding or
 in another packed document counts as the pad id, and so does everything behind it: an n-gram never reaches across.
 
-`ngram_hash` is the pure function; `HeadLayout` says which rows belong to which head; `NgramHasher` holds both for
-one layer. NumPy arrays and torch tensors on any device give the same values.
+`ngram_hash` is the pure function; `NgramHasher` holds what it needs for one layer. `token_rows` goes from a call's
+token ids, mask, positions and past to the row ids of all layers. NumPy arrays and torch tensors on any device give
+the same values.
 
 In the `qwen_ple` variant the pad id is the model's end-of-sequence token, and behind one of those a new n-gram begins
 as if the sequence did.
@@ -28,10 +29,10 @@ from typing import Any, TypeVar
 import numpy as np
 import torch
 import torch.nn.functional as F
-from sympy import nextprime, prevprime
 
 from sense_v2.core.config import EngramConfig
 from sense_v2.engram import operators
+from sense_v2.engram.head_layout import HeadLayout
 from sense_v2.engram.tokenizer import EngramTokenizer
 from sense_v2.engram.variants import VARIANTS
 
@@ -43,120 +44,8 @@ NO_TOKEN = -1
 COMPRESSED_ID, VALID, POSITION = range(3)
 
 
-@dataclass(frozen=True)
-class HeadLayout:
-    """The ranges of rows: head h of layer l owns rows offsets_LH[l, h] to offsets_LH[l, h] + primes_LH[l, h] - 1.
-
-    Heads are ordered by n-gram order, then by number, as the concatenated memory vector is.
-    """
-
-    layer_ids: tuple[int, ...]
-    ngram_orders: tuple[int, ...]
-    num_heads: int
-    """Per order; H = len(ngram_orders) × num_heads."""
-    primes_LH: tuple[tuple[int, ...], ...]
-    offsets_LH: tuple[tuple[int, ...], ...]
-    num_rows_L: tuple[int, ...]
-    """Rows of the table that each layer reads; all equal where the layers share one."""
-
-    @classmethod
-    def build(
-        cls,
-        variant: str,
-        *,
-        layer_ids: Sequence[int],
-        ngram_orders: Sequence[int],
-        num_heads: int,
-        table_size: int,
-    ) -> HeadLayout:
-        """The layout of a variant. Raises `ValueError` where `table_size` has no room for distinct primes.
-
-        >>> layout = HeadLayout.build("sense", layer_ids=[1], ngram_orders=[2, 3], num_heads=2, table_size=100)
-        >>> layout.primes_LH, layout.offsets_LH
-        (((23, 19, 17, 13),), ((0, 23, 42, 59),))
-        """
-        rules = VARIANTS[variant]
-        heads_per_layer = len(ngram_orders) * num_heads
-        count = len(layer_ids) * heads_per_layer
-        if rules.head_sizes == "budget":
-            primes = _primes_below(table_size // count + 1, count, table_size)
-        else:
-            primes = _primes_from(table_size, count)
-        primes_LH = tuple(
-            tuple(primes[start : start + heads_per_layer]) for start in range(0, count, heads_per_layer)
-        )
-        offsets_LH, first_row = [], 0
-        for primes_H in primes_LH:
-            first_row = first_row if rules.one_table else 0
-            ends_H = np.cumsum(primes_H)
-            offsets_LH.append(
-                tuple(int(first_row + end - prime) for end, prime in zip(ends_H, primes_H, strict=True))
-            )
-            first_row += int(ends_H[-1])
-        if rules.head_sizes == "budget":
-            num_rows_L = [table_size] * len(layer_ids)
-        elif rules.one_table:
-            num_rows_L = [first_row] * len(layer_ids)
-        else:
-            num_rows_L = [round_up(sum(primes_H), rules.row_multiple) for primes_H in primes_LH]
-        return cls(tuple(layer_ids), tuple(ngram_orders), num_heads, primes_LH, tuple(offsets_LH), tuple(num_rows_L))
-
-    @classmethod
-    def from_config(cls, config: EngramConfig) -> HeadLayout:
-        """The layout that `config` describes."""
-        return cls.build(
-            config.variant,
-            layer_ids=config.layer_indices,
-            ngram_orders=config.ngram_orders,
-            num_heads=config.num_heads,
-            table_size=config.table_size,
-        )
-
-    def to_dict(self) -> dict[str, Any]:
-        """For the manifest: lists and numbers only."""
-        return {
-            "layer_ids": list(self.layer_ids),
-            "ngram_orders": list(self.ngram_orders),
-            "num_heads": self.num_heads,
-            "primes": [list(primes_H) for primes_H in self.primes_LH],
-            "offsets": [list(offsets_H) for offsets_H in self.offsets_LH],
-        }
-
-
-def round_up(number: int, multiple: int) -> int:
-    """The least multiple that is not below `number`.
-
-    >>> round_up(257, 128)
-    384
-    """
-    return -(-number // multiple) * multiple
-
-
-def _primes_below(start: int, count: int, table_size: int) -> list[int]:
-    primes: list[int] = []
-    limit = start
-    while len(primes) < count:
-        if limit <= 2:
-            raise ValueError(
-                f"table_size = {table_size} has no room for {count} heads (layers × orders × heads) with distinct "
-                f"primes of at most {start - 1} rows each; use a larger table_size, or fewer heads, orders or layers"
-            )
-        limit = int(prevprime(limit))
-        primes.append(limit)
-    return primes
-
-
-def _primes_from(least: int, count: int) -> list[int]:
-    primes: list[int] = []
-    current = least - 1
-    while len(primes) < count:
-        current = int(nextprime(current))
-        primes.append(current)
-    return primes
-
-
 def hash_multipliers(layer_id: int, *, largest_order: int, compressed_vocab_size: int, seed: int) -> np.ndarray:
-    """Odd int64 multipliers m[0..largest_order-1] of one layer; m[k] belongs to the token k positions back.
+    """Draw odd int64 multipliers m[0..largest_order-1] of one layer; m[k] belongs to the token k positions back.
 
     They are below (2**63 - 1) / compressed_vocab_size, so that id × multiplier fits int64; they depend on the
     compressed size for that reason. The generator and the factor 10007 are the published ones.
@@ -169,7 +58,7 @@ def hash_multipliers(layer_id: int, *, largest_order: int, compressed_vocab_size
 def splitmix_multipliers(
     place: int, *, largest_order: int, compressed_vocab_size: int, seed: int
 ) -> np.ndarray[Any, Any]:
-    """As `hash_multipliers`, from SplitMix64, for the layer at that `place` among those with memory."""
+    """Draw as `hash_multipliers`, from SplitMix64, for the layer at that `place` among those with memory."""
     bits, gamma = 2**64 - 1, 0x9E3779B97F4A7C15
     half_bound = max(1, (np.iinfo(np.int64).max // compressed_vocab_size) // 2)
     multipliers = []
@@ -183,7 +72,7 @@ def splitmix_multipliers(
 
 
 def sequences_until(end_id: int, ids_BT: torch.Tensor, sequence_ids_BT: torch.Tensor | None) -> torch.Tensor:
-    """sequence_ids_BT that also change behind each `end_id`."""
+    """Make sequence_ids_BT that also change behind each `end_id`."""
     ended_BT = _shift((ids_BT == end_id).cumsum(dim=1), 1, fill=0)
     if sequence_ids_BT is None:
         return ended_BT
@@ -193,10 +82,10 @@ def sequences_until(end_id: int, ids_BT: torch.Tensor, sequence_ids_BT: torch.Te
 def boundary_mask(
     valid_BT: torch.Tensor | None, sequence_ids_BT: torch.Tensor | None, *, distance: int
 ) -> torch.Tensor | None:
-    """ok_BT: whether the n-gram at t may use the token `distance` positions back.
+    """Find where the n-gram at t may use the token `distance` positions back: ok_BT, boolean.
 
-    True where that token and all between are valid and of t's sequence. None where nothing but the start of the
-    batch's rows limits (the shift itself handles that). `valid_BT` is boolean; `sequence_ids_BT` integer.
+    It may where that token and all between are valid and of t's sequence. None if nothing but the start of the
+    batch's rows limits, which the shift itself handles.
     """
     ok_BT: torch.Tensor | None = None
     for back in range(distance + 1):
@@ -210,7 +99,7 @@ def boundary_mask(
 
 
 def _shift(values_BT: torch.Tensor, back: int, *, fill: int) -> torch.Tensor:
-    """values[t - back] at t; `fill` where that lies before the start."""
+    """Put values[t - back] at t, and `fill` where that lies before the start."""
     if back == 0:
         return values_BT
     shifted_BT = torch.full_like(values_BT, fill)
@@ -229,7 +118,7 @@ def ngram_hash(
     valid_BT: torch.Tensor | None = None,
     sequence_ids_BT: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """row_ids_BTH (int64) of compressed ids (int64); the formula of the module's docstring."""
+    """Hash int64 compressed ids to row_ids_BTH by the formula of the module's docstring."""
     num_heads = len(primes_H) // len(ngram_orders)
     mix_BT: torch.Tensor | None = None
     row_ids = []
@@ -250,9 +139,21 @@ def ngram_hash(
 class NgramHasher:
     """Hashes for one layer of a variant: `hasher(compressed_ids_BT) -> row_ids_BTH`.
 
-    `variant` is a name of `VARIANTS`; `layer_id` must be one of `layer_ids`, all layers that share the primes;
-    `pad_id` is a *compressed* id (in a variant whose lookback stops at the end of a sequence, that token's).
-    `NgramHasher.from_config` takes the rest from an `EngramConfig`.
+    `NgramHasher.from_config` makes one of an `EngramConfig`.
+
+    Args:
+        variant: A name of `VARIANTS`.
+        layer_id: The layer, one of `layer_ids`.
+        layer_ids: All layers that share the primes.
+        ngram_orders: Lengths of n-grams, as [2, 3].
+        num_heads: Heads of each order.
+        table_size: Rows, as the variant counts them.
+        compressed_vocab_size: Compressed ids, which the multipliers depend on.
+        pad_id: A *compressed* id; in a variant whose lookback stops at the end of a sequence, that token's.
+        seed: Of the multipliers.
+
+    Raises:
+        ValueError: A name or id is unknown, or `table_size` has no room for the heads.
 
     >>> import torch
     >>> hasher = NgramHasher("sense", layer_id=1, layer_ids=[1], ngram_orders=[2], num_heads=2, table_size=100,
@@ -286,10 +187,10 @@ class NgramHasher:
         self.layer_id = layer_id
         self.pad_id = pad_id
         self.compressed_vocab_size = compressed_vocab_size
-        self.num_rows = self.layout.num_rows_L[self.layout.layer_ids.index(layer_id)]
+        layer = self.layout.layer_ids.index(layer_id)
+        self.num_rows = self.layout.num_rows_L[layer]
         rules = VARIANTS[variant]
         self._ends_at_pad = rules.lookback_ends == "end_of_sequence"
-        layer = self.layout.layer_ids.index(layer_id)
         splitmix = rules.multipliers == "splitmix64"
         self.multipliers = (splitmix_multipliers if splitmix else hash_multipliers)(
             layer if splitmix else layer_id,
@@ -304,7 +205,7 @@ class NgramHasher:
     def from_config(
         cls, config: EngramConfig, *, layer_id: int, compressed_vocab_size: int, pad_id: int
     ) -> NgramHasher:
-        """The hasher of one layer of `config`; `pad_id` is a compressed id."""
+        """Make the hasher of one layer of `config`; `pad_id` is a compressed id."""
         return cls(
             config.variant,
             layer_id=layer_id,

@@ -33,7 +33,8 @@ from torch import nn
 
 from sense_v2.core.config import EngramConfig
 from sense_v2.engram import operators
-from sense_v2.engram.hashing import HeadLayout, NgramHasher, boundary_mask, hash_tokens, token_rows
+from sense_v2.engram.hashing import NgramHasher, boundary_mask, hash_tokens, token_rows
+from sense_v2.engram.head_layout import HeadLayout
 from sense_v2.engram.row_source import RowSource
 from sense_v2.engram.storage import MMapEmbeddingStorage
 from sense_v2.engram.tokenizer import EngramTokenizer
@@ -43,18 +44,22 @@ from sense_v2.engram.variants import VARIANTS
 def open_table(
     config: EngramConfig, tokenizer: EngramTokenizer, *, layer: int | None = None, mode: str = "r+"
 ) -> MMapEmbeddingStorage:
-    """The table that `config` describes: created where there is none yet (mode r+), else checked against it.
+    """Open the table that `config` describes: created if there is none yet (mode r+), else checked against it.
 
-    In a variant with a table for each layer, `layer` says which of `config.layer_indices` it is of, where there are
-    several; `config.storage_path` is that table's.
+    Args:
+        config: `storage_path` is the table's.
+        tokenizer: The shadow map.
+        layer: One of `config.layer_indices`, in a variant with a table for each of several layers.
+        mode: "r+" or "r".
 
-    Raises `ValueError` naming what differs between the table's manifest and `config` or the shadow map.
+    Raises:
+        ValueError: The table's manifest differs from `config` or the shadow map; the error names where.
     """
     return MMapEmbeddingStorage(path=config.storage_path, mode=mode, **table_settings(config, tokenizer, layer=layer))
 
 
 def table_settings(config: EngramConfig, tokenizer: EngramTokenizer, *, layer: int | None = None) -> dict[str, Any]:
-    """What the table of `config` is opened with, but for its path and mode; arguments and errors as `open_table`."""
+    """Make what `open_table` opens a table with, but for its path and mode."""
     layout = HeadLayout.from_config(config)
     place, of_layer = 0, {}
     if not VARIANTS[config.variant].one_table:
@@ -92,7 +97,7 @@ def table_settings(config: EngramConfig, tokenizer: EngramTokenizer, *, layer: i
 def short_conv(
     inputs_BCT: torch.Tensor, conv: nn.Conv1d, *, causal: bool, sequence_ids_BT: torch.Tensor | None
 ) -> torch.Tensor:
-    """The depthwise convolution of `inputs_BCT`, same shape; position t reads t and before, or is centred."""
+    """Compute the depthwise convolution, [B, C, T]; position t reads t and before, or is centred."""
     num_positions = inputs_BCT.shape[-1]
     taps, dilation = conv.kernel_size[0], conv.dilation[0]
     reach_back = (taps - 1) * dilation if causal else (taps - 1) * dilation // 2
@@ -155,12 +160,18 @@ class EngramGate(nn.Module):
 class EngramFusionLayer(nn.Module):
     """Adds what the table knows about the last few tokens to a layer's hidden states.
 
-    `tokenizer` and `storage` are shared between layers; where they aren't given, they are opened from the paths in
-    `config` (the table is created if there is none). `pad_token_id` is a token id, used where the configuration
-    names none. `layer_id` must be one of `config.layer_indices`; `place` is the model's layer where that is another,
-    as it is with a released table in a model of one's own.
+    Args:
+        config: The memory. `enabled=False` makes a layer that passes hidden states through and opens no file.
+        backbone_hidden_size: C.
+        layer_id: One of `config.layer_indices`: the layer whose rows it looks up.
+        tokenizer: The shadow map, shared between layers; opened from `config.shadow_map_path` if not given.
+        storage: The table, shared between layers; opened from `config.storage_path`, or created, if not given.
+        pad_token_id: A token id, for a configuration that names none.
+        place: The layer of the model that it stands before, if that isn't `layer_id`: a released table may stand
+            before any layer.
 
-    `config.enabled=False` makes a layer that passes hidden states through and opens no file.
+    Raises:
+        ValueError: A setting isn't allowed, or the table or map doesn't match the configuration.
     """
 
     def __init__(
@@ -230,12 +241,12 @@ class EngramFusionLayer(nn.Module):
 
     @property
     def reach(self) -> int:
-        """How many positions back a position's memory depends on: its n-grams', and the convolution's."""
+        """How many positions back a position's memory depends on, by its n-grams and the convolution."""
         taps_reach = 0 if self.conv is None else (self.conv.kernel_size[0] - 1) * self.conv.dilation[0]
         return max(max(self.config.ngram_orders) - 1, taps_reach)
 
     def reset_parameters(self) -> None:
-        """The identity: the convolution at zero, and W_v, or the rows behind it. W_k keeps nn.Linear's noise."""
+        """Make the layer the identity: the convolution is zero, and W_v or the rows behind it. W_k stays noise."""
         self.W_k.reset_parameters()
         if self.storage.is_new and self.storage.manifest.init_std == 0:
             # So that a row of length 1 gives a value of length 1, in whatever direction it points.
@@ -394,9 +405,8 @@ class EngramFusionLayer(nn.Module):
 
 
 def compressed_pad_id(config: EngramConfig, tokenizer: EngramTokenizer, pad_token_id: int | None) -> int:
-    """The compressed id that stands for positions before a sequence: the configuration's pad token, else
-    `pad_token_id`, else the map's tokenizer's, else token 0.
-    """
+    """Find the compressed id that stands for positions before a sequence: of the configuration's pad token, else
+    `pad_token_id`, else the map's tokenizer's, else token 0."""
     candidates = (config.pad_token_id, pad_token_id, tokenizer.pad_token_id, 0)
     token_id = next(candidate for candidate in candidates if candidate is not None)
     if not 0 <= token_id < tokenizer.vocab_size:

@@ -32,11 +32,12 @@ import torch
 
 from sense_v2.core.config import DURABILITIES
 from sense_v2.engram import table_copy
+from sense_v2.engram.reading.cold_policy import NoSmallReads, SmallReads
 from sense_v2.engram.reading.gather import shared_tensor
-from sense_v2.engram.reading.reader import NoSmallReads, RowReader, map_rows
+from sense_v2.engram.reading.reader import RowReader, map_rows
 from sense_v2.engram.table import disk, opening
 from sense_v2.engram.table.checksums import from_hex, to_hex
-from sense_v2.engram.table.disk import SyncError, WriterLock, has_holes, new_file
+from sense_v2.engram.table.disk import SyncError, WriterLock, has_holes
 from sense_v2.engram.table.format import Manifest, StateEntry, as_json_object, row_dtype
 from sense_v2.engram.table.journal import Journal
 from sense_v2.engram.table.opening import Share
@@ -179,7 +180,7 @@ class MMapEmbeddingStorage(TableModule):
         except BaseException:
             self._let_go()
             raise
-        self._small = self._reader.small
+        self._small: SmallReads = self._reader.small
         rows = shared_tensor(self._mmap)
         self._weight: torch.Tensor | None = rows if self._row_dtype.is_compact else rows.view(self._row_dtype.torch)
         self._updates = self._manifest.updates
@@ -235,7 +236,7 @@ class MMapEmbeddingStorage(TableModule):
         """
         # One call into the extension where it can be: what Python does around a small warm batch takes longer than
         # its rows.
-        rows: torch.Tensor | None = None if self.training else self._small.read(row_ids)
+        rows = None if self.training else self._small.read(row_ids)
         return super().forward(row_ids) if rows is None else rows
 
     def _read(self, row_ids: torch.Tensor, device: torch.device) -> torch.Tensor:
@@ -390,8 +391,7 @@ class MMapEmbeddingStorage(TableModule):
             self._refuse_no_writer("commit")
             try:
                 manifest = self._synced_manifest(step, extra, durable=durable)
-                with new_file(self._files.manifest, replace=True) as fd:
-                    disk.write_at(fd, manifest.to_json().encode(), 0)
+                disk.write_file(self._files.manifest, manifest.to_json())
                 self._adopt(manifest)
             except BaseException as error:
                 # Before the rename nothing has happened, if it wasn't a sync. After it the commit may or may not be

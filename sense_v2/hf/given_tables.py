@@ -10,7 +10,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from sense_v2.core.config import EngramConfig
-from sense_v2.engram.hashing import HeadLayout
+from sense_v2.engram.head_layout import HeadLayout
 from sense_v2.engram.row_source import RowSource
 from sense_v2.engram.tokenizer import IDENTITY, EngramTokenizer, write_identity_map
 from sense_v2.engram.variants import VARIANTS

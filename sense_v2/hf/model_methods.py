@@ -1,11 +1,13 @@
-"""The methods of transformers' models that have to know of the memory: put on the one object while it is attached.
+"""Methods of transformers' models that must know of the memory, put on the one object while it is attached.
 
-    prepare_inputs_for_generation    generate's inputs come with ids and mask for the memory (`inputs.py`)
+    prepare_inputs_for_generation    generate's inputs come with ids and mask for the memory
     save_pretrained                  saves the memory as well, so that whatever calls it (`push_to_hub`, a Trainer's
                                      save_model) loses nothing
     init_continuous_batching         refused
 
-The class and its other objects stay as they are.
+The class and its other objects stay as they are. Transformers has no extension point for these. The first would go
+if generate handed its own ids and mask on to the model beside `inputs_embeds` and prepared masks, the second with a
+hook of `save_pretrained` for files that belong to a model, the third with a way to say which caches a model takes.
 """
 
 from __future__ import annotations
@@ -24,7 +26,7 @@ from sense_v2.hf.memory import memory_of
 
 
 class OwnMethod:
-    """A method on one object in place of its class's; `remove()` gives back what was there, as a handle does."""
+    """Puts a function on one object in place of a method; `remove()` gives back what was there, as a handle does."""
 
     def __init__(self, owner: Any, name: str, function: Any) -> None:
         self.owner, self.name = owner, name
@@ -47,7 +49,7 @@ class OwnMethod:
 
 
 def replace_methods(model: PreTrainedModel) -> list[OwnMethod]:
-    """Puts them on `model`; returns what takes them off again."""
+    """Put them on `model`; return what takes them off again."""
     return [
         OwnMethod(model, name, function)
         for name, function in (
@@ -67,7 +69,7 @@ def _prepare_inputs_with_memory(
     engram_attention_mask: Any = None,
     **kwargs: Any,
 ) -> dict[str, Any]:
-    """What generate calls the model with: the class's own, and ids and mask where it leaves them out."""
+    """Make what generate calls the model with: the class's own, and ids and mask if it leaves them out."""
     inputs = type(model).prepare_inputs_for_generation(model, input_ids, *args, **kwargs)
     embeds = inputs.get("inputs_embeds")
     if embeds is not None and inputs.get("input_ids") is None:
@@ -93,7 +95,7 @@ def _save_with_memory(
     push_to_hub: bool = False,
     **options: Any,
 ) -> None:
-    """`sense_v2.hf.save_pretrained` with the arguments of the class's own, which gets all but `push_to_hub`'s."""
+    """Do what `sense_v2.hf.save_pretrained` does, called as the class's own, which gets all but `push_to_hub`'s."""
     from sense_v2.hf.saving.save import save_pretrained
 
     own = type(model).save_pretrained
@@ -110,12 +112,9 @@ def _save_with_memory(
             UserWarning,
             stacklevel=2,
         )
-    if memory.is_released or memory.checkpoint == Path(save_directory):
-        # EngramCallback adds the memory when the Trainer is done, and the Trainer resumes from all weights in one.
+    # EngramCallback adds the memory to a checkpoint when the Trainer is done; it resumes from all weights in one.
+    if memory.is_released or memory.checkpoint == Path(save_directory) or not is_main_process:
         own(model, save_directory, is_main_process=is_main_process, state_dict=state_dict, **options)
-        return
-    if not is_main_process:
-        own(model, save_directory, is_main_process=False, state_dict=state_dict, **options)
         return
     if not push_to_hub:
         save_pretrained(model, save_directory, state_dict=state_dict, **options)

@@ -1,5 +1,7 @@
-"""What a memory does on a text, token by token and row by row. Goes in: the results, one dictionary that JSON can
-hold. Comes out: `write_report` one self-contained HTML file, `lines` the gist for a terminal.
+"""The analysis report: what a memory does on a text, token by token and row by row.
+
+`write_report` makes one self-contained HTML file of the results, `lines` the gist for a terminal. The results are one
+dictionary that JSON can hold:
 
     {
       "model": str, "created": str (ISO time),
@@ -12,7 +14,7 @@ hold. Comes out: `write_report` one self-contained HTML file, `lines` the gist f
       "seconds": of everything together
     }
 
-Every n-gram count is of the counted text. Sentences are chosen by the numbers.
+Every n-gram count is of the counted text. The numbers choose the sentences.
 """
 
 from __future__ import annotations
@@ -23,17 +25,17 @@ from typing import Any
 from markupsafe import Markup
 
 from sense_v2.report import page, wording
-from sense_v2.report.gate_text import Facts, GateToken, gate_text
+from sense_v2.report.gate_text import GateToken, gate_text
 from sense_v2.report.wording import change, count, decimals, is_finite, percent, perplexity, signed
 
 AS_CHANCE = 0.02
-"""Collisions this far from the expectation, in parts of it, still count as those of chance."""
+"""Collisions that differ from the expected number by less than this share count as chance."""
 LOADED = 0.5
-"""A head that has this many n-grams a row or more has hardly a row of its own for any."""
+"""N-grams per row above which a head is crowded: hardly any n-gram has a row of its own."""
 
 
 def write_report(results: dict[str, Any], path: str | Path) -> None:
-    """Writes the HTML report, making its folder. Raises `KeyError` where `results` lack a part."""
+    """Write the HTML report, making its folder. Raises `KeyError` where `results` lack a part."""
     page.write(
         path,
         "analysis.html",
@@ -58,12 +60,7 @@ def lines(results: dict[str, Any]) -> list[str]:
 
 def outcome(results: dict[str, Any]) -> str:
     """better, worse, level or broken: with the memory against without."""
-    with_memory, without = (results["perplexity"][name] for name in ("with", "without"))
-    if not (is_finite(with_memory) and is_finite(without)):
-        return "broken"
-    if abs(with_memory - without) < wording.SAME * without:
-        return "level"
-    return "better" if with_memory < without else "worse"
+    return wording.outcome(*(results["perplexity"][name] for name in ("with", "without")))
 
 
 def headline(results: dict[str, Any]) -> str:
@@ -71,7 +68,7 @@ def headline(results: dict[str, Any]) -> str:
     with_memory, without = (results["perplexity"][name] for name in ("with", "without"))
     kind = outcome(results)
     if kind == "broken":
-        return "A loss is no finite number, so gains can't be told."
+        return "A loss is not a finite number, so the gain is unknown."
     if kind == "level":
         return f"With its memory the model is as good as with it taken off: perplexity {perplexity(with_memory)}."
     return (
@@ -82,18 +79,18 @@ def headline(results: dict[str, Any]) -> str:
 
 def sentences(results: dict[str, Any]) -> list[str]:
     """What a reader should take away, each chosen by the numbers."""
-    return [
-        sentence
-        for sentence in (_spread(results), _frequency(results), _collisions(results), _rows(results))
-        if sentence
-    ]
+    return [told for part in (_spread, _frequency, _collisions, _rows) if (told := part(results))]
 
 
 def counted(results: dict[str, Any]) -> str:
     """Which text n-grams were counted in."""
     own = results["counted"]
     name = results["corpus"]["name"]
-    part = f"the part of {name} that training reads" if own["held_out"] else f"all of {name}, this text included"
+    part = (
+        f"the part of {name} that training draws from (a run may read less of it)"
+        if own["held_out"]
+        else f"all of {name}, this text included"
+    )
     cut = "" if own["tokens"] >= own["of_tokens"] else f"the first {count(own['tokens'])} of "
     return f"{part}, {cut}{count(own['of_tokens'])} tokens"
 
@@ -114,11 +111,11 @@ def _frequency(results: dict[str, Any]) -> str:
     if len(groups) < 2:
         return ""
     best = max(groups, key=lambda one: one["gain"])
-    told = f"Tokens gain most behind {longest}-grams that were counted {span(best)} ({signed(best['gain'], 2)} nats)"
+    told = f"Tokens gain most after {longest}-grams that were counted {span(best)} ({signed(best['gain'], 2)} nats)"
     never = next((one for one in groups if one["low"] == 0), None)
     if never is None or never is best:
         return f"{told}."
-    return f"{told}; behind those never counted it is {signed(never['gain'], 2)}."
+    return f"{told}; after those that were never counted the gain is {signed(never['gain'], 2)}."
 
 
 def _collisions(results: dict[str, Any]) -> str:
@@ -129,19 +126,18 @@ def _collisions(results: dict[str, Any]) -> str:
         return ""
     told = f"{percent(sharing / ngrams)} of the n-grams share their row with another"
     if expected and abs(sharing - expected) <= AS_CHANCE * expected:
-        verdict = f"as many as chance puts together ({percent(expected / ngrams)})"
+        verdict = f"about as many as chance alone gives ({percent(expected / ngrams)})"
     else:
         more = "more" if sharing > expected else "fewer"
-        verdict = f"{more} than chance puts together ({percent(expected / ngrams)})"
+        verdict = f"{more} than chance alone gives ({percent(expected / ngrams)})"
     full = [head for head in results["heads"] if head["ngrams"] > LOADED * head["rows"]]
-    crowded = ""
-    if full:
-        orders = sorted({head["order"] for head in full})
-        names = wording.listing([f"{order}-grams" for order in orders])
-        crowded = (
-            f" The heads of {names} have more than one n-gram for every two rows: a larger table would part them."
-        )
-    return f"{told}, {verdict}.{crowded}"
+    if not full:
+        return f"{told}, {verdict}."
+    names = wording.listing([f"{order}-grams" for order in sorted({head["order"] for head in full})])
+    return (
+        f"{told}, {verdict}. The heads of {names} have more than one n-gram for every two rows: a larger table would "
+        "separate them."
+    )
 
 
 def _rows(results: dict[str, Any]) -> str:
@@ -149,7 +145,7 @@ def _rows(results: dict[str, Any]) -> str:
     told = f"{percent(used / rows)} of the rows are looked up by the counted text"
     groups = [group for group in results["rows"]["groups"] if group["unmoved"] is not None and group["rows"]]
     if not groups:
-        return f"{told}; how far they have moved isn't known, since the table's first values aren't."
+        return f"{told}; how far they have moved isn't known, because the table's first values aren't known."
     total = sum(group["rows"] for group in groups)
     unmoved = sum(group["unmoved"] * group["rows"] for group in groups) / total
     return f"{told}; {percent(unmoved)} of all rows are bit for bit what they were before training."
@@ -175,37 +171,25 @@ def coloured(text: dict[str, Any]) -> Markup:
     """The text coloured by gate, with all that is known of each token behind it."""
     tokens = []
     for token in text["tokens"]:
-        facts: list[tuple[str, str]] = [
-            ("token id", f"{token['token_id']}, compressed {token['compressed_id']}"),
-        ]
-        if is_finite(token["loss_with"]) and is_finite(token["loss_without"]):
-            gain = token["loss_without"] - token["loss_with"]
-            facts.append(
-                (
-                    "its loss",
-                    f"{decimals(token['loss_with'])} with memory, {decimals(token['loss_without'])} without: gain "
-                    f"{signed(gain, 3)}",
-                )
-            )
-        layer_facts: list[Facts] = [
-            [fact for ngram in layer for fact in _ngram_facts(ngram)] for layer in token["layers"]
-        ]
+        facts = [("token id", f"{token['token_id']}, compressed {token['compressed_id']}")]
+        with_memory, without = token["loss_with"], token["loss_without"]
+        if is_finite(with_memory) and is_finite(without):
+            told = f"{decimals(with_memory)} with memory, {decimals(without)} without"
+            facts.append(("its loss", f"{told}: gain {signed(without - with_memory, 3)}"))
+        layer_facts = [[fact for ngram in layer for fact in _ngram_facts(ngram)] for layer in token["layers"]]
         tokens.append(GateToken(token["text"], token["gates"], facts, layer_facts))
     return gate_text(tokens, text["layers"])
 
 
 def _ngram_facts(ngram: dict[str, Any]) -> list[tuple[str, str]]:
     others = ngram["others"]
-    shared = ", ".join(map(str, others)) if any(others) else "none"
+    text = wording.visible(ngram["text"], inline=True)
     return [
-        (
-            f"{ngram['order']}-gram",
-            f"{wording.visible(ngram['text'], inline=True)}, counted {count(ngram['counted'])}",
-        ),
+        (f"{ngram['order']}-gram", f"{text}, counted {count(ngram['counted'])}"),
         ("adds", f"{percent(ngram['share'])} of the hidden state’s length"),
         ("rows", ", ".join(map(str, ngram["rows"]))),
         ("their norms", ", ".join(decimals(norm, 2) for norm in ngram["norms"])),
-        ("others there", shared),
+        ("others there", ", ".join(map(str, others)) if any(others) else "none"),
     ]
 
 
@@ -246,65 +230,37 @@ def panels(results: dict[str, Any]) -> dict[str, Any]:
     """The charts: a name in the template and its SVG, or a list of them."""
     from sense_v2.report.charts import Series, column_chart, line_chart
 
-    gates = results["gates"]
+    gates, rows, hot_sets = results["gates"], results["rows"], results["hot_sets"]
     bins = len(gates[0]["histogram"])
-    rows = results["rows"]
-    found: dict[str, Any] = {
-        "histograms": [
-            {
-                "layer": own["layer"],
-                "svg": column_chart(
-                    f"gates-of-layer-{own['layer']}",
-                    [edge / bins for edge in range(bins + 1)],
-                    own["histogram"],
-                    x_label="gate",
-                ),
-            }
-            for own in gates
-        ],
+    edges = [edge / bins for edge in range(bins + 1)]
+    served = Series("served", [one["share"] for one in hot_sets], [one["serves"] for one in hot_sets])
+    ngrams = [Series(f"{own['order']}-grams", own["ranks"], own["counts"]) for own in results["zipf"]]
+    by_position = []
+    for own in gates:
+        places = [(point["from"] + point["to"]) / 2 for point in own["by_position"]]
+        by_position.append(Series(f"layer {own['layer']}", places, [point["gate"] for point in own["by_position"]]))
+    histograms = []
+    for own in gates:
+        svg = column_chart(f"gates-of-layer-{own['layer']}", edges, own["histogram"], x_label="gate")
+        histograms.append({"layer": own["layer"], "svg": svg})
+    drifts = rows["drift_histogram"]
+    return {
+        "histograms": histograms,
         "positions": line_chart(
-            "mean-gate-by-position",
-            [
-                Series(
-                    f"layer {own['layer']}",
-                    [(point["from"] + point["to"]) / 2 for point in own["by_position"]],
-                    [point["gate"] for point in own["by_position"]],
-                )
-                for own in gates
-            ],
-            x_label="position in the sequence",
-            y_range=(0, 1.02),
+            "mean-gate-by-position", by_position, x_label="position in the sequence", y_range=(0, 1.02)
         ),
-        "zipf": line_chart(
-            "how-often-n-grams-are-counted",
-            [Series(f"{own['order']}-grams", own["ranks"], own["counts"]) for own in results["zipf"]],
-            x_label="rank of the n-gram",
-            log_x=True,
-            log_y=True,
-        ),
+        "zipf": line_chart("how-often-n-grams-are-counted", ngrams, x_label="rank of the n-gram", log="xy"),
         "hot": line_chart(
             "lookups-served-by-the-hottest-rows",
-            [
-                Series(
-                    "served",
-                    [one["share"] for one in results["hot_sets"]],
-                    [one["serves"] for one in results["hot_sets"]],
-                )
-            ],
+            [served],
             x_label="hottest rows, of the table",
-            log_x=True,
-            percent_x=True,
-            percent_y=True,
+            log="x",
+            percent="xy",
             y_range=(0, 1.02),
         ),
         "norms": column_chart("lengths-of-rows", **rows["norm_histogram"], x_label="length of a row"),
-        "drifts": None,
+        "drifts": drifts and column_chart("drift-of-rows", **drifts, x_label="distance from its first values"),
     }
-    if rows["drift_histogram"] is not None:
-        found["drifts"] = column_chart(
-            "drift-of-rows", **rows["drift_histogram"], x_label="distance from its first values"
-        )
-    return found
 
 
 def cell(value: float | None, digits: int = 3) -> str:

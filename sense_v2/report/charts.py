@@ -1,4 +1,4 @@
-"""Small charts for a page: lines and columns, as inline SVG that follows the page's colours (see plots.py).
+"""Small charts for a page: lines and columns, as inline SVG in the page's colours (see plots.py).
 
 Lines are named at their ends, and differ in dash and marker as well as in colour.
 """
@@ -18,7 +18,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormatter
 
 from sense_v2.report import wording
-from sense_v2.report.plots import PALETTE, spread, style, svg_of
+from sense_v2.report.plots import PALETTE, prepare, spread, style, svg_of
 
 COLORS = ("run-engram", "run-random_rows", "run-shuffled", "run-plain")
 DASHES: tuple[Any, ...] = ("-", (0, (5, 2)), (0, (1.5, 1.5)), (0, (6, 2, 1, 2)))
@@ -36,43 +36,49 @@ def line_chart(
     series: Sequence[Series],
     *,
     x_label: str,
-    log_x: bool = False,
-    log_y: bool = False,
+    log: str = "",
+    percent: str = "",
     y_range: tuple[float, float] | None = None,
-    percent_x: bool = False,
-    percent_y: bool = False,
 ) -> Markup:
-    """Lines of the given points; `name` is unique in a page and says in words what it shows."""
+    """Draw lines, named at their ends where there are several.
+
+    Args:
+        name: Unique in a page; says in words what the chart shows.
+        series: The lines. One without a finite value is left out.
+        x_label: What the x axis shows.
+        log: The axes that are logarithmic: "x", "xy" or none.
+        percent: The axes that show shares as percentages.
+        y_range: The ends of the y axis; by default, what the lines need.
+    """
     drawn = [one for one in series if len(one.x) and np.isfinite(one.y).any()]
     # Room for the names of the lines, where there are several.
     figure, axes = _axes(0.62 if len(drawn) > 1 else 0.86)
     with matplotlib.rc_context(style(13)):
-        _prepare(axes, x_label)
+        prepare(axes, x_label)
         for number, one in enumerate(drawn):
             color = PALETTE[COLORS[number % len(COLORS)]]
             axes.plot(one.x, one.y, color=color, linestyle=DASHES[number % len(DASHES)], linewidth=2)
-        for is_log, axis, scale in ((log_x, axes.xaxis, axes.set_xscale), (log_y, axes.yaxis, axes.set_yscale)):
-            if is_log:
+        for letter, axis, scale in (("x", axes.xaxis, axes.set_xscale), ("y", axes.yaxis, axes.set_yscale)):
+            if letter in log:
                 scale("log")
                 axis.set_major_locator(LogLocator(numticks=5))
                 axis.set_minor_formatter(NullFormatter())
+            axis.set_major_formatter(FuncFormatter(_percent if letter in percent else _short))
         axes.minorticks_off()
         if y_range:
             axes.set_ylim(*y_range)
-        axes.xaxis.set_major_formatter(FuncFormatter(_percent if percent_x else _short))
-        axes.yaxis.set_major_formatter(FuncFormatter(_percent if percent_y else _short))
-        if not log_x:
-            axes.xaxis.set_major_locator(MaxNLocator(5, integer=not percent_x))
+        if "x" not in log:
+            axes.xaxis.set_major_locator(MaxNLocator(5, integer="x" not in percent))
         _name_ends(axes, drawn)
         ends = [f"{one.label} from {_number(one.y[0])} to {_number(one.y[-1])}" for one in drawn]
         return svg_of(figure, name, ", ".join(ends) or "nothing to draw")
 
 
 def column_chart(name: str, edges: Sequence[float], counts: Sequence[int], *, x_label: str) -> Markup:
-    """A histogram, as shares of all that was counted."""
+    """Draw a histogram, as shares of all that was counted."""
     figure, axes = _axes(0.86)
     with matplotlib.rc_context(style(13)):
-        _prepare(axes, x_label)
+        prepare(axes, x_label)
         total = sum(counts) or 1
         shares = [count / total for count in counts]
         widths = np.diff(edges)
@@ -91,14 +97,6 @@ def _axes(width: float) -> tuple[Figure, Axes]:
     figure = Figure(figsize=(460 / 72, 280 / 72), dpi=72)
     with matplotlib.rc_context(style(13)):
         return figure, figure.add_axes((0.12, 0.17, width, 0.8))
-
-
-def _prepare(axes: Axes, x_label: str) -> None:
-    axes.patch.set_visible(False)
-    axes.set_xlabel(x_label)
-    axes.grid(axis="y", color=PALETTE["line"], linewidth=0.8)
-    axes.set_axisbelow(True)
-    axes.tick_params(length=0, axis="y")
 
 
 def _name_ends(axes: Axes, series: Sequence[Series]) -> None:

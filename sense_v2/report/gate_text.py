@@ -1,12 +1,11 @@
-"""A text coloured by its gates. Goes in: tokens, each with a gate per memory layer and what is known about it. Comes
-out: a piece of HTML that needs style.css and nothing else, so that reports and the page to play with share it.
+"""A text coloured by its gates, as HTML that needs nothing but style.css.
 
     gate_text([GateToken("def", [0.2]), GateToken(" main", [0.9], facts=[("token id", "17")])], layers=[1])
 
-What is known about a token opens where the pointer is, where the keyboard's focus is, or where a finger taps; no
-script is needed, which a report's page forbids. Colours are sixteen steps of cividis, whose lightness says the same
-as its hue, so that they can be read without colour vision and on paper; the text on them is black or white, whichever
-can be read. In a light page the widest gate is the darkest, in a dark one the brightest.
+Reports and the playground share it. The facts about a token open under the pointer, the keyboard's focus or a tap,
+without a script, which a report's page forbids. Colours are sixteen steps of cividis, whose lightness says the same
+as its hue, so they can be read without colour vision and on paper; the text on them is black or white, whichever is
+easier to read. The widest gate is the darkest on a light page and the brightest on a dark one.
 """
 
 from __future__ import annotations
@@ -42,10 +41,16 @@ class GateToken:
 def gate_text(
     tokens: Sequence[GateToken], layers: Sequence[int], *, low: float | None = None, high: float | None = None
 ) -> Markup:
-    """The scale, and the text once for each of `layers` (their numbers), coloured by that layer's gates.
+    """Return the scale and, for each layer, the text coloured by that layer's gates.
 
-    `low` and `high` are the ends of the scale; by default the least and the greatest gate of all layers, so that the
-    layers' colours compare. Raises `ValueError` for a token that hasn't a gate for each layer.
+    Args:
+        tokens: The text.
+        layers: Numbers of the memory layers.
+        low: The scale's lower end; by default the least gate of all layers, so their colours compare.
+        high: The scale's upper end; by default the greatest gate of all layers.
+
+    Raises:
+        ValueError: A token hasn't one gate for each layer.
     """
     for token in tokens:
         if len(token.gates) != len(layers) or len(token.layer_facts) not in (0, len(layers)):
@@ -63,7 +68,7 @@ def gate_text(
 
 
 def layer_text(tokens: Sequence[GateToken], number: int, low: float, high: float) -> Markup:
-    """The text of one layer alone: the `number`-th of each token's gates, on a scale from `low` to `high`."""
+    """Return the text of one layer: the `number`-th of each token's gates, on a scale from `low` to `high`."""
     spans = []
     for token in tokens:
         gate = token.gates[number]
@@ -76,7 +81,7 @@ def layer_text(tokens: Sequence[GateToken], number: int, low: float, high: float
 def gate_range(
     gates: Iterable[float | None], low: float | None = None, high: float | None = None
 ) -> tuple[float, float]:
-    """The ends of a scale: those given, else the least and the greatest finite gate; (0, 1) where there is none.
+    """Return the ends of a scale: those given, else the least and the greatest finite gate, else (0, 1).
 
     >>> gate_range([0.2, None, 0.7]), gate_range([0.2, 0.7], low=0), gate_range([])
     ((0.2, 0.7), (0, 0.7), (0.0, 1.0))
@@ -87,7 +92,7 @@ def gate_range(
 
 
 def gate_class(gate: float | None, low: float, high: float) -> str:
-    """The class that colours a gate on a scale from `low` to `high`; beyond its ends, the end's.
+    """Return the class that colours a gate on a scale from `low` to `high`; beyond its ends, the end's.
 
     >>> gate_class(0.2, 0, 1), gate_class(1.0, 0, 1), gate_class(7, 0, 1), gate_class(None, 0, 1)
     ('g3', 'g15', 'g15', 'none')
@@ -108,8 +113,14 @@ def gate_scale(low: float, high: float) -> Markup:
 
 
 def token_span(text: str, facts: Facts, *, css_class: str = "", breaks: bool = True) -> Markup:
-    """One token of a `<pre class="gate-text">`: its text, white space made visible, and the facts that open on it.
-    Without `breaks` its line breaks are shown and not made."""
+    """Return one token of a `<pre class="gate-text">`, white space made visible, and the facts that open on it.
+
+    Args:
+        text: The token's text.
+        facts: What is known about it, as (label, value).
+        css_class: Classes that colour it.
+        breaks: False to show its line breaks without breaking the line.
+    """
     rows = Markup("").join(Markup("<span>{}</span><span>{}</span>").format(label, value) for label, value in facts)
     shown = wording.visible(text, inline=True)
     tip = Markup('<span class="tip" role="tooltip"><b>{}</b>{}</span>').format(shown, rows)

@@ -1,8 +1,7 @@
-"""What the playground shows. Goes in: what was found about a text, a comparison, a fact that was taught, as
-dictionaries that JSON can hold. Comes out: pieces of HTML for the page of `sense-engram play`, and its stylesheet.
+"""Pieces of HTML for the page of `sense-engram play`, and its stylesheet.
 
-Nothing here knows Gradio or a model. Jinja escapes whatever a template prints: the texts come from whoever types and
-from the model.
+They show what was found about a text, a comparison, or a fact that was taught, each a dictionary that JSON can hold.
+Nothing here knows Gradio or a model. Jinja escapes whatever a template prints: users and the model write the texts.
 """
 
 from __future__ import annotations
@@ -19,20 +18,20 @@ from sense_v2.report.gate_text import GateToken, gate_text, token_span
 
 SIDES = (("with_memory", "With memory", "run-engram"), ("without_memory", "Without memory", "run-plain"))
 
-# A token has become this many times likelier, or less likely, as logarithms.
+# How many times likelier, or less likely, a token has become, as logarithms.
 SHIFT_BOUNDS = (math.log(1.05), math.log(1.25), math.log(2), math.log(5))
 
 
 def piece(template: str, **values: Any) -> str:
-    """A template of this folder as HTML that goes into a page; see `page.render`."""
+    """Return a template of this folder as HTML that goes into a page; see `page.render`."""
     return page.UNPRINTABLE.sub("\ufffd", page.render(template, **values))
 
 
 def stylesheet() -> str:
-    """The reports' stylesheet for what lies within `.sense`, and the playground's own.
+    """Return the reports' stylesheet, confined to `.sense`, and the playground's own.
 
-    Gradio's page has rules for its own headings, tables and texts, which the reports' must not touch, and says which
-    scheme it is in by a class, which follows the system or `?__theme=dark`.
+    The reports' rules must not touch Gradio's own headings, tables and texts. Gradio says by a class which colour
+    scheme the page is in; the class follows the system or `?__theme=dark`.
     """
     reports = (page.FOLDER / "style.css").read_text(encoding="utf-8")
     reports = re.sub(r"@media \(prefers-color-scheme: dark\)", ".dark &", reports)
@@ -43,8 +42,10 @@ def stylesheet() -> str:
 
 
 def inspection(found: dict[str, Any]) -> str:
-    """A text coloured by gate, a token's n-grams, rows and probabilities open on it; see `inspect_text`. `moved`, if
-    the layers have it, says of each of a token's rows whether it was taught."""
+    """Return a text coloured by gate; a token's n-grams, rows and probabilities open on it.
+
+    `found` is what `inspect_text` returns. Its layers may have `moved`: which of a token's rows were taught.
+    """
     orders = list(found["ngrams"])
     tokens = []
     for place, text in enumerate(found["tokens"]):
@@ -88,13 +89,15 @@ def _row_facts(layer: dict[str, Any], place: int, orders: Sequence[int]) -> list
 
 
 def rows_table(found: dict[str, Any]) -> str:
-    """The same as a table, a line a token."""
+    """Return the same as a table, one line per token."""
     return piece("play_rows.html", found=found, orders=list(found["ngrams"]))
 
 
 def comparison(found: dict[str, Any]) -> str:
-    """Two continuations side by side, see `insight.comparison.compare`: tokens that differ are marked, and each
-    token's probabilities open on it."""
+    """Return two continuations side by side, as `insight.comparison.compare` finds them.
+
+    Tokens that differ are marked, and each token's probabilities open on it.
+    """
     marks = differing(found["with_memory"]["tokens"], found["without_memory"]["tokens"])
     sides = []
     for (name, label, style), differs in zip(SIDES, marks, strict=True):
@@ -124,8 +127,7 @@ def comparison(found: dict[str, Any]) -> str:
 
 
 def line_breaks(tokens: Sequence[str]) -> list[bool]:
-    """Which tokens break the line where they say so. Small models like to go on with empty lines for ever: of a run
-    of those, one is enough.
+    """Return which tokens break the line. Small models tend to end in empty lines; of a run of those, one is enough.
 
     >>> line_breaks(["a", "\\n", "\\n", "\\n", "b\\n"])
     [True, True, False, True, True]
@@ -138,7 +140,7 @@ def line_breaks(tokens: Sequence[str]) -> list[bool]:
 
 
 def differing(tokens: Sequence[str], others: Sequence[str]) -> tuple[list[bool], list[bool]]:
-    """Which tokens of each text have no counterpart in the other, in order: what `diff` would mark.
+    """Return which tokens of each text have no counterpart in the other: what `diff` would mark.
 
     >>> differing(["a", "b", "c"], ["a", "x", "c", "d"])
     ([False, True, False], [False, True, False, True])
@@ -171,7 +173,7 @@ def parting(found: dict[str, Any]) -> str:
 
 
 def lesson(found: dict[str, Any]) -> str:
-    """What teaching a fact did, and what else it moved.
+    """Return what teaching a fact did, and what else it moved.
 
     {"prompt", "text": str, "losses": [float], before and after each step, "rows": how many moved,
      "table_rows": int, "continued": [str, str], from the prompt, before and after,
@@ -183,12 +185,12 @@ def lesson(found: dict[str, Any]) -> str:
 
 
 def facts(pairs: Sequence[tuple[str, str]], num_rows: int) -> str:
-    """What a tab was taught: (prompt, text) in their order, and how many rows differ from the table's."""
+    """Return what a tab was taught: pairs of prompt and text, and how many rows differ from the table's."""
     return piece("play_facts.html", pairs=pairs, num_rows=num_rows)
 
 
 def saved(path: str, num_rows: int, num_bytes: int, *, model: str) -> str:
-    """Where a delta was written, and how it comes into the table of `model`."""
+    """Return where a delta was written, and the command that applies it to the table of `model`."""
     command = f"sense-engram delta apply {shlex.quote(path)} {shlex.quote(model)}"
     return piece("play_saved.html", path=path, num_rows=num_rows, num_bytes=num_bytes, command=command)
 
@@ -198,7 +200,7 @@ def note(text: str) -> str:
 
 
 def refusal(what: str, way_out: str) -> str:
-    """What can't be done with what was typed, and the way out."""
+    """Return what can't be done with what was typed, and the way out."""
     return piece("play_note.html", text=what, way_out=way_out)
 
 
@@ -241,8 +243,9 @@ def _change(text: str, before: float, after: float) -> dict[str, Any]:
 
 
 def shift_class(before: float | None, after: float | None) -> str:
-    """The class that says how much likelier ("up1" to "up4") or less likely ("down1" to "down4") a token has become;
-    none below a twentieth, the strongest from five times on.
+    """Return the class for how much likelier ("up1" to "up4") or less likely ("down1" to "down4") a token has become.
+
+    There is none for a change of less than a twentieth; the strongest begins at five times.
 
     >>> shift_class(0.5, 0.51), shift_class(0.2, 0.3), shift_class(0.3, 0.2), shift_class(0.1, 0.9)
     ('', 'up2', 'down2', 'up4')

@@ -1,10 +1,10 @@
-"""The plots of the training report. Goes in: its results. Comes out: inline SVG, or the picture as a PNG.
+"""The plots of the training report, as inline SVG or as a PNG.
 
-Plots are drawn with matplotlib on a transparent ground and then handed to the stylesheet: every colour of PALETTE is
-replaced by the CSS variable of its name, and texts stay texts, so that a plot follows the page into dark mode and
-takes its font. Panels are drawn about as wide as a phone is, because a wide plot can't be read when shrunk.
+matplotlib draws on a transparent ground; then each colour of PALETTE is replaced by the CSS variable of its name, and
+texts stay texts, so a plot follows the page into dark mode and takes its font. Panels are about as wide as a phone: a
+wider plot can't be read when it shrinks.
 
-Lines are named at their ends; colour, dash and marker say the same thing three times, for who can't see one of them.
+Lines are named at their ends. Colour, dash and marker each tell them apart, for readers who can't see one of these.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ PALETTE = {
 DASHES: dict[str, Any] = {"plain": "-", "engram": "-", "random_rows": (0, (5, 2)), "shuffled": (0, (1.5, 1.5))}
 MARKERS = {"plain": "o", "engram": "D", "random_rows": "s", "shuffled": "^"}
 WARM_UP = 0.1
-"""The first tenth of a run doesn't widen the y axis: losses fall so far there that the rest would lie in one line."""
+"""The y axis ignores the first tenth of a run, where losses fall so far that the rest would look flat."""
 LABEL_CHARACTERS = 15
 
 
@@ -83,7 +83,7 @@ def loss_panels(results: dict[str, Any]) -> list[dict[str, Any]]:
 
 
 def write_picture(results: dict[str, Any], path: str | Path) -> None:
-    """The one picture for a README: validation perplexity over steps, every run, named at its end with its value."""
+    """Draw the picture for a README: validation perplexity over steps, each run named at its end with its value."""
     lines = validation_lines(results, "perplexity")
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -154,7 +154,7 @@ def _floats(values: list[Any]) -> np.ndarray:
 
 
 def style(font_size: float) -> Any:
-    """What every plot shares, for `matplotlib.rc_context`."""
+    """Return the settings that plots share, for `matplotlib.rc_context`."""
     return {
         "font.family": "DejaVu Sans",
         "font.size": font_size,
@@ -181,9 +181,9 @@ def _draw(
     format_value: Callable[[float], str] = wording.decimals,
 ) -> None:
     """Lines, scales and the labels at the lines' ends, into axes that have their final place in the figure."""
-    axes.patch.set_visible(False)
     drawn = [line for line in lines if np.isfinite(line.y).any()]
     if not drawn:
+        axes.patch.set_visible(False)
         axes.set_axis_off()
         axes.text(0.5, 0.5, "no finite value to draw", ha="center", transform=axes.transAxes)
         return
@@ -202,19 +202,25 @@ def _draw(
             solid_capstyle="round",
             zorder=4 if line.name == "engram" else 3,
         )
-    axes.set_xlabel(label)
+    prepare(axes, label)
     start = min(np.nanmin(line.x) for line in drawn) / unit
     axes.set_xlim(0, 1.012 * end if end > 0 else 1)  # a little more, so that the last marker isn't cut
     axes.xaxis.set_major_locator(MaxNLocator(5, integer=over == "steps", steps=[1, 2, 2.5, 5, 10]))
     axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,.10g}"))
     _scale_y(axes, drawn, max(start, WARM_UP * end) * unit, log)
-    axes.grid(axis="y", color=PALETTE["line"], linewidth=0.8)
-    axes.set_axisbelow(True)
-    axes.tick_params(length=0, axis="y")
     if over == "time":
         moment = min(line.x[-1] for line in drawn) / unit
         axes.axvline(moment, color=PALETTE["muted"], linewidth=1, linestyle=(0, (2, 3)), zorder=1)
     _label_ends(axes, drawn, unit, format_value)
+
+
+def prepare(axes: Axes, x_label: str) -> None:
+    """Set what the axes of every plot share."""
+    axes.patch.set_visible(False)
+    axes.set_xlabel(x_label)
+    axes.grid(axis="y", color=PALETTE["line"], linewidth=0.8)
+    axes.set_axisbelow(True)
+    axes.tick_params(length=0, axis="y")
 
 
 def _time_unit(lines: list[Line]) -> tuple[float, str]:
@@ -236,16 +242,15 @@ def _scale_y(axes: Axes, lines: list[Line], settled: float, log: bool) -> None:
         axes.set_ylim(low / room, high * room)
         axes.yaxis.set_major_locator(FixedLocator(log_ticks(low / room, high * room)))
         axes.yaxis.set_minor_locator(NullLocator())
-        axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,.6g}"))
     else:
         room = max(0.06 * (high - low), 0.01 * abs(high), 1e-6)
         axes.set_ylim(low - room, high + room)
         axes.yaxis.set_major_locator(MaxNLocator(6, steps=[1, 2, 2.5, 5, 10]))
-        axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,.6g}".replace("-", "−")))
+    axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,.6g}".replace("-", "−")))
 
 
 def log_ticks(low: float, high: float) -> list[float]:
-    """Round numbers between `low` and `high`, the roundest set of at least four.
+    """Return round numbers between `low` and `high`, the roundest set of at least four.
 
     >>> log_ticks(11, 95), log_ticks(11, 14)
     ([20.0, 30.0, 50.0, 70.0], [11.0, 11.5, 12.0, 12.5, 13.0, 13.5, 14.0])
@@ -287,7 +292,7 @@ def _label_ends(axes: Axes, lines: list[Line], unit: float, format_value: Callab
 
 
 def spread(middles: list[float], heights: list[float]) -> list[float]:
-    """Moves labels of the given heights apart, each as little as the others allow, inside 0 to 1 where they fit.
+    """Move labels apart, each as little as the others allow, and inside 0 to 1 where they fit.
 
     Labels that touch form a block, centred where its members want to be (pool adjacent violators).
 
@@ -312,6 +317,7 @@ def spread(middles: list[float], heights: list[float]) -> list[float]:
 
 
 def _bottom(members: list[int], middles: list[float], heights: list[float]) -> float:
+    """The bottom edge of a block whose labels lie as near as they can to where they want to be."""
     total = sum(heights[i] for i in members)
     below = [sum(heights[j] for j in members[:k]) + heights[i] / 2 for k, i in enumerate(members)]
     wanted = sum(middles[i] - offset for i, offset in zip(members, below, strict=True)) / len(members)
@@ -324,8 +330,13 @@ def _told(lines: list[Line]) -> str:
 
 
 def svg_of(figure: Figure, name: str, told: str) -> Markup:
-    """The figure as an SVG element that can stand in a page: own ids, no metadata, colours as CSS variables. `told`
-    says in words what is drawn."""
+    """Turn a figure into an SVG element for a page: own ids, no metadata, colours as CSS variables.
+
+    Args:
+        figure: The figure.
+        name: Unique in the page; the first part of each id, and of what a screen reader says.
+        told: What is drawn, in words.
+    """
     file = io.StringIO()
     metadata = {"Date": None, "Creator": None, "Format": None, "Type": None}
     figure.savefig(file, format="svg", transparent=True, metadata=metadata)

@@ -75,7 +75,6 @@ def write_report(results: dict[str, Any], path: str | Path) -> None:
         gate_scale=gate_scale(low, high),
         gate_layers=layers,
         columns=head_columns(results["rows_touched"]),
-        continuation=continuation,
     )
 
 
@@ -178,11 +177,6 @@ def head_columns(heads: list[dict[str, Any]]) -> list[dict[str, Any]]:
             {**head, "share": share, "height": round(100 * share, 1)}
         )
     return [{"layer": layer, "order": order, "heads": own} for (layer, order), own in groups.items()]
-
-
-def continuation(generation: dict[str, str], name: str) -> str:
-    """What a model wrote after the prompt."""
-    return generation[name].removeprefix(generation["prompt"])
 
 
 def _names(results: dict[str, Any]) -> list[str]:

@@ -310,13 +310,15 @@ def test_the_analysis_tells_collisions_from_chance(results):
     found = copy.deepcopy(results[0])
     for head in found["heads"]:
         head.update(rows=1000, ngrams=400, sharing=132, expected_sharing=131.5)
-    assert "share their row with another, as many as chance puts together (33 %)." in " ".join(analysis.lines(found))
+    assert "share their row with another, about as many as chance alone gives (33 %)." in " ".join(
+        analysis.lines(found)
+    )
     assert "larger table" not in " ".join(analysis.lines(found))
     for head in found["heads"]:
         head.update(ngrams=600, sharing=400)
     told = " ".join(analysis.lines(found)).replace("\u00a0", " ")
-    assert "more than chance puts together (22 %)" in told
-    assert "a larger table would part them" in told
+    assert "more than chance alone gives (22 %)" in told
+    assert "a larger table would separate them" in told
 
 
 @pytest.mark.parametrize("module", [analysis, ablation, charts, page, output])

@@ -9,7 +9,7 @@ from checkpoints import deepseek_config, deepseek_rows, slow_deepseek_rows, writ
 from safetensors.torch import load_file
 from tiny import tiny_config, tiny_model, tiny_tokenizer
 
-from sense_v2.engram.hashing import HeadLayout
+from sense_v2.engram.head_layout import HeadLayout
 from sense_v2.engram.released.released_table import open_released_table, released_config
 from sense_v2.engram.storage import MMapEmbeddingStorage
 from sense_v2.engram.variants import variant_config

@@ -9,7 +9,7 @@ import torch
 from tables import DTYPES, N, make, manifest, names, slow_sums
 
 from sense_v2.engram.optim import RowAdam, RowWiseAdagrad
-from sense_v2.engram.table import disk
+from sense_v2.engram.table import disk, platform
 from sense_v2.engram.table_copy import copy_table, restore_table
 
 
@@ -183,7 +183,7 @@ def test_blocks_are_shared_where_the_file_system_can(tmp_path, monkeypatch):
         asked.append(request)
         os.write(fd, b"shared")
 
-    monkeypatch.setattr(disk.fcntl, "ioctl", clone)
+    monkeypatch.setattr(platform.fcntl, "ioctl", clone)
     disk.copy_file(source, path)
     assert asked == [0x40049409]  # FICLONE of linux/fs.h
     assert path.read_bytes() == b"shared"

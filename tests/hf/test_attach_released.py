@@ -10,7 +10,8 @@ from test_released_table import QWEN, qwen_config
 from tiny import VOCABULARY, tiny_config, tiny_model, tiny_tokenizer
 from transformers import TrainingArguments
 
-from sense_v2.engram.hashing import HeadLayout, NgramHasher
+from sense_v2.engram.hashing import NgramHasher
+from sense_v2.engram.head_layout import HeadLayout
 from sense_v2.engram.model import open_table
 from sense_v2.engram.released.released_table import open_released_table, released_config
 from sense_v2.engram.tokenizer import EngramTokenizer, EngramTokenizerBuilder

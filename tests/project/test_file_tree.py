@@ -30,6 +30,21 @@ def test_every_file_and_package_says_what_it_holds() -> None:
     assert silent == []
 
 
+@pytest.mark.parametrize(
+    ("said", "short"),
+    [
+        ("Rows of a table", "Rows of a table"),
+        (
+            "Rows -> sums: " + "of keyed hashes, " * 5 + "so that a sum changes",
+            "Rows -> sums: " + "of keyed hashes, " * 4,
+        ),
+        ("x" * 100, "x" * 100),
+    ],
+)
+def test_a_long_line_ends_with_a_clause(said: str, short: str) -> None:
+    assert MADE["shortened"](said) == short.removesuffix(", ")
+
+
 def test_packages_stand_in_the_order_of_the_layers() -> None:
     names = [line.split()[0].rstrip("/") for line in MADE["tree"](files=False).splitlines()]
     inner = [name.partition(".")[2] for name in LAYERS if "." in name]
@@ -52,7 +67,7 @@ def test_a_tree_that_differs_is_found(tmp_path: Path, monkeypatch: pytest.Monkey
     assert "page.md: its tree" in capsys.readouterr().err
     assert main(["--write"]) == 0
     lines = page.read_text().splitlines()
-    assert lines[3:7] == [
+    assert lines[4:8] == [
         "sense_v2/",
         "  table/       Bytes on disk",
         "    _copy.h    Rows, copied",

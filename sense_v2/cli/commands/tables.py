@@ -73,7 +73,7 @@ def create(
     Example: sense-engram create --shadow-map data/shadow_map.npy --table-size 1000000 --engram-dim 512
     """
     from sense_v2.core.folders import new_folders
-    from sense_v2.engram.hashing import HeadLayout
+    from sense_v2.engram.head_layout import HeadLayout
     from sense_v2.engram.model import open_table
     from sense_v2.engram.tokenizer import EngramTokenizer
 

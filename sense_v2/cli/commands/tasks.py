@@ -35,9 +35,7 @@ def run_tasks(
     )
     echo(*_table(metrics, names), sep="\n")
     if len(names) == 2:
-        echo(
-            "without memory: this backbone, trained with its memory, after it was taken off; not one trained without"
-        )
+        echo("without memory: this model with its memory taken off; one that was trained without may do better")
     return {"model": str(folder), "tasks": metrics, "limit": limit, "seconds": time.perf_counter() - started}
 
 

@@ -23,7 +23,7 @@ from __future__ import annotations
 import operator
 import os
 import weakref
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -410,15 +410,20 @@ class OverlayStorage(TableModule):
         """A copy (deepcopy, pickle) opens the same files again, read-only; without a path it has the rows."""
         path = None if self.path is None else str(self.path.absolute())
         changed = (self.changed_ids, self._rows(self.changed_ids)) if path is None else None
-        return _reopen, (self.base, path, changed, self.training)
+        return _reopen, (*self.base.__reduce__(), path, changed, self.training)
 
     def extra_repr(self) -> str:
         return f"{self.path}, {len(self._changed_ids())} rows changed of {self.num_embeddings}, mode={self.mode!r}"
 
 
 def _reopen(
-    base: RowSource, path: str | None, changed: tuple[torch.Tensor, torch.Tensor] | None, training: bool
+    open_base: Callable[..., RowSource],
+    base_arguments: tuple[Any, ...],
+    path: str | None,
+    changed: tuple[torch.Tensor, torch.Tensor] | None,
+    training: bool,
 ) -> OverlayStorage:
+    base = open_base(*base_arguments)
     if changed is None:
         return OverlayStorage(base, path, mode="r" if Path(str(path)).exists() else "r+").train(training)
     overlay = OverlayStorage(base)

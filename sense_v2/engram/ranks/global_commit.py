@@ -191,8 +191,7 @@ def settle(files: TableFiles, commit: str) -> None:
 
 
 def _go_forward(files: TableFiles) -> None:
-    disk.os.replace(files.prepared, files.manifest)
-    disk.sync(files.table.parent)
+    disk.rename(files.prepared, files.manifest)
 
 
 def write_global(path: Path, manifest: GlobalManifest) -> None:

@@ -76,7 +76,7 @@ def copy_table(table: RankedRows, path: str | os.PathLike[str], *, states: bool 
             for name in names
         }
         whole = dataclasses.replace(_whole_manifest(table), states=entries, checksums=to_hex(totals[""]))
-        table_copy.write_manifest(target, whole)
+        disk.write_file(target, whole.to_json())
 
     ranks.together("copy: manifest", finish, only=0)
 

@@ -35,7 +35,7 @@ import torch
 import torch.nn.functional as F
 
 from sense_v2.core.config import EngramConfig
-from sense_v2.engram.hashing import HeadLayout
+from sense_v2.engram.head_layout import HeadLayout
 from sense_v2.engram.model import table_settings
 from sense_v2.engram.ranks import global_commit, range_copy
 from sense_v2.engram.ranks.collectives import Ranks

@@ -1,5 +1,6 @@
-/* Rows of a table by their ids: the compiled form of `sense_v2.engram.reading.gather`, and of what `reader` and `pages` do for a
-   small batch.
+/* Rows of a table by their ids: the compiled form of `gather`, and all of a small batch.
+
+   What `sense_v2.engram.reading.gather` does, and what `reader` and `pages` do for a small batch.
 
    Lookup(rows, num_rows, width, type_code, type_bits, exchange, tensor_class, fd, file_bytes, slow_ns, slow_ns_per_row)
        Of a table in memory. `rows` is its buffer, which stays alive as long as this does; `exchange` is PyTorch's table

@@ -1,4 +1,4 @@
-/* Memory for results, used again when the tensor that had it is gone, and how it becomes a tensor without a copy.
+/* Memory for results, used again when its tensor is gone, and how it becomes a tensor.
 
    PyTorch calls `give_back` when nothing refers to a tensor's storage any more: no view, no array made from it, no
    operation that saved it for its backward. Until then the memory is nobody else's. Fresh memory costs more than the

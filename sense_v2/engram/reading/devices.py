@@ -1,4 +1,4 @@
-"""Rows on the CPU -> rows on an accelerator: CUDA, Intel XPU, Apple MPS or none, through `torch.accelerator` alone.
+"""Rows on the CPU -> rows on an accelerator, through `torch.accelerator` alone.
 
 Rows for an accelerator are gathered into pinned memory, from which the copy is asynchronous. PyTorch's own cache of
 pinned memory hands a block out again only when the copies from it are done, so no buffer of ours could be filled too

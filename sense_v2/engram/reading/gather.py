@@ -1,16 +1,13 @@
-"""Row ids -> rows of an array in memory: one copy a row, bounds checked, into memory that is used again.
+"""Row ids -> rows of an array in memory: one copy a row, bounds checked.
 
 The array is usually a mapped file whose pages are in memory. A small call is dominated by what Python does around
-it, a large one by memory: page faults of a fresh result cost more than the copies. So a result's memory is filled
-again as soon as nothing refers to it: no tensor, no view of one, no array made from it, no operation that saved it
-for its backward.
+it, a large one by memory: page faults of a fresh result cost more than the copies.
 
-Where `_gather.c` was compiled (an optional extension), it copies and holds that memory; PyTorch tells it when a
-tensor's storage is freed (`_results.h`). Else NumPy and PyTorch copy, to the same bytes, small results are ordinary
-new arrays, and whether a large one's buffer is free is asked of CPython: PyTorch holds a reference to the array that
-a tensor was made from until its storage is freed. Who takes the buffer takes it off the list first, so two threads
-never fill one. An older PyTorch (before 2.10) can't be handed memory without an array: there the extension copies,
-and the buffers are Python's. benchmarks/lookup.py measures all of it.
+Where `_gather.c` was compiled (an optional extension), it copies, and a result's memory is filled again as soon as
+nothing refers to it: no tensor, no view of one, no array made from it, no operation that saved it for its backward.
+PyTorch tells when a tensor's storage is freed (`_results.h`). Without the extension NumPy and PyTorch copy, to the
+same bytes and several times slower, and every result is new memory. So it is with the extension under a PyTorch
+before 2.10, which can't be handed memory. benchmarks/lookup.py measures all of it.
 
 N rows, D row width.
 """
@@ -18,8 +15,6 @@ N rows, D row width.
 from __future__ import annotations
 
 import importlib
-import math
-import sys
 import warnings
 from typing import Any
 
@@ -51,9 +46,6 @@ def _load_compiled() -> Any:
 
 compiled: Any = _load_compiled()
 
-# A new array of this size still comes from the allocator's own memory; a larger one is new pages, cleared by the
-# kernel, every time.
-REUSED_BYTES = 64 << 10
 # From here on PyTorch's index_select, which has threads, is faster than NumPy's take.
 MANY_IDS = 1024
 _ID_BYTES = {torch.int64: 8, torch.int32: 4}
@@ -91,32 +83,6 @@ class OutOfRangeError(IndexError):
         self.row_id = row_id
 
 
-class ReusedBuffer:
-    """A buffer that grows, lent to one array at a time."""
-
-    def __init__(self) -> None:
-        self._spare = [_aligned(0)]
-
-    def take(self, shape: tuple[int, ...], dtype: np.dtype[Any]) -> np.ndarray[Any, Any]:
-        """An array of unknown content; its memory is nobody else's until it and all made from it are gone."""
-        num_bytes = math.prod(shape) * dtype.itemsize
-        try:
-            buffer = self._spare.pop()
-        except IndexError:  # another thread is between these lines
-            return _aligned(num_bytes).view(dtype).reshape(shape)
-        # Its references: the variable, and getrefcount's argument.
-        if sys.getrefcount(buffer) > 2 or buffer.nbytes < num_bytes:
-            buffer = _aligned(num_bytes)
-        array = buffer[:num_bytes].view(dtype).reshape(shape)
-        self._spare.append(buffer)
-        return array
-
-
-def _aligned(num_bytes: int) -> np.ndarray[Any, Any]:
-    """[num_bytes] of uint8 that begin at a cache line, as PyTorch's memory does and NumPy's doesn't."""
-    return torch.empty(num_bytes, dtype=torch.uint8, device="cpu").numpy()
-
-
 class RowGather:
     """Gathers rows of `rows_ND`, a C-contiguous array whose rows are of `dtype`; keeps the array alive."""
 
@@ -127,17 +93,14 @@ class RowGather:
         self.num_rows, self.width = rows_ND.shape
         self.row_bytes = self.width * rows_ND.itemsize
         self.address = int(rows_ND.ctypes.data)
-        self.numpy_dtype, self._torch = rows_ND.dtype, dtype.torch
-        self.viewed = self._tensor_ND.dtype != dtype.torch
-        self._buffer = ReusedBuffer()
+        self._torch = dtype.torch
         self._lookup = lookup_of(rows_ND, dtype.torch)
 
     def __call__(self, row_ids: torch.Tensor, *, out: torch.Tensor | None = None) -> torch.Tensor:
         """row_ids [...] of int64 or int32, on the CPU -> rows [..., D].
 
-        The result's memory is used again when nothing refers to it any more. `out`, [..., D], contiguous and of the
-        rows' dtype, is filled and returned in its place. Raises `OutOfRangeError` for an id outside 0 … N - 1, and
-        nothing is copied then.
+        `out`, [..., D], contiguous and of the rows' dtype, is filled and returned in a new result's place.
+        Raises `OutOfRangeError` for an id outside 0 … N - 1, and nothing is copied then.
         """
         if not row_ids.is_contiguous():
             row_ids = row_ids.contiguous()
@@ -149,14 +112,8 @@ class RowGather:
                 return found
             if found is not None:
                 raise self._out_of_range(row_ids, found)
-        if out is None:
-            shape = (*row_ids.shape, self.width)
-            if num_ids * self.row_bytes <= REUSED_BYTES:
-                array = np.empty(shape, self.numpy_dtype)
-            else:
-                array = self._buffer.take(shape, self.numpy_dtype)
-        else:
-            array = out.detach().view(self._tensor_ND.dtype).numpy()
+        rows = torch.empty((*row_ids.shape, self.width), dtype=self._torch, device="cpu") if out is None else out
+        array = rows.detach().view(self._tensor_ND.dtype).numpy()
         if compiled is None:
             self._plain(row_ids, array, num_ids)
         else:
@@ -172,10 +129,7 @@ class RowGather:
             )
             if bad >= 0:
                 raise self._out_of_range(row_ids, bad)
-        if out is not None:
-            return out
-        rows = torch.from_numpy(array)
-        return rows.view(self._torch) if self.viewed else rows
+        return rows
 
     def _out_of_range(self, row_ids: torch.Tensor, position: int) -> OutOfRangeError:
         return OutOfRangeError(int(row_ids.reshape(-1)[position]), self.num_rows)
@@ -203,18 +157,11 @@ class CompactGather:
         self.num_rows, self.width = len(rows_NB), width
         self.row_bytes, self.address = self._raw.row_bytes, self._raw.address
         self._dtype = dtype
-        self._buffer = ReusedBuffer()
 
     def __call__(self, row_ids: torch.Tensor, *, out: torch.Tensor | None = None) -> torch.Tensor:
         raw_UB = self._raw(row_ids).view(-1, self.row_bytes)
         if out is None:
-            shape, to = (*row_ids.shape, self.width), self._dtype.torch
-            if row_ids.numel() * self.width * to.itemsize <= REUSED_BYTES:
-                out = torch.empty(shape, dtype=to, device="cpu")
-            else:
-                # NumPy has no bfloat16: its bits.
-                bits = np.dtype(f"u{to.itemsize}")
-                out = torch.from_numpy(self._buffer.take(shape, bits)).view(to)
+            out = torch.empty((*row_ids.shape, self.width), dtype=self._dtype.torch, device="cpu")
         decode(*split(raw_UB, self.width, self._dtype.name), out.detach().view(-1, self.width))
         return out
 

@@ -1,31 +1,49 @@
-"""Row ids -> pages of a mapped file -> what the kernel is asked about them: to read them, to let go of them.
+"""Row ids -> pages of a mapped file -> what the kernel is asked about them.
 
 A page that isn't in memory is read when it is touched, and who touched it waits: one read at a time is the slowest
 way to use a disk. `will_need` asks for all pages of a batch first, each once and in order, so that many reads are in
 flight. It changes no byte: whatever it can't do, the touch does.
 
-Nothing here is needed for right rows. Where the platform lacks a call (no madvise on Windows, no mincore without the
-C library's), it says so once (`UserWarning`) and goes on without.
+Nothing here is needed for right rows. Where the system lacks a call (madvise on Windows), it says so once
+(`UserWarning`) and goes on without.
+
+Around a page that isn't in memory the kernel by default reads others, up to 8 MiB with some disks. That brings a
+table which fits into memory in with a few large reads. Where it doesn't fit, it reads, and throws out again, a
+thousand times what a batch needs; in a sparse table it fills memory with the zeros of holes. So those are mapped with
+MADV_RANDOM (benchmarks/LOG.md has what that gains).
 
 R runs of pages.
 """
 
 from __future__ import annotations
 
-import ctypes
+import contextlib
 import functools
 import mmap
 import warnings
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from sense_v2.engram.reading import gather
+from sense_v2.engram.table import platform
 
 # The kernel cuts what it reads for one call at its own limit of read-ahead, 128 KiB by default.
 MAX_RUN_BYTES = 128 << 10
 # A call that lets go of pages keeps page faults of other threads waiting.
 DROP_BYTES = 64 << 20
+# A table that fits leaves room for the model, and for other tables.
+SHARE_THAT_FITS = 0.5
+
+
+def read_no_others(mapping: mmap.mmap, has_holes: bool) -> None:
+    """Tells the kernel to read no pages around those that are touched, where the file has holes or is large."""
+    if hasattr(mmap, "MADV_RANDOM") and (
+        has_holes or len(mapping) > SHARE_THAT_FITS * platform.usable_memory_bytes()
+    ):
+        with contextlib.suppress(OSError):  # it is advice; a file system may not take it
+            mapping.madvise(mmap.MADV_RANDOM)
 
 
 def page_runs(
@@ -89,16 +107,10 @@ class Pages:
 
     def in_memory(self, offsets: list[int]) -> bool | None:
         """Whether the pages at all of these offsets are in memory; None where the kernel can't be asked."""
-        mincore = _mincore()
-        if mincore is None or not self.tells:
-            return None
-        found = ctypes.c_ubyte()
         for offset in offsets:
-            address = self.address + offset // mmap.PAGESIZE * mmap.PAGESIZE
-            if mincore(address, 1, ctypes.byref(found)) != 0:
-                return None
-            if not found.value & 1:
-                return False
+            found = platform.page_is_in_memory(self.address + offset) if self.tells else None
+            if not found:
+                return found
         return True
 
     def drop(self) -> None:
@@ -111,16 +123,38 @@ class Pages:
             self.mapping.madvise(mmap.MADV_DONTNEED, offset, min(DROP_BYTES, self.num_bytes - offset))
 
 
+class RowPages:
+    """The pages of `num_rows` rows that lie one after the other in a mapped file, from `first_byte` on."""
+
+    def __init__(self, pages: Pages, path: Path, num_rows: int, row_bytes: int, *, first_byte: int = 0) -> None:
+        self.pages, self.path = pages, path
+        self._num_rows, self._row_bytes, self._first_byte = num_rows, row_bytes, first_byte
+        self._end = first_byte + num_rows * row_bytes
+
+    def ask(self, row_ids: np.ndarray[Any, Any]) -> int:
+        """Begins to read the pages of these rows; returns in how many runs. Asks nothing for a row id outside."""
+        if not len(row_ids) or int(row_ids.min()) < 0 or int(row_ids.max()) >= self._num_rows:
+            return 0  # the gather says so
+        runs_R2 = page_runs(row_ids, self._row_bytes, first_byte=self._first_byte)
+        self.pages.will_need(runs_R2)
+        return len(runs_R2)
+
+    def in_memory(self, row_ids: np.ndarray[Any, Any]) -> bool | None:
+        """True if the first pages of these rows are in memory; None where that can't be known."""
+        inside = (row_id for row_id in row_ids.tolist() if 0 <= row_id < self._num_rows)
+        return self.pages.in_memory([self._first_byte + row_id * self._row_bytes for row_id in inside])
+
+    def refuse_cut_file(self, way_out: str) -> None:
+        """Raises `OSError` for a file that was cut: a touch of a page behind its end is a SIGBUS, which nobody could
+        explain."""
+        found = self.pages.mapping.size()
+        if found < self._end:
+            raise OSError(
+                f"{self.path}: expected at least {self._end} bytes, found {found}: the file was cut while it was "
+                f"open. {way_out}"
+            )
+
+
 @functools.cache
 def _warn_once(text: str) -> None:
     warnings.warn(text, UserWarning, stacklevel=4)
-
-
-@functools.cache
-def _mincore() -> Any:
-    try:
-        function = ctypes.CDLL(None).mincore
-    except (AttributeError, OSError, TypeError):
-        return None
-    function.argtypes = (ctypes.c_void_p, ctypes.c_size_t, ctypes.c_void_p)
-    return function

@@ -1,4 +1,4 @@
-"""A checkpoint's safetensors files -> where the bytes of its tensors lie, from the headers alone.
+"""safetensors files -> where the bytes of their tensors lie, from the headers alone.
 
 A safetensors file is a length (8 bytes), a JSON header of that length, and the tensors' bytes. Headers are small
 whatever the tensors weigh, so a checkpoint of 500 GB is understood in milliseconds. What is said of a tensor is held

@@ -29,7 +29,7 @@ import torch
 from safetensors.torch import save as to_safetensors
 
 from sense_v2.core.config import EngramConfig
-from sense_v2.engram.hashing import HeadLayout
+from sense_v2.engram.head_layout import HeadLayout
 from sense_v2.engram.reading.safetensors_headers import INDEX_NAME
 from sense_v2.engram.released.fusion_names import Tensors, ours_from_theirs, theirs_from_ours
 from sense_v2.engram.released.layouts import (
@@ -218,8 +218,7 @@ def _export_rows(
         done.errors[table.layer] = known
         return
     transfer.run(advance)
-    disk.os.replace(temporary(path), path)
-    disk.sync(path.parent)
+    disk.rename(temporary(path), path)
     done.resumed_rows += transfer.resumed_rows
     done.notes += transfer.notes
     done.errors[table.layer] = transfer.errors()

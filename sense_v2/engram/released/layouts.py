@@ -17,7 +17,8 @@ from typing import Any
 
 import torch
 
-from sense_v2.engram.hashing import HeadLayout, NgramHasher
+from sense_v2.engram.hashing import NgramHasher
+from sense_v2.engram.head_layout import HeadLayout
 from sense_v2.engram.released.fusion_names import Tensors
 from sense_v2.engram.table.compact_rows import BLOCK_VALUES, FLOAT8
 from sense_v2.engram.table.format import Manifest

@@ -34,7 +34,7 @@ import numpy as np
 import torch
 
 from sense_v2.core.config import EngramConfig
-from sense_v2.engram.hashing import HeadLayout, round_up
+from sense_v2.engram.head_layout import HeadLayout, round_up
 from sense_v2.engram.reading import devices
 from sense_v2.engram.reading.row_parts import MappedFiles, PartsReader, RowParts
 from sense_v2.engram.reading.safetensors_headers import Checkpoint, TensorSpan, find_tensors
@@ -210,10 +210,11 @@ class ReleasedTable(TableModule):
 
     def _decoded(self, parts: list[torch.Tensor], dtype: torch.dtype) -> torch.Tensor:
         codes_UB, *scales_UK = parts
+        if not len(codes_UB):
+            return torch.empty(0, self.embedding_dim, dtype=dtype, device="cpu")
         if scales_UK:
             rows_UD = torch.empty(len(codes_UB), self.embedding_dim, dtype=self.dtype, device="cpu")
-            if len(codes_UB):
-                decode(codes_UB.view(torch.float8_e4m3fn), scales_UK[0], rows_UD)
+            decode(codes_UB.view(torch.float8_e4m3fn), scales_UK[0], rows_UD)
             return rows_UD.to(dtype)
         if self._scale is not None:
             # Each code as a number of that type is exact; the product is rounded once.

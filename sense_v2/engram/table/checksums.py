@@ -1,4 +1,4 @@
-"""Rows -> block checksums: sums of keyed row hashes, so that a changed row changes its block's sum by a difference.
+"""Rows -> block checksums: sums of keyed row hashes, kept up to date by differences.
 
     h(n, row) = mix(Σ_j word_j · key_j) · odd(n)    mod 2⁶⁴, over the row's 8-byte words (4, 2, 1 where 8 doesn't fit)
     block     = Σ h(n, row_n) over its rows         mod 2⁶⁴

@@ -1,4 +1,4 @@
-"""Rows of 32-bit values <-> rows of one byte a value with scales, and back, exactly as docs/format.md says.
+"""Rows of 32-bit values <-> rows of one byte a value with scales (docs/format.md).
 
     float8_e4m3fn   a scale byte for each 32 values, which stands for 2^(byte - 127), as in DeepSeek-V4.1's tables
     int8            a float32 scale for the whole row

@@ -1,4 +1,4 @@
-"""Every call that changes what is on disk, in one place: files made whole, space reserved, writes, syncs, locks.
+"""Every call that changes what is on disk: whole files, space, writes, syncs, locks.
 
 A file appears under its final name complete or not at all: `new_file` gives a temporary in the same folder and
 renames it when the block ends well. There is one temporary name per file, and its maker holds a lock on it: a second
@@ -16,7 +16,6 @@ from __future__ import annotations
 
 import contextlib
 import errno
-import fcntl
 import mmap
 import os
 import shutil
@@ -30,10 +29,10 @@ from typing import Any, ClassVar
 import numpy as np
 import torch
 
+from sense_v2.engram.table import platform
+
 TEMPORARY_SUFFIX = ".tmp"
 
-_NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP)
-_HELD = (errno.EACCES, errno.EAGAIN)
 _NO_ROOM = {
     errno.ENOSPC: "no space left on the device",
     errno.EDQUOT: "the disk quota is used up",
@@ -100,12 +99,24 @@ def new_file(path: Path, *, replace: bool = False, keep: Callable[[], bool] = la
         os.close(fd)
 
 
+def write_file(path: Path, text: str) -> None:
+    """Puts a file of this text in the place of what is at `path`, whole or not at all. Raises as `new_file`."""
+    with new_file(path, replace=True) as fd:
+        write_at(fd, text.encode(), 0)
+
+
+def rename(temporary: Path, path: Path) -> None:
+    """Renames a file that is synced, and makes that durable."""
+    os.replace(temporary, path)
+    sync(path.parent)
+
+
 def wait_for_new_file(path: Path) -> None:
     """Waits while another process is at making `path`."""
     with contextlib.suppress(FileNotFoundError):
         fd = open_own(path.with_name(path.name + TEMPORARY_SUFFIX), create=False, write=False)
         try:
-            _lock(fd, fcntl.LOCK_SH)
+            _lock(fd, shared=True)
         finally:
             os.close(fd)
 
@@ -116,11 +127,10 @@ def finish_new_file(path: Path, is_whole: Callable[[Path], bool]) -> None:
     with contextlib.suppress(FileNotFoundError):
         fd = open_own(temporary, create=False)
         try:
-            _lock(fd, fcntl.LOCK_EX)
+            _lock(fd)
             if not path.exists() and is_whole(temporary):
                 sync_fd(fd, temporary)
-                os.replace(temporary, path)
-                sync(path.parent)
+                rename(temporary, path)
         finally:
             os.close(fd)
 
@@ -130,7 +140,7 @@ def _open_locked(temporary: Path) -> int:
     while True:
         fd = open_own(temporary)
         try:
-            _lock(fd, fcntl.LOCK_EX)
+            _lock(fd)
             # Its holder may have renamed or removed it while this call waited: then the lock is on another file.
             with contextlib.suppress(FileNotFoundError):
                 if os.path.samestat(os.stat(temporary), os.fstat(fd)):
@@ -141,12 +151,12 @@ def _open_locked(temporary: Path) -> int:
         os.close(fd)
 
 
-def _lock(fd: int, operation: int) -> None:
+def _lock(fd: int, *, shared: bool = False) -> None:
     """Waits for the file's lock. Some network file systems have none: there, two makers at once aren't kept apart."""
     try:
-        fcntl.flock(fd, operation)
+        platform.lock(fd, shared=shared)
     except OSError as error:
-        if error.errno not in _NO_LOCKS:
+        if error.errno not in platform.NO_LOCKS:
             raise
 
 
@@ -163,9 +173,7 @@ def sync_fd(fd: int, path: Path) -> None:
     """Makes what was written to an open file durable, in the disk's own cache too where macOS would stop before.
     Raises `SyncError`; `path` is what it names."""
     with _failing_as_sync(path):
-        if hasattr(fcntl, "F_FULLFSYNC"):
-            fcntl.fcntl(fd, fcntl.F_FULLFSYNC)
-        else:
+        if not platform.sync_past_the_disk_cache(fd):
             os.fsync(fd)
 
 
@@ -182,7 +190,7 @@ def _failing_as_sync(path: Path) -> Iterator[None]:
 def open_own(path: Path, *, create: bool = True, write: bool = True) -> int:
     """Opens a file that belongs to the table alone. A link in its place is refused: it would lead the writes into a
     file of somebody else's. So is what isn't a file; a pipe would be waited for forever."""
-    flags = (os.O_RDWR if write else os.O_RDONLY) | os.O_CLOEXEC | os.O_NONBLOCK | getattr(os, "O_NOFOLLOW", 0)
+    flags = (platform.READ_WRITE if write else platform.READ) | platform.NO_WAITING | platform.NO_LINKS
     flags |= os.O_CREAT if create else 0
     try:
         fd = os.open(path, flags, 0o666)
@@ -233,9 +241,6 @@ def allocate(fd: int, size_bytes: int, path: Path) -> None:
         ) from None
 
 
-# Linux: ioctl(2) FICLONE, from linux/fs.h. One file system at most has blocks that two files share.
-_FICLONE = 0x40049409
-_NO_CLONE = (errno.EOPNOTSUPP, errno.EXDEV, errno.EINVAL, errno.ENOTTY, errno.ENOSYS, errno.EPERM, errno.EBADF)
 _COPY_BYTES = 1 << 24
 
 
@@ -245,7 +250,7 @@ def copy_file(source: Path, path: Path, *, reflink_only: bool = False) -> None:
     same errors as `new_file`, `allocate`.
     """
     with open(source, "rb") as original, new_file(path, replace=True) as fd, naming(path):
-        if _clone(original.fileno(), fd):
+        if platform.reflink(original.fileno(), fd):
             return
         if reflink_only:
             raise OSError(
@@ -261,16 +266,6 @@ def copy_file(source: Path, path: Path, *, reflink_only: bool = False) -> None:
         for start, stop in _data_ranges(original.fileno(), found.st_size):
             for at in range(start, stop, _COPY_BYTES):
                 write_at(fd, os.pread(original.fileno(), min(_COPY_BYTES, stop - at), at), at)
-
-
-def _clone(source_fd: int, fd: int) -> bool:
-    try:
-        fcntl.ioctl(fd, _FICLONE, source_fd)
-    except OSError as error:
-        if error.errno not in _NO_CLONE:
-            raise
-        return False
-    return True
 
 
 def _data_ranges(fd: int, size_bytes: int) -> Iterator[tuple[int, int]]:
@@ -371,11 +366,11 @@ class WriterLock:
     def _take(fd: int, what: str) -> None:
         for attempt in range(3):
             try:
-                return fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                return platform.lock(fd, wait=False)
             except OSError as error:
-                if error.errno in _NO_LOCKS:
+                if error.errno in platform.NO_LOCKS:
                     return None
-                if error.errno not in _HELD:
+                if error.errno not in platform.LOCK_IS_HELD:
                     raise
                 # `holder` takes the lock for a moment to see whether it is free.
                 if attempt < 2:
@@ -427,20 +422,21 @@ class WriterLock:
             except FileNotFoundError:
                 return None
             try:
-                fcntl.flock(fd, fcntl.LOCK_SH | fcntl.LOCK_NB)
+                platform.lock(fd, shared=True, wait=False)
             except OSError as error:
-                return _holder(fd) if error.errno in _HELD else None
+                return _holder(fd) if error.errno in platform.LOCK_IS_HELD else None
             finally:
                 os.close(fd)
             return None
 
 
-# No fork between the opening of a lock file and its place in `_held`.
-os.register_at_fork(
-    before=WriterLock._guard.acquire,
-    after_in_parent=WriterLock._guard.release,
-    after_in_child=WriterLock._after_fork_in_child,
-)
+if hasattr(os, "register_at_fork"):
+    # No fork between the opening of a lock file and its place in `_held`.
+    os.register_at_fork(
+        before=WriterLock._guard.acquire,
+        after_in_parent=WriterLock._guard.release,
+        after_in_child=WriterLock._after_fork_in_child,
+    )
 
 
 def _holder(fd: int) -> str:

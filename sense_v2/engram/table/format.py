@@ -1,4 +1,4 @@
-"""Bytes on disk: what the files are called, how long they are, and what the manifest says. Opens no file.
+"""Bytes on disk: names and lengths of the files, and the manifest. Opens no file.
 
 A table is a few kinds of files in one folder; docs/format.md is their specification:
 
@@ -21,7 +21,7 @@ import dataclasses
 import json
 import math
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -165,6 +165,20 @@ def _split(table_name: str) -> tuple[str, str]:
     return (stem, dot + suffix) if stem else (table_name, "")
 
 
+@dataclass(frozen=True)
+class Committed:
+    """A commit, and what a table's files have to be by it: what a journal is checked against."""
+
+    generation: int
+    commit: int
+    """The manifest's `commit` as a number; 0 for a table that has none."""
+    num_rows: int
+    row_bytes_of: Mapping[str, int]
+    """Bytes of a row in each file, by name, that takes part in commits: the table and the states."""
+    checksums_of: Mapping[str, Sequence[str]] = field(default_factory=dict)
+    """Block checksums of those files of which they are known."""
+
+
 @dataclass
 class StateEntry:
     """One optimizer state, as the manifest lists it."""
@@ -223,6 +237,11 @@ class Manifest:
         sums = {table_name: self.checksums}
         sums.update({entry.file: entry.checksums for entry in self.states.values() if entry.file != table_name})
         return {file: texts for file, texts in sums.items() if texts is not None}
+
+    def committed(self, table_name: str) -> Committed:
+        """What the files of the table of that name are by this manifest."""
+        sizes, sums = self.row_bytes_of(table_name), self.checksums_of(table_name)
+        return Committed(self.generation, self.commit_number, self.rows, sizes, sums)
 
     @property
     def table_bytes(self) -> int:

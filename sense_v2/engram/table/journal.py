@@ -1,4 +1,4 @@
-"""Old bytes of changed rows -> a file that undoes what wasn't committed: the rollback journal of a table.
+"""The rollback journal: old bytes of changed rows, to undo what was not committed.
 
     table.journal = header | record | record | …      docs/format.md, "The journal", has every byte
 
@@ -20,7 +20,7 @@ import os
 import secrets
 import struct
 import zlib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -30,7 +30,7 @@ import torch
 
 from sense_v2.engram.table import disk
 from sense_v2.engram.table.checksums import PART_BYTES, block_rows, block_sums, row_hashes, to_hex
-from sense_v2.engram.table.format import MAX_ROW_BYTES
+from sense_v2.engram.table.format import MAX_ROW_BYTES, Committed
 
 MAGIC = b"SENSEjr1"
 RECORD_MAGIC = b"rows"
@@ -252,44 +252,40 @@ class Journal:
                     disk.os.unlink(self.path)
 
 
-def roll_back(
-    path: Path,
-    generation: int,
-    commit: int,
-    num_rows: int,
-    row_bytes_of: Mapping[str, int],
-    checksums_of: Mapping[str, Sequence[str]] | None = None,
-    others: Sequence[Path] = (),
-) -> int | None:
-    """Undoes what was stored after that commit and empties the journal. Returns how many rows were put back, or None
-    where there was no live journal.
+def roll_back(path: Path, at: Committed, others: Sequence[Path] = ()) -> int | None:
+    """Undoes what was stored after a commit and empties the journal.
 
-    `others` are the journals of further processes that stored to the same files. All are checked before anything is
-    changed, and all rows are put back before the first journal is emptied.
+    All journals are checked before anything is changed, and all rows are put back before the first one is emptied.
+    The commit's checksums, where they are known, tell whether a journal that doesn't end with a whole record was cut
+    by the end of its writer, or is damaged, and whether one of an earlier commit was left by the commit after it.
 
-    `row_bytes_of` says how long a row is in each file, by name, that a journal may speak of: the table and the states
-    of the manifest. `checksums_of` has the block checksums of those of which they are known: they tell whether a
-    journal that doesn't end with a whole record was cut by the end of its writer, or is damaged, and whether one of
-    an earlier commit was left by the commit that came after it.
+    Args:
+        path: The journal.
+        at: The commit to go back to.
+        others: The journals of further processes that stored to the same files.
 
-    Raises `ValueError` for a journal that doesn't fit the files, before anything is changed; and for a damaged one,
-    or one whose manifest isn't that of the rows, which then stays.
+    Returns:
+        How many rows were put back; None where there was no live journal.
+
+    Raises:
+        ValueError: For a journal that doesn't fit the files, before anything is changed; and for a damaged one, or
+            one whose manifest isn't that of the rows, which then stays.
     """
     journals: list[tuple[Path, int, JournalBytes]] = []
     try:
         for one in (path, *others):
-            journal = open_journal(one)
+            journal = _open_journal(one, write=True)
             if journal is not None:
                 journals.append((one, *journal))
-        found = [check_journal(one, data, generation, commit, num_rows, row_bytes_of) for one, _, data in journals]
+        found = [check_journal(one, data, at) for one, _, data in journals]
         for (_, _, data), live in zip(journals, found, strict=True):
-            _put_back(path, data, live, num_rows, row_bytes_of)
+            if live is not None:
+                _put_back(path, data, live, at)
         for (one, _, _), live in zip(journals, found, strict=True):
             if live is None:
-                refuse_rows_of_another_commit(one, num_rows, row_bytes_of, checksums_of or {})
+                refuse_rows_of_another_commit(one, at)
             elif live.torn_bytes:
-                what = "is damaged: what is whole of it was put back"
-                _refuse_other_rows(one, what, num_rows, row_bytes_of, checksums_of or {})
+                _refuse_other_rows(one, "is damaged: what is whole of it was put back", at)
         for one, fd, _ in journals:
             with disk.naming(one):
                 disk.os.ftruncate(fd, 0)
@@ -301,13 +297,9 @@ def roll_back(
             os.close(fd)
 
 
-def _put_back(
-    path: Path, data: JournalBytes, live: LiveJournal | None, num_rows: int, row_bytes_of: Mapping[str, int]
-) -> None:
+def _put_back(path: Path, data: JournalBytes, live: LiveJournal, at: Committed) -> None:
     """The old bytes of a live journal's rows, into the files beside `path`."""
-    if live is None:
-        return
-    tables = {file: _Rows(path.with_name(file), num_rows, row_bytes_of[file]) for file in live.num_rows_of}
+    tables = {file: _Rows(path.with_name(file), at.num_rows, at.row_bytes_of[file]) for file in live.num_rows_of}
     journal_read = read_journal(data)
     for record in journal_read[1] if journal_read else ():
         tables[record.file].put_back(record)
@@ -315,31 +307,23 @@ def _put_back(
         table.sync()
 
 
-def refuse_rows_of_another_commit(
-    path: Path, num_rows: int, row_bytes_of: Mapping[str, int], checksums_of: Mapping[str, Sequence[str]]
-) -> None:
+def refuse_rows_of_another_commit(path: Path, at: Committed) -> None:
     """For a journal of an earlier commit than the manifest's. A commit that was cut off behind its rename leaves one,
     and then all rows are the manifest's; so it looks, too, where the manifest is of another moment than the rows.
     Reads all rows; raises `ValueError` where they aren't the manifest's, as far as its checksums are known."""
     what = "is of an earlier commit than the manifest, which a commit that was cut off leaves"
-    _refuse_other_rows(path, what, num_rows, row_bytes_of, checksums_of)
+    _refuse_other_rows(path, what, at)
 
 
-def _refuse_other_rows(
-    path: Path,
-    what: str,
-    num_rows: int,
-    row_bytes_of: Mapping[str, int],
-    checksums_of: Mapping[str, Sequence[str]],
-) -> None:
-    for file, expected in checksums_of.items():
+def _refuse_other_rows(path: Path, what: str, at: Committed) -> None:
+    for file, expected in at.checksums_of.items():
         if path.with_name(file).exists():
-            table = _Rows(path.with_name(file), num_rows, row_bytes_of[file], mode="r")
+            table = _Rows(path.with_name(file), at.num_rows, at.row_bytes_of[file], mode="r")
             found = to_hex(block_sums(table.table_NB))
             bad = [block for block, (old, new) in enumerate(zip(expected, found, strict=True)) if old != new]
             if bad:
-                first = bad[0] * block_rows(num_rows)
-                last = min(first + block_rows(num_rows), num_rows) - 1
+                first = bad[0] * block_rows(at.num_rows)
+                last = min(first + block_rows(at.num_rows), at.num_rows) - 1
                 raise ValueError(
                     f"{path} {what}, but {len(bad)} of {len(found)} blocks of {path.with_name(file)} (the first: "
                     f"rows {first} to {last}) don't have the checksum of the manifest's commit. Put table, states "
@@ -347,7 +331,7 @@ def _refuse_other_rows(
                 )
 
 
-def open_journal(path: Path, *, write: bool = True) -> tuple[int, JournalBytes] | None:
+def _open_journal(path: Path, *, write: bool) -> tuple[int, JournalBytes] | None:
     """(descriptor, bytes) of the journal; None where there is none, or an empty one."""
     try:
         fd = disk.open_own(path, create=False, write=write)
@@ -360,14 +344,27 @@ def open_journal(path: Path, *, write: bool = True) -> tuple[int, JournalBytes] 
     return fd, data
 
 
-def check_journal(
-    path: Path,
-    data: bytes | JournalBytes,
-    generation: int,
-    commit: int,
-    num_rows: int,
-    row_bytes_of: Mapping[str, int],
-) -> LiveJournal | None:
+def has_journal(path: Path) -> bool:
+    """True if there is a journal that isn't empty."""
+    opened = _open_journal(path, write=False)
+    if opened is not None:
+        os.close(opened[0])
+    return opened is not None
+
+
+def look_at_journal(path: Path, at: Committed) -> tuple[bool, LiveJournal | None]:
+    """(True if there is a journal that isn't empty, what of it is live). Raises as `check_journal`."""
+    opened = _open_journal(path, write=False)
+    if opened is None:
+        return False, None
+    fd, data = opened
+    try:
+        return True, check_journal(path, data, at)
+    finally:
+        os.close(fd)
+
+
+def check_journal(path: Path, data: bytes | JournalBytes, at: Committed) -> LiveJournal | None:
     """What is in a live journal; None for one that isn't live.
 
     Raises `ValueError` for one of another history, or whose records don't fit the files.
@@ -377,34 +374,34 @@ def check_journal(
         # Whoever died while writing the header has stored nothing yet; but it may be damage.
         return LiveJournal({}, len(data)) if len(data) else None
     header, records = journal
-    if header.generation < generation and header.commit != commit:
+    if header.generation < at.generation and header.commit != at.commit:
         return None
-    if header.generation != generation or header.commit != commit:
+    if (header.generation, header.commit) != (at.generation, at.commit):
         raise ValueError(
             f"{path} goes back to generation {header.generation}, commit {header.commit:016x}, but the manifest is "
-            f"of generation {generation}, commit {commit:016x}: they are of different histories of the table. Put "
-            "back the manifest that belongs to it, or, to keep the rows as they are now, remove the journal"
+            f"of generation {at.generation}, commit {at.commit:016x}: they are of different histories of the table. "
+            "Put back the manifest that belongs to it, or, to keep the rows as they are now, remove the journal"
         )
     num_rows_of: dict[str, int] = {}
     seen: dict[str, np.ndarray[Any, Any]] = {}
     end = HEADER_BYTES
     for record in records:
-        expected = row_bytes_of.get(record.file)
+        expected = at.row_bytes_of.get(record.file)
         found = record.rows_UB.shape[1]
-        if header.num_rows != num_rows or found != expected:
+        if header.num_rows != at.num_rows or found != expected:
             raise ValueError(
                 f"{path} has {header.num_rows} rows of {found} bytes for the file {record.file!r}; the manifest says "
-                f"{f'{num_rows} rows of {expected} bytes' if expected else 'nothing of such a file'}. The journal "
+                f"{f'{at.num_rows} rows of {expected} bytes' if expected else 'nothing of such a file'}. The journal "
                 "isn't this table's, or is damaged; nothing was changed"
             )
         low, high = int(record.row_ids_U.min()), int(record.row_ids_U.max())
-        if low < 0 or high >= num_rows:
+        if low < 0 or high >= at.num_rows:
             raise ValueError(
                 f"{path} has row id {low if low < 0 else high} for {record.file!r}, which has rows 0 to "
-                f"{num_rows - 1}. The journal is damaged; nothing was changed"
+                f"{at.num_rows - 1}. The journal is damaged; nothing was changed"
             )
         # One bit a row; the memory of those that aren't touched is never there.
-        if not _mark_new(seen.setdefault(record.file, np.zeros(-(-num_rows // 8), np.uint8)), record.row_ids_U):
+        if not _mark_new(seen.setdefault(record.file, np.zeros(-(-at.num_rows // 8), np.uint8)), record.row_ids_U):
             raise ValueError(
                 f"{path} has a row of {record.file!r} more than once, so which bytes are the old ones isn't known. "
                 "The journal is damaged; nothing was changed"

@@ -1,4 +1,4 @@
-"""A table's path and what the caller wants -> its files, checked, whole, and as the last commit left them.
+"""Opens a table: its files checked, whole, and as the last commit left them.
 
 What stands between a path and a mapping, in the order in which it happens:
 
@@ -28,7 +28,7 @@ from pathlib import Path
 
 import numpy as np
 
-from sense_v2.engram.table import disk
+from sense_v2.engram.table import disk, platform
 from sense_v2.engram.table.checksums import block_sums, num_blocks, to_hex
 from sense_v2.engram.table.disk import (
     MadeMeanwhileError,
@@ -53,7 +53,7 @@ from sense_v2.engram.table.format import (
     state_file_name,
 )
 from sense_v2.engram.table.initial_noise import PROGRESS_BYTES, fill_normal
-from sense_v2.engram.table.journal import check_journal, open_journal, refuse_rows_of_another_commit, roll_back
+from sense_v2.engram.table.journal import has_journal, look_at_journal, refuse_rows_of_another_commit, roll_back
 
 # Warnings point at who made the storage: this module, the storage's constructor, its caller.
 _CONSTRUCTORS_CALLER = 3
@@ -187,9 +187,7 @@ def refuse_leftovers(files: TableFiles) -> None:
     if left:
         names = ", ".join(sorted(found.name for found in left))
         raise ValueError(f"{path} isn't there, but optimizer state of an earlier table is: {names}. Remove it")
-    journal = open_journal(files.journal)
-    if journal is not None:
-        os.close(journal[0])
+    if has_journal(files.journal):
         raise ValueError(
             f"{path} isn't there, but the journal of an earlier table is: {files.journal.name}. Remove it"
         )
@@ -265,7 +263,7 @@ def read_manifest(path: Path) -> Manifest:
 
 def _open_without_waiting(path: str, flags: int) -> int:
     # Without O_NONBLOCK a pipe would be waited for forever.
-    return os.open(path, flags | os.O_NONBLOCK)
+    return os.open(path, flags | platform.NO_WAITING)
 
 
 def is_committed(files: TableFiles, manifest: Manifest) -> bool:
@@ -344,15 +342,7 @@ def recover(files: TableFiles, manifest: Manifest) -> None:
     refuse_prepared(files)
     _refuse_foreign_states(files, manifest)
     others = files.other_journals if files.share == 0 else []
-    num_restored = roll_back(
-        files.journal,
-        manifest.generation,
-        manifest.commit_number,
-        manifest.rows,
-        manifest.row_bytes_of(files.table.name),
-        manifest.checksums_of(files.table.name),
-        others,
-    )
+    num_restored = roll_back(files.journal, manifest.committed(files.table.name), others)
     for path in others:
         with contextlib.suppress(OSError):
             disk.os.unlink(path)
@@ -366,7 +356,7 @@ def recover(files: TableFiles, manifest: Manifest) -> None:
 
 
 def refuse_live_journal(files: TableFiles, manifest: Manifest) -> None:
-    """For who only reads: rows that a dead writer hadn't committed are no commit's."""
+    """Read-only callers must not see rows that a dead writer had not committed."""
     if WriterLock.is_held(files.lock):
         return
     refuse_prepared(files)
@@ -385,25 +375,19 @@ def refuse_prepared(files: TableFiles) -> None:
 
 
 def _refuse_live_journal(files: TableFiles, path: Path, manifest: Manifest) -> None:
-    opened = open_journal(path, write=False)
-    if opened is None:
+    at = manifest.committed(files.table.name)
+    is_there, found = look_at_journal(path, at)
+    if not is_there:
         return
-    fd, data = opened
-    sizes = manifest.row_bytes_of(files.table.name)
-    try:
-        found = check_journal(path, data, manifest.generation, manifest.commit_number, manifest.rows, sizes)
-    finally:
-        os.close(fd)
     if found is None:
-        if sum(sizes.values()) * manifest.rows > PROGRESS_BYTES:
+        if sum(at.row_bytes_of.values()) * manifest.rows > PROGRESS_BYTES:
             warnings.warn(
                 f"{path} is of an earlier commit: all rows of {files.table} are read to know that they are "
                 "the last one's. Opening once with mode='r+' removes it",
                 UserWarning,
                 stacklevel=_CONSTRUCTORS_CALLER,
             )
-        sums = manifest.checksums_of(files.table.name)
-        refuse_rows_of_another_commit(path, manifest.rows, sizes, sums)
+        refuse_rows_of_another_commit(path, at)
     elif found.num_rows_of or found.torn_bytes:
         raise ValueError(
             f"{files.table}: a writer ended between two commits, and {path} says how to undo what it had "

@@ -1,7 +1,9 @@
-"""Rows as bytes on disk <-> float32 values, however they are coded: `Coding`, and the codings there are.
+"""Rows as bytes on disk <-> float32 values: `Coding`, and the codings there are.
 
     DtypeCoding    a row type of our own tables; float8_e4m3fn has the bytes of DeepSeek-V4.1's codes and scales
     ScaledCodes    float8 codes with one scale for the whole table, as transformers has Qwen's
+
+`stochastic_bfloat16` rounds trained rows so that small updates aren't lost, on average.
 
 U rows of a part, D row width, B bytes of a row.
 """
@@ -103,3 +105,19 @@ class ScaledCodes:
             (values_UD / self.scale).clamp(-FLOAT8_MAX, FLOAT8_MAX).to(torch.float8_e4m3fn).view(torch.uint8).numpy()
         )
         return codes_UB
+
+
+def stochastic_bfloat16(values: torch.Tensor, seed: int, draw: int) -> torch.Tensor:
+    """float32 -> bfloat16 of the same shape: up or down at random, so that the mean is the value. The same result
+    from the same `seed` and `draw`. What isn't finite stays what it is.
+
+    Rounding to the nearest bfloat16 swallows every change below 2⁻⁹ of a value, which most updates of a trained row
+    are. (Stochastic rounding for training in low precision: Gupta et al. 2015, arXiv 1502.02551.)
+    """
+    bits = values.contiguous().view(torch.int32)
+    generator = np.random.Generator(np.random.SFC64(np.random.SeedSequence(seed, spawn_key=(draw,))))
+    noise = generator.integers(0, 1 << 16, values.numel(), dtype=np.uint16)
+    # The lower half of the bits is what gets lost; noise carries into the upper half as often as that is large.
+    carried = bits + torch.from_numpy(noise.astype(np.int32)).view(values.shape)
+    rounded = (carried & -65536).view(torch.float32).to(torch.bfloat16)
+    return torch.where(values.isfinite(), rounded, values.to(torch.bfloat16))

@@ -19,7 +19,7 @@ from typing import Any
 
 import numpy as np
 
-from sense_v2.engram.table import disk
+from sense_v2.engram.table import disk, platform
 from sense_v2.engram.table.disk import has_holes, open_own
 from sense_v2.engram.table.row_scan import next_data, read_into
 
@@ -53,9 +53,9 @@ class RowFiles:
         self._data_from: dict[Piece, int] = {}
         try:
             for path in paths_of(columns):
-                self._fds[path] = open_own(path) if write else os.open(path, os.O_RDONLY | os.O_CLOEXEC)
-                if not write and hasattr(os, "posix_fadvise"):
-                    os.posix_fadvise(self._fds[path], 0, 0, os.POSIX_FADV_SEQUENTIAL)
+                self._fds[path] = open_own(path) if write else os.open(path, platform.READ)
+                if not write:
+                    platform.advise(self._fds[path], "SEQUENTIAL")
         except BaseException:
             self.close()
             raise

@@ -1,4 +1,4 @@
-"""A file of rows -> its block checksums, how many values are no numbers, how many rows are zeros; in one reading.
+"""A file of rows -> its block checksums, and its values that are no numbers, in one pass.
 
 Parts of a few MiB go through one buffer, so memory doesn't follow the file; holes of a sparse file are skipped, since
 a row of zeros hashes to 0. Values are looked at as bits, which serves bfloat16 as well: NumPy has no such type.
@@ -19,6 +19,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from sense_v2.engram.table import platform
 from sense_v2.engram.table.checksums import PART_BYTES, add_to_blocks, num_blocks, row_hashes
 from sense_v2.engram.table.compact_rows import decode_rows
 from sense_v2.engram.table.format import MAX_FILE_BYTES, ROW_DTYPES, RowDtype
@@ -57,11 +58,10 @@ def scan_rows(
     part_rows = max(1, PART_BYTES // max(row_bytes, 64))
     buffer = np.empty((min(part_rows, num_rows), row_bytes), dtype=np.uint8)
     # A pipe would be waited for.
-    no_link = 0 if is_link_allowed else getattr(os, "O_NOFOLLOW", 0)
-    fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK | no_link)
+    no_link = 0 if is_link_allowed else platform.NO_LINKS
+    fd = os.open(path, platform.READ | platform.NO_WAITING | no_link)
     try:
-        if hasattr(os, "posix_fadvise"):
-            os.posix_fadvise(fd, 0, 0, os.POSIX_FADV_SEQUENTIAL)
+        platform.advise(fd, "SEQUENTIAL")
         data_from = 0
         for start in range(0, num_rows, part_rows):
             rows_UB = buffer[: min(part_rows, num_rows - start)]

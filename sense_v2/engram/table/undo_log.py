@@ -1,4 +1,4 @@
-"""Row ids about to change -> their old bytes in the journal, once between two commits; and new block checksums.
+"""Puts the old bytes of rows about to change into the journal, once between two commits.
 
 `protect_soon` is called with a batch's rows when they are looked up, and lets a thread copy, hash, append and sync
 while the batch computes; `protect` is called before a store and usually finds everything done. A set of row ids says

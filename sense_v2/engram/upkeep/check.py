@@ -26,7 +26,7 @@ from tqdm import tqdm
 
 from sense_v2.engram.table import disk
 from sense_v2.engram.table.checksums import block_rows, to_hex
-from sense_v2.engram.table.disk import WriterLock, new_file
+from sense_v2.engram.table.disk import WriterLock
 from sense_v2.engram.table.format import (
     Manifest,
     RowDtype,
@@ -37,7 +37,7 @@ from sense_v2.engram.table.format import (
     state_file_name,
 )
 from sense_v2.engram.table.initial_noise import PROGRESS_BYTES
-from sense_v2.engram.table.journal import LiveJournal, check_journal, open_journal, roll_back
+from sense_v2.engram.table.journal import LiveJournal, look_at_journal, roll_back
 from sense_v2.engram.table.opening import TableFiles, read_manifest
 from sense_v2.engram.table.row_scan import Scan, scan_rows
 
@@ -134,15 +134,8 @@ def repair_table(path: str | os.PathLike[str], *, progress: bool | None = None) 
         manifest = check.manifest
         # Anything else that is wrong may be why there is a journal at all: a person has to look at it first.
         if manifest is not None and check.journal is not None and check.num_wrong == 1:
-            num_rows = roll_back(
-                _beside(path, journal_name),
-                manifest.generation,
-                manifest.commit_number,
-                manifest.rows,
-                manifest.row_bytes_of(path.name),
-                manifest.checksums_of(path.name),
-                TableFiles(path).other_journals,
-            )
+            at, others = manifest.committed(path.name), TableFiles(path).other_journals
+            num_rows = roll_back(_beside(path, journal_name), at, others)
             done.append(f"{num_rows:,} rows put back as they were at {_commit_of(manifest)}")
             check = _check_around(path, is_own=True)
         _check_rows(check, progress=progress)
@@ -275,28 +268,14 @@ def _check_journal(check: Check) -> None:
     live = []
     for one in (path, *files.other_journals):
         try:
-            journal = open_journal(one, write=False)
-            if journal is None:
-                continue
-            fd, data = journal
-            try:
-                found = check_journal(
-                    one,
-                    data,
-                    manifest.generation,
-                    manifest.commit_number,
-                    manifest.rows,
-                    manifest.row_bytes_of(check.path.name),
-                )
-            finally:
-                os.close(fd)
+            is_there, found = look_at_journal(one, manifest.committed(check.path.name))
         except (OSError, ValueError) as error:
             check.add("journal", one, _text_of(error, one))
             return
-        if found is None:
-            check.has_old_journal = True  # what to say of it depends on the rows
-        else:
+        if found is not None:
             live.append(found)
+        elif is_there:
+            check.has_old_journal = True  # what to say of it depends on the rows
     if not live:
         return
     counts: Counter[str] = Counter()
@@ -459,5 +438,4 @@ def _write_checksums(path: Path, manifest: Manifest, checksums: dict[str, list[s
     }
     manifest = dataclasses.replace(manifest, checksums=checksums[path.name], states=states)
     manifest.validate()
-    with new_file(_beside(path, manifest_name), replace=True) as fd:
-        disk.write_at(fd, manifest.to_json().encode(), 0)
+    disk.write_file(_beside(path, manifest_name), manifest.to_json())

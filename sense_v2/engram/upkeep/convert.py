@@ -1,4 +1,4 @@
-"""A table -> the same rows in another dtype, in a new file: streamed, taken up again after a kill, verified.
+"""Converts a table to another dtype, in a new file, resumable and verified.
 
 How rows are carried over is `sense_v2.engram.upkeep.transfer`'s; here a table of ours is both sides of it, and what
 was made gets its manifest, and its name, when it was read back and compared.
@@ -20,7 +20,7 @@ from typing import Any
 
 from sense_v2.engram.table import disk
 from sense_v2.engram.table.checksums import to_hex
-from sense_v2.engram.table.disk import WriterLock, new_file
+from sense_v2.engram.table.disk import WriterLock
 from sense_v2.engram.table.format import Manifest, row_dtype
 from sense_v2.engram.table.opening import (
     TableFiles,
@@ -146,10 +146,8 @@ def _publish(files: TableFiles, wanted: Manifest, transfer: Transfer) -> Manifes
         checksums=to_hex(transfer.progress.sums),
     )
     manifest.validate()
-    with new_file(files.manifest, replace=True) as fd:
-        disk.write_at(fd, manifest.to_json().encode(), 0)
-    disk.os.replace(temporary(files.table), files.table)
-    disk.sync(files.table.parent)
+    disk.write_file(files.manifest, manifest.to_json())
+    disk.rename(temporary(files.table), files.table)
     progress_path(files.table).unlink(missing_ok=True)
     return manifest
 

@@ -26,7 +26,7 @@ from typing import Any
 import numpy as np
 
 from sense_v2.engram.reading.pages import page_runs
-from sense_v2.engram.table import disk
+from sense_v2.engram.table import disk, platform
 from sense_v2.engram.table.disk import new_file
 from sense_v2.engram.table.format import Manifest, provenance_differences
 from sense_v2.engram.table.row_scan import next_data
@@ -213,7 +213,7 @@ def warm_table(path: Path, *, advance: Callable[[int], Any] = lambda num_bytes: 
 def _data(path: Path) -> Iterator[tuple[int, int]]:
     """(first byte, length) of pieces that aren't wholly in a hole."""
     size = path.stat().st_size
-    fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+    fd = os.open(path, platform.READ)
     try:
         at = 0
         while (at := next_data(fd, at)) < size:
@@ -229,13 +229,13 @@ def _read(path: Path, pieces: Sequence[tuple[int, int]], advance: Callable[[int]
     # Large pieces fill the queue by themselves; more ahead of them only takes memory.
     mean_bytes = max(1, sum(length for _, length in pieces) // max(1, len(pieces)))
     ahead = max(2, min(RUNS_AHEAD, 8 * READ_BYTES // mean_bytes))
-    fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+    fd = os.open(path, platform.READ)
     try:
         for number, (at, length) in enumerate(pieces):
-            if number % ahead == 0 and hasattr(os, "posix_fadvise"):
+            if number % ahead == 0:
                 # The first batch of its own, then always the one behind that which is read.
                 for next_at, next_length in pieces[number + (ahead if number else 0) : number + 2 * ahead]:
-                    os.posix_fadvise(fd, next_at, next_length, os.POSIX_FADV_WILLNEED)
+                    platform.advise(fd, "WILLNEED", next_at, next_length)
             while length > 0:
                 found = os.preadv(fd, [buffer[:length]], at)
                 if found == 0:

@@ -1,4 +1,4 @@
-"""The n-grams of texts -> how a head's rows are used: which are looked up, which n-grams share one, what was seen.
+"""The n-grams of texts -> how a head's rows are used, shared and left unused.
 
     compressed ids of two texts ──number_ngrams──▶ distinct n-grams, each with its count in either text
     distinct n-grams ──rows_of──▶ the row of each, per head ──head_usage──▶ numbers

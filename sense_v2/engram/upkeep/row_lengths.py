@@ -1,8 +1,8 @@
 """A table -> how long its rows are, and how far they have moved since it was made.
 
-The noise that a table began with comes from its seed (`fill.py`), so the distance of each row from where it began is
-exact without a copy of the beginning: parts of the file are read, the same part of the noise is drawn again, and the
-two compared. A row that no step ever reached is bit for bit its noise.
+A table's initial noise comes from its seed (`initial_noise.py`), so each row's distance from its beginning is exact
+without a copy: parts of the file are read, the same parts of the noise are drawn again, and the two are compared. A
+row that no step ever reached is bit for bit its noise.
 
 A table of more than `max_rows` rows is sampled: parts evenly spread over the file, so that memory and time have a
 bound whatever the table's size. One that was converted or came from elsewhere has lengths, and no known beginning.
@@ -21,6 +21,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from sense_v2.engram.table import platform
 from sense_v2.engram.table.compact_rows import decode_rows
 from sense_v2.engram.table.format import Manifest, row_dtype
 from sense_v2.engram.table.initial_noise import CHUNK_VALUES, InitialNoise
@@ -64,7 +65,7 @@ def measure_rows(
         noise = InitialNoise(manifest.init_seed or 0, manifest.init_std, manifest.dtype)
     parts = _parts(manifest, max_rows)
     row_ids, norms, drifts = [], [], []
-    fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+    fd = os.open(path, platform.READ)
     try:
         for first, count in parts:
             raw_UB = np.empty((count, row_bytes), dtype=np.uint8)

@@ -1,4 +1,4 @@
-"""Rows in one place -> the same rows in new files: streamed, taken up again after a kill, read back and compared.
+"""Carries rows over to new files: streamed, resumable, read back and compared.
 
 Rows go through memory in parts of a few MiB, front to back, wherever either side has them
 (`sense_v2.engram.table.row_files`) and however it codes them (`sense_v2.engram.table.row_dtypes`). Where both code
@@ -30,7 +30,7 @@ import torch
 
 from sense_v2.engram.table import disk
 from sense_v2.engram.table.checksums import add_to_blocks, from_hex, num_blocks, row_hashes, to_hex
-from sense_v2.engram.table.disk import allocate, new_file, open_own
+from sense_v2.engram.table.disk import allocate, open_own
 from sense_v2.engram.table.row_dtypes import Coding, NotRepresentableError
 from sense_v2.engram.table.row_files import Column, RowFiles, are_sparse
 
@@ -234,8 +234,7 @@ class Transfer:
         """The rows first: what the progress says is done must be on the disk."""
         progress = self.progress
         new.sync()
-        with new_file(self.progress_path, replace=True) as progress_fd:
-            disk.write_at(progress_fd, progress.to_json().encode(), 0)
+        disk.write_file(self.progress_path, progress.to_json())
 
     def _verify(self, advance: Callable[[int], Any]) -> None:
         expected, found = to_hex(self.progress.sums), self._sums_on_disk(advance)

@@ -10,9 +10,9 @@ from typing import Any
 
 from sense_v2.core.errors import CommandError
 from sense_v2.core.progress import Progress, no_progress
-from sense_v2.engram.reading.reader import usable_memory_bytes
 from sense_v2.engram.table.format import row_dtype
 from sense_v2.engram.table.opening import TableFiles, read_manifest
+from sense_v2.engram.table.platform import usable_memory_bytes
 from sense_v2.engram.upkeep.hot_rows import load, runs_of, warm_rows, warm_table
 
 

@@ -57,8 +57,8 @@ class Ablation:
 def ablations(
     memory: EngramMemory, token_ids_BT: torch.Tensor, *, seed: int = 0, single_heads: bool = True
 ) -> list[Ablation]:
-    """All of them, for a text: which row is the only one where capacity is one, and how large noise is, is taken from
-    the rows that it looks up. Single layers are left out where there is one, single orders likewise."""
+    """Make all of them for a text: the rows that it looks up say which is the only row at capacity one, and how large
+    noise is. Single layers are left out if there is one, single orders likewise."""
     row_ids_LPH = looked_up(memory, token_ids_BT)
     hottest_LH, std_LH = most_looked_up(row_ids_LPH), deviations(memory, row_ids_LPH)
     found = [
@@ -82,20 +82,11 @@ def ablations(
 
     for layer in layers:
         for place, order in enumerate(orders):
-            heads = list(range(place * num_heads, (place + 1) * num_heads))
+            heads, name = list(range(place * num_heads, (place + 1) * num_heads)), f"layer_{layer}_order_{order}"
             if len(orders) > 1:
-                found.append(
-                    Ablation(f"layer_{layer}_order_{order}_off", "order", without(layer, heads), layer, order)
-                )
+                found.append(Ablation(f"{name}_off", "order", without(layer, heads), layer, order))
             found += [
-                Ablation(
-                    f"layer_{layer}_order_{order}_head_{head}_off",
-                    "head",
-                    without(layer, [heads[head]]),
-                    layer,
-                    order,
-                    head,
-                )
+                Ablation(f"{name}_head_{head}_off", "head", without(layer, [heads[head]]), layer, order, head)
                 for head in range(num_heads if single_heads else 0)
             ]
     return found
@@ -111,7 +102,7 @@ def ablate(
     batch_size: int = 8,
     advance: Callable[[int], Any] = lambda num_blocks: None,
 ) -> dict[str, Any]:
-    """The loss with the memory as it is, and with each ablation: one dictionary that JSON can hold.
+    """Compute the loss with the memory as it is, and with each ablation: one dictionary that JSON can hold.
 
         {"loss": float, "blocks": int, "tokens": int, "confidence": float, "resamples": int, "seed": int,
          "ablations": [{"name", "group", "layer", "order", "head",
@@ -137,19 +128,9 @@ def ablate(
             changed_B = losses()
         # The same resamples for all, so that their intervals compare and don't depend on which others ran.
         low, high = paired_bootstrap(changed_B - with_memory_B, resamples=resamples, seed=seed)
-        found.append(
-            {
-                "name": ablation.name,
-                "group": ablation.group,
-                "layer": ablation.layer,
-                "order": ablation.order,
-                "head": ablation.head,
-                "loss": float(changed_B.mean()),
-                "change": float((changed_B - with_memory_B).mean()),
-                "low": low,
-                "high": high,
-            }
-        )
+        change = float((changed_B - with_memory_B).mean())
+        what = {name: getattr(ablation, name) for name in ("name", "group", "layer", "order", "head")}
+        found.append({**what, "loss": float(changed_B.mean()), "change": change, "low": low, "high": high})
     gain = found[0]["change"]
     for one in found:
         one["kept"] = 1 - one["change"] / gain if gain > 0 else None
@@ -165,14 +146,10 @@ def ablate(
 
 
 def num_passes(memory: EngramMemory, *, single_heads: bool = True) -> int:
-    """How often `ablate` computes the text."""
+    """Count how often `ablate` computes the text."""
     layers, orders = len(memory.layers), len(memory.config.ngram_orders)
-    return (
-        1
-        + 6
-        + (layers if layers > 1 else 0)
-        + layers * orders * ((1 if orders > 1 else 0) + (memory.config.num_heads if single_heads else 0))
-    )
+    of_an_order = (orders > 1) + (memory.config.num_heads if single_heads else 0)
+    return 1 + 6 + (layers if layers > 1 else 0) + layers * orders * of_an_order
 
 
 def paired_bootstrap(

@@ -19,7 +19,7 @@ from typing import Any
 
 import numpy as np
 
-from sense_v2.engram.hashing import HeadLayout
+from sense_v2.engram.head_layout import HeadLayout
 from sense_v2.engram.upkeep.ngram_usage import Ngrams, head_usage, ngrams_per_row
 from sense_v2.engram.upkeep.row_lengths import RowLengths
 from sense_v2.hf.data.token_texts import CLASSES, Words

@@ -9,8 +9,9 @@ import json
 import math
 import re
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -18,7 +19,7 @@ import torch
 import torch.nn.functional as F
 from transformers import PreTrainedModel
 
-from sense_v2.hf.memory import memory_of
+from sense_v2.hf.memory import EngramMemory, memory_of
 
 
 @dataclass
@@ -62,11 +63,17 @@ def evaluate(
     batch_size: int = 8,
     advance: Callable[[int], Any] | None = None,
 ) -> Evaluation:
-    """The model's loss on blocks of tokens, each block on its own. `tokenizer` (of `tokenizers` or transformers)
-    counts the bytes, see `count_text_bytes`; without one `text_bytes` is 0. `advance` is told the tokens of every
-    `batch_size` blocks once they are done.
+    """Compute the model's loss on blocks of tokens, each block on its own.
 
-    Raises `ValueError` where there is no token to predict.
+    Args:
+        model: With memory or without; its mode and gradients stay as they are.
+        token_ids_BT: Blocks of T tokens.
+        tokenizer: Of `tokenizers` or transformers; counts the bytes (`count_text_bytes`). None counts none.
+        batch_size: Blocks that are computed together.
+        advance: Called with the number of tokens after each batch.
+
+    Raises:
+        ValueError: There is no token to predict.
     """
     losses_BT = token_losses(model, token_ids_BT, batch_size=batch_size, advance=advance)
     text_bytes = 0 if tokenizer is None else count_text_bytes(token_ids_BT[:, 1:], tokenizer)
@@ -142,28 +149,29 @@ def _token_bytes(token: str, is_byte_level: bool) -> int:
 
 
 def gate_strengths(model: PreTrainedModel, token_ids_T: torch.Tensor) -> dict[int, list[float]]:
-    """The gate α of each memory layer at each token of one sequence (the mean over streams), by layer number."""
-    gates: dict[int, list[float]] = {}
+    """Find the gate α of each memory layer at each token of one sequence (the mean over streams), by layer number."""
+    with gates_seen(memory_of(model)) as seen, evaluating(model):
+        model(input_ids=token_ids_T[None].to(model.device), use_cache=False)
+    return {layer_id: alpha_BTS[0].mean(-1).tolist() for layer_id, (alpha_BTS, _) in seen.items()}
 
-    def store(layer_id: int) -> Callable[..., None]:
-        def hook(module: torch.nn.Module, inputs: Any, alpha_BTS: torch.Tensor) -> None:
-            gates[layer_id] = alpha_BTS[0].mean(-1).tolist()
 
-        return hook
+@contextmanager
+def gates_seen(memory: EngramMemory) -> Iterator[dict[int, tuple[torch.Tensor, torch.Tensor]]]:
+    """Collect the last gates α_BTS of each memory layer, and the hidden states that they saw, by layer number."""
+    seen: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
 
-    handles = [layer.gate.register_forward_hook(store(layer.layer_id)) for layer in memory_of(model)]
-    try:
-        with evaluating(model):
-            model(input_ids=token_ids_T[None].to(model.device), use_cache=False)
-    finally:
-        for handle in handles:
-            handle.remove()
-    return gates
+    def store(layer_id: int, gate: torch.nn.Module, inputs: Any, alpha_BTS: torch.Tensor) -> None:
+        seen[layer_id] = (alpha_BTS, inputs[0])
+
+    with ExitStack() as hooks:
+        for fusion in memory:
+            hooks.enter_context(fusion.gate.register_forward_hook(partial(store, fusion.layer_id)))
+        yield seen
 
 
 def rows_touched(model: PreTrainedModel, batches: Iterable[torch.Tensor]) -> list[dict[str, int]]:
-    """How many rows of each head the token ids in `batches` look up: one entry a head, with layer, order, head, rows
-    and touched. Hashes only; no row is read. Needs one byte a row of the table."""
+    """Count the rows of each head that the token ids in `batches` look up: one entry a head, with layer, order, head,
+    rows and touched. Hashes only; no row is read. Needs one byte a row of the table."""
     memory = memory_of(model)
     seen_N = np.zeros(memory.storage.num_embeddings, dtype=np.bool_)
     for token_ids_BT in batches:
@@ -172,16 +180,9 @@ def rows_touched(model: PreTrainedModel, batches: Iterable[torch.Tensor]) -> lis
     counts = []
     for layer in memory:
         layout = layer.hasher.layout
-        position = layout.layer_ids.index(layer.hasher.layer_id)
-        heads = zip(layout.primes_LH[position], layout.offsets_LH[position], strict=True)
-        for number, (rows, first) in enumerate(heads):
-            counts.append(
-                {
-                    "layer": layer.layer_id,
-                    "order": layout.ngram_orders[number // layout.num_heads],
-                    "head": number % layout.num_heads,
-                    "rows": rows,
-                    "touched": int(seen_N[first : first + rows].sum()),
-                }
-            )
+        place = layout.layer_ids.index(layer.hasher.layer_id)
+        for number, (rows, first) in enumerate(zip(layout.primes_LH[place], layout.offsets_LH[place], strict=True)):
+            order, head = layout.ngram_orders[number // layout.num_heads], number % layout.num_heads
+            touched = int(seen_N[first : first + rows].sum())
+            counts.append({"layer": layer.layer_id, "order": order, "head": head, "rows": rows, "touched": touched})
     return counts

@@ -23,7 +23,7 @@ import torch
 from transformers import PreTrainedModel
 
 from sense_v2.engram.model import EngramFusionLayer
-from sense_v2.hf.insight.evaluation import token_losses
+from sense_v2.hf.insight.evaluation import gates_seen, token_losses
 from sense_v2.hf.insight.interventions import memory_off
 from sense_v2.hf.memory import EngramMemory, memory_of
 
@@ -79,30 +79,19 @@ _BATCH_AXES = {
 def _observe_batch(
     model: PreTrainedModel, memory: EngramMemory, token_ids_BT: torch.Tensor, advance: Callable[[int], Any]
 ) -> dict[str, np.ndarray[Any, Any]]:
-    seen: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
-
-    def see(fusion: EngramFusionLayer) -> Callable[..., None]:
-        def hook(gate: torch.nn.Module, inputs: Any, alpha_BTS: torch.Tensor) -> None:
-            seen[fusion.layer_id] = (alpha_BTS, inputs[0].float().norm(dim=-1))
-
-        return hook
-
-    handles = [fusion.gate.register_forward_hook(see(fusion)) for fusion in memory]
-    try:
+    with gates_seen(memory) as seen:
         with_BT = token_losses(model, token_ids_BT, batch_size=len(token_ids_BT))
-    finally:
-        for handle in handles:
-            handle.remove()
     advance(len(token_ids_BT))
     with memory_off(memory):
         without_BT = token_losses(model, token_ids_BT, batch_size=len(token_ids_BT))
     advance(len(token_ids_BT))
     gates, shares, row_ids, row_norms = [], [], [], []
     for fusion in memory:
-        alpha_BTS, hidden_norms_BTS = seen[fusion.layer_id]
+        alpha_BTS, hidden_BTSC = seen[fusion.layer_id]
         row_ids_BTH = fusion.row_ids(token_ids_BT)
         with torch.no_grad():
             rows_BTHD = memory.storage.gather(row_ids_BTH).view(*row_ids_BTH.shape, -1)
+            hidden_norms_BTS = hidden_BTSC.float().norm(dim=-1)
             shares.append(_order_shares(fusion, rows_BTHD, alpha_BTS.float(), hidden_norms_BTS))
         gates.append(alpha_BTS.float().mean(-1).cpu().numpy())
         row_ids.append(row_ids_BTH.numpy())

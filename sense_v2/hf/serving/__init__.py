@@ -1,1 +1,1 @@
-"""Running models: Qwen4-Exp with its table left on disk, and interactive use."""
+"""Running models: Qwen4-Exp with its table left on disk, and OpenAI's API."""

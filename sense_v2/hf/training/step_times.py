@@ -70,7 +70,7 @@ def compare(seconds: Mapping[str, Sequence[float]], *, base: str, other: str) ->
 
     Returns:
         What JSON can hold: `ratio` (the median over the rounds), `low` and `high` (its interval), `rounds`, and
-        `seconds`, for both names the median and the 10th and 90th percentile of the rounds.
+        `seconds`, by name the `spread` of the rounds.
 
     Raises:
         ValueError: Fewer than six rounds, which have no interval.
@@ -82,15 +82,18 @@ def compare(seconds: Mapping[str, Sequence[float]], *, base: str, other: str) ->
         "low": low,
         "high": high,
         "rounds": len(ratios),
-        "seconds": {
-            name: {
-                "median": statistics.median(seconds[name]),
-                "low": float(np.quantile(seconds[name], 0.1)),
-                "high": float(np.quantile(seconds[name], 0.9)),
-            }
-            for name in (base, other)
-        },
+        "seconds": {name: spread(seconds[name]) for name in (base, other)},
     }
+
+
+def spread(values: Sequence[float]) -> dict[str, float]:
+    """Return the median and, as `low` and `high`, the 10th and 90th percentile.
+
+    >>> spread([1.0, 2.0, 3.0])
+    {'median': 2.0, 'low': 1.2, 'high': 2.8}
+    """
+    low, high = (float(np.quantile(values, quantile)) for quantile in (0.1, 0.9))
+    return {"median": float(statistics.median(values)), "low": low, "high": high}
 
 
 def median_interval(values: Sequence[float]) -> tuple[float, float]:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import itertools
 import json
-import pickle
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -14,9 +13,9 @@ import pytest
 import torch
 from rank_runs import NUM_MICRO_BATCHES, ROWS, WIDTH, Server, micro_batch, rank_server
 
-from sense_v2.engram.ranks.collectives import Ranks, start_ranks
+from sense_v2.engram.ranks.collectives import start_ranks
 from sense_v2.engram.ranks.global_commit import GlobalManifest
-from sense_v2.engram.ranks.sharded_table import ShardedTable, shard_name
+from sense_v2.engram.ranks.sharded_table import shard_name
 from sense_v2.engram.storage import MMapEmbeddingStorage
 from sense_v2.engram.upkeep.check import check_table
 
@@ -114,6 +113,25 @@ def test_begin_returns_at_once_and_the_rows_are_the_owners(server: Server, tmp_p
     assert first["rows"] == bits.view(np.float32)[[0, 96, 50]].tolist()
 
 
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_two_ranks_look_up_and_store_as_one_does(server: Server, tmp_path: Path, layout: str) -> None:
+    """What tests/contract asks of every table, of one that two ranks have."""
+    results = server.results("as_one", 2, tmp_path, layout=layout)
+    names = ["table.dat"] if layout == "file" else ["table.0-of-2.dat", "table.1-of-2.dat"]
+    rows = np.concatenate([np.fromfile(tmp_path / name, "<f4") for name in names]).reshape(-1, 8)
+    for rank, found in enumerate(results):
+        for ids, looked_up in found["rows"]:
+            assert np.array_equal(
+                np.array(looked_up, np.float32).reshape(*np.shape(ids), 8), rows[np.array(ids, int)]
+            )
+        assert found["types"] == ["torch.float32"] * 2
+        assert found["outside"] == [f"IndexError: row id 97: {tmp_path / 'table.dat'} has rows 0 to 96"] * 3
+        assert found["others"] == [f"PermissionError: row id {found['others_row']}: rank {rank} owns rows"] * 3
+        assert found["closed"].startswith("RuntimeError")
+    assert rows[0].tolist() == [1.0] * 8
+    assert rows[96].tolist() == [2.0] * 8
+
+
 def test_what_ranks_do_apart_is_refused_on_all(server: Server, tmp_path: Path) -> None:
     for found in server.results("refusals", 2, tmp_path):
         assert "has rows at hand only of its last begin(row_ids)" in found["forward"]
@@ -152,11 +170,3 @@ def test_a_global_manifest_that_isnt_one_is_refused(tmp_path: Path) -> None:
     path.write_text("[]")
     with pytest.raises(ValueError, match="isn't the global manifest"):
         GlobalManifest.read(path)
-
-
-def test_a_copy_of_a_table_in_one_file_opens_it_to_read(tmp_path: Path) -> None:
-    table = ShardedTable(ROWS, WIDTH, tmp_path / "t.dat", ranks=Ranks())
-    copy = pickle.loads(pickle.dumps(table))
-    assert (type(copy), copy.mode) == (MMapEmbeddingStorage, "r")
-    assert copy.weight.tolist() == table.own.weight.tolist()
-    table.close()

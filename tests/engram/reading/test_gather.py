@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from sense_v2.engram.reading import gather as gather_module
-from sense_v2.engram.reading.gather import MANY_IDS, REUSED_BYTES, OutOfRangeError, ReusedBuffer, RowGather
+from sense_v2.engram.reading.gather import MANY_IDS, OutOfRangeError, RowGather
 from sense_v2.engram.table.format import row_dtype
 
 N = 3000
@@ -51,7 +51,7 @@ def raw(rows: torch.Tensor) -> bytes:
 
 def many(width: int = 16, seed: int = 0) -> torch.Tensor:
     """Enough ids for a result whose memory is used again."""
-    return torch.from_numpy(np.random.default_rng(seed).integers(0, N, 2 * REUSED_BYTES // (4 * width)))
+    return torch.from_numpy(np.random.default_rng(seed).integers(0, N, (128 << 10) // (4 * width)))
 
 
 @pytest.mark.parametrize("dtype", ["float32", "float16", "bfloat16"])
@@ -123,7 +123,10 @@ def test_memory_is_used_again_and_begins_at_a_cache_line(way):
     where = address(first)
     assert where % 64 == 0
     del first
-    assert address(gather(many(seed=1))) == where
+    second = gather(many(seed=1))
+    assert address(second) % 64 == 0
+    if way == "compiled":  # elsewhere every result is new memory
+        assert address(second) == where
 
 
 def keep_result(rows):
@@ -221,13 +224,3 @@ def test_threads_never_share_a_buffer(way):
     finally:
         sys.setswitchinterval(before)
     assert not wrong
-
-
-def test_a_buffer_grows_and_serves_smaller_arrays():
-    buffer = ReusedBuffer()
-    small = buffer.take((10, 4), np.dtype("<f4"))
-    del small
-    large = buffer.take((1000, 4), np.dtype("<f4"))
-    where = large.ctypes.data
-    del large
-    assert buffer.take((3, 2), np.dtype("<u2")).ctypes.data == where

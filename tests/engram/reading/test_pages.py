@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 
 from sense_v2.engram.reading import gather, pages
 from sense_v2.engram.reading.pages import Pages, page_runs
+from sense_v2.engram.table import platform
 
 needs_compiled = pytest.mark.skipif(gather.compiled is None, reason="the extension wasn't compiled")
 
@@ -124,7 +125,7 @@ def test_without_madvise(mapped, monkeypatch):
 
 
 def test_without_mincore(mapped, monkeypatch):
-    monkeypatch.setattr(pages, "_mincore", lambda: None)
+    monkeypatch.setattr(platform, "mincore", lambda: None)
     assert mapped[1].in_memory([0]) is None
 
 

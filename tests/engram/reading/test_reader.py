@@ -16,11 +16,14 @@ import pytest
 import torch
 from tables import in_a_fork, run_python
 
-from sense_v2.engram.reading import gather, pages, reader
+from sense_v2.engram.reading import cold_policy, gather, pages
+from sense_v2.engram.reading.cold_policy import ASKED_BATCHES
 from sense_v2.engram.reading.pages import page_runs
-from sense_v2.engram.reading.reader import ASKED_BATCHES, RowReader, map_rows, usable_memory_bytes
+from sense_v2.engram.reading.reader import RowReader, map_rows
 from sense_v2.engram.storage import MMapEmbeddingStorage
+from sense_v2.engram.table import platform
 from sense_v2.engram.table.format import row_dtype
+from sense_v2.engram.table.platform import usable_memory_bytes
 
 needs_compiled = pytest.mark.skipif(gather.compiled is None, reason="the extension wasn't compiled")
 needs_smaps = pytest.mark.skipif(not Path("/proc/self/smaps").exists(), reason="asks /proc/self/smaps")
@@ -48,7 +51,7 @@ def path(tmp_path) -> Path:
 @pytest.mark.parametrize(("memory_bytes", "has_holes"), [(4 << 20, False), (4 << 20, True), (4096 * 8 * 4, False)])
 @pytest.mark.parametrize("mode", ["r", "r+"])
 def test_reading_ahead_stays_where_the_file_fits_and_has_no_holes(path, monkeypatch, memory_bytes, has_holes, mode):
-    monkeypatch.setattr(reader, "usable_memory_bytes", lambda: memory_bytes)
+    monkeypatch.setattr(platform, "usable_memory_bytes", lambda: memory_bytes)
     rows_ND = map_rows(path, np.dtype("<f4"), mode, (4096, 8), has_holes=has_holes)
     assert reads_ahead(path) == (memory_bytes == 4 << 20 and not has_holes)
     np.testing.assert_array_equal(rows_ND, np.arange(4096 * 8).reshape(4096, 8))
@@ -139,7 +142,7 @@ def asked_runs(opened: RowReader, monkeypatch, *, in_memory: bool | None) -> lis
     """What is asked for from here on; `in_memory` is what the kernel says of every page."""
     runs: list[np.ndarray] = []
     # Else the extension would ask the real kernel about a small batch.
-    monkeypatch.setattr(opened._pages, "tells", False)
+    monkeypatch.setattr(opened._cold, "tells", False)
     opened.small.batches_after_cold = 0
     monkeypatch.setattr(opened._pages, "will_need", runs.append)
     monkeypatch.setattr(opened._pages, "in_memory", lambda offsets: in_memory)
@@ -149,7 +152,7 @@ def asked_runs(opened: RowReader, monkeypatch, *, in_memory: bool | None) -> lis
 def take_forever(opened: RowReader, monkeypatch, forever: bool) -> None:
     """Whether every gather counts as slow, or none does."""
     slow_ns = -(10**12) if forever else 10**12
-    monkeypatch.setattr(reader, "SLOW_NS", slow_ns)
+    monkeypatch.setattr(cold_policy, "SLOW_NS", slow_ns)
     opened.small.slow_ns = slow_ns
 
 
@@ -168,7 +171,7 @@ def test_rows_are_the_same_asked_for_or_not(tmp_path, way, monkeypatch, num_ids,
 
 
 def test_a_warm_table_is_never_asked_for(tmp_path, way, monkeypatch):
-    monkeypatch.setattr(reader, "SLOW_NS", 10**12)
+    monkeypatch.setattr(cold_policy, "SLOW_NS", 10**12)
     opened, _ = open_reader(tmp_path / "rows")
     runs = asked_runs(opened, monkeypatch, in_memory=True)
     for num_ids in (16, 16, 5000, 16):
@@ -187,12 +190,12 @@ def test_a_slow_batch_that_read_the_disk_is_followed_by_asking(tmp_path, way, mo
     opened.small.batches_to_ask = 0
     opened.read(ids)
     assert runs == []
-    reads = opened._disk_reads
+    reads = opened._cold.disk_reads
     take_forever(opened, monkeypatch, True)
-    monkeypatch.setattr(reader, "disk_reads", lambda: reads)
+    monkeypatch.setattr(cold_policy, "disk_reads", lambda: reads)
     opened.read(ids)  # slow, but not because of the disk
     assert not opened.reads_the_disk
-    monkeypatch.setattr(reader, "disk_reads", lambda: reads + 1)
+    monkeypatch.setattr(cold_policy, "disk_reads", lambda: reads + 1)
     opened.read(ids)
     assert opened.reads_the_disk
     assert runs == []
@@ -201,7 +204,7 @@ def test_a_slow_batch_that_read_the_disk_is_followed_by_asking(tmp_path, way, mo
 
 
 def test_asking_ends_when_nothing_is_slow_any_more(tmp_path, way, monkeypatch):
-    monkeypatch.setattr(reader, "SLOW_NS", 10**12)
+    monkeypatch.setattr(cold_policy, "SLOW_NS", 10**12)
     opened, _ = open_reader(tmp_path / "rows")
     runs = asked_runs(opened, monkeypatch, in_memory=None)
     opened.small.batches_to_ask = ASKED_BATCHES
@@ -260,7 +263,7 @@ def test_the_extension_asks_for_small_batches_that_arent_in_memory(tmp_path, mon
 
 
 @needs_compiled
-def test_what_isnt_a_small_warm_batch_goes_the_other_way(tmp_path):
+def test_what_isnt_a_small_warm_batch_goes_the_other_way(tmp_path, monkeypatch):
     opened, values = open_reader(tmp_path / "rows")
     ids = torch.arange(16).reshape(2, 8)
     many = torch.zeros(65, dtype=torch.int64)
@@ -277,6 +280,7 @@ def test_what_isnt_a_small_warm_batch_goes_the_other_way(tmp_path):
     for other in (ids.T, ids[:, ::2], ids.float(), ids.to(torch.int16), ids.to("meta"), fake, one_past, None, [1]):
         assert opened.small.read(other) is None
     opened.small.slow = True
+    monkeypatch.setattr(cold_policy, "disk_reads", lambda: opened._cold.disk_reads)
     assert opened.small.read(ids) is None
     assert opened.read(ids) is not None
     assert opened.small.read(ids) is not None  # it was no disk
@@ -393,7 +397,7 @@ def test_a_budget_that_is_too_small(tmp_path):
 
 
 def test_without_statm_the_budget_counts_what_it_may_have_mapped(tmp_path, monkeypatch):
-    monkeypatch.setattr(reader, "_shared_bytes", lambda: None)
+    monkeypatch.setattr(platform, "file_backed_bytes", lambda: None)
     opened, values = open_reader(tmp_path / "rows", max_resident_bytes=8 << 20)
     drops = []
     monkeypatch.setattr(opened._pages, "drop", lambda: drops.append(1))

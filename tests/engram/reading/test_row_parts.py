@@ -7,9 +7,9 @@ import pytest
 import torch
 from checkpoints import deepseek_rows, write_shard
 
-from sense_v2.engram.reading import pages, row_parts
+from sense_v2.engram.reading import cold_policy, pages
+from sense_v2.engram.reading.cold_policy import ASKED_BATCHES
 from sense_v2.engram.reading.pages import page_runs
-from sense_v2.engram.reading.reader import ASKED_BATCHES
 from sense_v2.engram.reading.row_parts import MappedFiles, PartsReader, RowParts
 from sense_v2.engram.reading.safetensors_headers import read_header
 
@@ -55,7 +55,7 @@ def asked(monkeypatch, in_memory):
 def test_rows_are_the_same_asked_for_or_not(opened, monkeypatch, num_ids, in_memory, batches_to_ask):
     reader, stored, _ = opened
     monkeypatch.setattr(pages.Pages, "in_memory", lambda self, offsets: in_memory)
-    reader._batches_to_ask = batches_to_ask
+    reader._cold.small.batches_to_ask = batches_to_ask
     ids = torch.from_numpy(np.random.default_rng(1).integers(0, N_ROWS, num_ids))
     reader.prefetch(ids)
     for found, expected in zip(reader.read(ids), stored, strict=True):
@@ -83,7 +83,7 @@ def test_every_page_of_a_cold_batch_is_asked_for_before_the_first_is_touched(ope
 
 def test_a_warm_table_is_never_asked_for(opened, monkeypatch):
     reader, _, _ = opened
-    monkeypatch.setattr(row_parts, "SLOW_NS", 10**12)
+    monkeypatch.setattr(cold_policy, "SLOW_NS", 10**12)
     runs = asked(monkeypatch, in_memory=True)
     for num_ids in (16, 16, 5000, 16):
         ids = torch.arange(num_ids)
@@ -96,23 +96,23 @@ def test_a_warm_table_is_never_asked_for(opened, monkeypatch):
 def test_a_slow_batch_that_read_the_disk_is_followed_by_asking(opened, monkeypatch):
     reader, _, _ = opened
     runs, ids = asked(monkeypatch, in_memory=False), torch.tensor([1, 5])
-    reader._batches_to_ask, reads = 0, reader._disk_reads
-    monkeypatch.setattr(row_parts, "disk_reads", lambda: reads)
-    monkeypatch.setattr(row_parts, "SLOW_NS", -(10**12))
+    reader._cold.small.batches_to_ask, reads = 0, reader._cold.disk_reads
+    monkeypatch.setattr(cold_policy, "disk_reads", lambda: reads)
+    monkeypatch.setattr(cold_policy, "SLOW_NS", -(10**12))
     reader.read(ids)  # slow, but not because of the disk
-    assert reader._batches_to_ask == 0
-    monkeypatch.setattr(row_parts, "disk_reads", lambda: reads + 1)
+    assert reader._cold.small.batches_to_ask == 0
+    monkeypatch.setattr(cold_policy, "disk_reads", lambda: reads + 1)
     reader.read(ids)
-    assert (reader._batches_to_ask, runs) == (ASKED_BATCHES, [])
+    assert (reader._cold.small.batches_to_ask, runs) == (ASKED_BATCHES, [])
     reader.read(ids)
     assert len(runs) == 2  # the one file's codes, and scales
 
 
 def test_asking_ends_when_nothing_is_slow_any_more(opened, monkeypatch):
     reader, _, _ = opened
-    monkeypatch.setattr(row_parts, "SLOW_NS", 10**12)
+    monkeypatch.setattr(cold_policy, "SLOW_NS", 10**12)
     runs = asked(monkeypatch, in_memory=None)
-    reader._batches_to_ask = ASKED_BATCHES
+    reader._cold.small.batches_to_ask = ASKED_BATCHES
     for _ in range(ASKED_BATCHES + 20):
         reader.read(torch.tensor([1]))
     assert len(runs) == 2 * ASKED_BATCHES

@@ -28,7 +28,7 @@ from test_qwen import text_config as qwen_text_config
 from test_released_table import DEEPSEEK, QWEN, change_config, qwen_config
 from transformers.models.qwen4_exp.modeling_qwen4_exp import Qwen4ExpTextPLELayer
 
-from sense_v2.engram.hashing import HeadLayout
+from sense_v2.engram.head_layout import HeadLayout
 from sense_v2.engram.model import EngramFusionLayer
 from sense_v2.engram.released.exporting import export_tables
 from sense_v2.engram.released.fusion_names import decode_blocks, encode_blocks, ours_from_theirs, theirs_from_ours

@@ -9,7 +9,8 @@ from transformers import DynamicCache
 from transformers.models.qwen4_exp.configuration_qwen4_exp import Qwen4ExpTextConfig
 from transformers.models.qwen4_exp.modeling_qwen4_exp import Qwen4ExpTextNGramEmbedding, Qwen4ExpTextPLELayer
 
-from sense_v2.engram.hashing import NO_TOKEN, HeadLayout, NgramHasher
+from sense_v2.engram.hashing import NO_TOKEN, NgramHasher
+from sense_v2.engram.head_layout import HeadLayout
 from sense_v2.engram.variants import variant_config
 
 VOCABULARY, EOS = 50, 7

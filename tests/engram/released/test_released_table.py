@@ -1,10 +1,8 @@
 """Released tables in place: rows against the released ones and against torch's own reading, at the released size too;
 what is refused before the first lookup."""
 
-import copy
 import json
 import os
-import pickle
 import shutil
 import time
 import warnings
@@ -24,7 +22,8 @@ from checkpoints import (
 from safetensors import safe_open
 from safetensors.torch import load_file
 
-from sense_v2.engram.hashing import HeadLayout, NgramHasher
+from sense_v2.engram.hashing import NgramHasher
+from sense_v2.engram.head_layout import HeadLayout
 from sense_v2.engram.released.released_table import open_released_table, released_config, released_tables
 from sense_v2.engram.variants import variant_config
 
@@ -384,33 +383,12 @@ def test_indexes_and_files_that_disagree(tmp_path):
 
 
 @QUIET
-def test_bad_ids_and_a_file_that_is_cut_while_open(tmp_path):
+def test_a_file_that_is_cut_while_open(tmp_path):
     write_shard(tmp_path / "a.safetensors", GOOD)
     table = open_released_table(tmp_path, 1)
-    for row_id in (-1, 4):
-        with pytest.raises(IndexError, match=rf"row id {row_id}: .* has rows 0 to 3"):
-            table(torch.tensor([0, row_id]))
-        with pytest.raises(IndexError):
-            table.prefetch(torch.tensor([row_id]))
-    with pytest.raises(TypeError, match=r"int64 or int32, not torch\.float32"):
-        table(torch.tensor([1.0]))
-    with pytest.raises(ValueError, match="only read"):
-        table.requires_grad_()
     os.truncate(tmp_path / "a.safetensors", 100)
     with pytest.raises(OSError, match="the file was cut while it was open"):
         table(torch.tensor([0]))
-
-
-@QUIET
-def test_copies_open_the_same_files_again(golden_folder):
-    table = open_released_table(golden_folder / "deepseek_v41_rows_shard.safetensors", 1)
-    ids = torch.tensor([3, 999])
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")
-        for other in (copy.deepcopy(table), pickle.loads(pickle.dumps(table))):
-            assert torch.equal(other(ids), table(ids))
-    assert list(table.parameters()) == list(table.buffers()) == []
-    assert table.state_dict() == {}
 
 
 def test_what_a_checkpoint_has(small):

@@ -1,4 +1,4 @@
-"""fill.py: the noise of a new table, read with NumPy; a seed means the same bytes everywhere."""
+"""initial_noise.py: the noise of a new table, read with NumPy; a seed means the same bytes everywhere."""
 
 import errno
 import os

@@ -1,5 +1,6 @@
 """journal.py against docs/format.md: golden bytes, a writer of its own for bad journals, damage at every bit."""
 
+import dataclasses
 import errno
 import os
 import re
@@ -14,6 +15,7 @@ import pytest
 from tables import slow_row_hash, slow_sums
 
 from sense_v2.engram.table import disk, journal
+from sense_v2.engram.table.format import Committed
 from sense_v2.engram.table.journal import (
     Journal,
     JournalBytes,
@@ -28,6 +30,7 @@ from sense_v2.engram.table.journal import (
 GENERATION, COMMIT, SALT, ROWS = 3, 0x0123456789ABCDEF, 0x1122334455667788, 10
 TABLE, STATE = "t.dat", "t.adam.dat"
 ROW_BYTES = {TABLE: 8, STATE: 6}
+AT = Committed(GENERATION, COMMIT, ROWS, ROW_BYTES)
 
 GOLDEN_HEADER = bytes.fromhex(
     "53454e53456a7231"  # SENSEjr1
@@ -114,8 +117,7 @@ def contents(folder: Path) -> dict[str, bytes]:
 
 
 def undo(folder: Path, **changes: Any) -> int | None:
-    arguments = {"generation": GENERATION, "commit": COMMIT, "num_rows": ROWS, "row_bytes_of": ROW_BYTES} | changes
-    return roll_back(folder / "t.journal", **arguments)
+    return roll_back(folder / "t.journal", dataclasses.replace(AT, **changes))
 
 
 # Bytes
@@ -371,10 +373,10 @@ def test_damage_is_told_from_a_cut_by_the_checksums_of_the_last_commit(folder: P
 
 def test_what_a_live_journal_holds(folder: Path) -> None:
     path = folder / "t.journal"
-    live = check_journal(path, WHOLE + b"torn", GENERATION, COMMIT, ROWS, ROW_BYTES)
+    live = check_journal(path, WHOLE + b"torn", AT)
     assert live is not None
     assert (live.num_rows_of, live.torn_bytes) == ({TABLE: 3, STATE: 3}, 4)
-    assert check_journal(path, header(generation=2, commit=5), GENERATION, COMMIT, ROWS, ROW_BYTES) is None
+    assert check_journal(path, header(generation=2, commit=5), AT) is None
 
 
 # Appending
@@ -480,7 +482,7 @@ def test_a_journal_of_an_earlier_commit_that_cannot_be_emptied_is_written_over(
         patch.setattr(os, "ftruncate", fail)
         written.begin(GENERATION + 1, COMMIT + 1)
     assert path.read_bytes() == before
-    assert check_journal(path, before, GENERATION + 1, COMMIT + 1, ROWS, ROW_BYTES) is None
+    assert check_journal(path, before, dataclasses.replace(AT, generation=GENERATION + 1, commit=COMMIT + 1)) is None
     written.append(as_array(PARTS[0][1]), sums[0])
     assert len(path.read_bytes()) == len(before)
     assert found(path.read_bytes()) == PARTS[:1]

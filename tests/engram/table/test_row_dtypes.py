@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from tables import D, N, make
 
-from sense_v2.engram.table.rounding import stochastic_bfloat16
+from sense_v2.engram.table.row_dtypes import stochastic_bfloat16
 
 EVERY_BFLOAT16 = torch.arange(-(2**15), 2**15, dtype=torch.int32).to(torch.int16).view(torch.bfloat16)
 

@@ -1,0 +1,122 @@
+"""Which rows of a table belong to which head of which layer: ranges of prime size, side by side.
+
+Source: Engram (arXiv 2601.07372) and its demo, and transformers' models/qwen4_exp.
+
+L layers, H heads in all (orders × heads per order).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import accumulate
+from typing import Any
+
+import numpy as np
+from sympy import nextprime, prevprime
+
+from sense_v2.core.config import EngramConfig
+from sense_v2.engram.variants import VARIANTS
+
+
+@dataclass(frozen=True)
+class HeadLayout:
+    """The ranges of rows: head h of layer l owns rows offsets_LH[l, h] to offsets_LH[l, h] + primes_LH[l, h] - 1.
+
+    Heads are ordered by n-gram order, then by number, as the concatenated memory vector is.
+    """
+
+    layer_ids: tuple[int, ...]
+    ngram_orders: tuple[int, ...]
+    num_heads: int
+    """Per order; H = len(ngram_orders) × num_heads."""
+    primes_LH: tuple[tuple[int, ...], ...]
+    offsets_LH: tuple[tuple[int, ...], ...]
+    num_rows_L: tuple[int, ...]
+    """Rows of the table that each layer reads; all equal where the layers share one."""
+
+    @classmethod
+    def build(
+        cls,
+        variant: str,
+        *,
+        layer_ids: Sequence[int],
+        ngram_orders: Sequence[int],
+        num_heads: int,
+        table_size: int,
+    ) -> HeadLayout:
+        """Lay out a variant's heads. Raises `ValueError` if `table_size` has no room for distinct primes.
+
+        >>> layout = HeadLayout.build("sense", layer_ids=[1], ngram_orders=[2, 3], num_heads=2, table_size=100)
+        >>> layout.primes_LH, layout.offsets_LH
+        (((23, 19, 17, 13),), ((0, 23, 42, 59),))
+        """
+        rules = VARIANTS[variant]
+        heads_per_layer = len(ngram_orders) * num_heads
+        count = len(layer_ids) * heads_per_layer
+        if rules.head_sizes == "budget":
+            primes = _primes_below(table_size // count + 1, count, table_size)
+        else:
+            following = accumulate(range(count), lambda prime, _: int(nextprime(prime)), initial=table_size - 1)
+            primes = list(following)[1:]
+        primes_LH = tuple(
+            tuple(primes[start : start + heads_per_layer]) for start in range(0, count, heads_per_layer)
+        )
+        offsets_LH, first_row = [], 0
+        for primes_H in primes_LH:
+            first_row = first_row if rules.one_table else 0
+            ends_H = np.cumsum(primes_H)
+            offsets_LH.append(
+                tuple(int(first_row + end - prime) for end, prime in zip(ends_H, primes_H, strict=True))
+            )
+            first_row += int(ends_H[-1])
+        if rules.head_sizes == "budget":
+            num_rows_L = [table_size] * len(layer_ids)
+        elif rules.one_table:
+            num_rows_L = [first_row] * len(layer_ids)
+        else:
+            num_rows_L = [round_up(sum(primes_H), rules.row_multiple) for primes_H in primes_LH]
+        return cls(tuple(layer_ids), tuple(ngram_orders), num_heads, primes_LH, tuple(offsets_LH), tuple(num_rows_L))
+
+    @classmethod
+    def from_config(cls, config: EngramConfig) -> HeadLayout:
+        """Lay out the heads that `config` describes."""
+        return cls.build(
+            config.variant,
+            layer_ids=config.layer_indices,
+            ngram_orders=config.ngram_orders,
+            num_heads=config.num_heads,
+            table_size=config.table_size,
+        )
+
+    def to_dict(self) -> dict[str, Any]:
+        """For the manifest: lists and numbers only."""
+        return {
+            "layer_ids": list(self.layer_ids),
+            "ngram_orders": list(self.ngram_orders),
+            "num_heads": self.num_heads,
+            "primes": [list(primes_H) for primes_H in self.primes_LH],
+            "offsets": [list(offsets_H) for offsets_H in self.offsets_LH],
+        }
+
+
+def round_up(number: int, multiple: int) -> int:
+    """Return the least multiple that is not below `number`.
+
+    >>> round_up(257, 128)
+    384
+    """
+    return -(-number // multiple) * multiple
+
+
+def _primes_below(start: int, count: int, table_size: int) -> list[int]:
+    primes: list[int] = []
+    while len(primes) < count:
+        limit = primes[-1] if primes else start
+        if limit <= 2:
+            raise ValueError(
+                f"table_size = {table_size} has no room for {count} heads (layers × orders × heads) with distinct "
+                f"primes of at most {start - 1} rows each; use a larger table_size, or fewer heads, orders or layers"
+            )
+        primes.append(int(prevprime(limit)))
+    return primes
