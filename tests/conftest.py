@@ -111,8 +111,9 @@ def trained(corpus, tmp_path_factory):
     """(folder, what `train --json` printed) of a small model, never changed by a test."""
     from sense_v2.cli import train
     from sense_v2.core.config import Config, TrainConfig
+    from sense_v2.hf.training.run import default_config
 
     folder = tmp_path_factory.mktemp("runs") / "new" / "trained"
-    config = Config(train.default_config(None).engram, TrainConfig(steps=12, warmup_steps=1, eval_sequences=8))
+    config = Config(default_config(None).engram, TrainConfig(steps=12, warmup_steps=1, eval_sequences=8))
     config.engram.table_size, config.train.batch_size, config.train.sequence_length = 2000, 2, 32
     return folder, train.run_train(config, corpus=[corpus], output=folder, echo=lambda line: None)
