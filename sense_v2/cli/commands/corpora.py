@@ -79,25 +79,11 @@ def profile(
 
     Example: sense-engram profile runs/train --corpus my_texts/ --output runs/train/hot_rows.npy
     """
-    from sense_v2.hf.backbones import saved_tokenizer, separator_id
-    from sense_v2.hf.data.preparing import read_memory
     from sense_v2.hf.data.row_profile import write_hot_rows
 
     check_share(share)
-    read_memory(folder)  # before a corpus is read
-    workers = _workers(processes, ray)
-    tokenizer = saved_tokenizer(folder)
-    echo = lines_to(as_json)
-    result = write_hot_rows(
-        folder,
-        output,
-        tokenizer,
-        separator_id=separator_id(tokenizer),
-        corpus=corpus,
-        share=share,
-        workers=workers,
-        progress=progress_to(echo),
-    )
+    echo, workers = lines_to(as_json), _workers(processes, ray)
+    result = write_hot_rows(folder, output, corpus=corpus, share=share, workers=workers, progress=progress_to(echo))
     met = result["rows_met"]
     echo(
         f"corpus   {result['corpus']}: {wording.count(result['tokens'])} tokens, {wording.count(result['lookups'])} "

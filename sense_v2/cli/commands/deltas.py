@@ -40,13 +40,12 @@ def teach(
 
     Example: sense-engram delta teach runs/demo/model " Lutz." --prompt "The capital is" --output facts.safetensors
     """
-    from sense_v2.hf.backbones import saved_tokenizer
     from sense_v2.hf.training.teaching import teach_delta
 
     if not (folder / "engram").is_dir():
         raise CommandError(f"{folder} is no folder of a model with memory", "name what train, or demo, has saved")
     given = {name: value for name, value in (("steps", steps), ("lr", lr)) if value is not None}
-    result = teach_delta(folder, lambda: saved_tokenizer(folder), text, output, prompt=prompt, **given)
+    result = teach_delta(folder, text, output, prompt=prompt, **given)
     before, after = (wording.decimals(loss, 2) for loss in result["loss"])
     lines = [
         f"taught   {text!r} after {prompt!r}: loss {before} before, {after} now, {result['steps']} steps in "

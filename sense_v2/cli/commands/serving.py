@@ -71,12 +71,10 @@ def serve(
 
     Example: sense-engram serve runs/train --port 8000
     """
-    from sense_v2.hf.backbones import saved_tokenizer
     from sense_v2.hf.serving.openai_server import openai_server
 
     folder, url = Path(model), f"http://{host}:{port}/v1"
     server = openai_server(folder, host=host, port=port, device=device, dtype=dtype)
-    saved_tokenizer(folder)
     lines_to(as_json)(
         f"model    {folder}, by this name; `curl {url}/models` lists it", f"serving  {url} until Ctrl-C", sep="\n"
     )

@@ -15,13 +15,14 @@ from typing import Any
 import numpy as np
 import torch
 
-from sense_v2.core.config import Config, TrainConfig
 from sense_v2.core.errors import CommandError
 from sense_v2.core.folders import new_folders
 from sense_v2.core.progress import Progress, no_progress
 from sense_v2.engram.table.format import row_dtype
 from sense_v2.engram.upkeep.hot_rows import HotRows, RowCounts, identity, save
-from sense_v2.hf.data.corpus import encode, read_corpus, standard_library
+from sense_v2.hf.backbones import saved_tokenizer, separator_id, token_stream
+from sense_v2.hf.data.corpus import read_corpus, standard_library
+from sense_v2.hf.data.held_out import settings_of
 from sense_v2.hf.data.preparing import memory_hashers, profile_rows, read_memory
 from sense_v2.hf.data.workers import Processes, RayCluster, source_of
 
@@ -33,9 +34,7 @@ BATCH_TOKENS = 1 << 14
 def write_hot_rows(
     folder: str | Path,
     output: str | Path,
-    tokenizer: Any,
     *,
-    separator_id: int | None,
     corpus: Sequence[str | Path] | None = None,
     share: float = max(SHARES),
     workers: Processes | RayCluster | None = None,
@@ -46,8 +45,6 @@ def write_hot_rows(
     Args:
         folder: A model with memory.
         output: The file of hot rows, NAME.npy.
-        tokenizer: The model's.
-        separator_id: The token that ends a text, if it has one.
         corpus: Text files or folders; by default the Python standard library's source.
         share: At most this share of the table's rows is written, as far as they were looked up.
         workers: Count a document at a time, and hold out a tenth of the documents. Without them, the corpus is read
@@ -66,9 +63,9 @@ def write_hot_rows(
     folder, output = Path(folder), Path(output)
     config, _, manifest = read_memory(folder)
     if workers is None:
-        name, train, held_out = _count_as_trained(folder, corpus, tokenizer, separator_id, progress)
+        name, train, held_out = _count_as_trained(folder, corpus, progress)
     else:
-        name, train, held_out = _count_by_workers(folder, corpus, tokenizer, separator_id, workers)
+        name, train, held_out = _count_by_workers(folder, corpus, workers)
     # A token looks up one row for each of these.
     per_token = len(config.layer_indices) * len(config.ngram_orders) * config.num_heads
     ids_R, counts_R = train.hottest()
@@ -100,20 +97,15 @@ def write_hot_rows(
 def _count_as_trained(
     folder: Path,
     corpus: Sequence[str | Path] | None,
-    tokenizer: Any,
-    separator_id: int | None,
     progress: Progress,
 ) -> tuple[str, RowCounts, RowCounts]:
     """In this process; whole files are held out, as in training."""
     config, shadow_map, _ = read_memory(folder)
     hashers = memory_hashers(config, shadow_map)
-    settings = folder / "config.yaml"
-    length = (Config.load(settings).train if settings.is_file() else TrainConfig()).sequence_length
+    length = settings_of(folder).sequence_length
     text = read_corpus(corpus or None)
-    streams = []
-    for texts in (text.train_texts, text.held_out_texts):
-        with progress("tokenising", sum(map(len, texts)), unit="characters") as advance:
-            streams.append(encode(texts, tokenizer, separator_id=separator_id, advance=advance))
+    tokenizer = saved_tokenizer(folder)
+    streams = [token_stream(texts, tokenizer, progress) for texts in (text.train_texts, text.held_out_texts)]
     counted = RowCounts(), RowCounts()
     with progress("counting", sum(map(len, streams)), unit="tokens") as advance:
         for stream, counts in zip(streams, counted, strict=True):
@@ -128,13 +120,12 @@ def _count_as_trained(
 def _count_by_workers(
     folder: Path,
     corpus: Sequence[str | Path] | None,
-    tokenizer: Any,
-    separator_id: int | None,
     workers: Processes | RayCluster,
 ) -> tuple[str, RowCounts, RowCounts]:
     """By many workers; documents are held out."""
     source = source_of(corpus) if corpus else standard_library()
-    found = profile_rows(source, folder, tokenizer, workers=workers, separator_id=separator_id)
+    tokenizer = saved_tokenizer(folder)
+    found = profile_rows(source, folder, tokenizer, workers=workers, separator_id=separator_id(tokenizer))
     if not found.trained.lookups:
         raise CommandError(f"{source}: no token of it is looked up", "name files with more text")
     name = ", ".join(Path(path).name for path in corpus) if corpus else "Python standard library"

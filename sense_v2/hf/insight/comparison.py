@@ -18,6 +18,7 @@ import torch
 from transformers import PreTrainedModel
 
 from sense_v2.core.errors import CommandError
+from sense_v2.hf.backbones import max_positions
 from sense_v2.hf.data.corpus import encode
 from sense_v2.hf.data.token_texts import Words
 from sense_v2.hf.insight.evaluation import evaluating
@@ -112,7 +113,7 @@ def continue_prompt(
     num_prompt = len(ids_T)
     if num_prompt == 0:
         raise CommandError(f"the prompt {prompt!r} has no tokens", "begin with at least one word")
-    limit: int | None = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    limit = max_positions(model)
     if limit is not None and num_prompt + max_new_tokens > limit:
         raise CommandError(
             f"{num_prompt} tokens of prompt and {max_new_tokens} new ones, but {model.name_or_path} takes "

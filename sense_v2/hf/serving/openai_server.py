@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from sense_v2.core.errors import CommandError
+from sense_v2.hf.backbones import saved_tokenizer
 from sense_v2.hf.saving.folder import MEMORY_FOLDER, check_folder
 from sense_v2.hf.saving.model_config import MODEL_TYPE
 
@@ -41,6 +42,7 @@ def openai_server(folder: Path, *, host: str, port: int, device: str, dtype: str
             f"{folder} was saved in a form that transformers' server opens without its memory",
             "load it and save it again, with from_pretrained and save_pretrained of sense_v2.hf",
         )
+    saved_tokenizer(folder)
     try:
         import fastapi  # noqa: F401
         import openai  # noqa: F401

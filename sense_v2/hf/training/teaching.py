@@ -19,7 +19,7 @@ U rows of the text, D row width, T tokens.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -31,6 +31,7 @@ from transformers import PreTrainedModel
 from sense_v2.engram.delta.overlay import OverlayStorage
 from sense_v2.engram.optim import row_adam
 from sense_v2.hf.attach import detach_engram
+from sense_v2.hf.backbones import saved_tokenizer
 from sense_v2.hf.data.corpus import encode
 from sense_v2.hf.insight.comparison import continued
 from sense_v2.hf.load import from_pretrained
@@ -107,20 +108,11 @@ def teach(
         return _descend(model, overlay, row_ids_U, token_ids_1T, labels_1T, steps=steps, lr=lr, stop_below=stop_below)
 
 
-def teach_delta(
-    folder: str | Path,
-    load_tokenizer: Callable[[], Any],
-    text: str,
-    output: Path,
-    *,
-    prompt: str = "",
-    **options: Any,
-) -> dict[str, Any]:
+def teach_delta(folder: str | Path, text: str, output: Path, *, prompt: str = "", **options: Any) -> dict[str, Any]:
     """Teach a saved model a text; what changes is kept in a delta, and nothing in its folder changes.
 
     Args:
         folder: The model's.
-        load_tokenizer: Gives the model's tokenizer, once the model is there.
         text: What the model is to say.
         output: The delta, which may have facts already.
         prompt: After what.
@@ -135,7 +127,7 @@ def teach_delta(
     """
     model = from_pretrained(folder, overlay=output, mode="r+")
     try:
-        tokenizer = load_tokenizer()
+        tokenizer = saved_tokenizer(Path(folder))
         before = _continuation(model, tokenizer, prompt)
         started = time.perf_counter()
         taught = teach(model, tokenizer, text, prompt=prompt, **options)

@@ -22,6 +22,7 @@ from transformers import PreTrainedModel
 
 from sense_v2.core.errors import CommandError
 from sense_v2.engram.delta.overlay import OverlayStorage
+from sense_v2.hf.backbones import max_positions
 from sense_v2.hf.data.corpus import encode
 from sense_v2.hf.insight.comparison import compare, continue_text
 from sense_v2.hf.insight.inspection import inspect_text
@@ -75,7 +76,7 @@ class Player:
         self._explain = explain
         self.memory = memory_of(model)
         self.base = self.memory.storage
-        self.max_tokens: int | None = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+        self.max_tokens = max_positions(model)
         self._lock = threading.Lock()
 
     def look(self, text: str, notebook: Notebook | None) -> tuple[str, str]:
