@@ -158,7 +158,11 @@ def test_rows_are_trained_and_taught_on_top_of_a_released_table(checkpoint, tmp_
     model = attach_engram(tiny_model("llama"), config, tiny_tokenizer(), storage=overlay)
     for layer in memory_of(model):
         torch.nn.init.normal_(layer.W_v.weight, std=0.02)
-    fit(model, [IDS] * 3, TrainConfig(steps=3, warmup_steps=1, train_backbone=False, row_learning_rate=0.1))
+    fit(
+        model,
+        [IDS] * 3,
+        TrainConfig(batch_size=2, steps=3, warmup_steps=1, train_backbone=False, row_learning_rate=0.1),
+    )
     assert len(overlay.changed_ids) > 0
     assert overlay.dtype == torch.bfloat16
     assert overlay.committed_step == 3
@@ -183,7 +187,11 @@ def test_a_memory_of_several_tables_is_told_how_to_get_its_overlays(checkpoint, 
 def test_the_training_loop_trains_the_overlay_and_leaves_the_table(folder, tmp_path):
     before = table_bytes(folder)
     model = from_pretrained(folder, overlay=tmp_path / "facts.safetensors", mode="r+")
-    history = fit(model, [IDS] * 4, TrainConfig(steps=4, warmup_steps=1, train_backbone=False, row_learning_rate=0.1))
+    history = fit(
+        model,
+        [IDS] * 4,
+        TrainConfig(batch_size=2, steps=4, warmup_steps=1, train_backbone=False, row_learning_rate=0.1),
+    )
     assert history.train_loss[-1] < history.train_loss[0]
     assert memory_of(model).storage.committed_step == 4
     detach_engram(model)

@@ -387,7 +387,8 @@ class _Fitting(StreamTraining):
         optimizer = self.optimizer if optimizer is None else optimizer  # type: ignore[attr-defined]
         config = self.run.config
         shape = {"warmup_steps": config.warmup_steps, "steps": config.steps}
-        is_rows = [any(one is self.stand_in for one in group["params"]) for group in optimizer.param_groups]
+        stand_in = self.stand_in
+        is_rows = [any(one is stand_in for one in group["params"]) for group in optimizer.param_groups]
         factors: list[Callable[[int], float]] = [
             partial(row_rate_factor if rows else rate_factor, **shape) for rows in is_rows
         ]
