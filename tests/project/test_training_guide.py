@@ -17,7 +17,7 @@ def run(*arguments, folder):
 def test_the_guides_code_runs(tmp_path):
     text = (ROOT / "docs" / "training.md").read_text(encoding="utf-8")
     blocks = re.findall(r"```python\n(.*?)```", text, flags=re.DOTALL)
-    assert len(blocks) == 5
+    assert len(blocks) == 6
     run("-c", "\n".join(blocks), folder=tmp_path)
     assert (tmp_path / "runs/guide/checkpoint-8/engram/engram_table.dat").exists()
 
