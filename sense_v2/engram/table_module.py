@@ -25,6 +25,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from sense_v2.engram.reading.cold_policy import NoSmallReads, SmallReads
 from sense_v2.engram.row_source import OptimizerT, RowSource
 from sense_v2.engram.table.format import Manifest
 from sense_v2.engram.table.row_dtypes import stochastic_bfloat16
@@ -54,6 +55,8 @@ class TableModule(nn.Module, abc.ABC):
         self.rows_require_grad = True
         self.collects_gradients = mode == "r+"
         """Set to True with mode "r" in a process that hands its gradients to the one that writes."""
+        self._small: SmallReads = NoSmallReads()
+        """Reads small batches of a warm file, and has None for all others."""
         self._is_closed = False
         self._process = os.getpid()
         self._updates = 0
@@ -109,11 +112,12 @@ class TableModule(nn.Module, abc.ABC):
     # Reading
 
     def forward(self, row_ids: torch.Tensor) -> torch.Tensor:
-        """Looks up rows: row_ids [...] of int64 or int32 -> rows [..., D] of `dtype`, on the ids' device.
-
-        In training, with gradients enabled and `collects_gradients`, the rows' gradients reach `gradients()`. Raises
-        `IndexError` for an id outside 0 … N - 1, `TypeError` for other dtypes, `RuntimeError` once it is closed.
-        """
+        """Looks up rows: row_ids [...] of int64 or int32 -> rows [..., D] of `dtype`, on the ids' device."""
+        # One call into the extension where it can be: what Python does around a small warm batch takes longer than
+        # its rows.
+        rows = None if self.training else self._small.read(row_ids)
+        if rows is not None:
+            return rows
         self._refuse_unusable(row_ids)
         if not self._trains():
             return self._read(row_ids.cpu(), row_ids.device)
@@ -196,8 +200,7 @@ class TableModule(nn.Module, abc.ABC):
             return self._pending[0]
 
     def replace_gradients(self, row_ids_U: torch.Tensor, grads_UD: torch.Tensor) -> None:
-        """Puts gradients that were summed over several processes in place of this one's own. None for no row at all
-        is a gradient: an optimizer then counts the step, as it does where it updates rows."""
+        # Of no row at all it is a gradient, too: an optimizer then counts the step.
         with self._pending_lock:
             self._pending = [(row_ids_U, grads_UD)]
 

@@ -24,7 +24,7 @@ from sense_v2.engram.tokenizer import EngramTokenizer, EngramTokenizerBuilder
 from sense_v2.engram.variants import VARIANTS
 from sense_v2.hf.forward_hooks import HAND_NOTHING_DOWN, add_memory, carry_inputs, forget_call, note_given
 from sense_v2.hf.given_tables import identity_map, placed_tables, refuse_another_map
-from sense_v2.hf.memory import EngramMemory, attached_memory, memory_of
+from sense_v2.hf.memory import EngramMemory, MemoryOfSeveralTables, attached_memory, memory_of
 from sense_v2.hf.model_methods import replace_methods
 
 # An embedding is often padded to a round number of rows; more than this many rows without a token is another
@@ -106,7 +106,8 @@ def attach_engram(
     _check_vocabulary(shadow_map, num_embeddings, config)
     refuse_another_map(tables, shadow_map)
     hidden_size, pad_token_id = int(text_config.hidden_size), getattr(model.config, "pad_token_id", None)
-    memory = EngramMemory(config, hidden_size, shadow_map, pad_token_id, mode, given)
+    kind = EngramMemory if len({id(table) for table in tables}) < 2 else MemoryOfSeveralTables
+    memory = kind(config, hidden_size, shadow_map, pad_token_id, mode, given)
     weight = next(layers[places[0]].parameters())
     memory.to(device=weight.device, dtype=weight.dtype)
     memory.train(model.training)

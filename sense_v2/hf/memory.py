@@ -43,7 +43,6 @@ class EngramMemory(nn.Module):
             table: RowSource = open_table(config, tokenizer, mode=mode)
             given = {layer_id: (layer_id, table) for layer_id in config.layer_indices}
         if len({id(table) for _, table in given.values()}) == 1:
-            # Tables of their own for several layers are `storages` alone.
             self.storage: Any = next(iter(given.values()))[1]
         self.layers = nn.ModuleDict(
             {
@@ -80,15 +79,6 @@ class EngramMemory(nn.Module):
     def table(self) -> Any:
         """The table itself: the storage, or what its overlay lies on."""
         return self.storage.table
-
-    def __getattr__(self, name: str) -> Any:
-        if name == "storage" and name not in self.__dict__.get("_modules", {}):
-            raise AttributeError(
-                f"this memory has a table for each of its layers, {', '.join(self.layers)}: "
-                "model.engram.layers[…].storage is one of them, model.engram.storages all. What saves or trains rows "
-                "takes a memory of one table"
-            )
-        return super().__getattr__(name)
 
     @property
     def storages(self) -> list[Any]:
@@ -146,6 +136,19 @@ class EngramMemory(nn.Module):
 
     def __iter__(self) -> Iterator[EngramFusionLayer]:
         return iter(self.layers.values())  # type: ignore[arg-type]  # a ModuleDict doesn't know its modules' type
+
+
+class MemoryOfSeveralTables(EngramMemory):
+    """Where layers have tables of their own: `storages` has them, and there is no `storage`."""
+
+    def __getattr__(self, name: str) -> Any:
+        if name == "storage":
+            raise AttributeError(
+                f"this memory has a table for each of its layers, {', '.join(self.layers)}: "
+                "model.engram.layers[…].storage is one of them, model.engram.storages all. What saves or trains rows "
+                "takes a memory of one table"
+            )
+        return super().__getattr__(name)
 
 
 def memory_of(model: nn.Module) -> EngramMemory:

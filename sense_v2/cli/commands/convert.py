@@ -10,7 +10,14 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from sense_v2.cli.options import TOKENIZER_KINDS, TOKENIZERS, JsonOption, choice, table_or_model_path, table_path
+from sense_v2.cli.options import (
+    CheckedTokenizerOption,
+    ConvertedDtypeOption,
+    JsonOption,
+    LayoutOption,
+    table_or_model_path,
+    table_path,
+)
 from sense_v2.cli.output import lines_to, print_json, progress_to
 from sense_v2.core.config import COMPACT_DTYPES, ROW_DTYPES
 from sense_v2.core.errors import CommandError
@@ -29,21 +36,10 @@ def convert(
     output: Annotated[
         Path, typer.Option(metavar="PATH", help="The new table, the new model's folder, or the new checkpoint's.")
     ],
-    dtype: Annotated[
-        str | None,
-        choice(
-            (*COMPACT_DTYPES, *ROW_DTYPES),
-            "Row type on disk. From and to released checkpoints: by default what is there.",
-        ),
-    ] = None,
-    to: Annotated[
-        str | None, choice(("deepseek_v41", "qwen_ple"), "Write a released checkpoint's layout, for serving engines.")
-    ] = None,
+    dtype: ConvertedDtypeOption = None,
+    to: LayoutOption = None,
     layer: Annotated[int | None, typer.Option(help="Of a checkpoint: this layer's table, counted from 0.")] = None,
-    tokenizer: Annotated[
-        str | None,
-        choice(TOKENIZERS, "Of a checkpoint: check that its rows are of this tokenizer's map.", TOKENIZER_KINDS),
-    ] = None,
+    tokenizer: CheckedTokenizerOption = None,
     corpus: Annotated[
         list[Path] | None,
         typer.Option(metavar="PATH", help="Of a model: measure the loss on this, before and after; repeatable."),

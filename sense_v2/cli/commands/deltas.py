@@ -16,6 +16,10 @@ if TYPE_CHECKING:
     from sense_v2.engram.delta.apply import Applied
 
 PREFERENCES = ("first", "last", "mean")
+PreferOption = Annotated[
+    str | None,
+    choice(PREFERENCES, "Whose row is taken where several changed one to different values; refused without it."),
+]
 SHORT = 12  # digits of a digest that are shown
 LEAST_SHARE = 0.001
 
@@ -134,10 +138,7 @@ def revert(table: TableArgument, as_json: JsonOption = False) -> None:
 def merge(
     deltas: Annotated[list[Path], typer.Argument(help="Two or more deltas of one table.")],
     output: OutputOption,
-    prefer: Annotated[
-        str | None,
-        choice(PREFERENCES, "Whose row is taken where several changed one to different values; refused without it."),
-    ] = None,
+    prefer: PreferOption = None,
     as_json: JsonOption = False,
 ) -> None:
     """Make one delta of several of the same table.

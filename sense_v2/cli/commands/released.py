@@ -7,9 +7,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from sense_v2.cli.options import JsonOption, TokenizerOption, choice
+from sense_v2.cli.options import FoldersVariantOption, JsonOption, TokenizerOption
 from sense_v2.cli.output import lines_to, print_json
-from sense_v2.core.config import VARIANT_NAMES
 from sense_v2.core.errors import CommandError
 from sense_v2.report import wording
 
@@ -85,7 +84,7 @@ def lookup(
         typer.Argument(metavar="[FOLDER] TEXT", help="A released checkpoint, or none to see ids alone; the text."),
     ],
     tokenizer: TokenizerOption,
-    variant: Annotated[str | None, choice(VARIANT_NAMES, "Which architecture; else the folder's.")] = None,
+    variant: FoldersVariantOption = None,
     as_json: JsonOption = False,
 ) -> None:
     """Show which rows a text looks up: tokens, compressed ids, n-grams, row ids, and the rows' norms.

@@ -14,16 +14,18 @@ from sense_v2.cli.options import (
     ConfigOption,
     JsonOption,
     LayersOption,
+    NormalizationOption,
+    RowDtypeOption,
     TableSizeOption,
     TokenizerOption,
+    VariantOption,
     check_share,
-    choice,
     numbers,
     settings_of,
     table_path_of,
 )
 from sense_v2.cli.output import lines_to, print_json, progress_to
-from sense_v2.core.config import NORMALIZATIONS, ROW_DTYPES, VARIANT_NAMES, Config
+from sense_v2.core.config import Config
 from sense_v2.core.errors import CommandError
 from sense_v2.report import wording
 
@@ -33,7 +35,7 @@ def setup(
     output: Annotated[Path, typer.Option(metavar="FILE.npy", help="Where the map goes.")] = Path(
         "data/shadow_map.npy"
     ),
-    normalization: Annotated[str, choice(NORMALIZATIONS, "How token texts are folded.")] = "nfkc",
+    normalization: NormalizationOption = "nfkc",
     force: Annotated[bool, typer.Option("--force", help="Overwrite the map of another tokenizer.")] = False,
     as_json: JsonOption = False,
 ) -> None:
@@ -62,8 +64,8 @@ def create(
     num_heads: Annotated[int | None, typer.Option(help="Heads per n-gram order.")] = None,
     ngram_orders: Annotated[str | None, typer.Option(metavar="2,3", help="Lengths of the n-grams.")] = None,
     layers: LayersOption = None,
-    dtype: Annotated[str | None, choice(ROW_DTYPES, "Row type on disk.")] = None,
-    variant: Annotated[str | None, choice(VARIANT_NAMES, "Which architecture.")] = None,
+    dtype: RowDtypeOption = None,
+    variant: VariantOption = None,
     seed: Annotated[int | None, typer.Option(help="Of the hashes and the rows' noise.")] = None,
     init_std: Annotated[float | None, typer.Option(help="Deviation of the rows' noise.")] = None,
     as_json: JsonOption = False,

@@ -30,8 +30,8 @@ from sense_v2.engram.storage import MMapEmbeddingStorage
 from sense_v2.engram.table import disk
 from sense_v2.engram.table.checksums import from_hex, to_hex
 from sense_v2.engram.table.disk import new_file
-from sense_v2.engram.table.format import MAX_MANIFEST_BYTES, Manifest
-from sense_v2.engram.table.opening import TableFiles, new_commit, read_manifest
+from sense_v2.engram.table.format import MAX_MANIFEST_BYTES, Manifest, new_commit
+from sense_v2.engram.table.opening import TableFiles, read_manifest
 
 GLOBAL_VERSION = 1
 

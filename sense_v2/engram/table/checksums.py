@@ -70,6 +70,13 @@ def add_to_blocks(
     np.add.at(sums, row_ids_U // block_rows(num_rows), hashes_U)
 
 
+def add_rows(
+    sums: np.ndarray[Any, Any], row_ids_U: np.ndarray[Any, Any], rows_UB: np.ndarray[Any, Any], num_rows: int
+) -> None:
+    """In place: adds rows, given as contiguous bytes, to their blocks' sums."""
+    add_to_blocks(sums, row_ids_U, row_hashes(row_ids_U, rows_UB), num_rows)
+
+
 def block_sums(table_NB: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
     """uint64 [blocks] of a whole file, mapped as uint8 [N, B]; reads all of it once, front to back."""
     num_rows, row_bytes = table_NB.shape
@@ -78,7 +85,7 @@ def block_sums(table_NB: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
     for start in range(0, num_rows, part_rows):
         part = np.ascontiguousarray(table_NB[start : start + part_rows])
         ids = np.arange(start, start + len(part), dtype=np.int64)
-        add_to_blocks(sums, ids, row_hashes(ids, part), num_rows)
+        add_rows(sums, ids, part, num_rows)
     return sums
 
 

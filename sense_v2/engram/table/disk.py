@@ -173,8 +173,10 @@ def sync_fd(fd: int, path: Path) -> None:
     """Makes what was written to an open file durable, in the disk's own cache too where macOS would stop before.
     Raises `SyncError`; `path` is what it names."""
     with _failing_as_sync(path):
-        if not platform.sync_past_the_disk_cache(fd):
+        if platform.FULL_SYNC is None:
             os.fsync(fd)
+        else:
+            platform.full_sync(fd)
 
 
 @contextlib.contextmanager

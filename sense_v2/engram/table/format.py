@@ -21,6 +21,7 @@ import dataclasses
 import json
 import math
 import re
+import secrets
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -70,7 +71,8 @@ class RowDtype:
         >>> row_dtype("float32").row_bytes(256), row_dtype("float8_e4m3fn").row_bytes(256)
         (1024, 264)
         """
-        return width * self.item_bytes + self.scale_bytes * num_scales(width, self.name)
+        scale_bytes = self.scale_bytes * num_scales(width, self.name) if self.is_compact else 0
+        return width * self.item_bytes + scale_bytes
 
     def row_items(self, width: int) -> int:
         """A row's length in items of `numpy`, to map it."""
@@ -243,6 +245,12 @@ class Manifest:
         sizes, sums = self.row_bytes_of(table_name), self.checksums_of(table_name)
         return Committed(self.generation, self.commit_number, self.rows, sizes, sums)
 
+    def next_commit(self, **changes: Any) -> Manifest:
+        """The manifest of the commit that follows, with these fields changed. Raises `ValueError` as `validate`."""
+        manifest = dataclasses.replace(self, generation=self.generation + 1, commit=new_commit(), **changes)
+        manifest.validate()
+        return manifest
+
     @property
     def table_bytes(self) -> int:
         return file_bytes(self.rows, self.width, self.dtype)
@@ -290,7 +298,7 @@ class Manifest:
         std = self.init_std
         is_std = isinstance(std, (int, float)) and not isinstance(std, bool) and math.isfinite(std) and std >= 0
         _check(std is None or is_std, "init_std", std, "null or 0 or more")
-        self._check_row_bytes("width", self.width, self.dtype)
+        _check_row_bytes("width", self.width, self.dtype)
         _check(isinstance(self.provenance, dict), "provenance", self.provenance, "an object")
         _check(_is_count(self.generation), "generation", self.generation, "0 or more")
         _check(self.step is None or _is_count(self.step), "step", self.step, "null or 0 or more")
@@ -298,7 +306,8 @@ class Manifest:
         _check(is_commit, "commit", self.commit, "null or 16 hexadecimal digits")
         _check(isinstance(self.extra, dict), "extra", self.extra, "an object")
         _check(_is_count(self.updates), "updates", self.updates, "0 or more")
-        self._check_checksums("checksums", self.checksums)
+        blocks = num_blocks(self.rows)
+        _check_checksums("checksums", self.checksums, blocks)
         is_trainable = not row_dtype(self.dtype).is_compact
         _check(is_trainable or not self.states, "states", list(self.states), f"none beside rows of {self.dtype}")
         for name, entry in self.states.items():
@@ -311,23 +320,27 @@ class Manifest:
             _check(entry.dtype == STATE_DTYPE, f"{where}.dtype", entry.dtype, STATE_DTYPE)
             _check(_is_count(entry.step), f"{where}.step", entry.step, "0 or more")
             file_bytes(self.rows, entry.width, entry.dtype)
-            self._check_row_bytes(f"{where}.width", entry.width, entry.dtype)
-            self._check_checksums(f"{where}.checksums", entry.checksums)
+            _check_row_bytes(f"{where}.width", entry.width, entry.dtype)
+            _check_checksums(f"{where}.checksums", entry.checksums, blocks)
         files = [entry.file for entry in self.states.values()]
         _check(len(files) == len(set(files)), "states", files, "one file each")
 
-    @staticmethod
-    def _check_row_bytes(name: str, width: int, dtype: str) -> None:
-        widest = MAX_ROW_BYTES // row_dtype(dtype).item_bytes
-        is_short = width <= widest and row_dtype(dtype).row_bytes(width) <= MAX_ROW_BYTES
-        _check(is_short, name, width, f"at most {widest} of {dtype}, scales included")
 
-    def _check_checksums(self, name: str, sums: Any) -> None:
-        if sums is None:
-            return
-        count = num_blocks(self.rows)
-        is_list = isinstance(sums, list) and all(isinstance(text, str) and _HEX.fullmatch(text) for text in sums)
-        _check(is_list and len(sums) == count, name, sums, f"null or {count} times 16 hexadecimal digits")
+def _check_row_bytes(name: str, width: int, dtype: str) -> None:
+    widest = MAX_ROW_BYTES // row_dtype(dtype).item_bytes
+    is_short = width <= widest and row_dtype(dtype).row_bytes(width) <= MAX_ROW_BYTES
+    _check(is_short, name, width, f"at most {widest} of {dtype}, scales included")
+
+
+def _check_checksums(name: str, sums: Any, blocks: int) -> None:
+    is_list = isinstance(sums, list) and all(isinstance(text, str) and _HEX.fullmatch(text) for text in sums)
+    is_sums = sums is None or (is_list and len(sums) == blocks)
+    _check(is_sums, name, sums, f"null or {blocks} times 16 hexadecimal digits")
+
+
+def new_commit() -> str:
+    """What a new table's manifest, and each commit's, has as `commit`."""
+    return f"{secrets.randbits(64):016x}"
 
 
 def _state_entry(name: str, values: Any) -> StateEntry:

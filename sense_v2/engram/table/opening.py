@@ -20,10 +20,10 @@ import errno
 import glob
 import mmap
 import os
-import secrets
 import stat
 import warnings
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 
 import numpy as np
@@ -48,6 +48,7 @@ from sense_v2.engram.table.format import (
     lock_name,
     manifest_name,
     merge_provenance,
+    new_commit,
     prepared_name,
     provenance_differences,
     state_file_name,
@@ -77,19 +78,19 @@ class TableFiles:
     table: Path
     share: int = 0
 
-    @property
+    @cached_property
     def manifest(self) -> Path:
         return self.table.with_name(manifest_name(self.table.name))
 
-    @property
+    @cached_property
     def journal(self) -> Path:
         return self.table.with_name(journal_name(self.table.name, self.share))
 
-    @property
+    @cached_property
     def lock(self) -> Path:
         return self.table.with_name(lock_name(self.table.name, self.share))
 
-    @property
+    @cached_property
     def prepared(self) -> Path:
         return self.table.with_name(prepared_name(self.table.name))
 
@@ -191,11 +192,6 @@ def refuse_leftovers(files: TableFiles) -> None:
         raise ValueError(
             f"{path} isn't there, but the journal of an earlier table is: {files.journal.name}. Remove it"
         )
-
-
-def new_commit() -> str:
-    """What a new table's manifest, and each commit's, has as `commit`."""
-    return f"{secrets.randbits(64):016x}"
 
 
 # Who writes

@@ -33,6 +33,8 @@ NO_LINKS = getattr(os, "O_NOFOLLOW", 0)
 NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP)
 LOCK_IS_HELD = (errno.EACCES, errno.EAGAIN)
 
+# macOS: fsync stops at the disk's own cache. None where fsync is enough.
+FULL_SYNC: int | None = getattr(fcntl, "F_FULLFSYNC", None)
 # Linux: ioctl(2) FICLONE, from linux/fs.h.
 _FICLONE = 0x40049409
 _NO_CLONE = (errno.EOPNOTSUPP, errno.EXDEV, errno.EINVAL, errno.ENOTTY, errno.ENOSYS, errno.EPERM, errno.EBADF)
@@ -49,12 +51,10 @@ def lock(fd: int, *, shared: bool = False, wait: bool = True) -> None:
     fcntl.flock(fd, (fcntl.LOCK_SH if shared else fcntl.LOCK_EX) | (0 if wait else fcntl.LOCK_NB))
 
 
-def sync_past_the_disk_cache(fd: int) -> bool:
-    """Syncs an open file where fsync stops at the disk's own cache (macOS); False where fsync is enough."""
-    if not hasattr(fcntl, "F_FULLFSYNC"):
-        return False
-    fcntl.fcntl(fd, fcntl.F_FULLFSYNC)
-    return True
+def full_sync(fd: int) -> None:
+    """Syncs an open file past the disk's own cache, where there is a `FULL_SYNC`."""
+    assert FULL_SYNC is not None
+    fcntl.fcntl(fd, FULL_SYNC)
 
 
 def reflink(source_fd: int, fd: int) -> bool:

@@ -25,7 +25,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from sense_v2.engram.table.checksums import PART_BYTES, add_to_blocks, num_blocks, row_hashes
+from sense_v2.engram.table.checksums import PART_BYTES, add_rows, add_to_blocks, num_blocks, row_hashes
 from sense_v2.engram.table.journal import Journal, Record
 
 THREAD_NAME = "sense-v2-journal"
@@ -122,12 +122,13 @@ class TrackedFile:
         self, name: str, values_ND: torch.Tensor, sums: np.ndarray[Any, Any] | None, committed: bool
     ) -> None:
         self.name, self.values_ND, self.sums, self.committed = name, values_ND, sums, committed
+        self._delta = np.zeros(num_blocks(len(values_ND)), dtype=np.uint64)
         self.forget(RowSet(len(values_ND)))
 
     def forget(self, nothing: RowSet) -> None:
         """Nothing has changed yet; `nothing` may be shared with other files."""
         self.kept = nothing
-        self._delta = np.zeros(num_blocks(len(self.values_ND)), dtype=np.uint64)
+        self._delta = np.zeros_like(self._delta)
         self.changed: list[np.ndarray[Any, Any]] = []
 
     def old_record(self, row_ids_U: np.ndarray[Any, Any]) -> tuple[Record, np.ndarray[Any, Any]]:
@@ -149,7 +150,7 @@ class TrackedFile:
         for row_ids_U in self.changed:
             for start in range(0, len(row_ids_U), part_rows):
                 part = row_ids_U[start : start + part_rows]
-                add_to_blocks(sums, part, row_hashes(part, self._raw(part)), len(self.values_ND))
+                add_rows(sums, part, self._raw(part), len(self.values_ND))
         return sums
 
     def _raw(self, row_ids_U: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
@@ -258,6 +259,10 @@ class UndoLog:
             self.wait()
         with self._lock:
             yield
+
+    def new_sums(self) -> dict[str, np.ndarray[Any, Any] | None]:
+        """Each file's block sums with the rows as they are now; None where they weren't known before."""
+        return {name: file.new_sums() for name, file in self.files.items()}
 
     def committed(self, sums: dict[str, np.ndarray[Any, Any] | None], generation: int, commit: int) -> None:
         """All is as `sums` says, and committed: begins anew from there."""

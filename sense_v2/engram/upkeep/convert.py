@@ -21,12 +21,11 @@ from typing import Any
 from sense_v2.engram.table import disk
 from sense_v2.engram.table.checksums import to_hex
 from sense_v2.engram.table.disk import WriterLock
-from sense_v2.engram.table.format import Manifest, row_dtype
+from sense_v2.engram.table.format import Manifest, new_commit, row_dtype
 from sense_v2.engram.table.opening import (
     TableFiles,
     checked_manifest,
     lock_table,
-    new_commit,
     read_manifest,
     refuse_leftovers,
     refuse_live_journal,

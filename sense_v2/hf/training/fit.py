@@ -325,7 +325,8 @@ class _Run(TrainerCallback):
     def on_pre_optimizer_step(
         self, args: Any, state: TrainerState, control: TrainerControl, model: Any = None, **_: Any
     ) -> None:
-        gradients = [parameter.grad for parameter in model.parameters() if parameter.grad is not None]
+        # Asked once each: the rows' gradient is collected when it is asked for.
+        gradients = [found for parameter in model.parameters() if (found := parameter.grad) is not None]
         self.check("gradient's norm", float(torch.nn.utils.get_total_norm(gradients)))
 
     def on_step_end(self, args: Any, state: TrainerState, control: TrainerControl, **_: Any) -> None:

@@ -20,7 +20,7 @@ import torch
 from tables import D, in_a_fork, make, names, run_python
 
 from sense_v2.engram.storage import MMapEmbeddingStorage
-from sense_v2.engram.table import disk
+from sense_v2.engram.table import disk, platform
 from sense_v2.engram.table.disk import (
     MadeMeanwhileError,
     SyncError,
@@ -454,7 +454,7 @@ def test_a_sync_goes_through_the_disks_own_cache_where_there_is_a_call_for_it(
 ) -> None:
     """macOS: fsync ends at the disk's cache."""
     calls: list[Any] = []
-    monkeypatch.setattr(fcntl, "F_FULLFSYNC", 51, raising=False)
+    monkeypatch.setattr(platform, "FULL_SYNC", 51)
     monkeypatch.setattr(fcntl, "fcntl", lambda *arguments: calls.append(arguments))
     monkeypatch.setattr(disk, "os", Shim(fsync=lambda _: calls.append("fsync")))
     with open(tmp_path / "file", "wb") as file:
