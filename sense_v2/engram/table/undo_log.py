@@ -181,9 +181,11 @@ class UndoLog:
 
     def track(self, file: TrackedFile) -> None:
         """From here on rows of this file are kept, too."""
-        unused = next((other.kept for other in self.files.values() if other.kept.is_empty), None)
-        file.kept = unused or file.kept
-        self.files[file.name] = file
+        # The thread may be about to add rows to a set that is still empty: rows that this file doesn't keep.
+        with self._lock:
+            unused = next((other.kept for other in self.files.values() if other.kept.is_empty), None)
+            file.kept = unused or file.kept
+            self.files[file.name] = file
 
     def protect_soon(self, row_ids_U: torch.Tensor) -> None:
         """Begins to keep these rows of all files. Ids are unique, int64, on the CPU."""

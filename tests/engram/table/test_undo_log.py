@@ -147,6 +147,34 @@ def test_each_row_is_journaled_once_before_it_changes_and_counts_in_the_checksum
     storage.close()
 
 
+def test_a_state_that_is_opened_while_the_thread_works_is_undone_and_counted_too(tmp_path, monkeypatch):
+    """The thread is about to add a lookup's rows to a set that is still empty; they aren't the new state's."""
+    storage = MMapEmbeddingStorage(ROWS, WIDTH, tmp_path / TABLE).train()
+    storage.open_state("later", 2)
+    storage.commit()
+    storage.close()
+    storage = MMapEmbeddingStorage(ROWS, WIDTH, tmp_path / TABLE).train()
+    real, at_work = undo_log.TrackedFile.old_record, threading.Event()
+
+    def slow(self, row_ids_U):
+        at_work.set()
+        time.sleep(0.2)
+        return real(self, row_ids_U)
+
+    monkeypatch.setattr(undo_log.TrackedFile, "old_record", slow)
+    storage(tensor([3, 5]))
+    assert at_work.wait(10)
+    later = storage.open_state("later", 2)
+    storage.write_state(later, tensor([3]), torch.ones(1, 2))
+    found = [(name, row_id) for name, row_id, _ in journaled(tmp_path / "engram_table.journal")]
+    assert ("engram_table.later.dat", 3) in found
+    storage.commit()
+    entry = json.loads((tmp_path / "engram_table.json").read_text())["states"]["later"]
+    rows_NB = np.fromfile(tmp_path / entry["file"], dtype=np.uint8).reshape(ROWS, -1)
+    assert [int(text, 16) for text in entry["checksums"]] == block_sums(rows_NB).tolist()
+    storage.close()
+
+
 class FailsAt:
     """The module `os`, whose nth `pwrite` finds a full disk."""
 
