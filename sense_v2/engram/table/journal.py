@@ -345,8 +345,8 @@ def _open_journal(path: Path, *, write: bool) -> tuple[int, JournalBytes] | None
 
 
 def has_journal(path: Path) -> bool:
-    """True if there is a journal that isn't empty."""
-    opened = _open_journal(path, write=False)
+    """True if there is a journal that isn't empty. Raises `OSError` for a file that may not be written to."""
+    opened = _open_journal(path, write=True)
     if opened is not None:
         os.close(opened[0])
     return opened is not None
