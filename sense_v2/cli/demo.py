@@ -60,7 +60,9 @@ def metrics(results: dict[str, Any]) -> dict[str, Any]:
 class _PrintingWatcher(Watcher):
     def __init__(self, echo: Callable[[str], Any]) -> None:
         self.echo, self.progress = echo, progress_to(echo)
-        echo("DeepSeek's tokenizer: which of its tokens read the same")
+
+    def compressing(self) -> None:
+        self.echo("DeepSeek's tokenizer: which of its tokens read the same")
 
     def compressed(self, found: dict[str, Any]) -> None:
         saved = 1 - found["ids"] / found["tokens"]

@@ -16,6 +16,7 @@ from test_trainer import with_memory as trainable
 from tiny import tiny_model
 from transformers import AutoModelForCausalLM, LlamaForCausalLM, Trainer, TrainerCallback
 
+from sense_v2.engram.storage import MMapEmbeddingStorage
 from sense_v2.hf.attach import detach_engram
 from sense_v2.hf.load import from_pretrained
 from sense_v2.hf.memory import memory_of
@@ -152,14 +153,12 @@ class SavesOnce(TrainerCallback):
     """Whether a checkpoint's table was copied more than once."""
 
     def __init__(self, monkeypatch):
-        from sense_v2.hf.saving import save
-
         self.copies = []
-        copy_table = save.copy_table
+        copy_to = MMapEmbeddingStorage.copy_to
         monkeypatch.setattr(
-            save,
-            "copy_table",
-            lambda storage, to, **how: (self.copies.append(to), copy_table(storage, to, **how)),
+            MMapEmbeddingStorage,
+            "copy_to",
+            lambda storage, to, **how: (self.copies.append(to), copy_to(storage, to, **how)),
         )
 
 

@@ -20,6 +20,7 @@ from pathlib import Path
 
 from sense_v2.core.errors import NO_ROOM, CommandError, one_line
 from sense_v2.core.folders import missing_folders, remove_empty
+from sense_v2.hf.data.streaming import STREAM_FILE
 from sense_v2.hf.saving.folder import MEMORY_FOLDER
 
 PREFIX = ".training-"
@@ -129,8 +130,8 @@ def remove_state(staging: Path) -> None:
 
 
 def _steps(staging: Path) -> list[str]:
-    """The checkpoints of a run."""
-    return sorted(path.name for path in staging.glob(f"{STATE_FOLDER}/checkpoint-*"))
+    """The checkpoints of a run that were written to their end."""
+    return sorted(path.parent.name for path in staging.glob(f"{STATE_FOLDER}/checkpoint-*/{STREAM_FILE}"))
 
 
 @contextmanager

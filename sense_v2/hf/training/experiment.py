@@ -67,6 +67,9 @@ class Watcher:
 
     progress: Progress = staticmethod(no_progress)
 
+    def compressing(self) -> None:
+        """Called before DeepSeek's tokenizer is looked at, which takes seconds."""
+
     def compressed(self, found: dict[str, Any]) -> None:
         """Called with what a shadow map saves, as `compression` says it."""
 
@@ -125,6 +128,7 @@ def run_experiment(
     settings = config.train
     text = read_corpus(corpus, max_bytes=MAX_CORPUS_BYTES)
     output.mkdir(parents=True, exist_ok=True)
+    watcher.compressing()
     deepseek_builder = EngramTokenizerBuilder(DEEPSEEK_PACKAGE)
     deepseek_builder.build_mapping(output / "deepseek_shadow_map.npy")
     deepseek = compression(deepseek_builder, "DeepSeek")

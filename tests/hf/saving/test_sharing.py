@@ -23,7 +23,7 @@ from transformers import (
 )
 
 from sense_v2.engram.delta.delta_file import read_delta
-from sense_v2.engram.table import disk
+from sense_v2.engram.table import disk, platform
 from sense_v2.hf import from_pretrained, push_to_hub, save_pretrained
 from sense_v2.hf.attach import detach_engram
 from sense_v2.hf.memory import attached_memory, memory_of
@@ -111,11 +111,11 @@ def test_reflinks_are_made_or_refused(tmp_path, monkeypatch):
         cloned.append(fd)
         return bool(disk.write_at(fd, disk.os.pread(source_fd, 10**6, 0), 0) or True)
 
-    monkeypatch.setattr(disk, "_clone", clone)
+    monkeypatch.setattr(platform, "reflink", clone)
     save_pretrained(model, tmp_path / "shared", table="reflink")
     assert cloned
     assert torch.equal(logits(from_pretrained(tmp_path / "shared")), logits(model))
-    monkeypatch.setattr(disk, "_clone", lambda source_fd, fd: False)
+    monkeypatch.setattr(platform, "reflink", lambda source_fd, fd: False)
     with pytest.raises(OSError, match=r"can't be shared with it as a reflink.*Use a copy") as refused:
         save_pretrained(model, tmp_path / "refused", table="reflink")
     assert refused.value.errno == errno.EOPNOTSUPP
