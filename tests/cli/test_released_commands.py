@@ -10,7 +10,8 @@ from safetensors.torch import load_file
 from tiny import tiny_config, tiny_model, tiny_tokenizer
 
 from sense_v2.engram.head_layout import HeadLayout
-from sense_v2.engram.released.released_table import open_released_table, released_config
+from sense_v2.engram.released.find_tables import released_config
+from sense_v2.engram.released.released_table import open_released_table
 from sense_v2.engram.storage import MMapEmbeddingStorage
 from sense_v2.engram.variants import variant_config
 from sense_v2.hf.attach import attach_engram, detach_engram

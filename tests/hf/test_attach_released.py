@@ -13,7 +13,8 @@ from transformers import TrainingArguments
 from sense_v2.engram.hashing import NgramHasher
 from sense_v2.engram.head_layout import HeadLayout
 from sense_v2.engram.model import open_table
-from sense_v2.engram.released.released_table import open_released_table, released_config
+from sense_v2.engram.released.find_tables import released_config
+from sense_v2.engram.released.released_table import open_released_table
 from sense_v2.engram.tokenizer import EngramTokenizer, EngramTokenizerBuilder
 from sense_v2.engram.variants import variant_config
 from sense_v2.hf.attach import attach_engram, detach_engram

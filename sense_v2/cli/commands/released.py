@@ -13,7 +13,7 @@ from sense_v2.core.errors import CommandError
 from sense_v2.report import wording
 
 if TYPE_CHECKING:
-    from sense_v2.engram.released.released_table import TableFacts
+    from sense_v2.engram.released.find_tables import TableFacts
 
 
 def inspect(
@@ -24,7 +24,7 @@ def inspect(
 
     Example: sense-engram inspect DeepSeek-V4.1-Flash/
     """
-    from sense_v2.engram.released.released_table import released_tables
+    from sense_v2.engram.released.find_tables import released_tables
 
     found = released_tables(folder)
     if not found:

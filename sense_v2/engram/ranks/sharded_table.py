@@ -15,6 +15,9 @@ Two layouts. "file": one host, one table, which all ranks map; a lookup then rea
 but gradients. "shards": each rank has a table of its rows on its own disk. Alone, either is a table in one file, and
 the same class moves nothing.
 
+Long because one class answers the model (lookups on their way), the trainer (gradients of all ranks) and whoever
+keeps the table (commits of all ranks).
+
 B batch, T sequence, H rows a position, D row width, U unique rows of a micro-batch, W ranks, M micro-batches of a
 step over all ranks.
 """
@@ -40,20 +43,21 @@ from sense_v2.engram.model import table_settings
 from sense_v2.engram.ranks import global_commit, range_copy
 from sense_v2.engram.ranks.collectives import Ranks
 from sense_v2.engram.ranks.global_commit import GlobalManifest
+from sense_v2.engram.ranks.gradient_sum import summed_at_owners
 from sense_v2.engram.ranks.ownership import LocalIds, Ownership, OwnFile, RowIds
+from sense_v2.engram.ranks.shards import global_manifest_path, open_shards
 from sense_v2.engram.ranks.tree_sum import (
     RowGrads,
     TreeSum,
     add_row_grads,
     exact_sum,
-    node_sizes,
     row_squares,
     total_of,
 )
 from sense_v2.engram.row_source import OptimizerT
 from sense_v2.engram.storage import MMapEmbeddingStorage, RowState
 from sense_v2.engram.table.format import Manifest
-from sense_v2.engram.table.opening import Share, TableFiles
+from sense_v2.engram.table.opening import Share
 from sense_v2.engram.table_identity import Origin
 from sense_v2.engram.table_module import TableModule, leaf_of
 from sense_v2.engram.tokenizer import EngramTokenizer
@@ -128,13 +132,16 @@ class ShardedTable(TableModule):
         self.ownership = Ownership.split(num_rows, ranks.num_ranks, head_rows)
         self.own_rows = self.ownership.rows_of(ranks.rank)
         self._global: GlobalManifest | None = None
+        """Of shards."""
         settings = {"mode": mode, **table}
         if layout == "file":
             self.own_file = OwnFile(0)
             self._own = self._open_one_file({**settings, "provenance": provenance})
         else:
             self.own_file = OwnFile(self.own_rows.start)
-            self._own = self._open_shards({**settings, "provenance": dict(provenance or {})})
+            self._own, self._global = open_shards(
+                self.path, num_rows, width, ranks, self.ownership, {**settings, "provenance": dict(provenance or {})}
+            )
         self.dtype = self._own.dtype
         self._moves_rows = self.is_in_shards and ranks.num_ranks > 1
         self._pool = ThreadPoolExecutor(1, "sense-v2-exchange")
@@ -162,56 +169,6 @@ class ShardedTable(TableModule):
 
         return self._in_turn("open", opened)
 
-    def _open_shards(self, settings: dict[str, Any]) -> MMapEmbeddingStorage:
-        ranks = self.ranks
-        path = self.path.with_name(shard_name(self.path.name, ranks.rank, ranks.num_ranks))
-        files = TableFiles(path)
-        found = ranks.together("open: global manifest", lambda: _read_global(self.global_path), only=0)
-        self._global = ranks.broadcast("open: global manifest", found)
-        known = self._global
-        if known is not None and tuple(known.bounds) != self.ownership.bounds:
-            raise ValueError(
-                f"{self.global_path} ties {len(known.files)} shards of rows from {known.bounds}; {ranks.num_ranks} "
-                f"ranks would own rows from {list(self.ownership.bounds)}. Go on with {len(known.files)} ranks, or "
-                "restore a checkpoint into another path"
-            )
-        provenance = settings["provenance"]
-        provenance["shard"] = {
-            "number": ranks.rank,
-            "of": ranks.num_ranks,
-            "first_row": self.own_rows.start,
-            "table_rows": self.num_embeddings,
-        }
-
-        def opened() -> MMapEmbeddingStorage:
-            if known is not None:
-                if not path.exists():
-                    raise FileNotFoundError(f"{path} isn't there, and {self.global_path} says that it is a shard")
-                if self.mode == "r+":
-                    global_commit.settle(files, known.commits[ranks.rank])
-            first_row = self.own_rows.start
-            storage = MMapEmbeddingStorage(
-                len(self.own_rows), self.embedding_dim, path, first_row=first_row, **settings
-            )
-            commit = storage.manifest.commit
-            if known is None and storage.manifest.generation:
-                raise ValueError(
-                    f"{path} was trained (generation {storage.manifest.generation}), and no global manifest "
-                    f"{self.global_path} on rank 0 says what it belongs to. Put it back, or remove the shards"
-                )
-            if known is not None and known.commits[ranks.rank] != commit:
-                raise ValueError(f"{path} is of commit {commit}, which {self.global_path} doesn't name")
-            return storage
-
-        storage = ranks.together("open: shards", opened)
-        if known is None:
-            commits = ranks.gather("open: commits", storage.manifest.commit or "")
-            names = [shard_name(self.path.name, rank, ranks.num_ranks) for rank in range(ranks.num_ranks)]
-            new = GlobalManifest(self.num_embeddings, list(self.ownership.bounds), names, commits)
-            ranks.together("open: new", lambda: global_commit.write_global(self.global_path, new), only=0)
-            self._global = new
-        return storage
-
     def _in_turn(self, phase: str, call: Callable[[], Any]) -> Any:
         """`call` on rank 0, which makes what isn't there, then on the others; on all at once for shards."""
         if self.is_in_shards:
@@ -224,7 +181,7 @@ class ShardedTable(TableModule):
     @property
     def global_path(self) -> Path:
         """The manifest that ties shards; on rank 0's disk."""
-        return self.path.with_name(self.path.name.rpartition(".")[0] + ".shards.json")
+        return global_manifest_path(self.path)
 
     # What it is
 
@@ -374,7 +331,7 @@ class ShardedTable(TableModule):
         if len(set(numbers)) != 1:
             raise RuntimeError(f"ranks took different numbers of micro-batches since the last step: {numbers}")
         own = self._sum_of_own(num_own)
-        total = self._summed_at_owners(own, num_own)
+        total = summed_at_owners(self.ranks, self.ownership, own, num_own, self.embedding_dim)
         self.clear_gradients()
         if num_own == 0:
             return
@@ -394,35 +351,6 @@ class ShardedTable(TableModule):
             # A row that a micro-batch met without a gradient has a zero.
             tree.push(pending.get(number, nothing))
         return tree
-
-    def _summed_at_owners(self, own: TreeSum[RowGrads], num_own: int) -> RowGrads:
-        """Of this rank's own rows, the sum over all ranks' micro-batches."""
-        num_ranks = self.ranks.num_ranks
-        sizes_WK = [node_sizes(rank * num_own, num_own) for rank in range(num_ranks)]
-        num_nodes = max(len(sizes) for sizes in sizes_WK)
-        counts_WK = torch.zeros(num_ranks, num_nodes, dtype=torch.int64)
-        for column, node in enumerate(own.nodes):
-            counts_WK[:, column] = torch.tensor(self.ownership.counts(RowIds(node.value[0])))
-        theirs_WK = self.ranks.swap_counts("gradients: counts", counts_WK)
-        counts, theirs = counts_WK.sum(dim=1).tolist(), theirs_WK.sum(dim=1).tolist()
-        parts: list[RowGrads] = []
-        for rank in range(num_ranks):
-            for column, node in enumerate(own.nodes):
-                start = int(counts_WK[:rank, column].sum())
-                stop = start + int(counts_WK[rank, column])
-                parts.append((node.value[0][start:stop], node.value[1][start:stop]))
-        nothing = torch.empty(0, dtype=torch.int64), torch.empty(0, self.embedding_dim)
-        parts = parts or [nothing]
-        ids = self.ranks.all_to_all("gradients: ids", torch.cat([part[0] for part in parts]), counts, theirs)
-        grads = self.ranks.all_to_all("gradients: rows", torch.cat([part[1] for part in parts]), counts, theirs)
-        tree: TreeSum[RowGrads] = TreeSum(add_row_grads)
-        at = 0
-        for rank, sizes in enumerate(sizes_WK):
-            for column, size in enumerate(sizes):
-                count = int(theirs_WK[rank, column])
-                tree.push((ids[at : at + count], grads[at : at + count]), size)
-                at += count
-        return tree.total() if tree.nodes else nothing
 
     def _gather_norm(self, grads_UD: torch.Tensor) -> float:
         """The norm of all ranks' gradients, rounded to float32: the same bits on all of them."""
@@ -618,20 +546,3 @@ def open_sharded_table(
     return ShardedTable(
         num_rows, width, config.storage_path, ranks=ranks, layout=layout, head_rows=head_rows, mode=mode, **settings
     )
-
-
-def shard_name(table_name: str, rank: int, num_ranks: int) -> str:
-    """Name of one shard of a table.
-
-    >>> shard_name("engram_table.dat", 1, 4)
-    'engram_table.1-of-4.dat'
-    """
-    stem, dot, suffix = table_name.rpartition(".")
-    return f"{stem}.{rank}-of-{num_ranks}{dot}{suffix}" if stem else f"{table_name}.{rank}-of-{num_ranks}"
-
-
-def _read_global(path: Path) -> GlobalManifest | None:
-    try:
-        return GlobalManifest.read(path)
-    except FileNotFoundError:
-        return None

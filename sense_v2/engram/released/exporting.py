@@ -31,6 +31,7 @@ from safetensors.torch import save as to_safetensors
 from sense_v2.core.config import EngramConfig
 from sense_v2.engram.head_layout import HeadLayout
 from sense_v2.engram.reading.safetensors_headers import INDEX_NAME
+from sense_v2.engram.released.find_tables import released_tables
 from sense_v2.engram.released.fusion_names import Tensors, ours_from_theirs, theirs_from_ours
 from sense_v2.engram.released.layouts import (
     LAYOUTS,
@@ -41,7 +42,6 @@ from sense_v2.engram.released.layouts import (
     parts_of,
     table_shard,
 )
-from sense_v2.engram.released.released_table import released_tables
 from sense_v2.engram.table import disk
 from sense_v2.engram.table.compact_rows import BLOCK_VALUES, FLOAT8, FLOAT8_MAX
 from sense_v2.engram.table.disk import WriterLock, new_file

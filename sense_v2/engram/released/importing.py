@@ -27,13 +27,8 @@ from sense_v2.core.config import EngramConfig
 from sense_v2.core.errors import CommandError
 from sense_v2.core.progress import Progress, no_progress
 from sense_v2.engram.reading.safetensors_headers import TensorSpan, find_tensors
+from sense_v2.engram.released.find_tables import ReleasedTensors, find_released_table, released_tables, warn_unchecked
 from sense_v2.engram.released.fusion_names import FUSION_NAMES, Tensors, ours_from_theirs, scale_name
-from sense_v2.engram.released.released_table import (
-    ReleasedTensors,
-    find_released_table,
-    released_tables,
-    warn_unchecked,
-)
 from sense_v2.engram.table import disk
 from sense_v2.engram.table.compact_rows import BLOCK_VALUES, FLOAT8
 from sense_v2.engram.table.disk import new_file

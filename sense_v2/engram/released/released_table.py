@@ -6,15 +6,9 @@
 
 A table may be cut into parts along its rows: `.shard_{k}` in a name, as transformers saves Qwen's, or one file a rank
 (`model{r}-mp{n}.safetensors`). Nothing is copied, converted or written to; a lookup takes a row's bytes from the
-safetensors files and decodes these (`sense_v2.engram.reading.row_parts`, `compact`).
+safetensors files and decodes these (`row_parts.py`, `compact_rows.py`). `find_tables.py` has checked them before.
 
-Everything that can be known is checked before the first lookup: types, shapes, bytes, that the parts are all there,
-and, against the checkpoint's config.json or what the caller passes, the layout (`HeadLayout`), the number of rows and
-the tokenizer's map. What could not be checked is said in a warning: rows of another layout are found without an
-error, and mean nothing.
-
-Sources: the names and shapes of deepseek-ai/DeepSeek-V4.1-Flash and of transformers' models/qwen4_exp, with its
-FP8Embedding; rows are held against tests/golden/deepseek_v41_rows_expected.safetensors.
+Rows are held against tests/golden/deepseek_v41_rows_expected.safetensors.
 
 N rows, D row width, K scales of a row, U row ids of a call.
 """
@@ -23,101 +17,23 @@ from __future__ import annotations
 
 import hashlib
 import os
-import re
 import warnings
-from collections.abc import Mapping
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 
 from sense_v2.core.config import EngramConfig
-from sense_v2.engram.head_layout import HeadLayout, round_up
 from sense_v2.engram.reading import devices
 from sense_v2.engram.reading.row_parts import MappedFiles, PartsReader, RowParts
-from sense_v2.engram.reading.safetensors_headers import Checkpoint, TensorSpan, find_tensors
+from sense_v2.engram.released.find_tables import ReleasedTensors, find_released_table, warn_unchecked
 from sense_v2.engram.table.compact_rows import BLOCK_VALUES, decode
 from sense_v2.engram.table.format import Manifest
 from sense_v2.engram.table_identity import SAMPLED_ROWS, Origin, TableIdentity
 from sense_v2.engram.table_module import TableModule
-from sense_v2.engram.tokenizer import EngramTokenizer, map_sha256
-from sense_v2.engram.variants import VARIANTS, variant_config
+from sense_v2.engram.tokenizer import EngramTokenizer
 
 NUM_SAMPLES = 1024
-
-
-@dataclass(frozen=True)
-class ReleasedNames:
-    """How one variant's tables are called and typed in safetensors files."""
-
-    tensor: re.Pattern[str]
-    """Groups: layer, shard (or None), and kind, `weight` or `scale`."""
-    weight_dtypes: tuple[str, ...]
-    scale_kind: str
-    """block: F8_E8M0, one for 32 values of a row. table: one number for all rows of an F8_E4M3 table."""
-
-
-_NAMES = {
-    "deepseek_v41": ReleasedNames(
-        re.compile(
-            r"(?:model\.)?layers\.(?P<layer>\d+)\.engram\.embed(?:\.shard_(?P<shard>\d+))?\.(?P<kind>weight|scale)"
-        ),
-        ("F8_E4M3",),
-        "block",
-    ),
-    "qwen_ple": ReleasedNames(
-        re.compile(
-            r"(?:model\.)?(?:language_model\.)?layers\.(?P<layer>\d+)\.ple\.ple_embedding\.ngram_embedding"
-            r"(?:\.shard_(?P<shard>\d+))?\.(?:weight_)?(?P<kind>weight|scale)"
-        ),
-        ("BF16", "F8_E4M3"),
-        "table",
-    ),
-}
-_TORCH = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32}
-# Two tokenizers of one size can map differently. That of the released DeepSeek-V4.1 tables, over little-endian int64.
-_RELEASED_MAPS = {
-    ("deepseek_v41", 99_092): "26b9be2936d236a124ba318a998c417bc7032e3e92a3107fe98deee49f1dc496",
-}
-
-
-@dataclass
-class TableFacts:
-    """What is known of a released table before its first lookup."""
-
-    variant: str
-    layer: int
-    num_rows: int
-    width: int
-    dtype: str
-    """Of the codes, as safetensors spells it."""
-    num_parts: int
-    num_bytes: int
-    """Of codes and scales, in the files."""
-    layout: HeadLayout | None = None
-    checked: list[str] = field(default_factory=list)
-    unchecked: list[str] = field(default_factory=list)
-
-
-@dataclass
-class ReleasedTensors:
-    """A table's tensors in a checkpoint's files, and what is known of it."""
-
-    path: Path
-    """What was opened: a folder, an index or a file."""
-    weights: list[TensorSpan]
-    """The rows' codes, in their order."""
-    scales: list[TensorSpan]
-    facts: TableFacts
-    scale: torch.Tensor | None = None
-    """Of an F8_E4M3 table with one for all rows, [1]."""
-    config: EngramConfig | None = None
-    """Whose layout the rows have: the caller's, else config.json's."""
-    compressed_vocab_size: int | None = None
-    map_sha256: str | None = None
-    """Of the tokenizer's map that the rows belong to."""
 
 
 class ReleasedTable(TableModule):
@@ -247,282 +163,6 @@ def open_released_table(
     if tensors.scale is None and tensors.scales:
         parts.append(RowParts(tensors.scales, width // BLOCK_VALUES, files))
     return ReleasedTable(tensors, PartsReader(parts))
-
-
-def find_released_table(
-    place: str | os.PathLike[str],
-    layer: int,
-    *,
-    variant: str | None = None,
-    config: EngramConfig | None = None,
-    tokenizer: EngramTokenizer | None = None,
-) -> ReleasedTensors:
-    """Where the table that `open_released_table` opens lies, and what is known of it, checked in the same way."""
-    checkpoint = find_tensors(place, lambda name: any(names.tensor.fullmatch(name) for names in _NAMES.values()))
-    tables = _tables(checkpoint)
-    found = [key for key in tables if key[1] == layer and variant in (None, key[0])]
-    if len(found) != 1:
-        there = ", ".join(f"{name} layer {number}" for name, number in sorted(tables)) or "none"
-        raise ValueError(
-            f"{checkpoint.path}: {len(found)} released tables of layer {layer}. There are: {there}; layers are "
-            "counted from 0"
-        )
-    tensors = _checked_tensors(checkpoint, *found[0], tables[found[0]])
-    _check_layout(tensors, checkpoint, config, tokenizer)
-    if tensors.scales and _NAMES[tensors.facts.variant].scale_kind == "table":
-        tensors.scale = _read_number(tensors.scales[0])
-    return tensors
-
-
-def warn_unchecked(tensors: ReleasedTensors, *, stacklevel: int) -> None:
-    """Says what of a table couldn't be checked, if anything."""
-    facts = tensors.facts
-    if facts.unchecked:
-        warnings.warn(
-            f"{tensors.path}, layer {facts.layer}: not checked, because nothing there says what they must be: "
-            f"{', '.join(facts.unchecked)}. Pass config=EngramConfig and tokenizer=EngramTokenizer, or open the "
-            "whole checkpoint",
-            UserWarning,
-            stacklevel=stacklevel,
-        )
-
-
-def released_tables(place: str | os.PathLike[str]) -> list[TableFacts]:
-    """What released tables a checkpoint has, checked as `open_released_table` checks them; nothing is mapped."""
-    checkpoint = find_tensors(place, lambda name: any(names.tensor.fullmatch(name) for names in _NAMES.values()))
-    found = []
-    for (variant, layer), tensors in sorted(_tables(checkpoint).items()):
-        one = _checked_tensors(checkpoint, variant, layer, tensors)
-        _check_layout(one, checkpoint, None, None)
-        found.append(one.facts)
-    return found
-
-
-def released_config(config: Mapping[str, Any]) -> EngramConfig | None:
-    """The layout that a checkpoint's config.json describes; None where it describes none.
-
-    Raises `ValueError` where it does with values that can't be.
-    """
-    text = config.get("text_config") or config
-    try:
-        if text.get("engram_layer_ids"):
-            orders = list(range(2, text["engram_max_ngram_size"] + 1))
-            heads = text["engram_n_heads"]
-            return variant_config(
-                "deepseek_v41",
-                table_size=text["engram_vocab_size"],
-                num_heads=heads,
-                ngram_orders=orders,
-                engram_dim=text["engram_head_dim"] * heads * len(orders),
-                layer_indices=sorted(text["engram_layer_ids"]),
-                pad_token_id=text.get("engram_pad_token_id", VARIANTS["deepseek_v41"].defaults["pad_token_id"]),
-                seed=text.get("engram_seed", 0),
-                num_streams=text.get("hc_mult", 1),
-            )
-        if text.get("ple_layer_ids"):
-            orders = list(range(2, text.get("ngram_size", 3) + 1))
-            heads = text.get("heads_per_ngram", 8)
-            end = text.get("eos_token_id")
-            return variant_config(
-                "qwen_ple",
-                table_size=text.get("ngram_vocab_size_base", 20_000_000),
-                num_heads=heads,
-                ngram_orders=orders,
-                engram_dim=text.get("ple_embed_dim") or text["hidden_size"],
-                layer_indices=sorted(number - 1 for number in set(text["ple_layer_ids"])),
-                pad_token_id=end[0] if isinstance(end, list) else end,
-                seed=text.get("seed", 1234),
-                num_streams=text.get("hc_count", 4),
-            )
-    except (KeyError, TypeError, IndexError) as error:
-        raise ValueError(f"config.json describes a memory, but not all of it: {error!r}. Fetch it again") from None
-    return None
-
-
-def _tables(checkpoint: Checkpoint) -> dict[tuple[str, int], dict[str, list[TensorSpan]]]:
-    """(variant, layer) -> the tensors of that table."""
-    tables: dict[tuple[str, int], dict[str, list[TensorSpan]]] = {}
-    for name, spans in checkpoint.tensors.items():
-        for variant, names in _NAMES.items():
-            match = names.tensor.fullmatch(name)
-            if match:
-                tables.setdefault((variant, int(match["layer"])), {})[name] = spans
-    return tables
-
-
-def _checked_tensors(
-    checkpoint: Checkpoint, variant: str, layer: int, tensors: Mapping[str, list[TensorSpan]]
-) -> ReleasedTensors:
-    names = _NAMES[variant]
-    where = f"{checkpoint.path}, {variant} layer {layer}"
-    weights = _in_order(where, names, tensors, "weight")
-    scales = _in_order(where, names, tensors, "scale")
-    if not weights:
-        raise ValueError(f"{where}: {', '.join(tensors)}, and no weight. Fetch the rest of the checkpoint")
-    first = weights[0]
-    for span in weights:
-        if span.dtype not in names.weight_dtypes or span.dtype != first.dtype:
-            allowed = " or ".join(names.weight_dtypes)
-            raise ValueError(f"{span.path}: {span.name} is {span.dtype}; expected {allowed}, in all parts alike")
-        if len(span.shape) != 2 or span.shape[1:] != first.shape[1:] or span.shape[1] < 1:
-            raise ValueError(
-                f"{span.path}: {span.name} has shape {list(span.shape)}; expected [rows, width], the same width as "
-                f"in {first.name} ({list(first.shape)})"
-            )
-    num_rows, width = sum(span.shape[0] for span in weights), first.shape[1]
-    if num_rows == 0:
-        raise ValueError(f"{first.path}: {first.name} has no rows")
-    if first.dtype == "F8_E4M3" and not scales:
-        raise ValueError(f"{first.path}: {first.name} is F8_E4M3, and its scale isn't there. Fetch the rest")
-    if names.scale_kind == "block":
-        _check_block_scales(scales, num_rows, width)
-    elif first.dtype == "F8_E4M3":
-        one = scales[0]
-        if len(scales) != 1 or one.dtype not in _TORCH or one.shape not in ((), (1,)):
-            raise ValueError(
-                f"{one.path}: {one.name} is {one.dtype} {list(one.shape)}, {len(scales)} in all; expected one number "
-                f"({', '.join(_TORCH)}) for the whole table, as transformers has it"
-            )
-    elif scales:
-        raise ValueError(f"{scales[0].path}: {scales[0].name} beside {first.dtype} rows, which have no scale")
-    num_bytes = sum(span.num_bytes for span in (*weights, *scales))
-    facts = TableFacts(variant, layer, num_rows, width, first.dtype, len(weights), num_bytes)
-    facts.checked += ["types", "shapes", "bytes", "parts"]
-    return ReleasedTensors(checkpoint.path, weights, scales, facts)
-
-
-def _check_block_scales(scales: list[TensorSpan], num_rows: int, width: int) -> None:
-    if width % BLOCK_VALUES:
-        raise ValueError(f"{scales[0].path}: rows of {width} values; scales for {BLOCK_VALUES} each don't fit them")
-    for span in scales:
-        if span.dtype != "F8_E8M0":
-            raise ValueError(f"{span.path}: {span.name} is {span.dtype}; expected F8_E8M0")
-        if len(span.shape) != 2 or span.shape[1] != width // BLOCK_VALUES:
-            raise ValueError(
-                f"{span.path}: {span.name} has shape {list(span.shape)}; expected [rows, {width // BLOCK_VALUES}], "
-                f"one for {BLOCK_VALUES} of {width} values"
-            )
-    found = sum(span.shape[0] for span in scales)
-    if found != num_rows:
-        raise ValueError(f"{scales[0].path}: scales of {found} rows beside {num_rows} rows. Fetch the rest")
-
-
-def _in_order(
-    where: str, names: ReleasedNames, tensors: Mapping[str, list[TensorSpan]], kind: str
-) -> list[TensorSpan]:
-    """The parts of a tensor, by their numbers. Raises `ValueError` where one is missing or doubled."""
-    numbered: dict[int | None, list[TensorSpan]] = {}
-    for name, spans in tensors.items():
-        match = names.tensor.fullmatch(name)
-        assert match
-        if match["kind"] == kind:
-            number = None if match["shard"] is None else int(match["shard"])
-            if number in numbered:
-                raise ValueError(f"{where}: {name} and {numbered[number][0].name} are the same part of one tensor")
-            numbered[number] = spans
-    if None in numbered:
-        if len(numbered) > 1:
-            raise ValueError(f"{where}: its {kind} is there whole and in parts. Remove one of the two")
-        return numbered[None]
-    numbers = sorted(number for number in numbered if number is not None)
-    missing = sorted(set(range(max(numbers, default=-1) + 1)) - set(numbers))
-    if missing:
-        listed = ", ".join(map(str, missing[:8])) + (", …" if len(missing) > 8 else "")
-        raise ValueError(f"{where}: {kind} shard {listed} of {numbers[-1] + 1} isn't there. Fetch the rest")
-    return [span for number in numbers for span in numbered[number]]
-
-
-def _check_layout(
-    tensors: ReleasedTensors, checkpoint: Checkpoint, config: EngramConfig | None, tokenizer: EngramTokenizer | None
-) -> None:
-    facts = tensors.facts
-    where = f"{checkpoint.path}, {facts.variant} layer {facts.layer}"
-    theirs = checkpoint.config or {}
-    text = theirs.get("text_config") or theirs
-    said = released_config(theirs)
-    for source, layout_config in (("config.json", said), ("the configuration passed", config)):
-        if layout_config is not None:
-            multiple = text.get("make_ngram_vocab_size_divisible_by") if facts.variant == "qwen_ple" else None
-            facts.layout = _fitting_layout(facts, where, source, layout_config, multiple)
-            tensors.config = layout_config
-    if facts.layout is None:
-        facts.unchecked.append("the number of rows against the layout")
-    else:
-        facts.checked.append("rows against the layout")
-    declared = text.get("engram_num_embeddings")
-    if declared is not None and said is not None:
-        place = said.layer_indices.index(facts.layer)
-        wanted = declared[place] if isinstance(declared, list) and len(declared) > place else declared
-        if wanted != facts.num_rows:
-            raise ValueError(
-                f"{where}: {facts.num_rows} rows, but config.json says engram_num_embeddings = {declared}"
-            )
-    if VARIANTS[facts.variant].compresses:
-        _check_map(tensors, where, text, tokenizer)
-    else:
-        tensors.compressed_vocab_size = text.get("vocab_size")
-
-
-def _fitting_layout(
-    facts: TableFacts, where: str, source: str, config: EngramConfig, multiple: int | None
-) -> HeadLayout:
-    if config.variant != facts.variant:
-        raise ValueError(f"{where}: {source} is of variant {config.variant!r}")
-    if facts.layer not in config.layer_indices:
-        raise ValueError(f"{where}: {source} has memory in layers {config.layer_indices}, counted from 0")
-    if config.row_dim != facts.width:
-        raise ValueError(f"{where}: rows of {facts.width} values; {source} says {config.row_dim}")
-    layout = HeadLayout.from_config(config)
-    place = config.layer_indices.index(facts.layer)
-    expected = layout.num_rows_L[place]
-    if multiple:
-        expected = round_up(sum(layout.primes_LH[place]), multiple)
-    if expected != facts.num_rows:
-        raise ValueError(
-            f"{where}: {facts.num_rows} rows, but the layout of {source} has {expected}. A part is missing, or the "
-            "rows are of another layout"
-        )
-    return layout
-
-
-def _check_map(
-    tensors: ReleasedTensors, where: str, text: Mapping[str, Any], tokenizer: EngramTokenizer | None
-) -> None:
-    facts = tensors.facts
-    size, ids = text.get("engram_compressed_vocab_size"), text.get("engram_tokenizer_map")
-    if tokenizer is not None and size is not None and tokenizer.compressed_vocab_size != size:
-        name = tokenizer.tokenizer_name or tokenizer.path
-        raise ValueError(
-            f"{where}: {name} has {tokenizer.compressed_vocab_size} compressed ids, config.json says "
-            f"{size}. Make the map from the checkpoint's own tokenizer"
-        )
-    if size is None and tokenizer is not None:
-        size = tokenizer.compressed_vocab_size
-    known = _RELEASED_MAPS.get((facts.variant, size)) if isinstance(size, int) else None
-    if isinstance(ids, list):
-        known = map_sha256(np.array(ids, dtype=np.int64))
-    tensors.compressed_vocab_size, tensors.map_sha256 = size, known
-    if tokenizer is None or known is None:
-        facts.unchecked.append("the tokenizer's map")
-        if tokenizer is not None:
-            tensors.map_sha256 = tokenizer.sha256
-    elif known != tokenizer.sha256:
-        name = tokenizer.tokenizer_name or tokenizer.path
-        raise ValueError(
-            f"{where}: the map of {name} is that of another tokenizer, or of another revision (SHA-256 "
-            f"{tokenizer.sha256[:12]}…, expected {known[:12]}…). Make it from the checkpoint's own tokenizer"
-        )
-    else:
-        facts.checked.append("the tokenizer's map")
-
-
-def _read_number(span: TensorSpan) -> torch.Tensor:
-    with open(span.path, "rb") as file:
-        file.seek(span.offset)
-        number = torch.frombuffer(bytearray(file.read(span.num_bytes)), dtype=_TORCH[span.dtype])
-    if not bool(number.isfinite().all()):
-        raise ValueError(f"{span.path}: {span.name} is {number.item()}. Fetch the file again")
-    return number
 
 
 def _reopen(path: str, layer: int, variant: str) -> ReleasedTable:

@@ -13,7 +13,8 @@ from sense_v2.core.errors import CommandError
 from sense_v2.engram.hashing import NgramHasher
 from sense_v2.engram.model import compressed_pad_id
 from sense_v2.engram.pretrained_tokenizer import load_tokenizer
-from sense_v2.engram.released.released_table import open_released_table, released_config, released_tables
+from sense_v2.engram.released.find_tables import released_config, released_tables
+from sense_v2.engram.released.released_table import open_released_table
 from sense_v2.engram.tokenizer import EngramTokenizerBuilder
 from sense_v2.engram.upkeep.shadow_map_setup import temporary_shadow_map
 from sense_v2.engram.variants import VARIANTS, variant_config

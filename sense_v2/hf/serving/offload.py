@@ -23,7 +23,8 @@ from torch import nn
 from torch.nn.modules.module import register_module_module_registration_hook
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
-from sense_v2.engram.released.released_table import ReleasedTable, open_released_table, released_config
+from sense_v2.engram.released.find_tables import released_config
+from sense_v2.engram.released.released_table import ReleasedTable, open_released_table
 from sense_v2.hf.saving.weights import load_weights
 
 

@@ -23,7 +23,7 @@ import torch
 from rank_runs import Server, rank_server
 
 from sense_v2.engram.ranks.global_commit import GlobalManifest
-from sense_v2.engram.ranks.sharded_table import shard_name
+from sense_v2.engram.ranks.shards import shard_name
 from sense_v2.engram.storage import MMapEmbeddingStorage
 from sense_v2.engram.table.opening import TableFiles
 from sense_v2.engram.upkeep.check import check_table, repair_table

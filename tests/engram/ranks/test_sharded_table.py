@@ -15,7 +15,7 @@ from rank_runs import NUM_MICRO_BATCHES, ROWS, WIDTH, Server, micro_batch, rank_
 
 from sense_v2.engram.ranks.collectives import start_ranks
 from sense_v2.engram.ranks.global_commit import GlobalManifest
-from sense_v2.engram.ranks.sharded_table import shard_name
+from sense_v2.engram.ranks.shards import shard_name
 from sense_v2.engram.storage import MMapEmbeddingStorage
 from sense_v2.engram.upkeep.check import check_table
 

@@ -31,9 +31,10 @@ from transformers.models.qwen4_exp.modeling_qwen4_exp import Qwen4ExpTextPLELaye
 from sense_v2.engram.head_layout import HeadLayout
 from sense_v2.engram.model import EngramFusionLayer
 from sense_v2.engram.released.exporting import export_tables
+from sense_v2.engram.released.find_tables import released_config, released_tables
 from sense_v2.engram.released.fusion_names import decode_blocks, encode_blocks, ours_from_theirs, theirs_from_ours
 from sense_v2.engram.released.importing import import_table
-from sense_v2.engram.released.released_table import open_released_table, released_config, released_tables
+from sense_v2.engram.released.released_table import open_released_table
 from sense_v2.engram.storage import MMapEmbeddingStorage
 from sense_v2.engram.table import disk
 from sense_v2.engram.tokenizer import EngramTokenizer

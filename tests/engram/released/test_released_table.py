@@ -24,7 +24,8 @@ from safetensors.torch import load_file
 
 from sense_v2.engram.hashing import NgramHasher
 from sense_v2.engram.head_layout import HeadLayout
-from sense_v2.engram.released.released_table import open_released_table, released_config, released_tables
+from sense_v2.engram.released.find_tables import released_config, released_tables
+from sense_v2.engram.released.released_table import open_released_table
 from sense_v2.engram.variants import variant_config
 
 QUIET = pytest.mark.filterwarnings("ignore:.*not checked:UserWarning")
