@@ -4,6 +4,8 @@ import ast
 import re
 from pathlib import Path
 
+from source_files import parsed
+
 FOLDER = Path(__file__).parent
 
 
@@ -16,7 +18,7 @@ def test_every_attack_is_in_the_list() -> None:
     there = {
         path.name: {
             node.name
-            for node in ast.parse(path.read_text(encoding="utf-8")).body
+            for node in parsed(path.read_text(encoding="utf-8")).body
             if isinstance(node, ast.FunctionDef) and node.name.startswith("test_")
         }
         for path in FOLDER.glob("test_attacks_on_*.py")

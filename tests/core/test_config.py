@@ -15,6 +15,7 @@ import pytest
 import yaml
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from source_files import parsed
 
 from sense_v2.core import config as config_module
 from sense_v2.core.config import Config, EngramConfig, TrainConfig
@@ -488,7 +489,7 @@ def test_the_environment_decides_nothing(monkeypatch: pytest.MonkeyPatch) -> Non
 @pytest.mark.parametrize("owner", CLASSES)
 def test_every_field_has_its_docstring(owner: type) -> None:
     """A string right below each field, as long as it takes to say something."""
-    body = ast.parse(inspect.getsource(owner)).body[0].body  # type: ignore[attr-defined]
+    body = parsed(inspect.getsource(owner)).body[0].body  # type: ignore[attr-defined]
     documented = {
         statement.target.id
         for statement, following in itertools.pairwise(body)

@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from source_files import parsed
 
 ROOT = Path(__file__).parents[2]
 TABLES = {"MMapEmbeddingStorage", "OverlayStorage", "ReleasedTable", "ShardedTable", "TableModule"}
@@ -15,7 +16,7 @@ DUCKS = {"table", "storage", "overlay", "base"}
 
 def class_tests(code: str) -> Iterator[int]:
     """Lines that test for a table's class: isinstance, issubclass, type(…) is, match; or for an attribute of it."""
-    for node in ast.walk(ast.parse(code)):
+    for node in ast.walk(parsed(code)):
         called = getattr(node.func, "id", None) if isinstance(node, ast.Call) else None
         if called in ("isinstance", "issubclass"):
             found = any(named_in(argument) & TABLES for argument in node.args[1:])

@@ -14,6 +14,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from source_files import parsed
 
 ROOT = Path(__file__).parents[2]
 CODE = ("sense_v2", "tests", "scripts", "benchmarks", "examples")
@@ -63,7 +64,7 @@ def prose(path: Path) -> str:
         return text
     parts = [
         node.value.value
-        for node in ast.walk(ast.parse(text))
+        for node in ast.walk(parsed(text))
         if isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant) and isinstance(node.value.value, str)
     ]
     tokens = tokenize.generate_tokens(io.StringIO(text).readline)
@@ -73,7 +74,7 @@ def prose(path: Path) -> str:
 def names_of(path: Path) -> set[str]:
     """What a module defines or imports at its top, and the lazy names of a package."""
     found: set[str] = set()
-    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+    for node in ast.walk(parsed(path.read_text(encoding="utf-8"))):
         if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef)):
             found.add(node.name)
         elif isinstance(node, (ast.Import, ast.ImportFrom)):
