@@ -29,11 +29,20 @@ LONGEST = 90
 """Characters of a line; a module's first docstring line that has more is cut at a clause, and named."""
 
 
+def _parsed(text: str) -> ast.Module:
+    for _ in range(9):
+        try:
+            return ast.parse(text)
+        except SystemError:  # CPython before 3.12 while something else parses (python/cpython#106905)
+            continue
+    return ast.parse(text)
+
+
 def first_line(path: Path) -> str:
     """Return what a file says it holds: the first line of its docstring, or of its first comment in C."""
     text = path.read_text(encoding="utf-8")
     if path.suffix == ".py":
-        said = ast.get_docstring(ast.parse(text)) or ""
+        said = ast.get_docstring(_parsed(text)) or ""
     else:
         comment = re.match(r"\s*(?:/\*+|//)\s*(.*)", text)
         said = comment[1] if comment else ""
