@@ -33,7 +33,7 @@ import numpy as np
 import torch
 
 TESTS = Path(__file__).parents[1] / "tests"
-sys.path[:0] = [str(TESTS), str(TESTS / "hf" / "serving")]
+sys.path[:0] = [str(TESTS / folder) for folder in ("", "hf/serving", "engram/released")]
 
 from checkpoints import write_shard  # type: ignore[import-not-found]  # noqa: E402
 from reading import Probe, random_ids  # noqa: E402
