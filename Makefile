@@ -15,9 +15,10 @@ FUZZ_SECONDS ?= 600
 
 VENV := .venv
 BIN := $(VENV)/bin
+DEMO_INSTALLED := $(VENV)/.installed-demo
 INSTALLED := $(VENV)/.installed
 INSTALLING := $(VENV)/.installing
-TORCH_CONSTRAINTS ?= $(or $(shell sed -n 2p $(INSTALLED) 2>/dev/null),constraints.txt)
+TORCH_CONSTRAINTS ?= $(or $(shell sed -n 2p $(DEMO_INSTALLED) 2>/dev/null),constraints.txt)
 TYPED := sense_v2 $(wildcard scripts/*.py benchmarks/*.py)
 # Some are helpers of the others. scaling.py has a target of its own, since it takes half an hour; teaching.py needs a
 # trained model.
@@ -30,9 +31,9 @@ BENCHMARKS := $(filter-out $(HELPERS) benchmarks/scaling.py benchmarks/teaching.
 help: ## this list
 	@sed -n 's/^\([a-z-]*\):.*## /\1|/p' Makefile | while IFS='|' read -r target text; do printf '  make %-14s %s\n' "$$target" "$$text"; done
 
-setup: $(INSTALLED) ## .venv with everything; the targets below do it by themselves
+setup: $(INSTALLED) ## .venv with everything; the targets below install what they need by themselves
 
-demo: $(INSTALLED) ## train a small model with memory and write the report (CORPUS=folder, QUICK=1)
+demo: $(DEMO_INSTALLED) ## train a small model with memory and write the report (CORPUS=folder, QUICK=1)
 	$(BIN)/sense-engram demo --output runs/demo $(if $(CORPUS),--corpus "$(CORPUS)") $(if $(filter-out 0,$(QUICK)),--quick)
 
 # Tests are small: a torch thread per process beats several that fight for the same cores.
@@ -98,31 +99,43 @@ clean: ## remove what was built and the demo's output; data/ and .venv stay
 distclean: clean ## clean, and remove .venv
 	rm -rf $(VENV)
 
-# .venv/.installed says in which folder and with which constraints everything was installed. If that no longer holds
-# (the checkout was moved, its Python or packages were removed), the environment is made again from scratch.
+# The demo needs a third of what the tests need, so .venv is made in two steps. The files .installed-demo and .installed
+# say that a step is done, in which folder and with which constraints. If that no longer holds (the checkout was moved,
+# its Python or packages were removed), the environment is made again from scratch.
 STATE := $(CURDIR) $(TORCH_CONSTRAINTS)
-PROBE := import sys, importlib.util as u; sys.exit(not all(map(u.find_spec, "torch transformers pytest xdist mypy ruff".split())))
-ifneq ($(wildcard $(INSTALLED)),)
-ifneq ($(shell cat $(INSTALLED)),$(STATE))
+PROBE := import sys, importlib.util as u; sys.exit(not all(map(u.find_spec, sys.argv[1:])))
+PACKAGES := torch transformers matplotlib $(if $(wildcard $(INSTALLED)),pytest xdist mypy ruff)
+ifneq ($(wildcard $(DEMO_INSTALLED)),)
+ifneq ($(shell cat $(DEMO_INSTALLED)),$(STATE))
 STALE := yes
-else ifneq ($(shell $(BIN)/python -c '$(PROBE)' 2>/dev/null && echo works),works)
+else ifneq ($(shell $(BIN)/python -c '$(PROBE)' $(PACKAGES) 2>/dev/null && echo works),works)
 STALE := yes
 endif
 endif
 ifdef STALE
-$(INSTALLED): broken
+$(DEMO_INSTALLED): broken
 endif
 
-# An interrupted installation leaves .installing behind, and packages that may be incomplete. Then the environment is
-# made from scratch too, unless the make whose process id is in .installing is still running. A working environment
-# that somebody else made only gets what is missing.
+# A step removes both files and leaves them behind again at its end. An interrupted one leaves .installing, and packages
+# that may be incomplete. Then the environment is made from scratch too, unless the make whose process id is in
+# .installing is still running. A working environment that somebody else made only gets what is missing.
 # torch comes first, and every call has the constraints, or pip might take another build of torch.
-$(INSTALLED): pyproject.toml constraints.txt $(wildcard sense_v2/engram/reading/_*.[ch])
+define refuse_beside_another_make
+@pid=$$(cat $(INSTALLING) 2>/dev/null); if [ -n "$$pid" ] && kill -0 "$$pid" 2>/dev/null; then echo "another make (process $$pid) is installing into $(VENV); wait for it, or remove $(INSTALLING)" >&2; exit 1; fi
+endef
+
+$(DEMO_INSTALLED): pyproject.toml constraints.txt $(wildcard sense_v2/engram/reading/_*.[ch])
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' || { echo "$(PYTHON): Python 3.10 or newer is needed; make PYTHON=... names another" >&2; exit 1; }
-	@pid=$$(cat $(INSTALLING) 2>/dev/null); if [ -n "$$pid" ] && kill -0 "$$pid" 2>/dev/null; then echo "another make (process $$pid) is installing into $(VENV); wait for it, or remove $(INSTALLING)" >&2; exit 1; fi
+	$(refuse_beside_another_make)
 	@if [ -n "$(STALE)" ] || [ -e $(INSTALLING) ] || ! { $(BIN)/python -m pip --version || $(BIN)/python -m ensurepip; } >/dev/null 2>&1; then echo "making $(VENV)"; rm -rf $(VENV); $(PYTHON) -m venv $(VENV) || { echo "no venv: the system may want python3-venv installed" >&2; exit 1; }; fi
-	@rm -f $(INSTALLED); echo "$$PPID" > $(INSTALLING); echo "installing into $(VENV); a few minutes the first time"
+	@rm -f $(DEMO_INSTALLED) $(INSTALLED); echo "$$PPID" > $(INSTALLING); echo "installing into $(VENV); two minutes or so the first time"
 	$(BIN)/python -m pip install --quiet -c $(TORCH_CONSTRAINTS) torch
-	$(BIN)/python -m pip install --quiet -c $(TORCH_CONSTRAINTS) -e ".[demo,dev]"
+	$(BIN)/python -m pip install --quiet -c $(TORCH_CONSTRAINTS) -e ".[demo]"
 	@$(BIN)/python -c 'import torch, transformers, sense_v2.core.config' || { echo "$(VENV) doesn't work; try again after: make distclean" >&2; exit 1; }
-	@rm -f $(INSTALLING); printf '%s\n' "$(CURDIR)" "$(TORCH_CONSTRAINTS)" > $(INSTALLED)
+	@rm -f $(INSTALLING); printf '%s\n' "$(CURDIR)" "$(TORCH_CONSTRAINTS)" > $(DEMO_INSTALLED)
+
+$(INSTALLED): $(DEMO_INSTALLED)
+	$(refuse_beside_another_make)
+	@rm -f $(DEMO_INSTALLED) $(INSTALLED); echo "$$PPID" > $(INSTALLING); echo "installing what the tests need, too; a few minutes the first time"
+	$(BIN)/python -m pip install --quiet -c $(TORCH_CONSTRAINTS) -e ".[demo,dev]"
+	@rm -f $(INSTALLING); for done in $(DEMO_INSTALLED) $(INSTALLED); do printf '%s\n' "$(CURDIR)" "$(TORCH_CONSTRAINTS)" > $$done; done

@@ -20,7 +20,11 @@ from pathlib import Path
 
 PACKAGE = "sense_v2"
 # Modules that nothing imports before it has looked whether their extra is installed, and what that extra brings.
-OF_EXTRAS = {"sense_v2.report.play.page": "gradio"}
+OF_EXTRAS = {
+    "sense_v2.report.charts": "matplotlib",
+    "sense_v2.report.play.page": "gradio",
+    "sense_v2.report.plots": "matplotlib",
+}
 
 
 def check_contents(checkout: Path) -> str:

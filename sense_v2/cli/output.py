@@ -10,6 +10,7 @@ import json
 import math
 import sys
 from collections.abc import Callable
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -44,6 +45,15 @@ def finite(values: Any) -> Any:
     if isinstance(values, (list, tuple)):
         return [finite(value) for value in values]
     return None if isinstance(values, float) and not math.isfinite(values) else values
+
+
+def require_plots() -> None:
+    """Refuse at the start, not after the work, a report whose plots nothing here can draw."""
+    if find_spec("matplotlib") is None:
+        raise CommandError(
+            "the report's plots are drawn by matplotlib, not installed here",
+            'pip install "sense-v2[demo]" installs it',
+        )
 
 
 def report_paths(path: Path) -> tuple[Path, Path]:

@@ -321,6 +321,14 @@ def test_the_analysis_tells_collisions_from_chance(results):
     assert "a larger table would separate them" in told
 
 
+@pytest.mark.parametrize("command", [("analyze", "no-such-folder"), ("demo",)])
+def test_a_report_without_matplotlib_is_refused_before_the_work(run, command, monkeypatch):
+    monkeypatch.setattr("sense_v2.cli.output.find_spec", lambda name: None)
+    status, out, error = run(*command)
+    assert (status, out) == (1, "")
+    assert "matplotlib, not installed" in error and 'pip install "sense-v2[demo]"' in error
+
+
 @pytest.mark.parametrize("module", [analysis, ablation, charts, page, output])
 def test_examples_in_docstrings(module):
     assert doctest.testmod(module).failed == 0

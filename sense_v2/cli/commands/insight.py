@@ -20,7 +20,7 @@ from sense_v2.cli.options import (
     SequencesOption,
     TextColumnOption,
 )
-from sense_v2.cli.output import lines_to, print_json, progress_to, report_paths, write_json
+from sense_v2.cli.output import lines_to, print_json, progress_to, report_paths, require_plots, write_json
 
 if TYPE_CHECKING:
     from sense_v2.hf.data.held_out import Blocks
@@ -55,6 +55,7 @@ def analyze(
 
     started, echo = time.perf_counter(), lines_to(as_json)
     report_paths(output)
+    require_plots()
     model, tokenizer, _ = open_with_memory(folder, "look into")
     blocks = read_blocks(
         folder,

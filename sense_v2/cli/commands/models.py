@@ -23,7 +23,7 @@ from sense_v2.cli.options import (
     numbers,
     settings_of,
 )
-from sense_v2.cli.output import lines_to, print_json
+from sense_v2.cli.output import lines_to, print_json, require_plots
 
 
 def demo(
@@ -42,6 +42,7 @@ def demo(
     """
     from sense_v2.cli.demo import metrics, run_demo
 
+    require_plots()
     result = run_demo(corpus, output, quick=quick, echo=lines_to(as_json))
     if as_json:
         print_json(metrics(result))
