@@ -326,7 +326,8 @@ def test_a_report_without_matplotlib_is_refused_before_the_work(run, command, mo
     monkeypatch.setattr("sense_v2.cli.output.find_spec", lambda name: None)
     status, out, error = run(*command)
     assert (status, out) == (1, "")
-    assert "matplotlib, not installed" in error and 'pip install "sense-v2[demo]"' in error
+    assert "matplotlib, not installed" in error
+    assert 'pip install "sense-v2[demo]"' in error
 
 
 @pytest.mark.parametrize("module", [analysis, ablation, charts, page, output])
