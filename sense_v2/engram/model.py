@@ -166,7 +166,7 @@ class EngramFusionLayer(nn.Module):
         layer_id: One of `config.layer_indices`: the layer whose rows it looks up.
         tokenizer: The shadow map, shared between layers; opened from `config.shadow_map_path` if not given.
         storage: The table, shared between layers; opened from `config.storage_path`, or created, if not given.
-        pad_token_id: A token id, for a configuration that names none.
+        pad_token_id: A token id, for a configuration and a table that name none.
         place: The layer of the model that it stands before, if that isn't `layer_id`: a released table may stand
             before any layer.
 
@@ -205,7 +205,7 @@ class EngramFusionLayer(nn.Module):
             config,
             layer_id=layer_id,
             compressed_vocab_size=self.tokenizer.compressed_vocab_size,
-            pad_id=compressed_pad_id(config, self.tokenizer, pad_token_id),
+            pad_id=self._pad_id(pad_token_id),
         )
         self.num_streams = config.num_streams
         self.hidden_size = backbone_hidden_size
@@ -238,6 +238,18 @@ class EngramFusionLayer(nn.Module):
         super().__setstate__(state)
         if self.enabled:
             self.handle = operators.handle_of(self)  # a copy answers for itself
+
+    def _pad_id(self, pad_token_id: int | None) -> int:
+        """The table's own: what a model calls its pad token can change between two attachings, its rows don't."""
+        pad_id = compressed_pad_id(self.config, self.tokenizer, pad_token_id)
+        recorded = self.storage.recorded_pad_id(pad_id)
+        if recorded != pad_id and self.config.pad_token_id is not None:
+            raise ValueError(
+                f"EngramConfig.pad_token_id = {self.config.pad_token_id} is compressed id {pad_id}, and the rows of "
+                f"{self.storage.path} were trained with {recorded} as the pad id; leave pad_token_id at None to take "
+                "the table's"
+            )
+        return recorded
 
     @property
     def reach(self) -> int:

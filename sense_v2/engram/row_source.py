@@ -57,6 +57,10 @@ class RowSource(Protocol):
     def belongs_to(self) -> Origin:
         """The memory that the rows were trained for."""
 
+    def recorded_pad_id(self, pad_id: int) -> int:
+        """The compressed pad id that the rows were trained with, as the manifest names it; where it names none, this
+        one, which the next commit records."""
+
     @property
     def is_new(self) -> bool:
         """True if no row has been stored since the table was made."""

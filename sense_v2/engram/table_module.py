@@ -95,6 +95,10 @@ class TableModule(nn.Module, abc.ABC):
     def belongs_to(self) -> Origin:
         return Origin.of_provenance(self.manifest.provenance)
 
+    def recorded_pad_id(self, pad_id: int) -> int:
+        recorded: int = self.manifest.provenance.setdefault("pad_id", pad_id)
+        return recorded
+
     @property
     def changed_ids(self) -> torch.Tensor:
         return torch.empty(0, dtype=torch.int64)

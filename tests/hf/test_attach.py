@@ -7,7 +7,7 @@ import pytest
 import torch
 from tiny import VOCABULARY, tiny_config, tiny_model, tiny_tokenizer, wake
 
-from sense_v2.engram.model import EngramFusionLayer
+from sense_v2.engram.model import EngramFusionLayer, open_table
 from sense_v2.engram.optim import RowAdam, clip_grad_norm_
 from sense_v2.engram.tokenizer import EngramTokenizer, EngramTokenizerBuilder
 from sense_v2.hf.attach import attach_engram, detach_engram
@@ -67,6 +67,23 @@ def test_attaching_again_after_detaching_finds_the_trained_rows(tmp_path):
     attach_engram(model, tiny_config(tmp_path))
     model.engram.layers.load_state_dict(fusion)
     assert torch.equal(model(ids).logits, before)
+
+
+def test_the_tables_pad_id_outlives_the_models(tmp_path):
+    """A Trainer sets a model's pad token to its tokenizer's: the rows were trained with another."""
+    model, ids = attached("llama", tmp_path), some_ids()
+    fusion, before = state_of(model.engram.layers), model(ids).logits
+    detach_engram(model)
+    model.config.pad_token_id = 7
+    attach_engram(model, tiny_config(tmp_path))
+    model.engram.layers.load_state_dict(fusion)
+    assert torch.equal(model(ids).logits, before)
+    detach_engram(model)
+    with pytest.raises(ValueError, match=r"pad_token_id = 7 is compressed id 3.*trained with 0.*leave pad_token_id"):
+        attach_engram(model, tiny_config(tmp_path, pad_token_id=7))
+    table = open_table(tiny_config(tmp_path), EngramTokenizer(tmp_path / "shadow_map.npy"), mode="r")
+    attach_engram(model, tiny_config(tmp_path), storage=table)
+    assert model.engram.layers["1"].hasher.pad_id == 0
 
 
 @pytest.mark.parametrize("name", MODELS)
