@@ -345,7 +345,7 @@ def token_rows(
 ) -> TokenRows:
     """Find the rows of every layer that a call's tokens need.
 
-    Positions that restart begin a new packed document; positions that go on belong to the document before, in a cache
+    Positions that go back begin a new packed document; positions that go on belong to the document before, in a cache
     as anywhere else.
 
     Args:
@@ -423,16 +423,24 @@ def hash_tokens(
 
 
 def packed_documents(position_ids_BT: torch.Tensor) -> torch.Tensor | None:
-    """Number packed documents from 1, by positions that restart; None if there is one document.
+    """Number packed documents from 1, by positions that go back; None if there is one document.
 
-    >>> packed_documents(torch.tensor([[0, 1, 2, 0, 1]]))
-    tensor([[1, 1, 1, 2, 2]])
+    Positions that stand still begin none, but for 0 after 0, which is a document of one token, unless later ones
+    stand still, too.
+
+    >>> packed_documents(torch.tensor([[0, 1, 2, 0, 1], [0, 0, 1, 2, 3], [0, 0, 1, 1, 2]]))
+    tensor([[1, 1, 1, 2, 2],
+            [1, 2, 2, 2, 2],
+            [1, 1, 1, 1, 1]])
     """
-    restarts_BT = position_ids_BT[:, 1:] <= position_ids_BT[:, :-1]
+    before_BT, after_BT = position_ids_BT[:, :-1], position_ids_BT[:, 1:]
+    stands_BT = after_BT == before_BT
+    repeats_B1 = (stands_BT & (after_BT != 0)).any(dim=1, keepdim=True)
+    starts_BT = (after_BT < before_BT) | (stands_BT & ~repeats_B1 & (after_BT == 0))
     # A compiled graph can't depend on what the positions are, only on their number.
-    if not torch.compiler.is_compiling() and not restarts_BT.any():
+    if not torch.compiler.is_compiling() and not starts_BT.any():
         return None
-    return F.pad(restarts_BT.long().cumsum(dim=1), (1, 0)) + 1
+    return F.pad(starts_BT.long().cumsum(dim=1), (1, 0)) + 1
 
 
 def counted_positions(token_ids_BT: torch.Tensor, num_before: int | torch.Tensor) -> torch.Tensor:

@@ -342,7 +342,7 @@ class EngramFusionLayer(nn.Module):
             hidden_states: [B, T, C], or [B, T, S, C] with S streams.
             input_ids: Token ids [B, T].
             attention_mask: [B, T], 0 at padding; goes with `input_ids`.
-            position_ids: [B, T] or [1, T]; goes with `input_ids`. Positions that restart begin a packed document, and
+            position_ids: [B, T] or [1, T]; goes with `input_ids`. Positions that go back begin a packed document, and
                 nothing reaches from one document into the next.
             row_ids_BTH: Row ids, in place of token ids.
             memory: [B, T, E], in place of rows that are looked up.

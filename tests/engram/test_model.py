@@ -476,6 +476,14 @@ def test_documents_begin_where_positions_restart():
     assert found.tolist() == [[1, 1, 2, 2], [1, 1, 1, 2]]
 
 
+def test_positions_that_stand_still_begin_no_document():
+    for group in (2, 3):
+        assert packed_documents((torch.arange(9) // group)[None]) is None
+    assert packed_documents(torch.tensor([[4, 5, 5, 5, 6]])) is None  # an image's
+    of_one_token = packed_documents(torch.tensor([[0, 0, 0, 1, 2, 0, 0]]))
+    assert of_one_token.tolist() == [[1, 2, 3, 3, 3, 4, 5]]
+
+
 def test_layers_share_a_table_and_a_map(tmp_path):
     first = make_layer(tmp_path, layer_indices=[1, 2])
     second = EngramFusionLayer(first.config, HIDDEN, 2, tokenizer=first.tokenizer, storage=first.storage)
