@@ -21,6 +21,7 @@ def run_demo(
     output: str | Path = "runs/demo",
     *,
     quick: bool = False,
+    text_column: str = "text",
     config: Config | None = None,
     echo: Callable[[str], Any] = print,
 ) -> dict[str, Any]:
@@ -32,6 +33,7 @@ def run_demo(
         config=demo_config(output) if config is None else config,
         controls=not quick,
         watcher=_PrintingWatcher(echo),
+        text_column=text_column,
     )
     write_report(results, output / "report.html")
     write_picture(results, output / "perplexity.png")
@@ -71,7 +73,7 @@ class _PrintingWatcher(Watcher):
         )
 
     def corpus_opened(self, corpus: Corpus) -> None:
-        self.echo(f"corpus: {corpus.name}, {corpus.num_files} files, and {len(corpus.held_out_texts)} held out")
+        self.echo(f"corpus: {corpus.line()}")
 
     @contextmanager
     def training(self, label: str, settings: TrainConfig) -> Iterator[Callable[[Any], Any]]:

@@ -36,10 +36,6 @@ ConfigOption = Annotated[
 ]
 CorpusOption = Annotated[
     list[Path] | None,
-    typer.Option(metavar="PATH", help="A file or folder of text, repeatable; the Python standard library's source."),
-]
-DocumentsOption = Annotated[
-    list[Path] | None,
     typer.Option(
         metavar="PATH|NAME",
         help="Files or folders (text, JSON lines, Parquet), repeatable, or USER/DATASET[:CONFIG] of the hub; the "

@@ -46,11 +46,7 @@ class PrintingWatcher(RunWatcher):
         self.echo, self.progress = echo, progress_to(echo)
 
     def corpus_opened(self, corpus: Corpus) -> None:
-        held_out = len(corpus.held_out_texts)
-        if corpus.documents is None:
-            self.echo(f"corpus   {corpus.name}, {corpus.num_files} files, and {held_out} held out")
-        else:
-            self.echo(f"corpus   {corpus.name}, read while it trains; {held_out} held-out texts to evaluate on")
+        self.echo(f"corpus   {corpus.line()}")
 
     def prepared(self, facts: dict[str, Any]) -> None:
         model, memory = facts["model"], facts["memory"]

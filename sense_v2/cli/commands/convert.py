@@ -15,6 +15,7 @@ from sense_v2.cli.options import (
     ConvertedDtypeOption,
     JsonOption,
     LayoutOption,
+    TextColumnOption,
     table_or_model_path,
     table_path,
 )
@@ -44,6 +45,7 @@ def convert(
         list[Path] | None,
         typer.Option(metavar="PATH", help="Of a model: measure the loss on this, before and after; repeatable."),
     ] = None,
+    text_column: TextColumnOption = "text",
     as_json: JsonOption = False,
 ) -> None:
     """Make a table with rows of another type, or of a released checkpoint's layout, and say what that costs.
@@ -68,7 +70,7 @@ def convert(
         source = table_or_model_path(source)
         if dtype is None:
             raise typer.BadParameter("a table of ours needs one, or --to a released layout", param_hint="--dtype")
-        result = _convert(source, output, dtype, corpus, echo)
+        result = _convert(source, output, dtype, corpus, text_column, echo)
     if as_json:
         print_json(result)
 
@@ -88,7 +90,7 @@ def _refuse_dtype(dtype: str | None) -> None:
 
 
 def _convert(
-    source: Path, output: Path, dtype: str, corpus: list[Path] | None, echo: Callable[..., Any]
+    source: Path, output: Path, dtype: str, corpus: list[Path] | None, text_column: str, echo: Callable[..., Any]
 ) -> dict[str, Any]:
     from sense_v2.engram.table.format import row_dtype
     from sense_v2.engram.table.opening import TableFiles, read_manifest
@@ -139,7 +141,7 @@ def _convert(
         "seconds": seconds,
     }
     if corpus:
-        loss = result["loss"] = _losses(source, output, corpus)
+        loss = result["loss"] = _losses(source, output, corpus, text_column)
         before, after = (wording.decimals(loss[name], 5) for name in ("before", "after"))
         sign = "" if loss["change"] < 0 else "+"
         echo(
@@ -150,11 +152,12 @@ def _convert(
     return result
 
 
-def _losses(source: Path, output: Path, corpus: list[Path]) -> dict[str, Any]:
+def _losses(source: Path, output: Path, corpus: list[Path], text_column: str) -> dict[str, Any]:
     """Of the same held-out text, with the old table and the new one."""
     from sense_v2.cli.evaluate import WITH, run_eval
 
-    found = [run_eval(folder, corpus=corpus, echo=lambda line: None) for folder in (source, output)]
+    options: dict[str, Any] = {"corpus": corpus, "text_column": text_column, "echo": lambda line: None}
+    found = [run_eval(folder, **options) for folder in (source, output)]
     before, after = (one["loss"][WITH] for one in found)
     return {
         "before": before,

@@ -16,6 +16,7 @@ from sense_v2.cli.options import (
     JsonOption,
     ProcessesOption,
     RayOption,
+    TextColumnOption,
     TokenizerOption,
     check_share,
 )
@@ -34,6 +35,7 @@ def tokenize(
     ],
     output: Annotated[Path, typer.Option(metavar="FOLDER", help="The new folder for the files.")],
     tokenizer: TokenizerOption = DEFAULT_TOKENIZER,
+    text_column: TextColumnOption = "text",
     processes: ProcessesOption = None,
     ray: RayOption = None,
     as_json: JsonOption = False,
@@ -54,10 +56,18 @@ def tokenize(
     workers = _workers(1 if processes is None and ray is None else processes, ray)
     assert workers is not None
     with new_folders(output.parent):
-        made = tokenize_corpus(source_of(corpus), loaded, output, workers=workers, separator_id=separator_id(loaded))
+        made = tokenize_corpus(
+            source_of(corpus),
+            loaded,
+            output,
+            workers=workers,
+            separator_id=separator_id(loaded),
+            text_column=text_column,
+        )
     seconds = time.perf_counter() - started
+    empty = f", {wording.count(made['empty_documents'])} empty ones skipped" if made["empty_documents"] else ""
     lines_to(as_json)(
-        f"tokens   {output}: {wording.count(made['tokens'])} of {wording.count(made['documents'])} documents, "
+        f"tokens   {output}: {wording.count(made['tokens'])} of {wording.count(made['documents'])} documents{empty}, "
         f"{wording.count(made['tokens'] / seconds)} a second"
     )
     if as_json:
@@ -71,6 +81,7 @@ def profile(
         "hot_rows.npy"
     ),
     share: Annotated[float, typer.Option(help="How many of the table's rows to write, at most.")] = 0.2,
+    text_column: TextColumnOption = "text",
     processes: ProcessesOption = None,
     ray: RayOption = None,
     as_json: JsonOption = False,
@@ -83,7 +94,15 @@ def profile(
 
     check_share(share)
     echo, workers = lines_to(as_json), _workers(processes, ray)
-    result = write_hot_rows(folder, output, corpus=corpus, share=share, workers=workers, progress=progress_to(echo))
+    result = write_hot_rows(
+        folder,
+        output,
+        corpus=corpus,
+        text_column=text_column,
+        share=share,
+        workers=workers,
+        progress=progress_to(echo),
+    )
     met = result["rows_met"]
     echo(
         f"corpus   {result['corpus']}: {wording.count(result['tokens'])} tokens, {wording.count(result['lookups'])} "

@@ -12,7 +12,7 @@ from sense_v2.cli.errors import INTERRUPTED
 from sense_v2.cli.options import (
     AllFilesOption,
     ConfigOption,
-    DocumentsOption,
+    CorpusOption,
     FolderArgument,
     JsonOption,
     LayersOption,
@@ -28,12 +28,16 @@ from sense_v2.cli.output import lines_to, print_json, require_plots
 
 def demo(
     corpus: Annotated[
-        Path | None, typer.Option(metavar="PATH", help="A file or folder of text; the standard library's source.")
+        Path | None,
+        typer.Option(
+            metavar="PATH", help="A file or folder (text, JSON lines, Parquet); the standard library's source."
+        ),
     ] = None,
     output: Annotated[Path, typer.Option(metavar="FOLDER", help="Where report, numbers and model go.")] = Path(
         "runs/demo"
     ),
     quick: Annotated[bool, typer.Option("--quick", help="Leave the two controls out.")] = False,
+    text_column: TextColumnOption = "text",
     as_json: JsonOption = False,
 ) -> None:
     """Train a small model without and with memory, and write the report that compares them.
@@ -43,7 +47,7 @@ def demo(
     from sense_v2.cli.demo import metrics, run_demo
 
     require_plots()
-    result = run_demo(corpus, output, quick=quick, echo=lines_to(as_json))
+    result = run_demo(corpus, output, quick=quick, text_column=text_column, echo=lines_to(as_json))
     if as_json:
         print_json(metrics(result))
 
@@ -53,7 +57,7 @@ def train(
     model: Annotated[
         str | None, typer.Option(metavar="NAME|FOLDER", help="A model of the hub or a folder; a small fresh Llama.")
     ] = None,
-    corpus: DocumentsOption = None,
+    corpus: CorpusOption = None,
     output: Annotated[Path, typer.Option(metavar="FOLDER", help="Where the model goes.")] = Path("runs/train"),
     config: ConfigOption = None,
     steps: Annotated[int | None, typer.Option(help="Optimizer steps.")] = None,
@@ -144,7 +148,7 @@ def train(
 
 def evaluate(
     folder: FolderArgument,
-    corpus: DocumentsOption = None,
+    corpus: CorpusOption = None,
     without_memory: Annotated[
         bool, typer.Option("--without-memory", help="Beside it, the same with the memory taken off.")
     ] = False,

@@ -5,19 +5,19 @@
 Whole files are held out, never parts of one: a model that has seen the first half of a file knows much of the rest.
 Which ones, and the order of all, is decided by a file's name below the folder that was given, so that two machines
 agree and a new file moves none of the others. (Two copies of a text under different names can stand on both sides.)
-Text comes as UTF-8; a file that isn't is left out and counted, and a corpus of nothing but such files is an error.
+Of documents (rows of JSON or Parquet) their texts decide.
 
 B batch, T sequence.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import itertools
 import os
 import sysconfig
-import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
@@ -27,10 +27,17 @@ from typing import Any
 import numpy as np
 import torch
 
-# A file of this share of control characters is no text, even where its bytes are valid UTF-8.
-MAX_CONTROL_SHARE = 0.05
-# Their number is looked for in this much of a file.
-SAMPLE_CHARACTERS = 1 << 16
+from sense_v2.hf.data.corpus_files import (
+    EMPTY,
+    OTHER_ENCODING,
+    TEXT,
+    CorpusFiles,
+    decoded,
+    find_corpus,
+    opened,
+    warn_of_left_out,
+)
+from sense_v2.hf.data.documents import document_parts, read_parts, text_of
 
 
 @dataclass
@@ -47,6 +54,18 @@ class Corpus:
     `train_texts` are then the beginning only; None where they are all of it."""
     text_column: str = "text"
     """What the documents call their text."""
+    unit: str = "files"
+    """What the texts are: files, or documents."""
+    num_empty: int = 0
+    """Documents without text, which were skipped, as far as they were read."""
+
+    def line(self) -> str:
+        """Say what it is, to a person."""
+        held_out = len(self.held_out_texts)
+        empty = f"; {self.num_empty} documents without text are skipped" if self.num_empty else ""
+        if self.documents is None:
+            return f"{self.name}, {self.num_files} {self.unit}, and {held_out} held out{empty}"
+        return f"{self.name}, read while it trains; {held_out} held-out texts to evaluate on{empty}"
 
     @property
     def num_files(self) -> int | None:
@@ -75,19 +94,20 @@ def read_corpus(
     *,
     held_out_fraction: float = 0.1,
     max_bytes: int | None = None,
+    text_column: str = "text",
 ) -> Corpus:
-    """Reads files, and all files below folders; None is the Python standard library.
+    """Read files, and all files below folders; None is the Python standard library.
 
-    Names that begin with a dot and `__pycache__` are left out below a folder, linked folders are followed, and a file
-    that is met twice counts once. `held_out_fraction` is the chance of each file, so the share of the bytes comes
-    near it where files are many; at least one file is held out, and at least one trained on. Of a single file the
-    end is held out, from a line's border on where there is one nearby.
+    `sense_v2.hf.data.corpus_files` says what kinds of files there are. `held_out_fraction` is the chance of each
+    text file, or of each document, so the share of the bytes comes near it where they are many; at least one is held
+    out, and at least one trained on. Of a single text file the end is held out, from a line's border on where there
+    is one nearby.
 
     With `max_bytes`, files are taken in an order that their names decide until that many bytes of text are read; the
     file that goes beyond is cut there.
 
     Raises `FileNotFoundError` for a path that isn't there, `ValueError` for a corpus without text or with too little
-    to hold any out, `OSError` for a file or folder that can't be read.
+    to hold any out, and for documents without text in `text_column`, `OSError` for what can't be read.
     """
     if not 0 < held_out_fraction < 1:
         raise ValueError(f"held_out_fraction = {held_out_fraction}: must be above 0 and below 1")
@@ -96,45 +116,91 @@ def read_corpus(
     if paths is None:
         root = Path(sysconfig.get_paths()["stdlib"])
         name_of = {file: file.relative_to(root).as_posix() for file in standard_library()}
-        name = "Python standard library"
+        found = CorpusFiles("Python standard library", name_of, dict.fromkeys(name_of, TEXT), set())
     else:
-        roots = [Path(path) for path in paths]
-        name_of = find_files(roots)
-        name = ", ".join(root.resolve().name or str(root) for root in roots)
+        found = find_corpus(paths)
+    if found.documents:
+        warn_of_left_out(found.left_out, len(found.name_of), found.named)
+        rows = read_parts(document_parts(found, text_column))
+        limit = float("inf") if max_bytes is None else max_bytes
+        texts_of, _ = split_documents(
+            (text_of(row, text_column) for row in rows),
+            held_out_fraction,
+            lambda *sizes: sum(sizes) >= limit,
+            found.name,
+        )
+        return dataclasses.replace(texts_of, files_left_out=len(found.left_out))
 
-    files = in_order(name_of)
     texts: list[tuple[float, str]] = []  # what decides between the parts, and the text
-    left_out: list[Path] = []
+    left_out: dict[Path, str] = {}
     num_read, num_empty, room = 0, 0, max_bytes
-    for file in files:
+    for file in in_order(found.name_of):
         if room is not None and room <= 0:
             break
         num_read += 1
-        text = read_text(file, room)
+        kind = found.kind_of[file]
+        text = "" if kind == EMPTY else read_text(file, room) if kind == TEXT else None
         if text is None:
-            left_out.append(file)
+            left_out[file] = OTHER_ENCODING if kind == TEXT else kind
         elif not text.strip():
             num_empty += 1
         else:
-            texts.append((share_of(name_of[file]), text))
+            texts.append((share_of(found.name_of[file]), text))
             room = None if room is None else room - len(text.encode())
-    warn_of_left_out(left_out, num_read)
     if not texts:
+        first = "".join(f"; {file} is {what}" for file, what in list(left_out.items())[:1])
         raise ValueError(
-            f"the corpus {name or 'of no paths'} has no text: {num_read} files, {len(left_out)} not UTF-8 text, "
-            f"{num_empty} empty. Name files, or folders with files, of UTF-8 text"
+            f"the corpus {found.name or 'of no paths'} has no text: {num_read} files, {len(left_out)} not UTF-8 "
+            f"text, {num_empty} empty. Name files, or folders with files, of UTF-8 text, JSON lines or Parquet{first}"
         )
+    warn_of_left_out(left_out, num_read, found.named)
     if len(texts) == 1:
-        train_text, held_out_text = _cut_end(texts[0][1], held_out_fraction, name)
-        return Corpus(name, [train_text], [held_out_text], len(left_out))
+        train_text, held_out_text = _cut_end(texts[0][1], held_out_fraction, found.name)
+        return Corpus(found.name, [train_text], [held_out_text], len(left_out))
     threshold = held_out_threshold([share for share, _ in texts], held_out_fraction)
     if threshold <= min(share for share, _ in texts):
         # All files have one name, so the order decides.
         all_texts = [text for _, text in texts]
-        return Corpus(name, all_texts[1:], all_texts[:1], len(left_out))
+        return Corpus(found.name, all_texts[1:], all_texts[:1], len(left_out))
     train_texts = [text for share, text in texts if share >= threshold]
     held_out_texts = [text for share, text in texts if share < threshold]
-    return Corpus(name, train_texts, held_out_texts, len(left_out))
+    return Corpus(found.name, train_texts, held_out_texts, len(left_out))
+
+
+def split_documents(
+    texts: Iterable[str], fraction: float, is_enough: Callable[[int, int], bool], name: str
+) -> tuple[Corpus, float]:
+    """Hold documents out by a digest of their text: copies are on one side, and the same ones everywhere.
+
+    Args:
+        texts: Of the documents, "" for empty ones, which are skipped and counted.
+        fraction: The chance of each.
+        is_enough: Asked after each document with the bytes to train on and those held out; True ends the reading.
+        name: The corpus's.
+
+    Returns:
+        The texts that were read, and the share below which a document is held out.
+
+    Raises:
+        ValueError: Fewer than two documents have text.
+    """
+    found: list[tuple[float, str]] = []
+    num_empty, sizes = 0, [0, 0]
+    for text in texts:
+        if not text:
+            num_empty += 1
+            continue
+        found.append((share_of(text), text))
+        sizes[found[-1][0] < fraction] += len(text.encode())
+        if is_enough(*sizes):
+            break
+    if len(found) < 2:
+        without = f", and {num_empty} without text" if num_empty else ""
+        raise ValueError(f"the corpus {name} has {len(found)} documents{without}; one is held out, so add text")
+    threshold = held_out_threshold([share for share, _ in found], fraction)
+    training = [text for share, text in found if share >= threshold]
+    held_out = [text for share, text in found if share < threshold]
+    return Corpus(name, training, held_out, unit="documents", num_empty=num_empty), threshold
 
 
 def in_order(name_of: dict[Path, str]) -> list[Path]:
@@ -142,62 +208,9 @@ def in_order(name_of: dict[Path, str]) -> list[Path]:
     return sorted(name_of, key=lambda file: (share_of("order of " + name_of[file]), str(file)))
 
 
-def warn_of_left_out(files: Sequence[Path], num_read: int) -> None:
-    """Warn where files were left out, in the caller's caller."""
-    if files:
-        warnings.warn(
-            f"{len(files)} of {num_read} files are not UTF-8 text and are left out, {files[0]} first",
-            UserWarning,
-            stacklevel=3,
-        )
-
-
 def held_out_threshold(shares: Sequence[float], fraction: float) -> float:
     """Return below which share something is held out: at least the smallest of these is, and the largest isn't."""
     return min(max(fraction, float(np.nextafter(min(shares), 1))), max(shares))
-
-
-def find_files(roots: Sequence[Path]) -> dict[Path, str]:
-    """The files to read, each once, and the name that decides about it."""
-    names: dict[Path, tuple[str, Path]] = {}
-    for root in roots:
-        if not root.exists():
-            raise FileNotFoundError(f"{root}: no such file or folder; a corpus is files or folders of text")
-        found = _walk(root) if root.is_dir() else [(root.name, root)]
-        for name, file in found:
-            real = file.resolve()
-            # Through a link, or below two of the folders, a file has several names. Which one counts mustn't depend
-            # on the order in which they are met.
-            names[real] = min(names.get(real, (name, file)), (name, file))
-    return {file: name for name, file in names.values()}
-
-
-def _walk(root: Path) -> Iterator[tuple[str, Path]]:
-    """Files below `root` and their names relative to it. Linked folders come last, and no folder twice: links can
-    lead in circles, and a folder's own name is better than a link's."""
-
-    def refuse(error: OSError) -> None:
-        raise error
-
-    entered: set[str] = set()
-    starts = [str(root)]
-    for start in starts:  # grows while it is read
-        for folder, inner, files in os.walk(start, onerror=refuse):
-            real = os.path.realpath(folder)
-            if real in entered:
-                inner.clear()
-                continue
-            entered.add(real)
-            inner[:] = sorted(name for name in inner if not _is_left_out(name))
-            starts += [path for name in inner if os.path.islink(path := os.path.join(folder, name))]
-            for name in sorted(files):
-                file = Path(folder, name)
-                if not _is_left_out(name) and file.is_file():
-                    yield file.relative_to(root).as_posix(), file
-
-
-def _is_left_out(name: str) -> bool:
-    return name.startswith(".") or name == "__pycache__"
 
 
 def share_of(name: str) -> float:
@@ -207,23 +220,10 @@ def share_of(name: str) -> float:
 
 
 def read_text(path: Path, max_bytes: int | None) -> str | None:
-    """The file's text, at most `max_bytes` of it, or None where it isn't UTF-8 text. A byte order mark is no text."""
-    with open(path, "rb") as file:
+    """Return the file's text, at most `max_bytes` of it, or None where it isn't UTF-8 text."""
+    with opened(path) as file:
         raw = file.read(-1 if max_bytes is None else max_bytes)
-        was_cut = max_bytes is not None and bool(file.read(1))
-    raw = raw.removeprefix(b"\xef\xbb\xbf")
-    try:
-        text = raw.decode("utf-8")
-    except UnicodeDecodeError as error:
-        # A cut through a character leaves the end of it away; anything else isn't UTF-8.
-        if not (was_cut and error.reason == "unexpected end of data"):
-            return None
-        text = raw[: error.start].decode("utf-8")
-    if "\0" in text:
-        return None
-    sample = text[:SAMPLE_CHARACTERS]
-    control = sum(sample.count(chr(code)) for code in range(32) if chr(code) not in "\t\n\r\f")
-    return None if control > MAX_CONTROL_SHARE * len(sample) else text
+        return decoded(raw, max_bytes is None or not file.read(1))
 
 
 def _cut_end(text: str, fraction: float, name: str) -> tuple[str, str]:

@@ -48,7 +48,8 @@ class Blocks:
 
     def line(self) -> str:
         num_blocks, length = self.token_ids_BT.shape
-        files = f"{self.num_files} {'file' if self.num_files == 1 else 'files'}"
+        unit = self.corpus.unit
+        files = f"{self.num_files} {unit.removesuffix('s') if self.num_files == 1 else unit}"
         return f"{self.corpus.name}, {self.what} of {files}; {num_blocks} sequences of {length} tokens"
 
 

@@ -9,8 +9,8 @@ Only as much is read here as evaluation needs of the text that is held out, and 
 
 from __future__ import annotations
 
-import re
 from collections.abc import Sequence
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -18,63 +18,62 @@ from typing import Any
 from sense_v2.core.config import TrainConfig
 from sense_v2.hf.data.corpus import (
     Corpus,
-    find_files,
     held_out_threshold,
     in_order,
     read_corpus,
     read_text,
     share_of,
+    split_documents,
+)
+from sense_v2.hf.data.corpus_files import (
+    OTHER_ENCODING,
+    TEXT,
+    CorpusFiles,
+    find_corpus,
+    is_compressed,
     warn_of_left_out,
 )
-from sense_v2.hf.data.streaming import FORMATS, open_documents, text_documents
+from sense_v2.hf.data.documents import Part, document_parts, read_parts, streamed, text_of, text_parts
+from sense_v2.hf.data.streaming import is_hub_dataset, open_documents
 
 MIN_CORPUS_BYTES = 16 * 2**20
 BYTES_PER_TOKEN = 8  # a token is rarely longer
 # Text takes several times its size while it is tokenised; more than this of it is streamed.
 MAX_RESIDENT_BYTES = 256 * 2**20
 MIN_HELD_OUT_BYTES = 2**20
-
-HUB_NAME = re.compile(r"[\w][\w.-]*/[\w][\w.-]*(:[\w.-]+)?")
-"""user/dataset, or user/dataset:configuration."""
-
-
-def is_hub_dataset(paths: Sequence[str | Path]) -> bool:
-    """Whether a corpus is the name of a dataset on the hub: no path, and in no folder that is there."""
-    if len(paths) != 1 or not HUB_NAME.fullmatch(str(paths[0])):
-        return False
-    path = Path(paths[0])
-    return not path.exists() and not path.parent.exists()
+# Compressed text is rarely smaller than one part in so many.
+COMPRESSION = 8
 
 
-def has_documents(paths: Sequence[str | Path]) -> bool:
-    """Whether a corpus is files of documents, all of one kind: JSON (lines) or Parquet."""
-    kinds = {FORMATS.get(file.suffix) for file in find_files([Path(path) for path in paths])}
-    return len(kinds) == 1 and None not in kinds
-
-
-def text_bytes(paths: Sequence[str | Path]) -> int:
-    """How large the files of a corpus are together."""
-    return sum(file.stat().st_size for file in find_files([Path(path) for path in paths]))
+def _text_bytes(files: CorpusFiles) -> int:
+    """Return how much text the files of a corpus have together, or more."""
+    texts = files.of(TEXT)
+    return sum(file.stat().st_size * (COMPRESSION if is_compressed(file) else 1) for file in texts)
 
 
 def open_corpus(corpus: Sequence[str | Path] | None, settings: TrainConfig, *, text_column: str = "text") -> Corpus:
     """As much of the corpus (none named: the standard library) as a run of `settings` needs. Text past that only
     costs time to tokenise. The same settings give the same part, so that `eval` reads what `train` held out.
 
-    Documents (JSON lines, Parquet, a dataset of the hub) and text that takes too much memory are read while they are
+    Documents (JSON, Parquet, a dataset of the hub) and text that takes too much memory are read while they are
     trained on.
     """
     num_tokens = settings.steps * settings.batch_size * settings.sequence_length
     max_bytes = max(MIN_CORPUS_BYTES, BYTES_PER_TOKEN * num_tokens)
-    if corpus and (
-        is_hub_dataset(corpus)
-        or has_documents(corpus)
-        or (max_bytes > MAX_RESIDENT_BYTES and text_bytes(corpus) > MAX_RESIDENT_BYTES)
-    ):
-        held_out_bytes = max(MIN_HELD_OUT_BYTES, BYTES_PER_TOKEN * settings.eval_sequences * settings.sequence_length)
-        return open_large_corpus(
-            corpus, held_out_bytes=held_out_bytes, sample_bytes=MIN_CORPUS_BYTES, text_column=text_column
-        )
+    if corpus:
+        files = None if is_hub_dataset(corpus) else find_corpus(corpus)
+        if (
+            files is None
+            or files.documents
+            or (max_bytes > MAX_RESIDENT_BYTES and _text_bytes(files) > MAX_RESIDENT_BYTES)
+        ):
+            held_out_bytes = BYTES_PER_TOKEN * settings.eval_sequences * settings.sequence_length
+            return open_large_corpus(
+                corpus,
+                held_out_bytes=max(MIN_HELD_OUT_BYTES, held_out_bytes),
+                sample_bytes=MIN_CORPUS_BYTES,
+                text_column=text_column,
+            )
     return read_corpus(corpus or None, max_bytes=max_bytes)
 
 
@@ -94,95 +93,83 @@ def open_large_corpus(
     Raises `FileNotFoundError` for a path or dataset that isn't there, `ValueError` where there is no such column, or
     too little text.
     """
-    name = ", ".join(Path(path).resolve().name if Path(path).exists() else str(path) for path in paths)
-    if is_hub_dataset(paths) or has_documents(paths):
-        documents = _open(paths, text_column, name)
-        train_texts, held_out_texts, threshold = _apart(
-            documents, text_column, held_out_fraction, held_out_bytes, sample_bytes, name
+    if is_hub_dataset(paths):
+        name = str(paths[0])
+        return _by_documents(
+            name, _open_hub(name, text_column), text_column, held_out_fraction, held_out_bytes, sample_bytes
         )
-        documents = documents.filter(partial(_is_training, column=text_column, threshold=threshold))
-        return Corpus(name, train_texts, held_out_texts, documents=documents, text_column=text_column)
+    found = find_corpus(paths)
+    if found.documents:
+        warn_of_left_out(found.left_out, len(found.name_of), found.named)
+        documents = streamed(document_parts(found, text_column))
+        corpus = _by_documents(found.name, documents, text_column, held_out_fraction, held_out_bytes, sample_bytes)
+        return replace(corpus, files_left_out=len(found.left_out))
 
-    name_of = find_files([Path(path) for path in paths])
-    files = in_order(name_of)
-    left_out = [file for file in files if read_text(file, 2**16) is None]
-    files = [file for file in files if file not in set(left_out) and file.stat().st_size]
-    warn_of_left_out(left_out, len(name_of))
-    if not files:
-        raise ValueError(f"the corpus {name} has no text. Name files, or folders with files, of UTF-8 text")
-    sizes = {file: file.stat().st_size for file in files}
-    if len(files) == 1:
-        cut = round(sizes[files[0]] * (1 - held_out_fraction))
-        training, held_out = [(files[0], 0, cut)], [(files[0], cut, sizes[files[0]])]
+    left_out = found.left_out
+    texts = in_order({file: found.name_of[file] for file in found.of(TEXT)})
+    left_out |= {file: OTHER_ENCODING for file in texts if read_text(file, 2**16) is None}
+    texts = [file for file in texts if file not in left_out]
+    warn_of_left_out(left_out, len(found.name_of), found.named)
+    if not texts:
+        raise ValueError(f"the corpus {found.name} has no text. Name files, or folders with files, of UTF-8 text")
+    if len(texts) == 1 and is_compressed(texts[0]):  # how long it is isn't known, so pieces of it are held out
+        documents = streamed(list(text_parts(texts[0])))
+        return _by_documents(found.name, documents, "text", held_out_fraction, held_out_bytes, sample_bytes)
+    if len(texts) == 1:
+        size = texts[0].stat().st_size
+        cut = round(size * (1 - held_out_fraction))
+        training, held_out = list(text_parts(texts[0], 0, cut)), list(text_parts(texts[0], cut, size))
     else:
-        shares = {file: share_of(name_of[file]) for file in files}
+        shares = {file: share_of(found.name_of[file]) for file in texts}
         threshold = held_out_threshold(list(shares.values()), held_out_fraction)
         training, held_out = (
-            [(file, 0, sizes[file]) for file in files if (shares[file] < threshold) == is_held_out]
+            [part for file in texts if (shares[file] < threshold) == is_held_out for part in text_parts(file)]
             for is_held_out in (False, True)
         )
-    documents = text_documents(training)
     return Corpus(
-        name,
-        _beginning(documents, sample_bytes),
-        _beginning(text_documents(held_out), held_out_bytes),
+        found.name,
+        _beginning(training, sample_bytes),
+        _beginning(held_out, held_out_bytes),
         len(left_out),
-        documents=documents,
+        documents=streamed(training),
     )
 
 
-def _open(paths: Sequence[str | Path], text_column: str, name: str) -> Any:
-    if is_hub_dataset(paths):
-        dataset, _, configuration = str(paths[0]).partition(":")
-        try:
-            documents = open_documents(dataset, **({"name": configuration} if configuration else {}))
-        except ImportError:
-            raise
-        except Exception as error:  # which of many depends on how the hub can't be reached
-            raise FileNotFoundError(
-                f"{name}: no such file or folder, and no dataset of that name came from the hub "
-                f"({type(error).__name__}: {str(error).splitlines()[0]}); check the name"
-            ) from error
-    else:
-        documents = open_documents(sorted(find_files([Path(path) for path in paths])))
-    first: dict[str, Any] = next(iter(documents), {})
-    if not isinstance(first.get(text_column), str):
-        raise ValueError(
-            f"the corpus {name}: its documents have no text in a column {text_column!r}; they have "
-            f"{', '.join(first) or 'none'}. Name it with --text-column"
-        )
+def _open_hub(name: str, text_column: str) -> Any:
+    try:
+        documents = open_documents(name)
+    except ImportError:
+        raise
+    except Exception as error:  # which of many depends on how the hub can't be reached
+        raise FileNotFoundError(
+            f"{name}: no such file or folder, and no dataset of that name came from the hub "
+            f"({type(error).__name__}: {str(error).splitlines()[0]}); check the name"
+        ) from error
+    text_of(next(iter(documents), {}), text_column)
     return documents
 
 
-def _apart(
-    documents: Any, column: str, fraction: float, held_out_bytes: int, sample_bytes: int, name: str
-) -> tuple[list[str], list[str], float]:
-    """The beginnings of what is trained on and held out, and below which share a document is held out."""
-    found: list[tuple[float, str]] = []
-    sizes = {False: 0, True: 0}
-    for document in documents:
-        text = document[column]
-        if text and text.strip():
-            found.append((share_of(text), text))
-            sizes[found[-1][0] < fraction] += len(text.encode())
-        if sizes[True] >= held_out_bytes and sizes[False] >= sample_bytes:
-            break
-    if len(found) < 2:
-        raise ValueError(f"the corpus {name} has {len(found)} documents; one is held out, so add text")
-    threshold = held_out_threshold([share for share, _ in found], fraction)
-    training = [text for share, text in found if share >= threshold]
-    return training, [text for share, text in found if share < threshold], threshold
+def _by_documents(
+    name: str, documents: Any, column: str, fraction: float, held_out_bytes: int, sample_bytes: int
+) -> Corpus:
+    """Hold documents out by a digest of their text."""
+    texts = (text_of(document, column) for document in documents)
+    corpus, threshold = split_documents(
+        texts, fraction, lambda training, held_out: held_out >= held_out_bytes and training >= sample_bytes, name
+    )
+    documents = documents.filter(partial(_is_training, column=column, threshold=threshold))
+    return replace(corpus, documents=documents, text_column=column)
 
 
 def _is_training(document: dict[str, Any], *, column: str, threshold: float) -> bool:
-    text = document[column]
+    text = text_of(document, column)
     return bool(text) and share_of(text) >= threshold
 
 
-def _beginning(documents: Any, num_bytes: int) -> list[str]:
+def _beginning(parts: Sequence[Part], num_bytes: int) -> list[str]:
     found: list[str] = []
     size = 0
-    for document in documents:
+    for document in read_parts(parts):
         found.append(document["text"])
         size += len(document["text"].encode())
         if size >= num_bytes:

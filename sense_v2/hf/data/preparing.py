@@ -31,11 +31,11 @@ from sense_v2.engram.table.opening import TableFiles, read_manifest
 from sense_v2.engram.tokenizer import EngramTokenizer
 from sense_v2.engram.upkeep.hot_rows import RowCounts
 from sense_v2.hf.data.corpus import encode
-from sense_v2.hf.data.streaming import TOKENS_FILE
+from sense_v2.hf.data.corpus_files import TOKENS_FILE
+from sense_v2.hf.data.documents import TOKEN_COLUMN, text_of
 from sense_v2.hf.data.workers import Processes, RayCluster, columns_of
 from sense_v2.hf.saving.folder import CONFIG_FILE, MEMORY_FOLDER, memory_paths
 
-TOKEN_COLUMN = "input_ids"
 PIECE_TOKENS = 1 << 16
 HELD_OUT_SHARE = 0.1
 
@@ -45,7 +45,8 @@ HELD_OUT_SHARE = 0.1
 
 @dataclass
 class Tokenize:
-    """{text} -> {input_ids}: the token ids (int32) of each document, `separator_id` behind them."""
+    """{text} -> {input_ids}: the token ids (int32) of each document, `separator_id` behind them; none of an empty
+    one."""
 
     tokenizer: Any
     """A `tokenizers.Tokenizer` or one of transformers; it travels to the workers."""
@@ -55,8 +56,10 @@ class Tokenize:
     def __call__(self, documents: Any) -> Any:
         import pyarrow
 
-        texts = documents.column(self.text_column).to_pylist()
-        ids = [encode([text], self.tokenizer, separator_id=self.separator_id) for text in texts]
+        if self.text_column in documents.column_names:
+            documents = documents.select([self.text_column])
+        texts = [text_of(row, self.text_column) for row in documents.to_pylist()]
+        ids = [encode([text] if text else [], self.tokenizer, separator_id=self.separator_id) for text in texts]
         return pyarrow.table({TOKEN_COLUMN: pyarrow.array(ids, type=pyarrow.list_(pyarrow.int32()))})
 
 
@@ -194,12 +197,13 @@ def tokenize_corpus(
     shutil.rmtree(unfinished, ignore_errors=True)
     unfinished.mkdir(parents=True)
     try:
-        workers.write(source, work, unfinished, split=split)
-        documents, tokens = _count_tokens(unfinished)
+        workers.write(source, work, unfinished, text_column=text_column, split=split)
+        documents, empty, tokens = _count_tokens(unfinished)
         description = {
             "format": "sense-engram tokens",
             "format_version": 1,
             "documents": documents,
+            "empty_documents": empty,
             "tokens": tokens,
             "separator_id": separator_id,
             "tokenizer_sha256": tokenizer_digest(tokenizer),
@@ -239,12 +243,12 @@ def profile_rows(
     """
     read_memory(Path(folder))  # what is wrong with it is said here, not by every worker
     work: list[Any] = [CountRows(folder)]
-    if TOKEN_COLUMN in columns_of(source, split=split):
+    if TOKEN_COLUMN in columns_of(source, text_column, split=split):
         _check_tokens(source, tokenizer)
     else:
         work.insert(0, Tokenize(tokenizer, separator_id, text_column))
     profile = RowProfile(RowCounts(), RowCounts())
-    with workers.tables(source, work, split=split) as tables:
+    with workers.tables(source, work, text_column=text_column, split=split) as tables:
         for table in tables:
             ids, counts, held_out = (table.column(name).to_numpy() for name in ("row_id", "count", "held_out"))
             profile.trained.add_counted(ids[~held_out], counts[~held_out])
@@ -273,15 +277,17 @@ def _check_tokens(source: str | Path | Sequence[str | Path], tokenizer: Any) -> 
             )
 
 
-def _count_tokens(folder: Path) -> tuple[int, int]:
-    """Return the number of documents and of tokens in a folder's Parquet files."""
+def _count_tokens(folder: Path) -> tuple[int, int, int]:
+    """Return the number of documents with tokens, of those without, and of tokens in a folder's Parquet files."""
     import pyarrow.compute
     import pyarrow.parquet
 
-    documents = tokens = 0
+    documents = empty = tokens = 0
     for path in sorted(folder.glob("*.parquet")):
         with pyarrow.parquet.ParquetFile(path) as file:
             for batch in file.iter_batches(columns=[TOKEN_COLUMN]):
-                documents += batch.num_rows
-                tokens += pyarrow.compute.sum(pyarrow.compute.list_value_length(batch.column(0))).as_py() or 0
-    return documents, tokens
+                lengths = pyarrow.compute.list_value_length(batch.column(0))
+                with_tokens = pyarrow.compute.sum(pyarrow.compute.greater(lengths, 0)).as_py() or 0
+                documents, empty = documents + with_tokens, empty + batch.num_rows - with_tokens
+                tokens += pyarrow.compute.sum(lengths).as_py() or 0
+    return documents, empty, tokens

@@ -36,6 +36,7 @@ def write_hot_rows(
     output: str | Path,
     *,
     corpus: Sequence[str | Path] | None = None,
+    text_column: str = "text",
     share: float = max(SHARES),
     workers: Processes | RayCluster | None = None,
     progress: Progress = no_progress,
@@ -45,7 +46,8 @@ def write_hot_rows(
     Args:
         folder: A model with memory.
         output: The file of hot rows, NAME.npy.
-        corpus: Text files or folders; by default the Python standard library's source.
+        corpus: Files or folders; by default the Python standard library's source.
+        text_column: Where documents have their text.
         share: At most this share of the table's rows is written, as far as they were looked up.
         workers: Count a document at a time, and hold out a tenth of the documents. Without them, the corpus is read
             as training reads it, in sequences that go on into the next text.
@@ -63,9 +65,9 @@ def write_hot_rows(
     folder, output = Path(folder), Path(output)
     config, _, manifest = read_memory(folder)
     if workers is None:
-        name, train, held_out = _count_as_trained(folder, corpus, progress)
+        name, train, held_out = _count_as_trained(folder, corpus, text_column, progress)
     else:
-        name, train, held_out = _count_by_workers(folder, corpus, workers)
+        name, train, held_out = _count_by_workers(folder, corpus, text_column, workers)
     # A token looks up one row for each of these.
     per_token = len(config.layer_indices) * len(config.ngram_orders) * config.num_heads
     ids_R, counts_R = train.hottest()
@@ -97,13 +99,14 @@ def write_hot_rows(
 def _count_as_trained(
     folder: Path,
     corpus: Sequence[str | Path] | None,
+    text_column: str,
     progress: Progress,
 ) -> tuple[str, RowCounts, RowCounts]:
     """In this process; whole files are held out, as in training."""
     config, shadow_map, _ = read_memory(folder)
     hashers = memory_hashers(config, shadow_map)
     length = settings_of(folder).sequence_length
-    text = read_corpus(corpus or None)
+    text = read_corpus(corpus or None, text_column=text_column)
     tokenizer = saved_tokenizer(folder)
     streams = [token_stream(texts, tokenizer, progress) for texts in (text.train_texts, text.held_out_texts)]
     counted = RowCounts(), RowCounts()
@@ -120,12 +123,15 @@ def _count_as_trained(
 def _count_by_workers(
     folder: Path,
     corpus: Sequence[str | Path] | None,
+    text_column: str,
     workers: Processes | RayCluster,
 ) -> tuple[str, RowCounts, RowCounts]:
     """By many workers; documents are held out."""
     source = source_of(corpus) if corpus else standard_library()
     tokenizer = saved_tokenizer(folder)
-    found = profile_rows(source, folder, tokenizer, workers=workers, separator_id=separator_id(tokenizer))
+    found = profile_rows(
+        source, folder, tokenizer, workers=workers, separator_id=separator_id(tokenizer), text_column=text_column
+    )
     if not found.trained.lookups:
         raise CommandError(f"{source}: no token of it is looked up", "name files with more text")
     name = ", ".join(Path(path).name for path in corpus) if corpus else "Python standard library"

@@ -2,8 +2,8 @@
 
     files or a hub name ──open_documents──▶ documents ──tokenizer──▶ one line of tokens, cut ──buffer──▶ blocks
 
-Documents come from `datasets` in streaming mode, which reads text, JSON lines, Parquet and what the hub has. They are
-put one behind the other and cut into blocks of one length. `position_ids` begin anew with each document, so that
+Documents are those of files (sense_v2.hf.data.documents), or what `datasets` streams from the hub. They are put one
+behind the other and cut into blocks of one length. `position_ids` begin anew with each document, so that
 neither attention nor n-grams reach from one into the next.
 
 Order: the files' from the seed (by `datasets`), then blocks are drawn at random from a buffer. All of it is decided
@@ -18,10 +18,10 @@ from __future__ import annotations
 import copy
 import json
 import logging
-import os
+import re
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 import numpy as np
 import torch
@@ -29,108 +29,76 @@ from safetensors import safe_open
 from safetensors.torch import save as to_safetensors
 
 from sense_v2.engram.table.disk import new_file, write_at
+from sense_v2.hf.data.corpus_files import find_corpus, warn_of_left_out
+from sense_v2.hf.data.documents import Part, document_parts, streamed, text_of
 
-# How `datasets` calls the format of a file of that suffix; any other is text.
-FORMATS = {".jsonl": "json", ".json": "json", ".parquet": "parquet"}
-# A text file is read in shards of this size, in an order that the seed decides, and each in pieces: a file may be
-# larger than memory. A piece is a document of its own; so few of them begin in the middle of a text.
-SHARD_BYTES = 64 * 2**20
-PIECE_BYTES = 2**20
 # States are kept every so many blocks: a Trainer has read some batches ahead of the step that it saves.
 BLOCKS_BETWEEN_STATES = 256
 STATES_KEPT = 8
 STREAM_FILE = "stream.safetensors"
-# Beside files of tokens, and no corpus itself: what they are (sense_v2.hf.data.preparing).
-TOKENS_FILE = "tokens.json"
+
+HUB_NAME = re.compile(r"[\w][\w.-]*/[\w][\w.-]*(:[\w.-]+)?")
+"""user/dataset, or user/dataset:configuration."""
+
+Source = str | Path | Sequence[str | Path]
 
 
-def open_documents(source: str | Path | Sequence[str | Path], *, split: str = "train", **options: Any) -> Any:
+def is_hub_dataset(paths: Sequence[str | Path]) -> bool:
+    """Whether a corpus is the name of a dataset on the hub: no path, and in no folder that is there."""
+    if len(paths) != 1 or not HUB_NAME.fullmatch(str(paths[0])):
+        return False
+    path = Path(paths[0])
+    return not path.exists() and not path.parent.exists()
+
+
+def sources(source: Source) -> list[str | Path]:
+    """Return the paths, or the one name, that a corpus is."""
+    return [source] if isinstance(source, (str, Path)) else list(source)
+
+
+def hub_dataset(source: Source) -> tuple[str, dict[str, str]] | None:
+    """Return (name, options) of a corpus on the hub, as `datasets.load_dataset` takes them; None for files."""
+    paths = sources(source)
+    is_word = len(paths) == 1 and isinstance(paths[0], str) and re.fullmatch(r"[\w-]+", paths[0])
+    if not is_hub_dataset(paths) and not (is_word and not Path(paths[0]).exists()):
+        return None
+    name, _, configuration = str(paths[0]).partition(":")
+    return name, {"name": configuration} if configuration else {}
+
+
+def open_documents(source: Source, *, text_column: str = "text", split: str = "train", **options: Any) -> Any:
     """A `datasets.IterableDataset` of a corpus that is never loaded whole.
 
-    `source`: files or folders (all text, all JSON lines or all Parquet), or the name of a dataset on the hub, for
-    which `options` go to `datasets.load_dataset`. A text file is one document, or of several MiB: pieces of one MiB,
-    cut where a line ends; bytes that aren't UTF-8 become U+FFFD.
+    `source`: files or folders (text, or JSON and Parquet with their text in `text_column`; Parquet of token ids), or
+    the name of a dataset on the hub, for which `options` go to `datasets.load_dataset`. A text file is one document,
+    or of several MiB: pieces of one MiB, cut where a line ends; bytes that aren't UTF-8 become U+FFFD. A document
+    without text is "".
 
-    Raises `ValueError` for files of different kinds and folders without files, `ImportError` without `datasets`.
+    Raises `ValueError` for text beside documents, a column that isn't there or isn't text, and folders without files,
+    `ImportError` without `datasets`.
     """
     try:
         import datasets
     except ImportError as error:
         raise ImportError("streaming a corpus needs the package datasets: pip install 'sense-v2[stream]'") from error
-    found = files_of_one_kind(source)
-    if found is None:
-        return datasets.load_dataset(source, split=split, streaming=True, **options)
-    kind, files = found
-    if kind == "text":
-        return text_documents([(Path(file), 0, os.path.getsize(file)) for file in files])
-    return datasets.load_dataset(kind, data_files={split: files}, split=split, streaming=True, **options)
+    hub = hub_dataset(source)
+    if hub is not None:
+        return datasets.load_dataset(hub[0], split=split, streaming=True, **hub[1], **options)
+    return streamed(parts_of(source, text_column))
 
 
-def files_of_one_kind(source: str | Path | Sequence[str | Path]) -> tuple[str, list[str]] | None:
-    """(kind, files) of a corpus, the kind as `datasets` calls it; None where `source` is a name on the hub.
-
-    Raises `ValueError` for files of different kinds and folders without files, `FileNotFoundError`.
-    """
-    if isinstance(source, str) and not Path(source).exists():
-        return None
-    paths = [source] if isinstance(source, (str, Path)) else list(source)
-    files = [file for path in paths for file in _files(Path(path))]
-    kinds = {FORMATS.get(file.suffix, "text") for file in files}
-    if len(kinds) != 1:
+def parts_of(source: Source, text_column: str, *, tokens: bool = True) -> list[Part]:
+    """Return the parts of a corpus's files, as `document_parts`, and warn of files that are none of its."""
+    found = find_corpus(sources(source))
+    parts = document_parts(found, text_column, tokens=tokens)
+    if not parts:
+        what = "".join(f"; {file} is {kind}" for file, kind in list(found.left_out.items())[:1])
         raise ValueError(
-            f"a corpus is files of one kind; {', '.join(map(str, paths))} has {', '.join(sorted(kinds)) or 'none'}"
+            f"a corpus is files of text, JSON lines or Parquet; {found.name} has none{what}. Name others, or folders "
+            "with files"
         )
-    return kinds.pop(), [str(file) for file in files]
-
-
-def _files(path: Path) -> list[Path]:
-    if not path.exists():
-        raise FileNotFoundError(f"{path}: no such file or folder")
-    if path.is_file():
-        return [path]
-    hidden = (".", "__pycache__")
-    below = (file for file in path.rglob("*") if file.is_file() and file.name != TOKENS_FILE)
-    return sorted(f for f in below if not any(part.startswith(hidden) for part in f.relative_to(path).parts))
-
-
-def text_documents(parts: Sequence[tuple[Path, int, int]]) -> Any:
-    """A `datasets.IterableDataset` of parts of text files: file, first byte, end. Raises `ValueError` for no text."""
-    import datasets
-
-    shards = [
-        (str(file), start, min(start + SHARD_BYTES, end))
-        for file, first, end in parts
-        for start in range(first, end, SHARD_BYTES)
-    ]
-    if not shards:
-        raise ValueError(f"{', '.join(str(file) for file, _, _ in parts[:3])}: no text there")
-    return datasets.IterableDataset.from_generator(_read_pieces, gen_kwargs={"shards": shards})
-
-
-def _read_pieces(shards: Sequence[tuple[str, int, int]]) -> Iterator[dict[str, str]]:
-    """The text of (file, first byte, end) in pieces. A shard ends where the next one begins, at a line's border."""
-    for path, start, end in shards:
-        with open(path, "rb") as file:
-            size = os.fstat(file.fileno()).st_size
-            place, stop = _border(file, start, size), _border(file, end, size)
-            while place < stop:
-                following = min(_border(file, place + PIECE_BYTES, size), stop)
-                file.seek(place)
-                text = file.read(following - place).decode("utf-8", errors="replace")
-                yield {"text": text.removeprefix("\ufeff") if place == 0 else text}
-                place = following
-
-
-def _border(file: BinaryIO, place: int, size: int) -> int:
-    """Where the first line begins at `place` or behind it; where none does for long, a character."""
-    if place == 0 or place >= size:
-        return min(place, size)
-    file.seek(place - 1)
-    line = file.readline(PIECE_BYTES)
-    if line.endswith(b"\n") or place - 1 + len(line) == size:
-        return place - 1 + len(line)
-    file.seek(place)
-    return place + next((at for at, byte in enumerate(file.read(4)) if byte & 0xC0 != 0x80), 0)
+    warn_of_left_out(found.left_out, len(found.name_of), found.named)
+    return parts
 
 
 class ResumableStream(torch.utils.data.IterableDataset):
@@ -328,10 +296,12 @@ class PackedStream(ResumableStream):
         """Token ids and positions of a document, [its length, 2]."""
         if self.token_column is not None:
             ids = list(document[self.token_column])
+        elif not (text := text_of(document, self.text_column)):
+            ids = []
         elif hasattr(self.tokenizer, "encode_batch"):
-            ids = self.tokenizer.encode(document[self.text_column], add_special_tokens=False).ids
+            ids = self.tokenizer.encode(text, add_special_tokens=False).ids
         else:
-            ids = self.tokenizer(document[self.text_column], add_special_tokens=False, verbose=False)["input_ids"]
+            ids = self.tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
         ids = ids if self.separator_id is None or not ids else [*ids, self.separator_id]
         return np.stack([np.array(ids, dtype=np.int64), np.arange(len(ids), dtype=np.int64)], axis=1)
 

@@ -14,18 +14,21 @@ what the functions open, must be under the same path on each: a shared folder, o
 
 from __future__ import annotations
 
+import itertools
 import logging
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
-from sense_v2.hf.data.streaming import files_of_one_kind, open_documents
+from sense_v2.hf.data.corpus_files import PARQUET
+from sense_v2.hf.data.documents import Part, read_parts
+from sense_v2.hf.data.streaming import Source, hub_dataset, open_documents, parts_of
 
 BATCH_DOCUMENTS = 128
-Source = str | Path | Sequence[str | Path]
 Work = Sequence[Callable[[Any], Any]]
 
 
@@ -36,9 +39,9 @@ def source_of(corpus: Sequence[str | Path]) -> str | list[str | Path]:
     return list(corpus)
 
 
-def columns_of(source: Source, *, split: str = "train") -> list[str]:
+def columns_of(source: Source, text_column: str, *, split: str = "train") -> list[str]:
     """Return a corpus's columns, from its first document. Raises `ValueError` if there is none."""
-    first = next(iter(open_documents(source, split=split)), None)
+    first = next(iter(open_documents(source, text_column=text_column, split=split)), None)
     if first is None:
         raise ValueError(f"{source} has no document")
     return list(first)
@@ -57,21 +60,25 @@ class Processes:
             raise ValueError(f"{self.count} processes: at least 1")
 
     @contextmanager
-    def tables(self, source: Source, work: Work, *, split: str = "train") -> Iterator[Iterator[Any]]:
+    def tables(
+        self, source: Source, work: Work, *, text_column: str = "text", split: str = "train"
+    ) -> Iterator[Iterator[Any]]:
         """Give the tables that come out of the last function."""
-        with self._mapped(source, work, split) as done:
+        with self._mapped(source, work, text_column, split) as done:
             yield done.with_format("arrow").iter(batch_size=1 << 16)
 
-    def write(self, source: Source, work: Work, folder: Path, *, split: str = "train") -> None:
+    def write(
+        self, source: Source, work: Work, folder: Path, *, text_column: str = "text", split: str = "train"
+    ) -> None:
         """Write the tables that come out of the last function as Parquet files."""
-        with self._mapped(source, work, split) as done:
+        with self._mapped(source, work, text_column, split) as done:
             parts = max(1, min(self.count, len(done)))
             for number in range(parts):
                 part = done.shard(parts, number, contiguous=True)
                 part.to_parquet(folder / f"part-{number:05}.parquet")
 
     @contextmanager
-    def _mapped(self, source: Source, work: Work, split: str) -> Iterator[Any]:
+    def _mapped(self, source: Source, work: Work, text_column: str, split: str) -> Iterator[Any]:
         import datasets
 
         bars = datasets.are_progress_bars_disabled()
@@ -80,7 +87,7 @@ class Processes:
             # `datasets` names what it keeps by a function's own attributes, not by what lies in the files that these
             # name. So what it keeps is nobody else's, and gone afterwards.
             with tempfile.TemporaryDirectory(prefix="sense-engram-") as kept:
-                documents = self._documents(datasets, source, split, kept)
+                documents = self._documents(datasets, source, text_column, split, kept)
                 for number, function in enumerate(work):
                     workers = max(1, min(self.count, len(documents)))
                     documents = documents.with_format("arrow").map(
@@ -96,20 +103,19 @@ class Processes:
         finally:
             (datasets.disable_progress_bars if bars else datasets.enable_progress_bars)()
 
-    def _documents(self, datasets: Any, source: Source, split: str, kept: str) -> Any:
-        found = files_of_one_kind(source)
-        if found is None:  # a dataset of the hub: downloads are kept where all are
-            return datasets.load_dataset(source, split=split)
-        kind, files = found
+    def _documents(self, datasets: Any, source: Source, text_column: str, split: str, kept: str) -> Any:
+        hub = hub_dataset(source)
+        if hub is not None:  # downloads are kept where all are
+            return datasets.load_dataset(hub[0], split=split, **hub[1])
+        parts = parts_of(source, text_column)
+        files = list(dict.fromkeys(part.path for part in parts))
         workers = min(self.count, len(files))
-        return datasets.load_dataset(
-            kind,
-            data_files={split: files},
-            split=split,
-            cache_dir=kept,
-            num_proc=workers if workers > 1 else None,
-            **({"sample_by": "document"} if kind == "text" else {}),
-        )
+        shared = {"cache_dir": kept, "num_proc": workers if workers > 1 else None}
+        if all(part.kind == PARQUET for part in parts):  # from Arrow to Arrow
+            return datasets.load_dataset(
+                "parquet", data_files={split: files}, columns=[parts[0].column], split=split, **shared
+            )
+        return datasets.Dataset.from_generator(read_parts, gen_kwargs={"parts": parts}, **shared)
 
 
 @dataclass
@@ -123,18 +129,22 @@ class RayCluster:
     """Whether the bars that Ray Data draws are shown."""
 
     @contextmanager
-    def tables(self, source: Source, work: Work, *, split: str = "train") -> Iterator[Iterator[Any]]:
+    def tables(
+        self, source: Source, work: Work, *, text_column: str = "text", split: str = "train"
+    ) -> Iterator[Iterator[Any]]:
         """Give the tables that come out of the last function."""
-        with self._mapped(source, work, split) as done:
+        with self._mapped(source, work, text_column, split) as done:
             yield done.iter_batches(batch_size=None, batch_format="pyarrow")
 
-    def write(self, source: Source, work: Work, folder: Path, *, split: str = "train") -> None:
+    def write(
+        self, source: Source, work: Work, folder: Path, *, text_column: str = "text", split: str = "train"
+    ) -> None:
         """Write the tables that come out of the last function as Parquet files, where they were made."""
-        with self._mapped(source, work, split) as done:
+        with self._mapped(source, work, text_column, split) as done:
             done.write_parquet(str(folder.resolve()))
 
     @contextmanager
-    def _mapped(self, source: Source, work: Work, split: str) -> Iterator[Any]:
+    def _mapped(self, source: Source, work: Work, text_column: str, split: str) -> Iterator[Any]:
         try:
             import ray
             import ray.data
@@ -149,7 +159,7 @@ class RayCluster:
         bars, context.enable_progress_bars = context.enable_progress_bars, self.progress
         order, context.execution_options.preserve_order = context.execution_options.preserve_order, True
         try:
-            documents = self._documents(ray.data, source, split)
+            documents = self._documents(ray.data, source, text_column, split)
             for function in work:
                 documents = documents.map_batches(function, batch_size=BATCH_DOCUMENTS, batch_format="pyarrow")
             yield documents
@@ -159,23 +169,24 @@ class RayCluster:
             if mine:
                 ray.shutdown()
 
-    def _documents(self, data: Any, source: Source, split: str) -> Any:
-        found = files_of_one_kind(source)
-        if found is None:
+    def _documents(self, data: Any, source: Source, text_column: str, split: str) -> Any:
+        hub = hub_dataset(source)
+        if hub is not None:
             import datasets
 
-            return data.from_huggingface(datasets.load_dataset(source, split=split))
-        kind, files = found
-        paths = [str(Path(file).resolve()) for file in files]
-        if kind == "parquet":
-            return data.read_parquet(paths)
-        if kind == "json":
-            return data.read_json(paths, lines=True)
-        return data.read_binary_files(paths).map_batches(_decoded, batch_format="pyarrow")
+            return data.from_huggingface(datasets.load_dataset(hub[0], split=split, **hub[1]))
+        parts = [part._replace(path=str(Path(part.path).resolve())) for part in parts_of(source, text_column)]
+        if all(part.kind == PARQUET for part in parts):
+            paths = list(dict.fromkeys(part.path for part in parts))
+            return data.read_parquet(paths, columns=[parts[0].column])
+        numbers = data.range(len(parts), override_num_blocks=len(parts))
+        return numbers.map_batches(partial(_read, parts=parts), batch_size=1, batch_format="pyarrow")
 
 
-def _decoded(files: Any) -> Any:
-    """{bytes} -> {text}."""
+def _read(numbers: Any, *, parts: Sequence[Part]) -> Iterator[Any]:
+    """{number of a part} -> {text}, in tables of some documents."""
     import pyarrow
 
-    return pyarrow.table({"text": [raw.decode() for raw in files.column("bytes").to_pylist()]})
+    documents = read_parts([parts[number] for number in numbers.column("id").to_pylist()])
+    while some := list(itertools.islice(documents, BATCH_DOCUMENTS)):
+        yield pyarrow.Table.from_pylist(some)

@@ -107,15 +107,17 @@ def run_experiment(
     config: Config,
     controls: bool = True,
     watcher: Watcher | None = None,
+    text_column: str = "text",
 ) -> dict[str, Any]:
     """Train the models and compare them.
 
     Args:
-        corpus: Files and folders of text; None is the Python standard library.
+        corpus: Files and folders; None is the Python standard library.
         output: Where the shadow maps and the trained model go.
         config: The memory and how all models are trained.
         controls: Whether the two controls are trained, too.
         watcher: What the experiment tells while it goes on.
+        text_column: Where documents have their text.
 
     Returns:
         The results, as `sense_v2.report.training` says.
@@ -126,7 +128,7 @@ def run_experiment(
     started = time.perf_counter()
     watcher = watcher or Watcher()
     settings = config.train
-    text = read_corpus(corpus, max_bytes=MAX_CORPUS_BYTES)
+    text = read_corpus(corpus, max_bytes=MAX_CORPUS_BYTES, text_column=text_column)
     output.mkdir(parents=True, exist_ok=True)
     watcher.compressing()
     deepseek_builder = EngramTokenizerBuilder(DEEPSEEK_PACKAGE)

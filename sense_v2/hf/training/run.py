@@ -34,9 +34,10 @@ from sense_v2.hf.backbones import (
     separator_id,
     token_stream,
 )
-from sense_v2.hf.data.corpus import Batches, Corpus, find_files
-from sense_v2.hf.data.large_corpus import is_hub_dataset, open_corpus
-from sense_v2.hf.data.streaming import PackedStream, StreamBatches
+from sense_v2.hf.data.corpus import Batches, Corpus
+from sense_v2.hf.data.corpus_files import find_files
+from sense_v2.hf.data.large_corpus import open_corpus
+from sense_v2.hf.data.streaming import PackedStream, StreamBatches, is_hub_dataset
 from sense_v2.hf.insight.evaluation import Evaluation, evaluate
 from sense_v2.hf.memory import EngramMemory, attached_memory, memory_of
 from sense_v2.hf.saving.backbone_facts import backbone_facts
@@ -237,6 +238,7 @@ def _train(
             "files": text.num_files,
             "held_out_files": len(text.held_out_texts),
             "files_left_out": text.files_left_out,
+            "empty_documents": text.num_empty,
         },
         "memory": facts["memory"],
         **_training_facts(history, config.train),
