@@ -26,9 +26,9 @@ class Old:
     def name(self) -> bytes:
         return self.file.encode() if isinstance(self.file, str) else self.file
 
-    def pack(self, salt: int) -> bytes:
+    def pack(self, salt: int, version: int = 3) -> bytes:
         hash_sum = sum(
-            slow_row_hash(row_id % 2**64, row) for row_id, row in zip(self.row_ids, self.rows, strict=True)
+            slow_row_hash(row_id % 2**64, row, version) for row_id, row in zip(self.row_ids, self.rows, strict=True)
         )
         row_bytes = len(self.rows[0]) if self.row_bytes is None else self.row_bytes
         num_rows = len(self.rows) if self.num_rows is None else self.num_rows
@@ -38,7 +38,7 @@ class Old:
         return head + struct.pack("<II", crc, 0) + self.name + ids + b"".join(self.rows)
 
 
-def forged_header(generation: int, commit: int, num_rows: int, salt: int = 1, magic: bytes = b"SENSEjr1") -> bytes:
+def forged_header(generation: int, commit: int, num_rows: int, salt: int = 1, magic: bytes = b"SENSEjr2") -> bytes:
     raw = struct.pack("<8sQQQQ", magic, generation, commit, salt, num_rows)
     return raw + struct.pack("<II", zlib.crc32(raw), 0)
 
@@ -128,4 +128,4 @@ def undone(
 
 
 def _is_header(raw: bytes) -> bool:
-    return raw[:8] == b"SENSEjr1" and struct.unpack("<II", raw[40:]) == (zlib.crc32(raw[:40]), 0)
+    return raw[:8] == b"SENSEjr2" and struct.unpack("<II", raw[40:]) == (zlib.crc32(raw[:40]), 0)

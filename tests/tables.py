@@ -13,6 +13,7 @@ from typing import Any
 
 import numpy as np
 import torch
+import xxhash
 
 from sense_v2.engram.storage import MMapEmbeddingStorage
 
@@ -70,7 +71,13 @@ def in_a_fork(call: Callable[[], object]) -> str:
     return result
 
 
-# Block checksums as docs/format.md has them, in Python's own integers, a row and a word at a time.
+# Block checksums as docs/format.md has them, a row at a time; those of version 2 a word at a time.
+
+
+def slow_row_hash(row_id: int, row: bytes, version: int = 3) -> int:
+    if version == 2:
+        return _slow_word_hash(row_id, row)
+    return xxhash.xxh3_64_intdigest(row, row_id % 2**64) if any(row) else 0
 
 
 def splitmix(x: int) -> int:
@@ -80,7 +87,7 @@ def splitmix(x: int) -> int:
     return z ^ z >> 31
 
 
-def slow_row_hash(row_id: int, row: bytes) -> int:
+def _slow_word_hash(row_id: int, row: bytes) -> int:
     word_bytes = max(size for size in (1, 2, 4, 8) if len(row) % size == 0)
     words = [int.from_bytes(row[at : at + word_bytes], "little") for at in range(0, len(row), word_bytes)]
     s = sum(word * (splitmix(j) | 1) for j, word in enumerate(words)) % 2**64
@@ -90,7 +97,7 @@ def slow_row_hash(row_id: int, row: bytes) -> int:
     return s * (splitmix(row_id) | 1) % 2**64
 
 
-def slow_sums(path: Path, num_rows: int = N) -> list[str]:
+def slow_sums(path: Path, num_rows: int = N, version: int = 3) -> list[str]:
     """Checksums of all blocks of a file, as its manifest should have them."""
     raw = path.read_bytes()
     row_bytes = len(raw) // num_rows
@@ -100,5 +107,5 @@ def slow_sums(path: Path, num_rows: int = N) -> list[str]:
     sums = [0] * (-(-num_rows // block_rows))
     for row_id in range(num_rows):
         row = raw[row_id * row_bytes : (row_id + 1) * row_bytes]
-        sums[row_id // block_rows] += slow_row_hash(row_id, row)
+        sums[row_id // block_rows] += slow_row_hash(row_id, row, version)
     return [f"{value % 2**64:016x}" for value in sums]

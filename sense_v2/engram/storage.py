@@ -166,7 +166,8 @@ class MMapEmbeddingStorage(TableModule):
                 opening.refuse_live_journal(files, self._manifest)
             else:
                 opening.recover(files, self._manifest)
-                self._undo.journal.begin(self._manifest.generation, self._manifest.commit_number)
+                at = self._manifest
+                self._undo.journal.begin(at.generation, at.commit_number, at.format_version)
             row_items = self._row_dtype.row_items(self.embedding_dim)
             self._mmap: np.memmap[Any, Any] | None = self._map(self.path, row_items, self._row_dtype.numpy)
             self._reader: RowReader | None = RowReader(
@@ -183,8 +184,7 @@ class MMapEmbeddingStorage(TableModule):
         rows = shared_tensor(self._mmap)
         self._weight: torch.Tensor | None = rows if self._row_dtype.is_compact else rows.view(self._row_dtype.torch)
         self._updates = self._manifest.updates
-        sums = None if self._manifest.checksums is None else from_hex(self._manifest.checksums)
-        self._undo.track(TrackedFile(self.path.name, self._weight, sums, committed=True))
+        self._track(self.path.name, self._weight, self._manifest.checksums, committed=True)
 
     @property
     def durability(self) -> str:
@@ -321,9 +321,12 @@ class MMapEmbeddingStorage(TableModule):
         mapping = self._map(path, width, np.dtype("<f4"))
         state = RowState(name, path, shared_tensor(mapping), entry.step)
         self._states[name], self._state_maps[name] = state, mapping
-        sums = None if entry.checksums is None else from_hex(entry.checksums)
-        self._undo.track(TrackedFile(path.name, state.values, sums, committed=listed is not None))
+        self._track(path.name, state.values, entry.checksums, committed=listed is not None)
         return state
+
+    def _track(self, name: str, values_NW: torch.Tensor, texts: list[str] | None, *, committed: bool) -> None:
+        sums = None if texts is None else from_hex(texts)
+        self._undo.track(TrackedFile(name, values_NW, sums, committed, self._manifest.format_version))
 
     # Keeping
 
@@ -432,7 +435,7 @@ class MMapEmbeddingStorage(TableModule):
     def _adopt(self, manifest: Manifest, sums: dict[str, np.ndarray[Any, Any] | None]) -> None:
         """This manifest is on the disk: everything from here on is undone to it."""
         self._manifest = manifest
-        self._undo.committed(sums, manifest.generation, manifest.commit_number)
+        self._undo.committed(sums, manifest)
 
     def _adopt_as_written(self, manifest: Manifest) -> None:
         """As `_adopt`, of a manifest whose checksums may be others than this process's."""

@@ -107,7 +107,7 @@ def restore_table(storage: MappedRows, path: str | os.PathLike[str]) -> None:
     manifest = checked_copy(path, storage.path, storage.manifest)
     for file, sums in manifest.checksums_of(path.name).items():
         raw = np.memmap(path.with_name(file), dtype=np.uint8, mode="r").reshape(manifest.rows, -1)
-        refuse_other_sums(path.with_name(file), to_hex(block_sums(raw)), sums)
+        refuse_other_sums(path.with_name(file), to_hex(block_sums(raw, manifest.format_version)), sums)
     if storage.updates == storage.manifest.updates and manifest.commit == storage.manifest.commit:
         return  # it is there
     with storage.one_commit():

@@ -245,7 +245,7 @@ def test_a_header_of_noise_is_not_taken_for_an_empty_journal(path: Path) -> None
     journal = path.with_name(JOURNAL)
     raw = bytearray(path.read_bytes())
     raw[:16] = ROW
-    for magic in (b"SENSEjr2", b"\0" * 8):
+    for magic in (b"SENSEjr3", b"\0" * 8):
         path.write_bytes(raw)
         journal.write_bytes(forged_header(*of_this_table(path), magic=magic) + bytes(100))
         with pytest.raises(ValueError, match="Open it once with mode='r\\+', or run: sense-engram verify --repair"):

@@ -49,7 +49,7 @@ def test_a_new_table_and_its_manifest(tmp_path: Path) -> None:
     assert found.pop("checksums") == slow_sums(path)
     assert re.fullmatch("[0-9a-f]{16}", found.pop("commit")), "drawn, so that no other new table's journal fits"
     assert found == {
-        "format_version": 2,
+        "format_version": 3,
         "byte_order": "little",
         "rows": N,
         "width": D,
@@ -315,7 +315,7 @@ def test_several_makers_at_once_make_one_table_and_one_gets_to_write(path: Path)
 @pytest.mark.parametrize(
     ("make_journal", "error"),
     [
-        (lambda path: path.write_bytes(b"SENSEjr1"), r"the journal of an earlier table is: engram_table\.journal"),
+        (lambda path: path.write_bytes(b"SENSEjr2"), r"the journal of an earlier table is: engram_table\.journal"),
         (lambda path: path.symlink_to("elsewhere"), r"engram_table\.journal is a link"),
         (lambda path: os.link(file_beside(path), path), r"engram_table\.journal is a file that has another name"),
         (os.mkfifo, r"engram_table\.journal isn't a regular file"),
@@ -459,7 +459,7 @@ def test_a_manifest_that_cannot_be_read_is_named(path: Path) -> None:
     good = path.with_suffix(".json").read_text()
     for text, error in (
         (good[:-20], "no JSON"),
-        (good.replace('"format_version": 2', '"format_version": 3'), "format_version = 3"),
+        (good.replace('"format_version": 3', '"format_version": 4'), "format_version = 4"),
         (good.replace('"rows"', '"raws"'), "raws|rows"),
         (good + "\0", "no JSON"),
     ):

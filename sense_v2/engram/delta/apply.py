@@ -36,7 +36,7 @@ from sense_v2.engram.delta.delta_file import (
 )
 from sense_v2.engram.storage import MMapEmbeddingStorage
 from sense_v2.engram.table.checksums import PART_BYTES, add_to_blocks, block_rows, from_hex, row_hashes, to_hex
-from sense_v2.engram.table.format import provenance_differences, row_dtype
+from sense_v2.engram.table.format import FORMAT_VERSION, provenance_differences, row_dtype
 from sense_v2.engram.table.opening import TableFiles, read_manifest
 from sense_v2.engram.table_identity import digest_of_blocks, meaning_of
 
@@ -130,7 +130,9 @@ def _differing_ids(ours: MMapEmbeddingStorage, theirs: MMapEmbeddingStorage) -> 
     size = block_rows(num_rows)
     blocks = list(range(-(-num_rows // size)))
     ours_sums, their_sums = ours.manifest.checksums, theirs.manifest.checksums
-    if ours.manifest.dtype == theirs.manifest.dtype and ours_sums is not None and their_sums is not None:
+    # Version 2's checksums can be the same of blocks that aren't.
+    kinds = {(one.manifest.dtype, one.manifest.format_version) for one in (ours, theirs)}
+    if kinds == {(ours.manifest.dtype, FORMAT_VERSION)} and ours_sums is not None and their_sums is not None:
         blocks = [block for block in blocks if ours_sums[block] != their_sums[block]]
     part_rows = max(1, PART_BYTES // (ours.embedding_dim * ours.dtype.itemsize))
     for block in blocks:
@@ -145,7 +147,8 @@ def _check_leads_to(delta: Delta, base: MMapEmbeddingStorage, trained: MMapEmbed
     """Base and delta together are the trained table: by all its checksums, or where rows are coded otherwise, by the
     delta's rows."""
     is_same = torch.equal(delta.rows_UD, trained(torch.from_numpy(delta.row_ids_U)))
-    if base.manifest.dtype == trained.manifest.dtype and not row_dtype(base.manifest.dtype).is_compact:
+    kinds = {(one.manifest.dtype, one.manifest.format_version) for one in (base, trained)}
+    if len(kinds) == 1 and not row_dtype(base.manifest.dtype).is_compact:
         assert trained.manifest.checksums is not None
         is_same = is_same and _digest_with(base, delta) == digest_of_blocks(trained.manifest.checksums)
     if not is_same:
@@ -271,11 +274,11 @@ def _check_is(storage: MMapEmbeddingStorage, delta: Delta, digest: str) -> None:
 def _digest_with(storage: MMapEmbeddingStorage, delta: Delta) -> str:
     """Digest that the table will have with the delta's rows in it."""
     assert storage.manifest.checksums is not None
-    sums = from_hex(storage.manifest.checksums)
+    sums, version = from_hex(storage.manifest.checksums), storage.manifest.format_version
     for part in _parts(delta):
         row_ids_U = delta.row_ids_U[part]
         old, new = (
-            row_hashes(row_ids_U, _bits(rows_UD))
+            row_hashes(row_ids_U, _bits(rows_UD), version)
             for rows_UD in (storage(torch.from_numpy(row_ids_U)), delta.rows_UD[part])
         )
         add_to_blocks(sums, row_ids_U, new - old, storage.num_embeddings)

@@ -30,12 +30,14 @@ import torch
 
 from sense_v2.engram.reading.safetensors_headers import TensorSpan, read_header_and_metadata
 from sense_v2.engram.table import disk
-from sense_v2.engram.table.checksums import PART_BYTES, row_hashes
+from sense_v2.engram.table.checksums import HASH_VERSION, PART_BYTES, row_hashes
 from sense_v2.engram.table.disk import new_file
 from sense_v2.engram.table.format import DTYPES, as_json_object, load_json
 from sense_v2.engram.table_identity import BLOCK_CHECKSUMS, SAMPLED_ROWS, TableIdentity
 
-FORMAT, FORMAT_VERSION = "sense-engram delta", "1"
+FORMAT, FORMAT_VERSION = "sense-engram delta", "2"
+HASHES = {"1": 2, FORMAT_VERSION: HASH_VERSION}
+"""A delta's version -> that of its row hashes."""
 _STATE = re.compile(r"state\.([A-Za-z0-9_-]{1,64})")
 _DIGEST = re.compile(r"[0-9a-f]{64}")
 _TORCH = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
@@ -158,13 +160,14 @@ def read_delta(path: str | os.PathLike[str]) -> Delta:
     if not path.is_file():
         raise FileNotFoundError(f"{path}: no delta there. Check the path; sense-engram delta export makes one")
     spans, metadata = read_header_and_metadata(path)
-    found = metadata.get("format"), metadata.get("format_version")
-    if found != (FORMAT, FORMAT_VERSION):
-        what = "no delta of a table" if found[0] != FORMAT else f"a delta of version {found[1]!r}"
+    kind, version = metadata.get("format"), metadata.get("format_version")
+    if kind != FORMAT or version not in HASHES:
+        what = "no delta of a table" if kind != FORMAT else f"a delta of version {version!r}"
         raise ValueError(
-            f"{path} is {what}; this library reads version {FORMAT_VERSION!r} of {FORMAT!r} (sense-engram delta "
-            "export writes it)"
+            f"{path} is {what}; this library reads versions {' and '.join(map(repr, HASHES))} of {FORMAT!r} "
+            "(sense-engram delta export writes it)"
         )
+    hashes = HASHES[version]
     try:
         info, checksums = _info(load_json(str(metadata.get("delta"))))
         _check_tensors(spans, info, checksums)
@@ -173,12 +176,12 @@ def read_delta(path: str | os.PathLike[str]) -> Delta:
     row_ids_U = np.array(_mapped(spans["row_ids"], np.dtype("<i8")))
     _check_ids(path, row_ids_U, info.base.rows)
     tensors = {name: _tensor(span) for name, span in spans.items() if name != "row_ids"}
-    _check_sum(path, "row_ids", _id_hash(row_ids_U), checksums)
+    _check_sum(path, "row_ids", _id_hash(row_ids_U, hashes), checksums)
     for name, values_UW in tensors.items():
         total = 0
         for part in _parts(len(row_ids_U), values_UW.shape[1] * values_UW.element_size()):
             _check_finite(path, name, row_ids_U[part], values_UW[part])
-            total += int(row_hashes(row_ids_U[part], _as_bytes(values_UW[part])).sum())
+            total += int(row_hashes(row_ids_U[part], _as_bytes(values_UW[part]), hashes).sum())
         _check_sum(path, name, total, checksums)
     return Delta(
         path, info, row_ids_U, tensors.pop("rows"), {_state_name(name): one for name, one in tensors.items()}
@@ -293,9 +296,9 @@ def _check_sum(path: Path, name: str, total: int, checksums: Mapping[str, str]) 
         )
 
 
-def _id_hash(row_ids_U: np.ndarray[Any, Any]) -> int:
+def _id_hash(row_ids_U: np.ndarray[Any, Any], version: int = HASH_VERSION) -> int:
     places_U = np.arange(len(row_ids_U), dtype=np.int64)
-    return int(row_hashes(places_U, row_ids_U.view(np.uint8).reshape(-1, 8)).sum())
+    return int(row_hashes(places_U, row_ids_U.view(np.uint8).reshape(-1, 8), version).sum())
 
 
 def _as_bytes(values_UW: torch.Tensor) -> np.ndarray[Any, Any]:

@@ -25,7 +25,7 @@ from sense_v2.engram.ranks.ownership import OwnFile
 from sense_v2.engram.row_source import TrainableRows
 from sense_v2.engram.storage import MMapEmbeddingStorage
 from sense_v2.engram.table import disk
-from sense_v2.engram.table.checksums import PART_BYTES, add_to_blocks, num_blocks, row_hashes, to_hex
+from sense_v2.engram.table.checksums import PART_BYTES, add_rows, num_blocks, to_hex
 from sense_v2.engram.table.format import Manifest, file_bytes, state_file_name
 
 
@@ -93,7 +93,7 @@ def _copy_range(table: RankedRows, values_NW: torch.Tensor, path: Path) -> np.nd
             raw = _bytes_of(values_NW, start - table.own_file.first_row, stop - table.own_file.first_row)
             disk.write_at(file.fileno(), raw, start * row_bytes)
             ids = np.arange(start, stop, dtype=np.int64)
-            add_to_blocks(sums, ids, row_hashes(ids, raw), table.num_embeddings)
+            add_rows(sums, ids, raw, table.num_embeddings, table.own.manifest.format_version)
         disk.sync_fd(file.fileno(), path)
     return sums
 
@@ -140,7 +140,8 @@ def _refuse_other_rows(table: RankedRows, path: Path, manifest: Manifest) -> Non
         part_rows = max(1, PART_BYTES // raw_NB.shape[1])
         for start in range(own.start, own.stop, part_rows):
             ids = np.arange(start, min(start + part_rows, own.stop), dtype=np.int64)
-            add_to_blocks(sums, ids, row_hashes(ids, np.ascontiguousarray(raw_NB[ids[0] : ids[-1] + 1])), len(raw_NB))
+            raw = np.ascontiguousarray(raw_NB[ids[0] : ids[-1] + 1])
+            add_rows(sums, ids, raw, len(raw_NB), manifest.format_version)
         gathered = table.ranks.all_gather("restore: checksums", torch.from_numpy(sums.view(np.int64)))
         found = to_hex(gathered.numpy().view(np.uint64).sum(axis=0, dtype=np.uint64))
         table_copy.refuse_other_sums(path.with_name(file), found, texts)

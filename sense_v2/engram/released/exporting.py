@@ -206,6 +206,7 @@ def _export_rows(
         progress_path=progress_path(path),
         identity=lambda: identity_of(read_manifest(manifest_path)),
         source_checksums=table.manifest.checksums,
+        source_version=table.manifest.format_version,
     )
     if exists:  # by an earlier call: what it cost is in the progress file, or, at its end, in the index
         _refuse_another(made)

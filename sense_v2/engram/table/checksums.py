@@ -1,25 +1,36 @@
 """Rows -> block checksums: sums of keyed row hashes, kept up to date by differences.
 
-    h(n, row) = mix(Σ_j word_j · key_j) · odd(n)    mod 2⁶⁴, over the row's 8-byte words (4, 2, 1 where 8 doesn't fit)
-    block     = Σ h(n, row_n) over its rows         mod 2⁶⁴
+    h(n, row) = XXH3 (64 bits) of the row's bytes, seeded with n; 0 for a row of zeros
+    block     = Σ h(n, row_n) over its rows                                             mod 2⁶⁴
 
-A commit adds h(new) - h(old) for the rows that changed and never rereads the table. A row of zeros hashes to 0, so a
-sparse file's sums are known without reading it. This finds damage (flipped bits, torn or swapped rows); it is no
-defence against somebody who forges rows. docs/format.md has the constants.
+A commit adds h(new) - h(old) for the rows that changed and never rereads the table. A sparse file's sums are known
+without reading its holes. This finds damage (flipped bits, torn or swapped rows); it is no defence against somebody
+who forges rows.
+
+Tables of format version 2 have another hash, linear in the row's 8-byte words: a change of the top bits of two words
+(the signs of two values) leaves it as it was. They keep it until `sense-engram verify --repair`. docs/format.md has
+both; `version` is the table's format version.
+
+`_row_hashes.c` hashes, or, where it wasn't compiled, the package xxhash, one call a row and several times slower.
 
 U row ids, B bytes of a row, N rows.
 """
 
 from __future__ import annotations
 
+import importlib
 from typing import Any
 
 import numpy as np
+import xxhash
 
 MAX_BLOCKS = 1024
 MIN_BLOCK_ROWS = 4096
 # Rows are hashed in parts of this size, so that a check's memory doesn't follow the table.
 PART_BYTES = 1 << 22
+
+HASH_VERSION = 3
+"""Of the hash that new tables, journals and deltas have: the format version that brought it."""
 
 _GOLDEN = np.uint64(0x9E3779B97F4A7C15)
 _MIX_1 = np.uint64(0xBF58476D1CE4E5B9)
@@ -50,10 +61,35 @@ def splitmix64(values: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
     return z ^ (z >> np.uint64(31))
 
 
-def row_hashes(row_ids_U: np.ndarray[Any, Any], rows_UB: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
+def _load_compiled() -> Any:
+    try:
+        return importlib.import_module("sense_v2.engram.table._row_hashes").hash_rows
+    except ImportError:  # no compiler where it was installed
+        return None
+
+
+compiled: Any = _load_compiled()
+
+
+def row_hashes(
+    row_ids_U: np.ndarray[Any, Any], rows_UB: np.ndarray[Any, Any], version: int = HASH_VERSION
+) -> np.ndarray[Any, Any]:
     """uint64 [U] of rows given as contiguous bytes, uint8 [U, B]."""
-    row_bytes = rows_UB.shape[1]
-    word_bytes = next(size for size in (8, 4, 2, 1) if row_bytes % size == 0)
+    if version < 3:
+        return _word_hashes(row_ids_U, rows_UB)
+    ids_U = np.ascontiguousarray(row_ids_U, dtype=np.int64)
+    if compiled is not None:
+        hashes_U = np.empty(len(ids_U), dtype=np.uint64)
+        compiled(ids_U, rows_UB, hashes_U)
+        return hashes_U
+    rows = rows_UB.view(f"V{rows_UB.shape[1]}")[:, 0].tolist()
+    hashes = map(xxhash.xxh3_64_intdigest, rows, ids_U.view(np.uint64).tolist())
+    return np.fromiter(hashes, np.uint64, len(ids_U)) * rows_UB.any(axis=1)
+
+
+def _word_hashes(row_ids_U: np.ndarray[Any, Any], rows_UB: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
+    """Those of format version 2."""
+    word_bytes = next(size for size in (8, 4, 2, 1) if rows_UB.shape[1] % size == 0)
     words_UW = rows_UB.view(f"<u{word_bytes}").astype(np.uint64, copy=False)
     keys_W = splitmix64(np.arange(words_UW.shape[1], dtype=np.uint64)) | np.uint64(1)
     sums_U = words_UW @ keys_W
@@ -71,13 +107,17 @@ def add_to_blocks(
 
 
 def add_rows(
-    sums: np.ndarray[Any, Any], row_ids_U: np.ndarray[Any, Any], rows_UB: np.ndarray[Any, Any], num_rows: int
+    sums: np.ndarray[Any, Any],
+    row_ids_U: np.ndarray[Any, Any],
+    rows_UB: np.ndarray[Any, Any],
+    num_rows: int,
+    version: int = HASH_VERSION,
 ) -> None:
     """In place: adds rows, given as contiguous bytes, to their blocks' sums."""
-    add_to_blocks(sums, row_ids_U, row_hashes(row_ids_U, rows_UB), num_rows)
+    add_to_blocks(sums, row_ids_U, row_hashes(row_ids_U, rows_UB, version), num_rows)
 
 
-def block_sums(table_NB: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
+def block_sums(table_NB: np.ndarray[Any, Any], version: int = HASH_VERSION) -> np.ndarray[Any, Any]:
     """uint64 [blocks] of a whole file, mapped as uint8 [N, B]; reads all of it once, front to back."""
     num_rows, row_bytes = table_NB.shape
     sums = np.zeros(num_blocks(num_rows), dtype=np.uint64)
@@ -85,7 +125,7 @@ def block_sums(table_NB: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
     for start in range(0, num_rows, part_rows):
         part = np.ascontiguousarray(table_NB[start : start + part_rows])
         ids = np.arange(start, start + len(part), dtype=np.int64)
-        add_rows(sums, ids, part, num_rows)
+        add_rows(sums, ids, part, num_rows, version)
     return sums
 
 

@@ -29,11 +29,11 @@ from typing import Any
 import numpy as np
 import torch
 
-from sense_v2.engram.table.checksums import num_blocks
+from sense_v2.engram.table.checksums import HASH_VERSION, num_blocks
 from sense_v2.engram.table.compact_rows import FLOAT8, INT8, num_scales
 
-FORMAT_VERSION = 2
-READABLE_VERSIONS = (1, 2)
+FORMAT_VERSION = HASH_VERSION
+READABLE_VERSIONS = (1, 2, 3)
 BYTE_ORDER = "little"
 STATE_DTYPE = "float32"
 # What a file's length may be: off_t is a signed 64-bit integer.
@@ -179,6 +179,7 @@ class Committed:
     """Bytes of a row in each file, by name, that takes part in commits: the table and the states."""
     checksums_of: Mapping[str, Sequence[str]] = field(default_factory=dict)
     """Block checksums of those files of which they are known."""
+    version: int = FORMAT_VERSION
 
 
 @dataclass
@@ -224,6 +225,8 @@ class Manifest:
     """Calls that stored rows, up to the last commit."""
     checksums: list[str] | None = None
     """The table's block checksums; None where they aren't known."""
+    format_version: int = FORMAT_VERSION
+    """2 as long as its checksums are that version's; any other becomes the latest."""
 
     @property
     def commit_number(self) -> int:
@@ -243,7 +246,7 @@ class Manifest:
     def committed(self, table_name: str) -> Committed:
         """What the files of the table of that name are by this manifest."""
         sizes, sums = self.row_bytes_of(table_name), self.checksums_of(table_name)
-        return Committed(self.generation, self.commit_number, self.rows, sizes, sums)
+        return Committed(self.generation, self.commit_number, self.rows, sizes, sums, self.format_version)
 
     def next_commit(self, **changes: Any) -> Manifest:
         """The manifest of the commit that follows, with these fields changed. Raises `ValueError` as `validate`."""
@@ -256,7 +259,7 @@ class Manifest:
         return file_bytes(self.rows, self.width, self.dtype)
 
     def to_json(self) -> str:
-        values = {"format_version": FORMAT_VERSION, "byte_order": BYTE_ORDER, **dataclasses.asdict(self)}
+        values = {"format_version": 0, "byte_order": BYTE_ORDER, **dataclasses.asdict(self)}
         text = json.dumps(values, indent=2, allow_nan=False) + "\n"
         if len(text) > MAX_MANIFEST_BYTES:
             raise ValueError(
@@ -276,7 +279,7 @@ class Manifest:
         if not _is_int(version) or version not in READABLE_VERSIONS:
             raise ValueError(
                 f"format_version = {_shorten(version)}: this library reads versions "
-                f"{' and '.join(map(str, READABLE_VERSIONS))}; a newer release of sense-v2 may read it"
+                f"{READABLE_VERSIONS[0]} to {READABLE_VERSIONS[-1]}; a newer release of sense-v2 may read it"
             )
         if values.pop("byte_order", None) != BYTE_ORDER:
             raise ValueError(f"byte_order: must be {BYTE_ORDER!r}")
@@ -286,6 +289,9 @@ class Manifest:
         for name in states:
             _check(_STATE_NAME.fullmatch(name) is not None, "states", name, "named by letters, digits, _ and -")
         manifest = cls(**values, states={name: _state_entry(name, entry) for name, entry in states.items()})
+        sums = [manifest.checksums, *(entry.checksums for entry in manifest.states.values())]
+        has_checksums = any(texts is not None for texts in sums)
+        manifest.format_version = max(version, 2) if has_checksums else FORMAT_VERSION
         manifest.validate()
         return manifest
 

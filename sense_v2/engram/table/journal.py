@@ -29,10 +29,11 @@ import numpy as np
 import torch
 
 from sense_v2.engram.table import disk
-from sense_v2.engram.table.checksums import PART_BYTES, block_rows, block_sums, row_hashes, to_hex
+from sense_v2.engram.table.checksums import HASH_VERSION, PART_BYTES, block_rows, block_sums, row_hashes, to_hex
 from sense_v2.engram.table.format import MAX_ROW_BYTES, Committed
 
-MAGIC = b"SENSEjr1"
+MAGICS = {b"SENSEjr1": 2, b"SENSEjr2": HASH_VERSION}
+"""What a journal begins with -> the format version of its hashes."""
 RECORD_MAGIC = b"rows"
 _HEADER = struct.Struct("<8sQQQQ")
 _RECORD = struct.Struct("<4sHHIIQ")
@@ -50,9 +51,12 @@ class JournalHeader:
     """The manifest's `commit` as a number; 0 for a table that has none."""
     salt: int
     num_rows: int
+    version: int = HASH_VERSION
+    """Of the records' hashes."""
 
     def pack(self) -> bytes:
-        raw = _HEADER.pack(MAGIC, self.generation, self.commit, self.salt, self.num_rows)
+        magic = next(magic for magic, version in MAGICS.items() if version == self.version)
+        raw = _HEADER.pack(magic, self.generation, self.commit, self.salt, self.num_rows)
         return raw + _CRC.pack(zlib.crc32(raw), 0)
 
 
@@ -123,9 +127,9 @@ def read_journal(data: bytes | JournalBytes) -> tuple[JournalHeader, Iterator[Re
         return None
     raw = data[: _HEADER.size]
     magic, generation, commit, salt, num_rows = _HEADER.unpack(raw)
-    if magic != MAGIC or _CRC.unpack(data[_HEADER.size : HEADER_BYTES]) != (zlib.crc32(raw), 0):
+    if magic not in MAGICS or _CRC.unpack(data[_HEADER.size : HEADER_BYTES]) != (zlib.crc32(raw), 0):
         return None
-    header = JournalHeader(generation, commit, salt, num_rows)
+    header = JournalHeader(generation, commit, salt, num_rows, MAGICS[magic])
     return header, _records(data, header)
 
 
@@ -153,7 +157,7 @@ def _records(data: bytes | JournalBytes, header: JournalHeader) -> Iterator[Reco
             ids = data[ids_at + 8 * first : ids_at + 8 * (first + count)]
             row_ids_U, rows_UB = _part(ids, data, rows_at + first * row_bytes, row_bytes)
             found_crc = zlib.crc32(ids, found_crc)
-            found_sum += int(row_hashes(row_ids_U, rows_UB).sum())
+            found_sum += int(row_hashes(row_ids_U, rows_UB, header.version).sum())
         if found_crc != crc or found_sum % 2**64 != hash_sum:
             return
         try:
@@ -186,14 +190,15 @@ class Journal:
         self.path, self.num_rows, self.limit_bytes = path, num_rows, limit_bytes
         self._fd: int | None = None
         self._end = 0
-        self._generation, self._commit, self._salt = 0, 0, 0
+        self._generation, self._commit, self._version, self._salt = 0, 0, HASH_VERSION, 0
         self._folder_synced = False
         self.unsynced = False
         """Whether something was appended since the last sync."""
 
-    def begin(self, generation: int, commit: int) -> None:
-        """What the next records go back to. The journal must be empty, or belong to an earlier commit."""
-        self._generation, self._commit = generation, commit
+    def begin(self, generation: int, commit: int, version: int = HASH_VERSION) -> None:
+        """What the next records go back to, and the version of their hashes. The journal must be empty, or belong to
+        an earlier commit."""
+        self._generation, self._commit, self._version = generation, commit, version
         self.empty()
 
     def empty(self) -> None:
@@ -209,7 +214,8 @@ class Journal:
         head: list[bytes | memoryview] = []
         if self._end == 0:
             self._salt = secrets.randbits(64)
-            head = [JournalHeader(self._generation, self._commit, self._salt, self.num_rows).pack()]
+            to = JournalHeader(self._generation, self._commit, self._salt, self.num_rows, self._version)
+            head = [to.pack()]
         parts = head + pack_record(self._salt, record, hash_sum)
         size = sum(len(part) for part in parts)
         if self._end + size > self.limit_bytes:
@@ -319,7 +325,7 @@ def _refuse_other_rows(path: Path, what: str, at: Committed) -> None:
     for file, expected in at.checksums_of.items():
         if path.with_name(file).exists():
             table = _Rows(path.with_name(file), at.num_rows, at.row_bytes_of[file], mode="r")
-            found = to_hex(block_sums(table.table_NB))
+            found = to_hex(block_sums(table.table_NB, at.version))
             bad = [block for block, (old, new) in enumerate(zip(expected, found, strict=True)) if old != new]
             if bad:
                 first = bad[0] * block_rows(at.num_rows)

@@ -327,7 +327,7 @@ def _is_manifest_of(manifest_path: Path, path: Path) -> bool:
     if manifest.generation or manifest.checksums is None or manifest.table_bytes != path.stat().st_size:
         return False
     rows = np.memmap(path, dtype=np.uint8, mode="r").reshape(manifest.rows, -1)
-    return to_hex(block_sums(rows)) == manifest.checksums
+    return to_hex(block_sums(rows, manifest.format_version)) == manifest.checksums
 
 
 # What a dead writer left

@@ -20,7 +20,7 @@ import numpy as np
 import torch
 
 from sense_v2.engram.table import platform
-from sense_v2.engram.table.checksums import PART_BYTES, add_to_blocks, num_blocks, row_hashes
+from sense_v2.engram.table.checksums import HASH_VERSION, PART_BYTES, add_to_blocks, num_blocks, row_hashes
 from sense_v2.engram.table.compact_rows import decode_rows
 from sense_v2.engram.table.format import MAX_FILE_BYTES, ROW_DTYPES, RowDtype
 
@@ -49,6 +49,7 @@ def scan_rows(
     width: int,
     dtype: RowDtype,
     *,
+    version: int = HASH_VERSION,
     is_link_allowed: bool = False,
     advance: Callable[[int], Any] = lambda num_bytes: None,
 ) -> Scan:
@@ -72,7 +73,7 @@ def scan_rows(
                 scan.num_zero_rows += len(rows_UB)  # all of it is a hole, and zeros hash to 0
             else:
                 read_into(fd, rows_UB, start * row_bytes)
-                _scan_part(scan, rows_UB, start, num_rows, width, dtype)
+                _scan_part(scan, rows_UB, start, num_rows, width, dtype, version)
             advance(rows_UB.nbytes)
         if os.fstat(fd).st_size != num_rows * row_bytes:
             raise OSError(errno.EIO, "its length changed while it was read")
@@ -99,10 +100,10 @@ def read_into(fd: int, rows_UB: np.ndarray[Any, Any], at: int) -> None:
 
 
 def _scan_part(
-    scan: Scan, rows_UB: np.ndarray[Any, Any], start: int, num_rows: int, width: int, dtype: RowDtype
+    scan: Scan, rows_UB: np.ndarray[Any, Any], start: int, num_rows: int, width: int, dtype: RowDtype, version: int
 ) -> None:
     row_ids_U = np.arange(start, start + len(rows_UB), dtype=np.int64)
-    hashes_U = row_hashes(row_ids_U, rows_UB)
+    hashes_U = row_hashes(row_ids_U, rows_UB, version)
     add_to_blocks(scan.sums, row_ids_U, hashes_U, num_rows)
     # Other rows could hash to 0 as well, one in 2⁶⁴.
     scan.num_zero_rows += int((~rows_UB[hashes_U == 0].any(axis=1)).sum())

@@ -25,7 +25,8 @@ from typing import Any
 import numpy as np
 import torch
 
-from sense_v2.engram.table.checksums import PART_BYTES, add_rows, add_to_blocks, num_blocks, row_hashes
+from sense_v2.engram.table.checksums import HASH_VERSION, PART_BYTES, add_rows, add_to_blocks, num_blocks, row_hashes
+from sense_v2.engram.table.format import Manifest
 from sense_v2.engram.table.journal import Journal, Record
 
 THREAD_NAME = "sense-v2-journal"
@@ -119,9 +120,15 @@ class TrackedFile:
     """What changed in one file since the last commit."""
 
     def __init__(
-        self, name: str, values_ND: torch.Tensor, sums: np.ndarray[Any, Any] | None, committed: bool
+        self,
+        name: str,
+        values_ND: torch.Tensor,
+        sums: np.ndarray[Any, Any] | None,
+        committed: bool,
+        version: int = HASH_VERSION,
     ) -> None:
         self.name, self.values_ND, self.sums, self.committed = name, values_ND, sums, committed
+        self._version = version
         self._delta = np.zeros(num_blocks(len(values_ND)), dtype=np.uint64)
         self.forget(RowSet(len(values_ND)))
 
@@ -134,7 +141,7 @@ class TrackedFile:
     def old_record(self, row_ids_U: np.ndarray[Any, Any]) -> tuple[Record, np.ndarray[Any, Any]]:
         """The rows as they are now, and their hashes."""
         record = Record(self.name, row_ids_U, self._raw(row_ids_U))
-        return record, row_hashes(row_ids_U, record.rows_UB)
+        return record, row_hashes(row_ids_U, record.rows_UB, self._version)
 
     def mark(self, row_ids_U: np.ndarray[Any, Any], hashes_U: np.ndarray[Any, Any]) -> None:
         """These rows are in the journal; who calls it adds them to `kept`, which other files may share."""
@@ -150,7 +157,7 @@ class TrackedFile:
         for row_ids_U in self.changed:
             for start in range(0, len(row_ids_U), part_rows):
                 part = row_ids_U[start : start + part_rows]
-                add_rows(sums, part, self._raw(part), len(self.values_ND))
+                add_rows(sums, part, self._raw(part), len(self.values_ND), self._version)
         return sums
 
     def _raw(self, row_ids_U: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
@@ -266,7 +273,7 @@ class UndoLog:
         """Each file's block sums with the rows as they are now; None where they weren't known before."""
         return {name: file.new_sums() for name, file in self.files.items()}
 
-    def committed(self, sums: dict[str, np.ndarray[Any, Any] | None], generation: int, commit: int) -> None:
+    def committed(self, sums: dict[str, np.ndarray[Any, Any] | None], manifest: Manifest) -> None:
         """All is as `sums` says, and committed: begins anew from there."""
         nothing: RowSet | None = None
         for name, file in self.files.items():
@@ -274,7 +281,7 @@ class UndoLog:
             file.sums, file.committed = sums[name], True
             file.forget(nothing)
         self.stored = False
-        self.journal.begin(generation, commit)
+        self.journal.begin(manifest.generation, manifest.commit_number, manifest.format_version)
 
     def close(self) -> None:
         """Ends the thread and lets go of the files. The journal stays where something was stored: it undoes that."""

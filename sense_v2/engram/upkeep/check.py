@@ -28,6 +28,7 @@ from sense_v2.engram.table import disk
 from sense_v2.engram.table.checksums import block_rows, to_hex
 from sense_v2.engram.table.disk import WriterLock
 from sense_v2.engram.table.format import (
+    FORMAT_VERSION,
     Manifest,
     RowDtype,
     journal_name,
@@ -139,8 +140,12 @@ def repair_table(path: str | os.PathLike[str], *, progress: bool | None = None) 
             done.append(f"{num_rows:,} rows put back as they were at {_commit_of(manifest)}")
             check = _check_around(path, is_own=True)
         _check_rows(check, progress=progress)
-        missing = [file.path.name for file in check.files if file.checksums is None]
+        is_old = check.manifest is not None and check.manifest.format_version < FORMAT_VERSION
+        missing = [file.path.name for file in check.files if is_old or file.checksums is None]
         if missing and not check.num_wrong and check.manifest is not None:
+            if is_old:
+                check.manifest.format_version = FORMAT_VERSION
+                check.checksums = {file.path.name: to_hex(_scan(file, check.manifest).sums) for file in check.files}
             _write_checksums(path, check.manifest, check.checksums)
             done.append(f"checksums written of {', '.join(missing)}, as the rows are now")
             check.manifest = read_manifest(_beside(path, manifest_name))
@@ -314,14 +319,7 @@ def _check_rows(check: Check, *, progress: bool | None) -> None:
         for file in check.files:
             assert check.manifest is not None
             try:
-                scan = scan_rows(
-                    file.path,
-                    check.manifest.rows,
-                    file.width,
-                    file.dtype,
-                    is_link_allowed=file.kind == "table",
-                    advance=bar.update,
-                )
+                scan = _scan(file, check.manifest, advance=bar.update)
             except OSError as error:
                 check.add(file.kind, file.path, f"can't be read: {_text_of(error, file.path)}")
                 continue
@@ -329,6 +327,14 @@ def _check_rows(check: Check, *, progress: bool | None) -> None:
             _compare_checksums(check, file)
             _report_values(check, file, scan)
     _note_old_journal(check)
+    if check.manifest is not None and check.manifest.format_version < FORMAT_VERSION:
+        text = "has checksums of version 2, which changes of two signs at once can pass. --repair writes better ones"
+        check.add("checksum", _beside(check.path, manifest_name), text, is_wrong=False)
+
+
+def _scan(file: TableFile, manifest: Manifest, advance: Callable[[int], Any] = lambda num_bytes: None) -> Scan:
+    of = (file.path, manifest.rows, file.width, file.dtype)
+    return scan_rows(*of, version=manifest.format_version, is_link_allowed=file.kind == "table", advance=advance)
 
 
 def _note_old_journal(check: Check) -> None:

@@ -21,7 +21,7 @@ from typing import Any
 from sense_v2.engram.table import disk
 from sense_v2.engram.table.checksums import to_hex
 from sense_v2.engram.table.disk import WriterLock
-from sense_v2.engram.table.format import Manifest, new_commit, row_dtype
+from sense_v2.engram.table.format import FORMAT_VERSION, Manifest, new_commit, row_dtype
 from sense_v2.engram.table.opening import (
     TableFiles,
     checked_manifest,
@@ -82,6 +82,7 @@ def convert_table(
         states={},
         commit=None,
         checksums=None,
+        format_version=FORMAT_VERSION,
     )
     manifest_path = TableFiles(source).manifest
     return make_table(
@@ -90,6 +91,7 @@ def convert_table(
         wanted,
         identity=lambda: identity_of(read_manifest(manifest_path)),
         source_checksums=old.checksums,
+        source_version=old.format_version,
         advance=advance,
     )
 
@@ -101,6 +103,7 @@ def make_table(
     *,
     identity: Callable[[], Mapping[str, Any]],
     source_checksums: list[str] | None = None,
+    source_version: int = FORMAT_VERSION,
     advance: Callable[[int], Any],
 ) -> Conversion:
     """The table that `wanted` describes, at `output`, with the rows of `source`, whose `identity` it names under
@@ -123,6 +126,7 @@ def make_table(
             progress_path=progress_path(output),
             identity=identity,
             source_checksums=source_checksums,
+            source_version=source_version,
         )
         if files.manifest.exists() and not transfer.resumed_rows:
             raise FileExistsError(f"{files.manifest} is there, of a table that isn't; choose another --output")

@@ -29,7 +29,7 @@ import numpy as np
 import torch
 
 from sense_v2.engram.table import disk
-from sense_v2.engram.table.checksums import add_to_blocks, from_hex, num_blocks, row_hashes, to_hex
+from sense_v2.engram.table.checksums import HASH_VERSION, add_rows, from_hex, num_blocks, to_hex
 from sense_v2.engram.table.disk import allocate, open_own
 from sense_v2.engram.table.row_dtypes import Coding, NotRepresentableError
 from sense_v2.engram.table.row_files import Column, RowFiles, are_sparse
@@ -73,6 +73,8 @@ class Progress:
     sums: np.ndarray[Any, Any]
     """Block checksums of the new rows so far."""
     source_sums: np.ndarray[Any, Any]
+    source_version: int
+    """Of its hashes, whose the source's manifest has."""
     max_error: float = 0.0
     sum_square_error: float = 0.0
     sum_square: float = 0.0
@@ -107,6 +109,7 @@ class Transfer:
         progress_path: Path,
         identity: Callable[[], Mapping[str, Any]],
         source_checksums: list[str] | None = None,
+        source_version: int = HASH_VERSION,
     ) -> None:
         self.source, self.target, self.files = source, target, files
         self.num_rows, self.width = num_rows, width
@@ -115,10 +118,12 @@ class Transfer:
         self.notes: list[str] = []
         self.rows_of = json.loads(json.dumps({**identity(), "rows": num_rows, "width": width}))
         zeros = np.zeros(num_blocks(num_rows), dtype=np.uint64)
-        self.progress = self._found() or Progress(self.rows_of, target.coding.name, 0, zeros, zeros)
+        self.progress = self._found(source_version) or Progress(
+            self.rows_of, target.coding.name, 0, zeros, zeros, source_version
+        )
         self.resumed_rows = self.progress.rows_done
 
-    def _found(self) -> Progress | None:
+    def _found(self, source_version: int) -> Progress | None:
         """An earlier call's progress, where it is of these rows and the files are there that it speaks of."""
         try:
             found = Progress.from_json(self.progress_path.read_text(encoding="utf-8"))
@@ -128,7 +133,8 @@ class Transfer:
                 and len(found.sums) == len(found.source_sums) == count
                 and all(is_made(file) for file in self.files)
             )
-            if whole and found.source == self.rows_of and found.dtype == self.target.coding.name:
+            of = (found.source, found.dtype, found.source_version)
+            if whole and of == (self.rows_of, self.target.coding.name, source_version):
                 return found
         except FileNotFoundError:
             return None
@@ -204,7 +210,7 @@ class Transfer:
         ids_U = np.arange(start, start + len(rows_UB), dtype=np.int64)
         old = self.progress
         source_sums, sums = old.source_sums.copy(), old.sums.copy()
-        add_to_blocks(source_sums, ids_U, row_hashes(ids_U, rows_UB), self.num_rows)
+        add_rows(source_sums, ids_U, rows_UB, self.num_rows, old.source_version)
         values_UD = self.source.coding.decode(rows_UB, self.width)
         done = dataclasses.replace(
             old,
@@ -214,7 +220,10 @@ class Transfer:
             sum_square=old.sum_square + float(values_UD.square().sum(dtype=torch.float64)),
         )
         if self.copies:
-            sums[:] = source_sums
+            if old.source_version == HASH_VERSION:
+                sums[:] = source_sums
+            else:
+                add_rows(sums, ids_U, rows_UB, self.num_rows)
             return rows_UB, done
         try:
             new_UB = self.target.coding.encode(values_UD)
@@ -222,7 +231,7 @@ class Transfer:
             raise ValueError(
                 f"{self.source.path}: row {start + error.row} {error.what}. sense-engram verify counts such values"
             ) from None
-        add_to_blocks(sums, ids_U, row_hashes(ids_U, new_UB), self.num_rows)
+        add_rows(sums, ids_U, new_UB, self.num_rows)
         error_UD = self.target.coding.decode(new_UB, self.width) - values_UD
         return new_UB, dataclasses.replace(
             done,
@@ -266,7 +275,7 @@ class Transfer:
                 if new.hold_data(start, len(rows_UB)):
                     new.read(start, rows_UB)
                     ids_U = np.arange(start, start + len(rows_UB), dtype=np.int64)
-                    add_to_blocks(sums, ids_U, row_hashes(ids_U, rows_UB), self.num_rows)
+                    add_rows(sums, ids_U, rows_UB, self.num_rows)
                 advance(rows_UB.nbytes)
         if not all(is_made(file) for file in self.files):
             return []

@@ -29,9 +29,9 @@ def write(path, ids=IDS, rows=ROWS, info=None, **states):
     return path
 
 
-def hash_of(ids, tensor):
+def hash_of(ids, tensor, version=3):
     raw = tensor.contiguous().view(torch.uint8).numpy()
-    total = sum(slow_row_hash(int(row_id), raw[place].tobytes()) for place, row_id in enumerate(ids)) % 2**64
+    total = sum(slow_row_hash(int(row_id), raw[place].tobytes(), version) for place, row_id in enumerate(ids)) % 2**64
     return f"{total:016x}"
 
 
@@ -50,7 +50,7 @@ def test_the_safetensors_library_reads_what_the_format_says(tmp_path, dtype):
     assert torch.equal(found["state.adam"], state)
     with safe_open(path, "pt") as file:
         metadata = file.metadata()
-    assert (metadata["format"], metadata["format_version"]) == ("sense-engram delta", "1")
+    assert (metadata["format"], metadata["format_version"]) == ("sense-engram delta", "2")
     places = b"".join(struct.pack("<q", row_id) for row_id in IDS)
     ids_hash = sum(slow_row_hash(place, places[8 * place : 8 * place + 8]) for place in range(3)) % 2**64
     assert json.loads(metadata["delta"]) == {
@@ -200,12 +200,29 @@ def forged(path, change):
     path.write_bytes(struct.pack("<Q", len(text)) + text + raw[8 + length :])
 
 
+def test_a_delta_of_version_1_is_read_and_checked_with_its_own_hashes(tmp_path):
+    places = b"".join(struct.pack("<q", row_id) for row_id in IDS)
+    ids_hash = sum(slow_row_hash(place, places[8 * place : 8 * place + 8], 2) for place in range(3)) % 2**64
+    sums = {name: hash_of(IDS, values, 2) for name, values in (("rows", ROWS), ("state.adam", torch.zeros(3, 2)))}
+
+    def write_as_1(header, delta):
+        header["__metadata__"]["format_version"] = "1"
+        delta["checksums"] = {"row_ids": f"{ids_hash:016x}", **sums}
+
+    forged(tmp_path / "d", write_as_1)
+    assert torch.equal(read_delta(tmp_path / "d").rows_UD, ROWS)
+    sums["rows"] = "0" * 16
+    forged(tmp_path / "d", write_as_1)
+    with pytest.raises(ValueError, match="rows has checksum"):
+        read_delta(tmp_path / "d")
+
+
 @pytest.mark.parametrize(
     ("change", "text"),
     [
         (lambda h, d: h.pop("__metadata__"), "is no delta of a table"),
         (lambda h, d: h["__metadata__"].update(format="pt"), "is no delta of a table"),
-        (lambda h, d: h["__metadata__"].update(format_version="2"), "a delta of version '2'"),
+        (lambda h, d: h["__metadata__"].update(format_version="3"), "a delta of version '3'"),
         (lambda h, d: h["__metadata__"].pop("delta"), "no JSON"),
         (lambda h, d: d.update(more=1), "must be an object of base, checksums"),
         (lambda h, d: d.pop("step"), "must be an object of base, checksums"),

@@ -1,4 +1,4 @@
-"""checksums.py against docs/format.md's hash in Python's own integers (tables.py), and golden values."""
+"""checksums.py against a slow form of docs/format.md's hashes (tables.py), and golden values."""
 
 from pathlib import Path
 from typing import Any
@@ -21,9 +21,9 @@ from sense_v2.engram.table.checksums import (
     to_hex,
 )
 
-# From a program that was written for it from the specification alone; a release that changes one can't check an older
-# one's tables.
-GOLDEN = [
+# Of version 2, from a program that was written for it from the specification alone; a release that changes one can't
+# check an older one's tables.
+GOLDEN_OF_WORDS = [
     (0, bytes(range(8)), 0xC37AED4101BE30D3),
     (1, bytes(range(8)), 0xA8CA0C04044598C1),
     (5, bytes(range(1, 17)), 0xF449F40908436B95),
@@ -31,19 +31,59 @@ GOLDEN = [
     (3, b"\xff" * 6, 0xE841260D1DF18F6E),
     (3, b"abc", 0x0EC1596D96DB7B94),
 ]
+# XXH3's own test vectors (xxHash 0.8.3, cli/xsum_sanity_check.c): length, hash with seed 0, hash with seed 2⁶⁴/φ.
+PUBLISHED = [
+    (6, 0x27B56A84CD2D7325, 0x84589C116AB59AB9),
+    (12, 0xA713DAF0DFBB77E7, 0xE7303E1B2336DE0E),
+    (48, 0x397DA259ECBA1F11, 0xADC2CBAA44ACC616),
+    (195, 0xCD94217EE362EC3A, 0xBA68003D370CB3D9),
+    (512, 0x617E49599013CB6B, 0x3CE457DE14C27708),
+    (2367, 0xCB37AEB9E5D361ED, 0xD2DB3415B942B42A),
+]
+
+
+@pytest.fixture(params=["compiled", "package"])
+def either_form(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Row hashes by the extension and by the package xxhash."""
+    if request.param == "package":
+        monkeypatch.setattr(checksums, "compiled", None)
+    elif checksums.compiled is None:
+        pytest.skip("_row_hashes.c isn't compiled here")
 
 
 def as_rows(*rows: bytes) -> np.ndarray[Any, Any]:
     return np.frombuffer(b"".join(rows), dtype=np.uint8).reshape(len(rows), -1)
 
 
-def hash_of(row_id: int, row: bytes) -> int:
-    return int(row_hashes(np.array([row_id]), as_rows(row))[0])
+def hash_of(row_id: int, row: bytes, version: int = 3) -> int:
+    return int(row_hashes(np.array([row_id]), as_rows(row), version)[0])
 
 
-@pytest.mark.parametrize(("row_id", "row", "expected"), GOLDEN)
-def test_golden_hashes(row_id: int, row: bytes, expected: int) -> None:
-    assert (hash_of(row_id, row), slow_row_hash(row_id, row)) == (expected, expected)
+@pytest.mark.parametrize(("row_id", "row", "expected"), GOLDEN_OF_WORDS)
+def test_golden_hashes_of_version_2(row_id: int, row: bytes, expected: int) -> None:
+    assert (hash_of(row_id, row, 2), slow_row_hash(row_id, row, 2)) == (expected, expected)
+
+
+@pytest.mark.usefixtures("either_form")
+@pytest.mark.parametrize(("length", "with_seed_0", "with_a_seed"), PUBLISHED)
+def test_hashes_are_xxh3s_own(length: int, with_seed_0: int, with_a_seed: int) -> None:
+    state, row = 2654435761, bytearray()
+    for _ in range(length):
+        row.append(state >> 56)
+        state = state * 0x9E3779B185EBCA8D % 2**64
+    seeds = np.array([0, 0x9E3779B185EBCA8D], dtype=np.uint64).view(np.int64)
+    assert row_hashes(seeds, as_rows(bytes(row), bytes(row))).tolist() == [with_seed_0, with_a_seed]
+
+
+@pytest.mark.parametrize("version", [2, 3])
+def test_two_signs_that_change_change_the_hash(version: int) -> None:
+    """Version 2's hash didn't see them: the top bits of two 8-byte words."""
+    values = np.random.default_rng(0).standard_normal((2, 8)).astype("<f4")
+    changed = values.copy()
+    changed[0, [1, 3]] *= -1
+    ids = np.arange(2)
+    before, after = (row_hashes(ids, rows.view(np.uint8), version) for rows in (values, changed))
+    assert (before != after).tolist() == [version == 3, False]
 
 
 def test_the_mixing_step_is_splitmix64() -> None:
@@ -58,15 +98,16 @@ rows_of_one_length = st.integers(1, 40).flatmap(
 )
 
 
-@given(rows_of_one_length, st.data())
-def test_hashes_are_those_of_the_slow_oracle(rows: list[bytes], data: st.DataObject) -> None:
+@given(rows_of_one_length, st.sampled_from([2, 3]), st.data())
+def test_hashes_are_those_of_the_slow_oracle(rows: list[bytes], version: int, data: st.DataObject) -> None:
     """Of words of 8, 4, 2 and 1 bytes, in any order of ids."""
     ids = data.draw(st.lists(st.integers(0, 2**62), min_size=len(rows), max_size=len(rows)))
-    found = row_hashes(np.array(ids), as_rows(*rows))
+    found = row_hashes(np.array(ids), as_rows(*rows), version)
     assert found.dtype == np.uint64
-    assert found.tolist() == [slow_row_hash(row_id, row) for row_id, row in zip(ids, rows, strict=True)]
+    assert found.tolist() == [slow_row_hash(row_id, row, version) for row_id, row in zip(ids, rows, strict=True)]
 
 
+@pytest.mark.usefixtures("either_form")
 @pytest.mark.parametrize("length", [256, 2 * 1024 + 4, 514, 999])
 def test_long_rows(length: int) -> None:
     rows = np.random.default_rng(length).integers(0, 256, (3, length), dtype=np.uint8)
@@ -109,7 +150,16 @@ def test_swapped_rows_and_swapped_words_change_the_sum(length: int) -> None:
 
 @given(st.integers(1, 40), st.lists(st.integers(0, 2**62), min_size=1, max_size=5))
 def test_rows_of_zeros_hash_to_0(length: int, ids: list[int]) -> None:
-    assert not row_hashes(np.array(ids), np.zeros((len(ids), length), dtype=np.uint8)).any()
+    for version in (2, 3):
+        assert not row_hashes(np.array(ids), np.zeros((len(ids), length), dtype=np.uint8), version).any()
+
+
+def test_what_is_compiled_refuses_buffers_that_do_not_fit() -> None:
+    if checksums.compiled is None:
+        pytest.skip("_row_hashes.c isn't compiled here")
+    for ids, rows, hashes in ((2, 2, 1), (3, 2, 3), (1, 0, 1)):
+        with pytest.raises(ValueError, match="aren't equally many"):
+            checksums.compiled(np.zeros(ids, np.int64), np.zeros((rows, 8), np.uint8), np.zeros(hashes, np.uint64))
 
 
 @pytest.mark.parametrize(

@@ -567,7 +567,7 @@ def test_a_table_of_the_first_release_opens_and_becomes_version_2_with_its_next_
     found = manifest(path)
     assert len(found.pop("commit")) == 16
     assert found == json.loads(VERSION_1) | {
-        "format_version": 2,
+        "format_version": 3,
         "generation": 4,
         "step": 121,
         "states": {"adam": json.loads(VERSION_1)["states"]["adam"] | {"checksums": None}},

@@ -149,7 +149,7 @@ def test_the_manifests_golden_text() -> None:
     )
     assert manifest.commit_number == 0x0123456789ABCDEF
     assert json.loads(manifest.to_json()) == {
-        "format_version": 2,
+        "format_version": 3,
         "byte_order": "little",
         "rows": 5,
         "width": 4,
@@ -185,7 +185,7 @@ def test_what_a_manifest_may_leave_out() -> None:
     assert manifest.commit_number == 0
 
 
-def test_a_manifest_of_version_1_is_read_and_written_as_version_2() -> None:
+def test_a_manifest_of_version_1_is_read_and_written_as_the_latest() -> None:
     text = """{
       "format_version": 1, "byte_order": "little", "rows": 5, "width": 4, "dtype": "bfloat16",
       "init_seed": 7, "init_std": 0.02, "provenance": {"variant": "sense"}, "generation": 3, "step": 120,
@@ -204,7 +204,7 @@ def test_a_manifest_of_version_1_is_read_and_written_as_version_2() -> None:
         states={"adam": StateEntry("engram_table.adam.dat", 8, step=119)},
     )
     written = json.loads(manifest.to_json())
-    assert (written["format_version"], written["commit"], written["checksums"]) == (2, None, None)
+    assert (written["format_version"], written["commit"], written["checksums"]) == (3, None, None)
 
 
 def test_bytes_of_a_row_in_each_file() -> None:
@@ -231,8 +231,8 @@ STATE = {"file": "t.adam.dat", "width": 2}
         ("[" * 100_000, "no JSON"),
         ("[]", r"a manifest is a JSON object, not \[\]"),
         ("null", "a manifest is a JSON object, not None"),
-        ("{}", "format_version = None: this library reads versions 1 and 2"),
-        (manifest_text(format_version=3, new_field=1), "format_version = 3: .*a newer release"),
+        ("{}", "format_version = None: this library reads versions 1 to 3"),
+        (manifest_text(format_version=4, new_field=1), "format_version = 4: .*a newer release"),
         (manifest_text(format_version=True), "format_version = True"),
         (manifest_text(format_version="1"), "format_version = '1'"),
         (manifest_text(byte_order="big"), "byte_order: must be 'little'"),

@@ -33,12 +33,12 @@ ROW_BYTES = {TABLE: 8, STATE: 6}
 AT = Committed(GENERATION, COMMIT, ROWS, ROW_BYTES)
 
 GOLDEN_HEADER = bytes.fromhex(
-    "53454e53456a7231"  # SENSEjr1
+    "53454e53456a7232"  # SENSEjr2
     "0300000000000000"
     "efcdab8967452301"
     "8877665544332211"
     "0a00000000000000"
-    "cd82b0cb"  # CRC-32
+    "d833a790"  # CRC-32
     "00000000"
 )
 GOLDEN_RECORD = bytes.fromhex(
@@ -47,8 +47,8 @@ GOLDEN_RECORD = bytes.fromhex(
     "0000"
     "08000000"
     "02000000"
-    "e7c6c5beb77ff286"  # sum of hashes
-    "1bf49264"  # CRC-32
+    "64485c4e09625462"  # sum of hashes
+    "45c861d3"  # CRC-32
     "00000000"
     "742e646174"  # t.dat
     "0700000000000000"
@@ -62,7 +62,7 @@ GOLDEN_RECORD = bytes.fromhex(
 
 
 def header(generation: int = GENERATION, commit: int = COMMIT, salt: int = SALT, num_rows: int = ROWS) -> bytes:
-    raw = b"SENSEjr1" + struct.pack("<4Q", generation, commit, salt, num_rows)
+    raw = b"SENSEjr2" + struct.pack("<4Q", generation, commit, salt, num_rows)
     return raw + struct.pack("<II", zlib.crc32(raw), 0)
 
 
