@@ -16,6 +16,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import nn
 from transformers import PreTrainedModel
 
@@ -126,6 +127,7 @@ def attach_engram(
         hook = partial(add_memory, memory, memory.layers, layer_id, depth)
         memory.undo.append(layer.register_forward_pre_hook(hook, with_kwargs=True))
     memory.undo += replace_methods(model)
+    torch.compiler.reset()  # what was compiled without these hooks has no guard on them
     return model
 
 
@@ -145,6 +147,7 @@ def detach_engram(model: PreTrainedModel) -> PreTrainedModel:
             storage.flush()
     for change in memory.undo:
         change.remove()
+    torch.compiler.reset()
     del model.engram
     if memory.owns_tables:
         memory.storage.close()

@@ -25,13 +25,14 @@ from test_generation import (
     remembering,
     some_ids,
 )
-from tiny import tiny_config, tiny_tokenizer, wake
+from tiny import tiny_config, tiny_model, tiny_tokenizer, wake
 from torch._dynamo.testing import CompileCounterWithBackend
 from transformers import CompileConfig, StaticCache
 
 from sense_v2.engram import operators
 from sense_v2.engram.optim import RowAdam
 from sense_v2.hf.attach import attach_engram, detach_engram
+from sense_v2.hf.insight.interventions import memory_off
 
 
 @pytest.fixture(autouse=True)
@@ -165,6 +166,26 @@ def test_an_unknown_token_is_named_in_a_graph_as_well():
     whole, _ = compiled(remembering("llama"))
     with pytest.raises(IndexError, match=r"token id 96|index out of range"), torch.no_grad():
         whole(torch.tensor([[5, 96]]), use_cache=False)
+
+
+@pytest.mark.parametrize("how", ["torch.compile", "method"])
+def test_a_model_that_was_compiled_before_takes_memory_on_and_off(tmp_path, how):
+    model, ids = tiny_model("llama", layers=1), some_ids()
+    called = torch.compile(model, backend="eager") if how == "torch.compile" else model
+    if how == "method":
+        model.compile(backend="eager")
+    with torch.no_grad():
+        bare = called(ids, use_cache=False).logits
+        attach_engram(model, tiny_config(tmp_path, layer_indices=[0]), tiny_tokenizer())
+        wake(model.engram)
+        with torch.compiler.set_stance("force_eager"):
+            expected = called(ids, use_cache=False).logits
+        assert_same(called(ids, use_cache=False).logits, expected)
+        assert not torch.allclose(expected, bare, atol=1e-2)
+        with memory_off(model.engram):
+            assert_same(called(ids, use_cache=False).logits, bare)
+        detach_engram(model)
+        assert_same(called(ids, use_cache=False).logits, bare)
 
 
 # --- the operators on their own ---

@@ -163,7 +163,8 @@ def gates_seen(memory: EngramMemory) -> Iterator[dict[int, tuple[torch.Tensor, t
     def store(layer_id: int, gate: torch.nn.Module, inputs: Any, alpha_BTS: torch.Tensor) -> None:
         seen[layer_id] = (alpha_BTS, inputs[0])
 
-    with ExitStack() as hooks:
+    # A compiled model has no guard on hooks.
+    with torch.compiler.set_stance("force_eager"), ExitStack() as hooks:
         for fusion in memory:
             hooks.enter_context(fusion.gate.register_forward_hook(partial(store, fusion.layer_id)))
         yield seen

@@ -28,13 +28,20 @@ from sense_v2.hf.training.controls import PermutedHasher
 
 
 @contextmanager
+def _hooks() -> Iterator[ExitStack]:
+    """Hooks while the block lasts, in which nothing runs compiled: a compiled model has no guard on hooks."""
+    with torch.compiler.set_stance("force_eager"), ExitStack() as hooks:
+        yield hooks
+
+
+@contextmanager
 def memory_off(memory: EngramMemory, layers: Sequence[int] | None = None) -> Iterator[None]:
     """Let hidden states pass these layers (their numbers; all by default) as if no memory were attached."""
 
     def pass_on(fusion: torch.nn.Module, args: Any, kwargs: dict[str, Any], fused: torch.Tensor) -> Any:
         return args[0] if args else kwargs["hidden_states"]
 
-    with ExitStack() as hooks:
+    with _hooks() as hooks:
         for fusion in _named(memory, layers):
             hooks.enter_context(fusion.register_forward_hook(pass_on, with_kwargs=True))
         yield
@@ -47,7 +54,7 @@ def gate_forced(memory: EngramMemory, alpha: float) -> Iterator[None]:
     def constant(gate: torch.nn.Module, args: Any, alpha_BTS: torch.Tensor) -> torch.Tensor:
         return torch.full_like(alpha_BTS, alpha)
 
-    with ExitStack() as hooks:
+    with _hooks() as hooks:
         for fusion in memory:
             # Before other hooks, so that these see the gate that is used.
             hooks.enter_context(fusion.gate.register_forward_hook(constant, prepend=True))
@@ -84,7 +91,7 @@ def heads_off(memory: EngramMemory, layer: int, heads: Sequence[int]) -> Iterato
         rows_BTHD[..., list(heads), :] = 0
         return (rows_BTHD.flatten(-2),)
 
-    with ExitStack() as hooks:
+    with _hooks() as hooks:
         for fusion in _named(memory, [layer]):
             for projection in (fusion.W_k, fusion.W_v):
                 hooks.enter_context(projection.register_forward_pre_hook(without))
@@ -106,7 +113,7 @@ def rows_of_noise(memory: EngramMemory, std_LH: torch.Tensor, seed: int) -> Iter
             rows_BTHD = rows_BTHD * valid_BT.cpu()[..., None, None]
         return args, {**kwargs, "memory": rows_BTHD.flatten(-2)}
 
-    with ExitStack() as hooks:
+    with _hooks() as hooks:
         for fusion in memory:
             hooks.enter_context(fusion.register_forward_pre_hook(drawn, with_kwargs=True))
         yield
