@@ -129,6 +129,24 @@ def test_a_run_that_was_stopped_is_a_model_and_is_resumed(
     assert Config.load(cut / "config.yaml").engram.storage_path == str(cut / "engram" / "engram_table.dat")
 
 
+def test_a_run_that_ended_after_its_last_checkpoint_says_what_it_learned(
+    run, run_json, settings, corpus, tmp_path, monkeypatch
+):
+    """All steps are taken by then, so none is evaluated on the way."""
+    whole = run_json("train", "--corpus", corpus, *settings, "--output", tmp_path / "whole")
+    with monkeypatch.context() as patch:
+        patch.setattr(run_module, "_save", lambda *_: fail())
+        assert run("train", "--corpus", corpus, *settings, "--output", tmp_path / "cut")[0] == 1
+    gc.collect()
+    found = run_json("train", "--resume", "--output", tmp_path / "cut")
+    assert found["perplexity"] == whole["perplexity"]
+    assert found["bits_per_byte"] == whole["bits_per_byte"]
+    card = [(tmp_path / name / "README.md").read_text().replace(name, "") for name in ("cut", "whole")]
+    assert [line for line in card[0].splitlines() if "per" in line] == [
+        line for line in card[1].splitlines() if "per" in line
+    ]
+
+
 def test_what_cannot_be_resumed(run, settings, corpus, tmp_path, ends):
     status, _, error = run("train", "--resume", "--output", tmp_path / "nothing")
     assert status == 1

@@ -223,8 +223,7 @@ def _train(
                 folder=state_folder,
                 resumes=resumes,
             )
-        if history.stopped or config.trainer.get("load_best_model_at_end"):
-            check(backbone.model)
+        check(backbone.model)  # always: a run that is resumed at its last step has evaluated nothing on its way
         reserved.unlink()
         _save(backbone, staging, output, *_card_facts(history, config.train, text, evaluations))
     _in_place(config, output).save(staging / "config.yaml")
