@@ -10,6 +10,7 @@ it, it stays: `--resume` goes on there, and another run names it.
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 import tempfile
@@ -17,9 +18,12 @@ import warnings
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 from sense_v2.core.errors import NO_ROOM, CommandError, one_line
 from sense_v2.core.folders import missing_folders, remove_empty
+from sense_v2.engram.table.disk import sync, write_file
+from sense_v2.engram.table.platform import LOCK_IS_HELD, NO_LOCKS, READ, lock
 from sense_v2.hf.data.streaming import STREAM_FILE
 from sense_v2.hf.saving.folder import MEMORY_FOLDER
 
@@ -28,6 +32,10 @@ RESUMED = f"{PREFIX}resumed"
 STATE_FOLDER = "training"
 """What a run goes on from: how it was called (RUN_FILE), and its last checkpoints."""
 RUN_FILE = "run.json"
+REPLACED = "replaced"
+"""What was there, while the new model takes its place;"""
+PLAN_FILE = "replacing.json"
+"""and the names of both."""
 # What an earlier model may have left where the new one has no file of that name.
 _PARTS = (
     MEMORY_FOLDER,
@@ -48,6 +56,7 @@ def staged_folder(output: Path, *, force: bool) -> Iterator[Path]:
     Files in `output` that belong to no model stay. Raises `CommandError` where a model is there and `force` isn't
     given, and where the folder can't be written to.
     """
+    _finish_replacing(output, begun=True)
     _refuse_model(output, force)
     made = missing_folders(output)
     try:
@@ -66,10 +75,11 @@ def staged_folder(output: Path, *, force: bool) -> Iterator[Path]:
             "choose another --output, or make that one writable",
         ) from error
     try:
-        with _published(staging):
+        with _locked(staging):
             yield staging
+            _publish(staging, output, force=force)
     finally:
-        if not _steps(staging):
+        if not _steps(staging) and not (staging / PLAN_FILE).exists():
             shutil.rmtree(staging, ignore_errors=True)
         remove_empty(made)
 
@@ -80,16 +90,18 @@ def resumed_folder(output: Path) -> Iterator[Path]:
     content takes its place in `output`.
 
     A run that was stopped and saved is taken out of `output` for that: until it is saved again, no model is there.
-    Raises `CommandError` where there is no such run, or several.
+    Raises `CommandError` where there is no such run, or several, or another process is at work on it.
     """
-    staging = output / RESUMED
+    finished = _finish_replacing(output, begun=False)
     parts = (_MODEL, MEMORY_FOLDER, STATE_FOLDER)
     was_saved = (output / STATE_FOLDER / RUN_FILE).is_file()
-    if was_saved:
-        staging.mkdir(exist_ok=True)
-        # The state comes last: a kill in between leaves it where the next call looks for it.
-        _move(parts, output, staging)
-    found = [path.parent.parent for path in output.glob(f"{PREFIX}*/{STATE_FOLDER}/{RUN_FILE}")]
+    found = {path.parent.parent for path in output.glob(f"{PREFIX}*/{STATE_FOLDER}/{RUN_FILE}")}
+    found |= {output / RESUMED} if was_saved else set()
+    if not found and finished:
+        raise CommandError(
+            f"{output} has the model that the run had trained in its place now, and no run that could go on",
+            "use it, as with `sense-engram eval`",
+        )
     if not found:
         raise CommandError(
             f"{output} holds no run that could go on"
@@ -101,15 +113,21 @@ def resumed_folder(output: Path) -> Iterator[Path]:
             f"{output} holds {len(found)} runs that ended early: {', '.join(sorted(path.name for path in found))}",
             "remove all but the one to go on with",
         )
-    began = _steps(found[0])
-    try:
-        with _published(found[0]):
-            yield found[0]
-    except BaseException:  # what is there isn't removed: another process may be at work on it
-        if was_saved and _steps(found[0]) == began:  # it got no further, so the model that is there can stay
-            _move(parts[::-1], found[0], output)
-            shutil.rmtree(found[0], ignore_errors=True)
-        raise
+    (staging,) = found
+    staging.mkdir(exist_ok=True)
+    with _locked(staging):
+        began = None
+        try:
+            if was_saved:  # the state comes last: a kill in between leaves it where the next call looks for it
+                _move(parts, output, staging)
+            began = _steps(staging)
+            yield staging
+        except BaseException:  # what is there isn't removed
+            if was_saved and began in (None, _steps(staging)):  # it got no further, so the model that was there stays
+                _move(parts[::-1], staging, output)
+                shutil.rmtree(staging, ignore_errors=True)
+            raise
+        _publish(staging, output, force=True)
 
 
 def _move(names: Iterable[str], source: Path, target: Path) -> None:
@@ -134,14 +152,6 @@ def _steps(staging: Path) -> list[str]:
     return sorted(path.parent.name for path in staging.glob(f"{STATE_FOLDER}/checkpoint-*/{STREAM_FILE}"))
 
 
-@contextmanager
-def _published(staging: Path) -> Iterator[None]:
-    """Moves the content of `staging` to the folder that it is in, when the block ends well."""
-    yield
-    _publish(staging, staging.parent)
-    shutil.rmtree(staging, ignore_errors=True)
-
-
 def reserve(staging: Path, size_bytes: int, output: Path) -> Path:
     """Takes the room that the weights will need, before hours of training; remove the file before they are written.
 
@@ -164,14 +174,14 @@ def reserve(staging: Path, size_bytes: int, output: Path) -> Path:
     return path
 
 
-def _refuse_model(output: Path, force: bool) -> None:
+def _refuse_model(output: Path, force: bool, where: str = "") -> None:
     if output.exists() and not output.is_dir():
         raise CommandError(f"{output} is a file, and --output is a folder", "choose another --output")
     found = [name for name in (_MODEL, MEMORY_FOLDER) if (output / name).exists()]
     if found and not force:
         what = "a trained memory" if MEMORY_FOLDER in found else "a model"
         raise CommandError(
-            f"{output} holds {what} already ({one_line(', '.join(found))})",
+            f"{output} holds {what} already ({one_line(', '.join(found))}){where}",
             "choose another --output, or start over with --force, which replaces it when the new one is trained"
             + (
                 "; --resume goes on with it, which was stopped"
@@ -181,15 +191,90 @@ def _refuse_model(output: Path, force: bool) -> None:
         )
 
 
-def _publish(staging: Path, output: Path) -> None:
-    """Moves what was there aside and the new in. config.json leaves first and comes last: a kill in between leaves
-    no model, and never a mixture of two."""
-    replaced = staging / ".replaced"
-    new = sorted(path.name for path in staging.iterdir())
-    old = {name for name in (*new, _MODEL) if (output / name).exists()}
-    old |= {path.name for part in _PARTS for path in output.glob(part)}
-    replaced.mkdir()
-    for name in sorted(old, key=lambda name: name != _MODEL):
-        os.replace(output / name, replaced / name)
-    for name in sorted(new, key=lambda name: name == _MODEL):
-        os.replace(staging / name, output / name)
+@contextmanager
+def _locked(folder: Path, *, wait: bool = False) -> Iterator[None]:
+    """Hold a folder's lock, where the file system has such. Raises `CommandError` if another process holds it."""
+    fd = os.open(folder, READ)
+    try:
+        try:
+            lock(fd, wait=wait)
+        except OSError as error:
+            if error.errno in LOCK_IS_HELD:
+                what = f"{folder}: another process is at work on this run"
+                raise CommandError(what, "wait for it, or end it") from error
+            if error.errno not in NO_LOCKS:
+                raise
+        yield
+    finally:
+        os.close(fd)
+
+
+def _publish(staging: Path, output: Path, *, force: bool) -> None:
+    """Move what was there aside and the new in, and remove what was there once all of the new is in place.
+
+    config.json leaves first and comes last: a kill in between leaves no model, and never a mixture of two, and the
+    next call for that folder finishes. What fails is taken back: the old model stays, and the new one in `staging`,
+    from where --resume puts it in place. One process at a time does this.
+    """
+    with _locked(output, wait=True):
+        old = {path.name for part in (_MODEL, *_PARTS) for path in output.glob(part)}
+        new = {path.name for path in staging.iterdir()} - {REPLACED, PLAN_FILE}
+        old |= {name for name in new if (output / name).exists()}
+        plan = {
+            "force": force,
+            "old": sorted(old, key=lambda name: (name != _MODEL, name)),
+            "new": sorted(new, key=lambda name: (name == _MODEL, name)),
+        }
+        write_file(staging / PLAN_FILE, json.dumps(plan))
+        _refuse_model(output, force, f"; the new one is in {staging}")  # another run may have ended meanwhile
+        try:
+            _replace(staging, output, plan)
+        except BaseException as error:
+            left = _taken_back(staging, output, plan)
+            what = f"{output}: the trained model can't take its place: {one_line(str(error))}"
+            way_out = f"{left}. The new one is in {staging}; `sense-engram train --resume` puts it in place"
+            if not isinstance(error, Exception):  # Ctrl-C
+                warnings.warn(f"{output}: the trained model isn't in its place. {way_out}", UserWarning, stacklevel=4)
+                raise
+            raise CommandError(what, way_out) from error
+
+
+def _replace(staging: Path, output: Path, plan: dict[str, Any]) -> None:
+    aside = staging / REPLACED
+    aside.mkdir(exist_ok=True)
+    if all((staging / name).exists() for name in plan["new"]):  # else all that was there is aside already
+        _move(plan["old"], output, aside)
+    _move(plan["new"], staging, output)
+    sync(output)
+    shutil.rmtree(staging, ignore_errors=True)
+
+
+def _taken_back(staging: Path, output: Path, plan: dict[str, Any]) -> str:
+    """Undo a part of `_replace`, and say what became of the model that was there."""
+    try:
+        _move([name for name in reversed(plan["new"]) if not (staging / name).exists()], output, staging)
+        _move(reversed(plan["old"]), staging / REPLACED, output)
+    except BaseException as error:
+        return f"what was there is in {staging / REPLACED}, and can't be put back ({one_line(str(error))})"
+    return "what was there is as it was"
+
+
+def _finish_replacing(output: Path, *, begun: bool) -> bool:
+    """Finish what a process that ended in the middle had begun; with `begun` False, what was taken back, too."""
+    finished = False
+    for file in output.glob(f"{PREFIX}*/{PLAN_FILE}"):
+        with _locked(output, wait=True):
+            if not file.is_file():  # another process has finished
+                continue
+            staging, plan = file.parent, json.loads(file.read_text(encoding="utf-8"))
+            if any(Path(name).name != name for name in (*plan["old"], *plan["new"])):
+                raise ValueError(f"{file} names files outside of {output}; remove {staging}")
+            is_begun = not all((staging / name).exists() for name in plan["new"]) or any(
+                staging.glob(f"{REPLACED}/*")
+            )
+            if is_begun or not begun:
+                if not is_begun:
+                    _refuse_model(output, plan["force"], f"; the new one is in {staging}")
+                _replace(staging, output, plan)
+                finished = True
+    return finished

@@ -1,0 +1,177 @@
+"""A new model takes the place of an old one: whatever fails, neither is lost and they never mix."""
+
+import os
+import shutil
+import threading
+import warnings
+
+import pytest
+
+from sense_v2.core.errors import CommandError
+from sense_v2.hf.saving.staged_folder import resumed_folder, staged_folder
+
+OLD = {"config.json": "old", "engram/table": "old", "model-1.safetensors": "old", "notes.txt": "mine"}
+NEW = {"config.json": "new", "engram/table": "new", "model.safetensors": "new"}
+IN_PLACE = {**NEW, "notes.txt": "mine"}
+
+
+def write(folder, files):
+    for name, text in files.items():
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).write_text(text)
+
+
+def content(folder):
+    """The files outside of the runs' own folders."""
+    files = [path for path in folder.rglob("*") if path.is_file() and ".training" not in str(path)]
+    return {path.relative_to(folder).as_posix(): path.read_text() for path in files}
+
+
+def train(output, files=NEW):
+    with staged_folder(output, force=True) as staging:
+        write(staging, files)
+
+
+@pytest.fixture
+def output(tmp_path):
+    write(tmp_path / "run", OLD)
+    return tmp_path / "run"
+
+
+class Failing:
+    """`os.replace` that fails at one call, or at it and all after it, as if the process had been killed there."""
+
+    def __init__(self, monkeypatch, at, error, *, dies):
+        self.calls, self.real = 0, os.replace
+        monkeypatch.setattr(os, "replace", lambda *paths: self.replace(*paths, at, error, dies))
+
+    def replace(self, source, target, at, error, dies):
+        if ".engram-tmp" not in str(source) and "replacing.json" not in str(target):
+            self.calls += 1
+            if self.calls == at or (dies and self.calls > at):
+                raise error
+        self.real(source, target)
+
+
+def test_the_new_model_takes_the_place_of_the_old(output):
+    train(output)
+    assert content(output) == IN_PLACE
+    assert sorted(path.name for path in output.iterdir()) == [
+        "config.json",
+        "engram",
+        "model.safetensors",
+        "notes.txt",
+    ]
+
+
+@pytest.mark.parametrize(
+    "error", [OSError(16, "Device or resource busy"), KeyboardInterrupt()], ids=["busy", "ctrl-c"]
+)
+@pytest.mark.parametrize("at", range(1, 7))
+def test_a_fault_at_any_rename_is_taken_back(output, monkeypatch, at, error):
+    with monkeypatch.context() as patch:
+        failing = Failing(patch, at, error, dies=False)
+        if isinstance(error, KeyboardInterrupt):
+            with pytest.raises(KeyboardInterrupt), pytest.warns(UserWarning, match=r"isn't in its place.*--resume"):
+                train(output)
+        else:
+            with pytest.raises(
+                CommandError, match=r"can't take its place: .*busy\. what was there is as it was\. The new"
+            ):
+                train(output)
+        assert failing.calls >= at
+    assert content(output) == OLD
+    (staging,) = output.glob(".training-*")
+    assert {name: (staging / name).read_text() for name in NEW} == NEW
+    with pytest.raises(CommandError, match="in its place now"), resumed_folder(output):
+        pass
+    assert content(output) == IN_PLACE
+    assert not list(output.glob(".*"))
+
+
+@pytest.mark.parametrize("resumes", [True, False])
+@pytest.mark.parametrize("at", range(1, 7))
+def test_a_kill_at_any_rename_leaves_no_mixture_and_is_finished(output, monkeypatch, at, resumes):
+    with monkeypatch.context() as patch:
+        Failing(patch, at, OSError(5, "killed"), dies=True)
+        with pytest.raises(CommandError, match=r"can't take its place"):
+            train(output)
+    found = content(output)
+    if at == 1:
+        assert found == OLD
+    else:
+        assert "config.json" not in found
+    if resumes:
+        with pytest.raises(CommandError, match="in its place now"), resumed_folder(output):
+            pass
+        assert content(output) == IN_PLACE
+    else:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            train(output, {**NEW, "config.json": "newest"})
+        assert content(output) == {**IN_PLACE, "config.json": "newest"}
+    assert len(list(output.glob(".*"))) == (at == 1 and not resumes)  # what never began to take its place is named
+
+
+def test_two_that_end_at_once_give_one_of_them(output):
+    for _ in range(10):
+        both = threading.Barrier(2)
+
+        def one(name, both=both):
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")
+                with staged_folder(output, force=True) as staging:
+                    write(staging, {**dict.fromkeys(NEW, name), f"engram/{name}": name})
+                    both.wait()
+
+        threads = [threading.Thread(target=one, args=(name,)) for name in ("a", "b")]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        name = (output / "config.json").read_text()
+        assert content(output) == {**dict.fromkeys(NEW, name), f"engram/{name}": name, "notes.txt": "mine"}
+    assert not list(output.glob(".*"))
+
+
+def test_a_model_that_came_meanwhile_is_not_replaced_without_force(tmp_path):
+    output = tmp_path / "run"
+    both = staged_folder(output, force=False)
+    staging = both.__enter__()
+    write(staging, NEW)
+    write(output, OLD)
+    with pytest.raises(CommandError, match=r"holds a trained memory already .*; the new one is in .*\.training-"):
+        both.__exit__(None, None, None)
+    assert content(output) == OLD
+    assert (staging / "config.json").read_text() == "new"
+    with pytest.raises(CommandError, match="holds a trained memory already"), resumed_folder(output):
+        pass
+    shutil.rmtree(output / "engram")
+    (output / "config.json").unlink()
+    with pytest.raises(CommandError, match="in its place now"), resumed_folder(output):
+        pass
+    assert content(output) == IN_PLACE
+
+
+def test_a_run_that_another_process_goes_on_with_is_refused(tmp_path):
+    with staged_folder(tmp_path / "run", force=False) as staging:
+        write(staging, {**NEW, "training/run.json": "{}"})
+        with (
+            pytest.raises(CommandError, match="another process is at work on this run"),
+            resumed_folder(tmp_path / "run"),
+        ):
+            pass
+    with pytest.raises(OSError, match="no"), resumed_folder(tmp_path / "run"):
+        raise OSError("no")
+    assert content(tmp_path / "run") == {**NEW, "training/run.json": "{}"}
+
+
+def test_taking_a_stopped_run_out_is_taken_back(tmp_path, monkeypatch):
+    output, stopped = tmp_path / "run", {**OLD, "training/run.json": "{}"}
+    write(output, stopped)
+    for at in (1, 2, 3):
+        with monkeypatch.context() as patch:
+            Failing(patch, at, OSError(16, "busy"), dies=False)
+            with pytest.raises(OSError, match="busy"), resumed_folder(output):
+                pass
+        assert content(output) == stopped
