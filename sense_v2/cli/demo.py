@@ -39,8 +39,10 @@ def run_demo(
     write_picture(results, output / "perplexity.png")
     (output / "metrics.json").write_text(json.dumps(metrics(results), indent=2) + "\n", encoding="utf-8")
     echo("")
-    echo(terminal_table(results))
-    echo(f"\nreport: {output / 'report.html'}   numbers: {output / 'metrics.json'}   model: {output / 'model'}")
+    for line in terminal_table(results).splitlines():
+        echo(line)
+    echo("")
+    echo(f"report: {output / 'report.html'}   numbers: {output / 'metrics.json'}   model: {output / 'model'}")
     return results
 
 

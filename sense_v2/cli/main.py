@@ -29,6 +29,7 @@ import typer
 from sense_v2 import __version__
 from sense_v2.cli.commands import convert, corpora, deltas, insight, models, released, serving, tables
 from sense_v2.cli.errors import FAILED, INTERRUPTED, WRONG_CALL, explain, one_line
+from sense_v2.cli.output import tell
 
 PROGRAM = "sense-engram"
 
@@ -126,13 +127,13 @@ def _report(error: Exception, arguments: list[str], *, debug: bool) -> int:
         what, way_out = explain(error, command)
         status = FAILED
         if debug:
-            traceback.print_exception(error)
-    print(f"error: {what}\n help: {way_out}", file=sys.stderr)
+            tell(*"".join(traceback.format_exception(error)).splitlines(), file=sys.stderr)
+    tell(f"error: {what}", f" help: {way_out}", file=sys.stderr)
     return status
 
 
 def _show_warning(message: Warning | str, category: type[Warning], *where: Any, **more: Any) -> None:
-    print(f"note: {one_line(str(message))}", file=sys.stderr)
+    tell(f"note: {one_line(str(message))}", file=sys.stderr)
 
 
 @app.callback(invoke_without_command=True)
@@ -143,7 +144,7 @@ def _root(
 ) -> None:
     context.ensure_object(dict)["debug"] = debug
     if version:
-        typer.echo(f"{PROGRAM} {__version__}")
+        tell(f"{PROGRAM} {__version__}")
     elif context.invoked_subcommand is None:
         typer.echo(context.get_help())
 

@@ -1,6 +1,9 @@
 """What a command prints: lines for people, or one JSON object for programs.
 
 Without `--json` the lines go to stdout. With it stdout holds the object and nothing else, and the lines go to stderr.
+
+Everything is printed here (a test holds the commands to it), because names out of files and texts of models may hold
+what a terminal obeys.
 """
 
 from __future__ import annotations
@@ -8,19 +11,51 @@ from __future__ import annotations
 import functools
 import json
 import math
+import re
 import sys
 from collections.abc import Callable
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 from sense_v2.core.errors import CommandError
 from sense_v2.core.progress import Progress
 
+# Control characters but for tabs, what turns the direction of text, and halves of characters.
+_OBEYED = re.compile("[\x00-\x08\x0a-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069\ud800-\udfff]")
+
+
+def visible(text: str) -> str:
+    """Return one line with its control characters spelt out. Bytes of a path that aren't UTF-8 are spelt out, too.
+
+    >>> print(visible("a\\x1b]0;b\\x07"), visible("c\\udce9.txt"))
+    a\\x1b]0;b\\x07 c\\xe9.txt
+    """
+
+    def spelt(match: re.Match[str]) -> str:
+        code = ord(match[0])
+        code = code - 0xDC00 if 0xDC80 <= code <= 0xDCFF else code
+        return f"\\x{code:02x}" if code < 0x100 else f"\\u{code:04x}"
+
+    return _OBEYED.sub(spelt, text)
+
+
+def tell(*lines: str, file: TextIO | None = None) -> None:
+    """Print lines for a person: to stdout, or to `file`."""
+    print(*map(visible, lines), sep="\n", file=file, flush=True)
+
+
+def print_text(text: str) -> None:
+    """Print a text that a model wrote: as it is, but to a terminal only what can be seen."""
+    if sys.stdout.isatty():
+        tell(*text.split("\n"))
+    else:
+        print(text, flush=True)
+
 
 def lines_to(as_json: bool) -> Callable[..., Any]:
-    """Return the `print` for a command's lines: to stdout, or to stderr if stdout holds JSON."""
-    return functools.partial(print, file=sys.stderr if as_json else sys.stdout, flush=True)
+    """Return the `tell` for a command's lines: to stdout, or to stderr if stdout holds JSON."""
+    return functools.partial(tell, file=sys.stderr if as_json else None)
 
 
 def progress_to(echo: Callable[[str], Any]) -> Progress:

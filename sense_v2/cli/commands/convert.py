@@ -125,7 +125,6 @@ def _convert(
         f"error    largest {done.max_error:.3g}, RMS {done.rms_error:.3g}: {wording.percent(share)} of the values' "
         f"RMS of {done.rms:.3g}",
         f"seconds  {seconds:.2f}",
-        sep="\n",
     )
     result: dict[str, Any] = {
         "path": str(done.path),
@@ -194,7 +193,6 @@ def _import(
             "change",
             f"error    {_error_line(found['error'])}",
             *([f"fusion   {done.fusion_path}, for EngramFusionLayer"] if done.fusion_path else []),
-            sep="\n",
         )
     result["seconds"] = time.perf_counter() - started
     echo(f"seconds  {result['seconds']:.2f}")
@@ -256,7 +254,6 @@ def _export(source: Path, output: Path, variant: str, dtype: str | None, echo: C
             for of_layer, of in done.fusion_errors.items()
         ),
         f"seconds  {seconds:.2f}",
-        sep="\n",
     )
     return {
         "path": str(done.folder),

@@ -108,7 +108,6 @@ def profile(
         f"corpus   {result['corpus']}: {wording.count(result['tokens'])} tokens, {wording.count(result['lookups'])} "
         f"lookups of {wording.count(met)} of {wording.count(result['table_rows'])} rows",
         f"rows     {result['path']}, the {wording.count(result['rows'])} hottest",
-        sep="\n",
     )
     for one in result["hot_sets"]:
         fewer = f" (all that were looked up: {wording.count(one['rows'])} rows)" if one["rows"] == met else ""

@@ -61,7 +61,6 @@ def teach(
         *lines,
         f"delta    {output}: {wording.count(result['rows'])} rows of this text, "
         f"{wording.count(result['rows_in_all'])} in all, {wording.size(result['bytes'])}",
-        sep="\n",
     )
     if as_json:
         print_json(result)
@@ -88,7 +87,7 @@ def export(
     from sense_v2.engram.delta.exporting import describe, export_changes
 
     result = describe(export_changes(source, output, base=base, rows_only=rows_only))
-    lines_to(as_json)(f"delta    {output}, written and verified", *_delta_lines(result), sep="\n")
+    lines_to(as_json)(f"delta    {output}, written and verified", *_delta_lines(result))
     if as_json:
         print_json(result)
 
@@ -112,7 +111,6 @@ def apply(
         f"applied  {delta} to {table}: {_rows(done.num_rows)}, one commit, verified",
         *_digest_lines(done),
         f"undo     {undo}",
-        sep="\n",
     )
     if as_json:
         print_json(_applied(done))
@@ -129,7 +127,6 @@ def revert(table: TableArgument, as_json: JsonOption = False) -> None:
     lines_to(as_json)(
         f"reverted {table}: {_rows(done.num_rows)} as they were, bit for bit, one commit, verified",
         *_digest_lines(done),
-        sep="\n",
     )
     if as_json:
         print_json(_applied(done))
@@ -166,7 +163,6 @@ def merge(
         f"delta    {output}, made of {len(deltas)}, written and verified",
         f"shared   {_rows(merged.num_shared)} in more than one{conflicts}",
         *_delta_lines(result),
-        sep="\n",
     )
     if as_json:
         print_json(result)
@@ -192,7 +188,7 @@ def show(
     echo = lines_to(as_json)
     found = read_delta(delta)
     result = {**describe(found), "fits": None, "verified": None}
-    echo(f"delta    {delta}, undamaged", *_delta_lines(result), sep="\n")
+    echo(f"delta    {delta}, undamaged", *_delta_lines(result))
     if base is not None:
         table, num_bytes = check_base(found, base, verify=verify)
         result |= {"fits": str(table), "verified": num_bytes}

@@ -68,7 +68,7 @@ def analyze(
         text_column=text_column,
         progress=progress_to(echo),
     )
-    echo(f"model   {folder}", f"corpus  {blocks.line()}, with memory and without", sep="\n")
+    echo(f"model   {folder}", f"corpus  {blocks.line()}, with memory and without")
     # As training reads it, so that "seen once" means once in training where it is the model's own corpus.
     texts = blocks.corpus.train_texts
     if not blocks.is_held_out:
@@ -129,7 +129,7 @@ def ablate(
     )
     blocks_BT = blocks.token_ids_BT
     passes = ablation.num_passes(memory, single_heads=not no_heads)
-    echo(f"model   {folder}", f"corpus  {blocks.line()}, {passes} times", sep="\n")
+    echo(f"model   {folder}", f"corpus  {blocks.line()}, {passes} times")
     with progress_to(echo)("ablating", passes * blocks_BT.numel(), unit="tokens") as advance:
         found = ablation.ablate(
             model,
@@ -165,4 +165,4 @@ def _write_report(
     html_path, json_path = report_paths(output)
     report.write_report(results, html_path)
     write_json(results, json_path)
-    echo(*lines, f"report  {html_path}, its numbers in {json_path}", sep="\n")
+    echo(*lines, f"report  {html_path}, its numbers in {json_path}")

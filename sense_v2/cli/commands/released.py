@@ -34,7 +34,7 @@ def inspect(
         )
     tables = [_facts(facts) for facts in found]
     for table in tables:
-        lines_to(as_json)(*_table_lines(table), sep="\n")
+        lines_to(as_json)(*_table_lines(table))
     if as_json:
         print_json({"folder": str(folder), "tables": tables})
 
@@ -97,7 +97,7 @@ def lookup(
 
     folder = words[0] if len(words) == 2 else None
     result = look_up_text(words[-1], folder=folder, variant=variant, tokenizer=tokenizer)
-    lines_to(as_json)(*_lookup_lines(result), sep="\n")
+    lines_to(as_json)(*_lookup_lines(result))
     if as_json:
         print_json(result)
 

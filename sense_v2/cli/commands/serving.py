@@ -14,7 +14,7 @@ import typer
 
 from sense_v2.cli.errors import explain
 from sense_v2.cli.options import FolderArgument, JsonOption, WithoutMemoryOption
-from sense_v2.cli.output import lines_to, print_json
+from sense_v2.cli.output import lines_to, print_json, print_text
 from sense_v2.core.errors import CommandError
 
 
@@ -54,7 +54,7 @@ def generate(
     if as_json:
         print_json({"model": str(folder), "prompt": prompt, "with_memory": with_memory, **found})
     else:
-        print(found["continuation"])
+        print_text(found["continuation"])
 
 
 def serve(
@@ -76,7 +76,7 @@ def serve(
     folder, url = Path(model), f"http://{host}:{port}/v1"
     server = openai_server(folder, host=host, port=port, device=device, dtype=dtype)
     lines_to(as_json)(
-        f"model    {folder}, by this name; `curl {url}/models` lists it", f"serving  {url} until Ctrl-C", sep="\n"
+        f"model    {folder}, by this name; `curl {url}/models` lists it", f"serving  {url} until Ctrl-C"
     )
     with contextlib.ExitStack() as stack:
         if as_json:
@@ -134,7 +134,6 @@ def play(
         lines_to(as_json)(
             f"model    {folder}, {memory.storage.num_embeddings:,} rows; nothing in it changes",
             f"open     {url} in a browser on this machine; Ctrl-C ends it",
-            sep="\n",
         )
         if as_json:
             print_json({"model": str(folder), "url": url, "host": server.HOST, "port": port})

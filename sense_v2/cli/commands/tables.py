@@ -50,7 +50,7 @@ def setup(
     check_output_path(output)  # before a tokenizer is downloaded
     result = make_shadow_map(EngramTokenizerBuilder(tokenizer, normalization), output, force=force)
     seconds = time.perf_counter() - started
-    lines_to(as_json)(*result.lines(), f"seconds        {seconds:.2f}", sep="\n")
+    lines_to(as_json)(*result.lines(), f"seconds        {seconds:.2f}")
     if as_json:
         print_json({**result.to_dict(), "seconds": seconds})
 
@@ -132,7 +132,6 @@ def create(
         f"kept     it is what the configuration describes; {wording.count(table.manifest.generation)} commits"
         if is_there
         else f"seconds  {seconds:.2f}, {table_bytes / 1e6 / seconds:,.0f} MB/s",
-        sep="\n",
     )
     if as_json:
         print_json(result)
@@ -168,7 +167,7 @@ def verify(
         "bytes": check.num_bytes,
         "seconds": time.perf_counter() - started,
     }
-    lines_to(as_json)(*_verify_lines(result), sep="\n")
+    lines_to(as_json)(*_verify_lines(result))
     if as_json:
         print_json(result)
     if check.num_wrong:
@@ -225,7 +224,6 @@ def warm(
         f"table    {table}, {wording.count(result['table_rows'])} rows, {wording.size(result['table_bytes'])}",
         f"loaded   {wording.count(loaded)} rows, {wording.percent(loaded / result['table_rows'])}, in pages of "
         f"{wording.size(num_bytes)}: {wording.duration(seconds)}, {wording.size(num_bytes / seconds)}/s",
-        sep="\n",
     )
     if as_json:
         print_json(result)

@@ -33,7 +33,7 @@ def run_tasks(
     metrics, names = compare_tasks(
         model, tokenizer, tasks, include_path=include_path, limit=limit, without_memory=without_memory
     )
-    echo(*_table(metrics, names), sep="\n")
+    echo(*_table(metrics, names))
     if len(names) == 2:
         echo("without memory: this model with its memory taken off; one that was trained without may do better")
     return {"model": str(folder), "tasks": metrics, "limit": limit, "seconds": time.perf_counter() - started}
