@@ -127,7 +127,7 @@ class MMapEmbeddingStorage(TableModule):
         first_row: int = 0,
     ) -> None:
         super().__init__(num_embeddings, embedding_dim, mode=mode)
-        self.path: Path = Path(path)
+        self.path: Path = Path(path).absolute()
         self._row_dtype = row_dtype(dtype)
         self.dtype = self._row_dtype.torch
         """Of the rows that are looked up; a compact table's lie on disk as bytes."""
@@ -474,7 +474,7 @@ class MMapEmbeddingStorage(TableModule):
             )
 
     def __reduce__(self) -> tuple[Any, ...]:
-        arguments = (self.num_embeddings, self.embedding_dim, str(self.path.absolute()), self._row_dtype.name)
+        arguments = (self.num_embeddings, self.embedding_dim, str(self.path), self._row_dtype.name)
         return _reopen, (*arguments, self.training)
 
     def extra_repr(self) -> str:

@@ -349,8 +349,7 @@ class EngramTokenizer:
     """
 
     def __init__(self, path: str | os.PathLike[str]) -> None:
-        self.path = Path(path)
-        self._absolute_path = self.path.absolute()  # a copy in another working folder opens the same file
+        self.path = Path(path).absolute()
         self._map_V = _open_map(self.path)
         self._device_maps: dict[torch.device, torch.Tensor] = {}
         self.compressed_vocab_size = _count_dense(self._map_V, self.path)
@@ -391,7 +390,7 @@ class EngramTokenizer:
         return f"EngramTokenizer({str(self.path)!r}: {self.tokenizer_name}, {self.normalization}, {sizes})"
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return _reopen, (str(self._absolute_path), self.sha256)
+        return _reopen, (str(self.path), self.sha256)
 
     def _compress(self, token_ids: np.ndarray) -> np.ndarray:
         if token_ids.size and (token_ids.min() < 0 or token_ids.max() >= self.vocab_size):

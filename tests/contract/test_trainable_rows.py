@@ -3,6 +3,7 @@ bytes in their files."""
 
 from __future__ import annotations
 
+import copy
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
@@ -355,3 +356,33 @@ def test_a_copy_is_gone_back_to_in_one_commit(kind: str, table: Any, tmp_path: P
     with pytest.raises(ValueError, match=r"checksum|damaged"):
         table.restore_from(copied)
     assert np.array_equal(all_rows(table), before)
+
+
+# Where it is
+
+
+def test_a_table_stays_where_it_was_opened_when_the_process_changes_folders(
+    kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Job launchers do. Everything that is written later goes beside the table, and a copy finds it."""
+    for name in ("here", "there"):
+        (tmp_path / name).mkdir()
+    monkeypatch.chdir(tmp_path)
+    table = open_kind(kind, Path("here"))
+    monkeypatch.chdir(tmp_path / "there")
+    ids = torch.tensor([3, 17])
+    wanted = torch.ones(2, table.embedding_dim, dtype=torch.float32)
+    table.write(ids, wanted)
+    optimizer = table.row_optimizer(RowAdam, lr=0.1)
+    optimizer.step()
+    table.commit(step=1)
+    table.copy_to(tmp_path / "copy.dat")
+    copied = copy.deepcopy(table)
+    assert torch.equal(copied.gather(ids), wanted)
+    assert list((tmp_path / "there").iterdir()) == []
+    copied.close()
+    table.close()
+    assert np.array_equal(rows_in_files(kind, tmp_path / "here")[ids], wanted.numpy())
+    again = open_kind(kind, tmp_path / "here")
+    assert (again.committed_step, again.gather(ids).tolist()) == (1, wanted.tolist())
+    again.close()

@@ -1,6 +1,7 @@
 """attach_engram on real transformers models: identity, training, masks, generation, and taking it off again."""
 
 import copy
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -12,6 +13,8 @@ from sense_v2.engram.optim import RowAdam, clip_grad_norm_
 from sense_v2.engram.tokenizer import EngramTokenizer, EngramTokenizerBuilder
 from sense_v2.hf.attach import attach_engram, detach_engram
 from sense_v2.hf.memory import attached_memory, memory_of
+from sense_v2.hf.overlays import add_overlay, remove_overlay
+from sense_v2.hf.saving.save import save_pretrained
 
 DECODERS = ["llama", "qwen3", "mistral", "gemma", "gpt2"]
 MODELS = [*DECODERS, "bert"]
@@ -84,6 +87,33 @@ def test_the_tables_pad_id_outlives_the_models(tmp_path):
     table = open_table(tiny_config(tmp_path), EngramTokenizer(tmp_path / "shadow_map.npy"), mode="r")
     attach_engram(model, tiny_config(tmp_path), storage=table)
     assert model.engram.layers["1"].hasher.pad_id == 0
+
+
+def test_a_model_with_relative_paths_goes_on_where_it_was_when_the_process_changes_folders(tmp_path, monkeypatch):
+    """Saving, copying, training and detaching, with the table, the map and an overlay named relative to a folder."""
+    (tmp_path / "there").mkdir()
+    monkeypatch.chdir(tmp_path)
+    model, ids = attached("llama", Path()), some_ids()
+    before = model(ids).logits
+    monkeypatch.chdir(tmp_path / "there")
+    model.engram.storage.write(torch.tensor([0]), torch.ones(1, model.engram.storage.embedding_dim))
+    model.engram.storage.commit(step=1)
+    assert copy.deepcopy(model)(ids).logits.shape == before.shape
+    save_pretrained(model, tmp_path / "saved")
+    detach_engram(model)
+    assert list((tmp_path / "there").iterdir()) == []
+
+    monkeypatch.chdir(tmp_path)
+    attach_engram(model, tiny_config(Path()), mode="r")
+    assert model.engram.storage.committed_step == 1
+    overlay = add_overlay(model, "facts.safetensors")
+    monkeypatch.chdir(tmp_path / "there")
+    overlay.write(torch.tensor([0]), torch.ones(1, overlay.embedding_dim))
+    overlay.commit()
+    remove_overlay(model)
+    detach_engram(model)
+    assert list((tmp_path / "there").iterdir()) == []
+    assert (tmp_path / "facts.safetensors").is_file()
 
 
 @pytest.mark.parametrize("name", MODELS)

@@ -156,7 +156,7 @@ def read_delta(path: str | os.PathLike[str]) -> Delta:
 
     Raises `FileNotFoundError`, or `ValueError` naming the file for anything that docs/format.md doesn't allow.
     """
-    path = Path(path)
+    path = Path(path).absolute()
     if not path.is_file():
         raise FileNotFoundError(f"{path}: no delta there. Check the path; sense-engram delta export makes one")
     spans, metadata = read_header_and_metadata(path)

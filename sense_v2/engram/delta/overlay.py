@@ -158,7 +158,7 @@ class OverlayStorage(TableModule):
                 f"{base.path} is open with mode={base.mode!r}, and a base is only read. Open it with mode='r'"
             )
         self.base, self.dtype, self.is_released = base, base.dtype, base.is_released
-        self.path = None if path is None else Path(path)
+        self.path = None if path is None else Path(path).absolute()
         self._base_identity = base.identity()
         self._kept: Delta | None = None
         self._states: dict[str, OverlayState] = {}
@@ -408,7 +408,7 @@ class OverlayStorage(TableModule):
 
     def __reduce__(self) -> tuple[Any, ...]:
         """A copy (deepcopy, pickle) opens the same files again, read-only; without a path it has the rows."""
-        path = None if self.path is None else str(self.path.absolute())
+        path = None if self.path is None else str(self.path)
         changed = (self.changed_ids, self._rows(self.changed_ids)) if path is None else None
         return _reopen, (*self.base.__reduce__(), path, changed, self.training)
 

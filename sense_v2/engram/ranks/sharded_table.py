@@ -127,7 +127,7 @@ class ShardedTable(TableModule):
         super().__init__(num_rows, width, mode=mode)
         if layout not in LAYOUTS:
             raise ValueError(f"layout = {layout!r}: must be one of {', '.join(map(repr, LAYOUTS))}")
-        self.path: Path = Path(path)
+        self.path: Path = Path(path).absolute()
         self.ranks, self.layout, self.is_in_shards = ranks, layout, layout == "shards"
         self.ownership = Ownership.split(num_rows, ranks.num_ranks, head_rows)
         self.own_rows = self.ownership.rows_of(ranks.rank)

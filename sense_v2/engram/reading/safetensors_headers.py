@@ -66,7 +66,7 @@ def find_tensors(place: str | os.PathLike[str], wanted: Callable[[str], bool]) -
 
     Raises `FileNotFoundError` where there are no such files, `ValueError` naming the file for anything damaged.
     """
-    path = Path(place)
+    path = Path(place).absolute()
     if path.is_dir():
         indexes = sorted(path.glob("*.safetensors.index.json"))
         index = path / INDEX_NAME if path / INDEX_NAME in indexes else (indexes[0] if len(indexes) == 1 else None)

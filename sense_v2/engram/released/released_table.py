@@ -112,7 +112,7 @@ class ReleasedTable(TableModule):
         self._reader.close()
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return _reopen, (str(self.path.absolute()), self.facts.layer, self.facts.variant)
+        return _reopen, (str(self.path), self.facts.layer, self.facts.variant)
 
     def extra_repr(self) -> str:
         facts = self.facts

@@ -212,7 +212,7 @@ def _write_reference(storage: TrainableRows, target: Path) -> None:
             f"{storage.path} was never committed, so that nothing identifies its rows; commit() before it is "
             "referenced, or save a copy"
         )
-    named = {"storage_path": str(storage.path.absolute()), "commit": manifest.commit, "step": manifest.step}
+    named = {"storage_path": str(storage.path), "commit": manifest.commit, "step": manifest.step}
     replace_file(target / REFERENCE_FILE, (json.dumps(named, indent=2) + "\n").encode())
 
 
