@@ -75,16 +75,21 @@ def _prepare_inputs_with_memory(
     if embeds is not None and inputs.get("input_ids") is None:
         ids_BT = input_ids if engram_input_ids is None else engram_input_ids
         if ids_BT is not None and ids_BT.shape[1] >= embeds.shape[1]:
-            inputs[IDS_ARGUMENT] = ids_BT[:, -embeds.shape[1] :]
+            inputs[IDS_ARGUMENT] = _newest(ids_BT, embeds.shape[1])
     mask = inputs.get("attention_mask")
     if mask is not None and not is_plain_mask(mask):
         plain = engram_attention_mask if engram_attention_mask is not None else kwargs.get("attention_mask")
+        new = embeds if inputs.get("input_ids") is None else inputs["input_ids"]
         if plain is None:
-            new = embeds if inputs.get("input_ids") is None else inputs["input_ids"]
             plain = torch.ones(new.shape[:2], dtype=torch.int64, device=new.device)
         if is_plain_mask(plain):
-            inputs[MASK_ARGUMENT] = plain
+            inputs[MASK_ARGUMENT] = _newest(plain, new.shape[1])
     return inputs
+
+
+def _newest(values_BT: torch.Tensor, count: int) -> torch.Tensor:
+    """Copy the last `count`: for a tensor that grows, or strides that do, a step is compiled once for each token."""
+    return values_BT[:, -count:].clone(memory_format=torch.contiguous_format)
 
 
 def _save_with_memory(
