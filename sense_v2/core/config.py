@@ -37,7 +37,18 @@ T = TypeVar("T", bound="_Serializable")
 
 
 class _YamlLoader(yaml.SafeLoader):
-    pass
+    def compose_node(self, parent: Any, index: Any) -> Any:
+        if self.check_event(yaml.AliasEvent):  # a few bytes of them are gigabytes of values
+            raise yaml.YAMLError("a configuration has no aliases (*name); write the value out")
+        return super().compose_node(parent, index)
+
+
+def _read_yaml(text: str) -> Any:
+    """Read plain values alone."""
+    try:
+        return yaml.load(text, Loader=_YamlLoader)
+    except RecursionError:
+        raise yaml.YAMLError("it is nested too deeply") from None
 
 
 class _YamlDumper(yaml.SafeDumper):
@@ -124,7 +135,7 @@ class _Serializable:
     @classmethod
     def from_yaml(cls: type[T], text: str) -> T:
         try:
-            values = yaml.load(text, Loader=_YamlLoader)  # a SafeLoader: plain values only
+            values = _read_yaml(text)
         except yaml.YAMLError as error:
             raise ValueError(f"not valid YAML: {error}") from error
         return cls.from_dict({} if values is None else values)
@@ -173,7 +184,7 @@ def yaml_value(text: str) -> Any:
     (0.001, True, 'adamw', ['a', 'b'])
     """
     try:
-        return yaml.load(text, Loader=_YamlLoader)
+        return _read_yaml(text)
     except yaml.YAMLError:
         return text
 

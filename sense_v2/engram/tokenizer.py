@@ -35,7 +35,7 @@ import numpy as np
 import torch
 
 from sense_v2.core.config import NORMALIZATIONS
-from sense_v2.engram.pretrained_tokenizer import DEEPSEEK_PACKAGE, load_tokenizer
+from sense_v2.engram.pretrained_tokenizer import DEEPSEEK_PACKAGE, checked_vocabulary, load_tokenizer
 from sense_v2.engram.table.disk import new_file, write_file
 
 _FORMAT = "sense-engram shadow map"
@@ -206,9 +206,7 @@ class _Vocabulary:
                 f"a tokenizer is a hub name, a folder, a tokenizer.json file, {DEEPSEEK_PACKAGE!r}, a tokenizer of "
                 f"transformers or a tokenizers.Tokenizer, not {type(tokenizer).__name__}"
             )
-        vocabulary = source.get_vocab()
-        if not vocabulary:
-            raise ValueError("the tokenizer has no tokens")
+        vocabulary = checked_vocabulary(source)
         # Where ids have gaps, len(tokenizer) counts the tokens and the largest id lies beyond it.
         vocab_size = max(len(vocabulary), max(vocabulary.values()) + 1)
         if fast is not None:

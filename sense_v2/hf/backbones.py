@@ -14,6 +14,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, P
 
 from sense_v2.core.errors import CommandError, one_line
 from sense_v2.core.progress import Progress, no_progress
+from sense_v2.engram.pretrained_tokenizer import loaded_tokenizer
 from sense_v2.engram.tokenizer import EngramTokenizerBuilder
 from sense_v2.hf.data.corpus import encode
 from sense_v2.hf.load import from_pretrained
@@ -50,7 +51,7 @@ def named_backbone(name: str) -> Backbone:
     EngramTokenizerBuilder(name)  # asks the hub once, with a time limit, and says what was tried
     local = Path(name).is_dir()
     try:
-        tokenizer = saved_tokenizer(Path(name)) if local else AutoTokenizer.from_pretrained(name)
+        tokenizer = saved_tokenizer(Path(name)) if local else loaded_tokenizer(AutoTokenizer.from_pretrained, name)
         model = AutoModelForCausalLM.from_pretrained(name, local_files_only=local, dtype=torch.float32)
     except Exception as error:  # whatever is wrong with a repository's files
         raise _unusable(name, error) from error
@@ -83,9 +84,9 @@ def saved_tokenizer(folder: Path) -> Any:
     file = folder / "tokenizer.json"
     try:
         if (folder / "tokenizer_config.json").is_file():
-            return AutoTokenizer.from_pretrained(folder, local_files_only=True)
+            return loaded_tokenizer(AutoTokenizer.from_pretrained, folder, local_files_only=True)
         if file.is_file():
-            return Tokenizer.from_file(str(file))
+            return loaded_tokenizer(Tokenizer.from_file, str(file))
     except Exception as error:  # the library raises a bare Exception for whatever is wrong with the file
         raise _unusable(str(folder), error) from error
     raise FileNotFoundError(f"{file}: the model's tokenizer is missing; copy it back")

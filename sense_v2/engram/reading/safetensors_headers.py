@@ -151,6 +151,8 @@ def read_header(path: Path) -> dict[str, TensorSpan]:
 
 def read_header_and_metadata(path: Path) -> tuple[dict[str, TensorSpan], dict[str, Any]]:
     """The same, and what the file's `__metadata__` says: an empty object where it has none."""
+    if not path.is_file() and path.exists():
+        raise ValueError(f"{path}: a pipe or a device, which might be waited for forever. Name a file")
     with open(path, "rb") as file:
         total = os.fstat(file.fileno()).st_size
         if total < 8:
@@ -217,6 +219,8 @@ def _parse(raw: bytes, path: Path) -> dict[str, Any]:
 
 
 def _json_object(path: Path) -> dict[str, Any]:
+    if not path.is_file() and path.exists():
+        raise ValueError(f"{path}: a pipe or a device, which might be waited for forever. Name a file")
     return _parse(path.read_bytes(), path)
 
 

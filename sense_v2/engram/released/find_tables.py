@@ -31,6 +31,9 @@ from sense_v2.engram.table.compact_rows import BLOCK_VALUES
 from sense_v2.engram.tokenizer import EngramTokenizer, map_sha256
 from sense_v2.engram.variants import VARIANTS, variant_config
 
+MAX_ORDER, MAX_HEADS = 16, 1024
+"""Of a config.json; the layout of more heads would be computed for long."""
+
 
 @dataclass(frozen=True)
 class ReleasedNames:
@@ -161,8 +164,8 @@ def released_config(config: Mapping[str, Any]) -> EngramConfig | None:
     text = config.get("text_config") or config
     try:
         if text.get("engram_layer_ids"):
-            orders = list(range(2, text["engram_max_ngram_size"] + 1))
-            heads = text["engram_n_heads"]
+            orders = list(range(2, _count(text, "engram_max_ngram_size", MAX_ORDER) + 1))
+            heads = _count(text, "engram_n_heads", MAX_HEADS)
             return variant_config(
                 "deepseek_v41",
                 table_size=text["engram_vocab_size"],
@@ -175,8 +178,8 @@ def released_config(config: Mapping[str, Any]) -> EngramConfig | None:
                 num_streams=text.get("hc_mult", 1),
             )
         if text.get("ple_layer_ids"):
-            orders = list(range(2, text.get("ngram_size", 3) + 1))
-            heads = text.get("heads_per_ngram", 8)
+            orders = list(range(2, _count({"ngram_size": 3, **text}, "ngram_size", MAX_ORDER) + 1))
+            heads = _count({"heads_per_ngram": 8, **text}, "heads_per_ngram", MAX_HEADS)
             end = text.get("eos_token_id")
             return variant_config(
                 "qwen_ple",
@@ -192,6 +195,14 @@ def released_config(config: Mapping[str, Any]) -> EngramConfig | None:
     except (KeyError, TypeError, IndexError) as error:
         raise ValueError(f"config.json describes a memory, but not all of it: {error!r}. Fetch it again") from None
     return None
+
+
+def _count(text: Mapping[str, Any], name: str, largest: int) -> int:
+    """Return a number that decides how much is computed."""
+    value = text[name]
+    if type(value) is not int or not 1 <= value <= largest:
+        raise ValueError(f"config.json: {name} = {str(value)[:50]}: must be from 1 to {largest}. Fetch it again")
+    return value
 
 
 def _tables(checkpoint: Checkpoint) -> dict[tuple[str, int], dict[str, list[TensorSpan]]]:
