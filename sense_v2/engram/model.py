@@ -231,13 +231,18 @@ class EngramFusionLayer(nn.Module):
                 # A bias would add a constant to every position, padding and n-grams never seen included.
                 bias=False,
             )
-        self.handle = operators.handle_of(self)
+        self.use_storage(self.storage)
         self.reset_parameters()
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
         if self.enabled:
-            self.handle = operators.handle_of(self)  # a copy answers for itself
+            self.use_storage(self.storage)  # a copy answers for itself
+
+    def use_storage(self, storage: RowSource) -> None:
+        """Look up, and train, through `storage` from here on."""
+        self.storage = storage
+        self.handle = operators.handle_of(self, storage.manifest.commit)
 
     def _pad_id(self, pad_token_id: int | None) -> int:
         """The table's own: what a model calls its pad token can change between two attachings, its rows don't."""

@@ -8,27 +8,35 @@ what runs without a compiler, value for value; without one they aren't used. Nei
 trained are looked up outside of the graph.
 
 An operator takes tensors and numbers only. So the object that answers it goes by a number, its handle, which
-`handle_of` gives it for as long as it lives.
+`handle_of` gives it for as long as it lives. It is made of what the object's table and map are, so that an exported
+program finds them in another process, and no others.
 
 L layers with memory, B batch, T sequence, P positions of history, H rows a position, E width of the memory vector.
 """
 
 from __future__ import annotations
 
-import itertools
+import hashlib
+import secrets
 import weakref
 from typing import Any
 
 import torch
 
-_numbers = itertools.count()
 # Any: a memory or a fusion layer answers, whose modules import this one.
 _objects: weakref.WeakValueDictionary[int, Any] = weakref.WeakValueDictionary()
 
 
-def handle_of(answering: Any) -> int:
-    """Give an object a new handle. It answers by its methods `hash_tokens` and `read_rows`."""
-    handle = next(_numbers)
+def handle_of(answering: Any, identity: str | None) -> int:
+    """Give an object a new handle. It answers by its methods `hash_tokens` and `read_rows`.
+
+    `identity` says what it answers with; None if nothing can: the handle is then of this process alone. Of several
+    with one identity, the first to come has the same handle in every process.
+    """
+    digest = secrets.token_bytes(8) if identity is None else hashlib.sha256(identity.encode()).digest()
+    handle = int.from_bytes(digest[:8], "big") >> 2
+    while handle in _objects:
+        handle += 1
     _objects[handle] = answering
     return handle
 
@@ -38,7 +46,9 @@ def _find(handle: int) -> Any:
         return _objects[handle]
     except KeyError:
         raise RuntimeError(
-            "a compiled graph asks for a memory that is gone: it was detached, or its model deleted; compile again"
+            "a compiled graph asks for a memory that isn't here: it was detached, or its model deleted (compile "
+            "again), or an exported program runs where no model with its table is open, at the commit that it was "
+            "exported from (open that model first)"
         ) from None
 
 

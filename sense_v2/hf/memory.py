@@ -5,6 +5,7 @@ L layers with memory, B batch, T sequence, P positions of history, H rows a posi
 
 from __future__ import annotations
 
+import hashlib
 import uuid
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -58,22 +59,32 @@ class EngramMemory(nn.Module):
                 for place, (layer_id, table) in sorted(given.items())
             }
         )
-        self.id = uuid.uuid4().hex
-        """Says in a cache whose tokens it holds; a copy of the memory has the same."""
+        commits = [table.manifest.commit for table in self.storages]
+        self.id = uuid.uuid4().hex if None in commits else f"{self._hashes} {commits}"
+        """Says in a cache whose tokens it holds: those of tables as they were opened. A copy of the memory has the
+        same; so has one in another process, if the tables have commits."""
         self.checkpoint: Path | None = None
         """The folder of a Trainer's checkpoint that is about to be saved, to which its callback adds the memory."""
         self.undo: list[Any] = []
-        self.handle = operators.handle_of(self)
+        self.handle = operators.handle_of(self, self._hashes)
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
-        self.handle = operators.handle_of(self)
+        self.handle = operators.handle_of(self, self._hashes)
+
+    @property
+    def _hashes(self) -> str:
+        """Identifies what token ids are hashed by."""
+        hashers = [
+            (f.layer_id, f.hasher.multipliers.tolist(), f.hasher.layout.to_dict(), f.hasher.pad_id) for f in self
+        ]
+        return hashlib.sha256(f"{self.tokenizer.sha256} {hashers}".encode()).hexdigest()
 
     def use_storage(self, storage: RowSource) -> None:
         """Looks up, and trains, through another storage of the same rows from here on."""
         self.storage = storage
         for fusion in self:
-            fusion.storage = storage
+            fusion.use_storage(storage)
 
     @property
     def table(self) -> Any:

@@ -5,6 +5,7 @@ eager, which only traces; one test uses the default.
 """
 
 import copy
+import gc
 import logging
 
 import pytest
@@ -194,6 +195,38 @@ def test_a_model_that_was_compiled_before_takes_memory_on_and_off(tmp_path, how)
         assert_same(called(ids, use_cache=False).logits, bare)
 
 
+def test_an_exported_program_reads_its_own_table_or_none(tmp_path):
+    """In another process it would find what is open there; here its own model is gone before it runs."""
+    ids = some_ids()
+
+    def opened(folder, mode):
+        model = tiny_model("llama", layers=1)
+        attach_engram(model, tiny_config(tmp_path / folder, layer_indices=[0]), tiny_tokenizer(), mode=mode)
+        model.config.use_cache = False
+        return model
+
+    for folder in ("one", "other"):
+        (tmp_path / folder).mkdir()
+        model = opened(folder, "r+")
+        wake(model.engram)
+        detach_engram(model)
+    model = opened("one", "r")
+    torch.nn.init.normal_(model.engram.layers["0"].W_v.weight)
+    expected = model(ids).logits
+    with torch.no_grad():
+        program = torch.export.export(model, (), {"input_ids": ids}).module()
+    detach_engram(model)
+    del model
+    gc.collect()
+    other = opened("other", "r")
+    with pytest.raises(RuntimeError, match="an exported program runs where no model with its table is open"):
+        program(input_ids=ids)
+    detach_engram(other)
+    again = opened("one", "r")
+    assert_same(program(input_ids=ids).logits, expected)
+    detach_engram(again)
+
+
 # --- the operators on their own ---
 
 
@@ -214,7 +247,7 @@ def test_the_operators_hold_torchs_rules_for_operators(masked):
 
 
 def test_a_graph_of_a_memory_that_is_gone_says_so():
-    with pytest.raises(RuntimeError, match="a memory that is gone"):
+    with pytest.raises(RuntimeError, match="a memory that isn't here"):
         operators.read_rows(torch.zeros(1, 1, 4, dtype=torch.int64), None, 32, torch.float32, 10**9)
 
 

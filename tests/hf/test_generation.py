@@ -662,6 +662,20 @@ def test_a_cache_of_another_memory_is_refused_until_it_is_empty(tmp_path):
     detach_engram(model)
 
 
+def test_a_saved_cache_goes_on_with_its_table_opened_again(tmp_path):
+    """Nothing of the model that filled it is left in another process but its table's name."""
+    model, ids = copy.deepcopy(bare_model("llama")), some_ids()
+    detach_engram(attach_engram(model, tiny_config(tmp_path), tiny_tokenizer()))
+    attach_engram(model, tiny_config(tmp_path), mode="r")
+    expected, cache = full_logits(model, ids), new_cache(model)
+    forward(model, cache, ids[:, :9])
+    torch.save(cache, tmp_path / "cache.pt")
+    detach_engram(model)
+    attach_engram(model, tiny_config(tmp_path), mode="r")
+    assert_same(forward(model, torch.load(tmp_path / "cache.pt", weights_only=False), ids[:, 9:]), expected[:, 9:])
+    detach_engram(model)
+
+
 def test_a_call_that_failed_in_the_middle_leaves_a_cache_that_is_refused():
     model = remembering("llama")
     cache = new_cache(model)
