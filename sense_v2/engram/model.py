@@ -94,34 +94,54 @@ def table_settings(config: EngramConfig, tokenizer: EngramTokenizer, *, layer: i
     }
 
 
-def short_conv(
-    inputs_BCT: torch.Tensor, conv: nn.Conv1d, *, causal: bool, sequence_ids_BT: torch.Tensor | None
-) -> torch.Tensor:
-    """Compute the depthwise convolution, [B, C, T]; position t reads t and before, or is centred."""
-    num_positions = inputs_BCT.shape[-1]
-    taps, dilation = conv.kernel_size[0], conv.dilation[0]
-    reach_back = (taps - 1) * dilation if causal else (taps - 1) * dilation // 2
-    if sequence_ids_BT is None:
-        padding = conv.padding[0]
-        assert isinstance(padding, int)
-        padded = F.pad(inputs_BCT, (reach_back - padding, 0))
-        return conv(padded)[..., :num_positions]
-    # Tap by tap, so that each stops at its document's border: the tap that reads `back` positions behind t is used
-    # where t and t - back, and all between, are of one document; looking forward from t is looking back from t + n.
-    total_BCT = torch.zeros_like(inputs_BCT)
-    for tap in range(taps):
-        back = reach_back - tap * dilation
-        distance = abs(back)
-        if distance >= num_positions:
-            continue
-        near, far = slice(distance, num_positions), slice(0, num_positions - distance)
-        to, source = (near, far) if back >= 0 else (far, near)
-        tapped_BCT = inputs_BCT[..., source] * conv.weight[:, 0, tap, None]
-        same_BT = boundary_mask(None, sequence_ids_BT, distance=distance)
-        if same_BT is not None:
-            tapped_BCT = tapped_BCT * same_BT[:, None, near]
-        total_BCT[..., to] = total_BCT[..., to] + tapped_BCT
-    return total_BCT
+class ShortConv(nn.Conv1d):
+    """A depthwise convolution [B, X, T] -> [B, X, T]; position t reads t and before, or is centred.
+
+    A module of its own, so that its weight is read in its forward alone: what offloads weights brings them there.
+    """
+
+    def __init__(self, channels: int, kernel_size: int, dilation: int, *, causal: bool) -> None:
+        super().__init__(
+            channels,
+            channels,
+            kernel_size,
+            padding=(kernel_size - 1) * dilation // 2,
+            dilation=dilation,
+            groups=channels,
+            # A bias would add a constant to every position, padding and n-grams never seen included.
+            bias=False,
+        )
+        self.causal = causal
+
+    @property
+    def reach(self) -> int:
+        """How many positions back it reads."""
+        span = (self.kernel_size[0] - 1) * self.dilation[0]
+        return span if self.causal else span // 2
+
+    def forward(self, inputs_BXT: torch.Tensor, sequence_ids_BT: torch.Tensor | None = None) -> torch.Tensor:
+        num_positions = inputs_BXT.shape[-1]
+        if sequence_ids_BT is None:
+            padding = self.padding[0]
+            assert isinstance(padding, int)
+            return super().forward(F.pad(inputs_BXT, (self.reach - padding, 0)))[..., :num_positions]
+        # Tap by tap, so that each stops at its document's border: the tap that reads `back` positions behind t is
+        # used where t and t - back, and all between, are of one document; looking forward from t is looking back from
+        # t + n.
+        total_BXT = torch.zeros_like(inputs_BXT)
+        for tap in range(self.kernel_size[0]):
+            back = self.reach - tap * self.dilation[0]
+            distance = abs(back)
+            if distance >= num_positions:
+                continue
+            near, far = slice(distance, num_positions), slice(0, num_positions - distance)
+            to, source = (near, far) if back >= 0 else (far, near)
+            tapped_BXT = inputs_BXT[..., source] * self.weight[:, 0, tap, None]
+            same_BT = boundary_mask(None, sequence_ids_BT, distance=distance)
+            if same_BT is not None:
+                tapped_BXT = tapped_BXT * same_BT[:, None, near]
+            total_BXT[..., to] = total_BXT[..., to] + tapped_BXT
+        return total_BXT
 
 
 class StreamRMSNorm(nn.Module):
@@ -219,18 +239,9 @@ class EngramFusionLayer(nn.Module):
             else None
         )
         dilation = max(config.ngram_orders) if rules.conv_dilation == "largest_order" else 1
-        self.conv: nn.Conv1d | None = None
-        if rules.conv_kernel:
-            self.conv = nn.Conv1d(
-                channels,
-                channels,
-                kernel_size=rules.conv_kernel,
-                padding=(rules.conv_kernel - 1) * dilation // 2,
-                dilation=dilation,
-                groups=channels,
-                # A bias would add a constant to every position, padding and n-grams never seen included.
-                bias=False,
-            )
+        self.conv = (
+            ShortConv(channels, rules.conv_kernel, dilation, causal=config.causal) if rules.conv_kernel else None
+        )
         self.use_storage(self.storage)
         self.reset_parameters()
 
@@ -259,8 +270,7 @@ class EngramFusionLayer(nn.Module):
     @property
     def reach(self) -> int:
         """How many positions back a position's memory depends on, by its n-grams and the convolution."""
-        taps_reach = 0 if self.conv is None else (self.conv.kernel_size[0] - 1) * self.conv.dilation[0]
-        return max(max(self.config.ngram_orders) - 1, taps_reach)
+        return max(max(self.config.ngram_orders) - 1, 0 if self.conv is None else self.conv.reach)
 
     def reset_parameters(self) -> None:
         """Make the layer the identity: the convolution is zero, and W_v or the rows behind it. W_k stays noise."""
@@ -300,7 +310,9 @@ class EngramFusionLayer(nn.Module):
 
     def read_rows(self, row_ids_BTH: torch.Tensor, valid_BT: torch.Tensor | None) -> torch.Tensor:
         """Do what `lookup` does without a compiler; answers `operators.read_rows`."""
-        if self._trains_rows and not self.W_v.weight.requires_grad and not self.W_v.weight.any():
+        weight: Any = self.W_v.weight
+        is_frozen = isinstance(weight, torch.Tensor) and not (weight.requires_grad or weight.is_meta)
+        if self._trains_rows and is_frozen and not weight.any():
             raise ValueError(
                 f"memory layer {self.layer_id}: W_v is zero and frozen, so no gradient can ever reach the rows; "
                 "unfreeze W_v, or freeze the rows too (storage.requires_grad_(False))"
@@ -379,7 +391,10 @@ class EngramFusionLayer(nn.Module):
             if row_ids_BTH is None:
                 raise TypeError("a fusion layer takes input_ids, row_ids_BTH or memory beside hidden_states")
             memory = self.lookup(row_ids_BTH, valid_BT)
-        memory = memory.to(device=hidden_states.device, dtype=self.W_k.weight.dtype)
+        weight: Any = self.W_k.weight
+        if not (isinstance(weight, torch.Tensor) and weight.is_floating_point() and weight.itemsize > 1):
+            weight = hidden_states  # the projection was quantized
+        memory = memory.to(device=hidden_states.device, dtype=weight.dtype)
 
         hidden_BTSC = hidden_states if hidden_states.dim() == 4 else hidden_states[:, :, None]
         key_BTSC = self.W_k(memory).unflatten(-1, (self.num_streams, self.hidden_size))
@@ -396,7 +411,7 @@ class EngramFusionLayer(nn.Module):
     def _mixed(
         self,
         gated_BTSC: torch.Tensor,
-        conv: nn.Conv1d,
+        conv: ShortConv,
         valid_BT: torch.Tensor | None,
         documents_BQ: torch.Tensor | None,
         remember: Callable[[torch.Tensor], torch.Tensor] | None,
@@ -408,9 +423,7 @@ class EngramFusionLayer(nn.Module):
         inputs_BQX = mixed_BTSC.flatten(-2)
         if remember is not None:
             inputs_BQX = remember(inputs_BQX)
-        mixed_BXQ = short_conv(
-            inputs_BQX.transpose(1, 2), conv, causal=self.config.causal, sequence_ids_BT=documents_BQ
-        )
+        mixed_BXQ = conv(inputs_BQX.transpose(1, 2), documents_BQ)
         num_past = inputs_BQX.shape[1] - gated_BTSC.shape[1]
         mixed_BTX = mixed_BXQ[..., num_past:].transpose(1, 2)
         mixed_BTSC = mixed_BTX.unflatten(-1, (self.num_streams, self.hidden_size))

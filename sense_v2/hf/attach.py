@@ -109,8 +109,7 @@ def attach_engram(
     hidden_size, pad_token_id = int(text_config.hidden_size), getattr(model.config, "pad_token_id", None)
     kind = EngramMemory if len({id(table) for table in tables}) < 2 else MemoryOfSeveralTables
     memory = kind(config, hidden_size, shadow_map, pad_token_id, mode, given)
-    weight = next(layers[places[0]].parameters())
-    memory.to(device=weight.device, dtype=weight.dtype)
+    memory.to(**_compute_type(model, layers[places[0]]))
     memory.train(model.training)
 
     model.engram = memory
@@ -152,6 +151,21 @@ def detach_engram(model: PreTrainedModel) -> PreTrainedModel:
     if memory.owns_tables:
         memory.storage.close()
     return model
+
+
+def _compute_type(model: PreTrainedModel, layer: nn.Module) -> dict[str, Any]:
+    """Find the dtype and the device that a layer computes with: those of its weights, unless they are codes of a
+    quantized model, or lie elsewhere until accelerate's hooks bring them."""
+    weights = [*layer.parameters(), *model.get_input_embeddings().parameters(), *model.parameters()]
+    hooks = [getattr(module, "_hf_hook", None) for module in layer.modules()]
+    devices = [getattr(hook, "execution_device", None) for hook in hooks]
+    devices += [weight.device for weight in weights if not weight.is_meta]
+    if weights[0].itemsize == 1:  # its scales can be of another type than what flows between layers
+        weights = weights[len(list(layer.parameters())) :]
+    return {
+        "device": next((device for device in devices if device is not None), weights[0].device),
+        "dtype": next(weight.dtype for weight in weights if weight.is_floating_point() and weight.itemsize > 1),
+    }
 
 
 def _wrapped_by_peft(model: Any) -> PreTrainedModel | None:
