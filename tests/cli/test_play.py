@@ -27,7 +27,7 @@ from sense_v2.hf import save_pretrained
 from sense_v2.hf.attach import attach_engram
 from sense_v2.hf.memory import memory_of
 from sense_v2.hf.training.fresh_model import train_bpe
-from sense_v2.report.play.server import LocalOnly
+from sense_v2.report.play.server import local_only
 
 ROOT = Path(__file__).parents[2]
 CHROMIUM_FLAGS = (
@@ -355,7 +355,7 @@ def test_only_pages_of_this_machine_are_answered(headers, status):
 
     scope = {"type": "http", "headers": [(name.encode(), value.encode()) for name, value in headers.items()]}
     with pytest.raises(StopIteration):  # how a coroutine ends that waits for nothing
-        LocalOnly(app)(scope, None, send).send(None)
+        local_only(app)(scope, None, send).send(None)
     assert sent[0]["status"] == status
     if status == 200:
         policy = dict(sent[0]["headers"])[b"content-security-policy"].decode()

@@ -65,6 +65,10 @@ def serve(
     port: Annotated[int, typer.Option(min=1, max=65535, help="Port to listen on.")] = 8000,
     device: Annotated[str, typer.Option(help="Where the model runs: cpu, cuda:0, auto.")] = "cpu",
     dtype: Annotated[str, typer.Option(help="Type of the weights; auto: as saved.")] = "auto",
+    allow_name: Annotated[
+        list[str] | None,
+        typer.Option(metavar="NAME", help="Answer requests to this name, too, as behind a proxy; repeatable."),
+    ] = None,
     as_json: JsonOption = False,
 ) -> None:
     """Serve a trained model with transformers' OpenAI-compatible server.
@@ -74,7 +78,7 @@ def serve(
     from sense_v2.hf.serving.openai_server import openai_server
 
     folder, url = Path(model), f"http://{host}:{port}/v1"
-    server = openai_server(folder, host=host, port=port, device=device, dtype=dtype)
+    server = openai_server(folder, host=host, port=port, device=device, dtype=dtype, names=allow_name or ())
     lines_to(as_json)(
         f"model    {folder}, by this name; `curl {url}/models` lists it", f"serving  {url} until Ctrl-C"
     )

@@ -30,6 +30,8 @@ from sense_v2.hf.memory import memory_of
 from sense_v2.hf.training.teaching import Taught, teach
 from sense_v2.report import playground, wording
 
+# A longer text would be tokenised for long; of a shorter one the end is looked at.
+MAX_CHARACTERS = 200_000
 # More tokens than this are no text to look at, and each key that is pressed would wait for them.
 MAX_SHOWN = 256
 MAX_WATCHED = 8
@@ -82,6 +84,7 @@ class Player:
     def look(self, text: str, notebook: Notebook | None) -> tuple[str, str]:
         """Return the text coloured by gate, and its rows as a table."""
         try:
+            self._refuse_endless(text)
             with self._turn(notebook):
                 found = self._inspected(text)
         except (ValueError, IndexError) as error:
@@ -93,6 +96,7 @@ class Player:
     ) -> str:
         """Return two continuations, with memory and without."""
         try:
+            self._refuse_endless(text)
             with self._turn(notebook):
                 found = compare(
                     self.model,
@@ -118,6 +122,7 @@ class Player:
         try:
             if not text.strip():
                 raise CommandError("there is nothing to teach yet", "say what the text should go on with")
+            self._refuse_endless(prompt, text, page_text, watched)
             self._refuse_long(prompt + text)
             notebook = notebook or Notebook(OverlayStorage(self.base))
             with self._turn(notebook):
@@ -172,6 +177,13 @@ class Player:
             return self._refusal(error)
         num_rows, num_bytes = len(notebook.overlay.changed_ids), path.stat().st_size
         return playground.saved(str(path.resolve()), num_rows, num_bytes, model=self.name)
+
+    def _refuse_endless(self, *texts: str) -> None:
+        for text in texts:
+            if len(text) > MAX_CHARACTERS:
+                raise ValueError(
+                    f"the text has {len(text)} characters; {MAX_CHARACTERS} are the most here, so take a part of it"
+                )
 
     @contextmanager
     def _turn(self, notebook: Notebook | None) -> Iterator[None]:

@@ -9,9 +9,9 @@ from __future__ import annotations
 import errno
 import socket
 from typing import Any
-from urllib.parse import urlsplit
 
 from sense_v2.core.errors import CommandError
+from sense_v2.hf.serving.gate import OwnPages, own_names
 
 HOST = "127.0.0.1"
 # Gradio's page needs its scripts inline and compiles templates; what matters is where it may send anything.
@@ -19,6 +19,8 @@ POLICY = (
     "default-src 'self'; script-src 'self' 'unsafe-inline' 'unsafe-eval'; style-src 'self' 'unsafe-inline'; "
     "img-src 'self' data: blob:; font-src 'self' data:; form-action 'self'; frame-ancestors 'none'"
 )
+# Gradio's, of which the page has no use.
+UPLOADS = ("/gradio_api/upload", "/upload", "/gradio_api/component_server", "/component_server")
 # Connections of open pages are closed after this long.
 SHUTDOWN_SECONDS = 1
 
@@ -47,39 +49,12 @@ def serve(app: Any, listener: socket.socket) -> None:
     import uvicorn
 
     config = uvicorn.Config(
-        LocalOnly(app), log_level="critical", timeout_graceful_shutdown=SHUTDOWN_SECONDS, access_log=False
+        local_only(app), log_level="critical", timeout_graceful_shutdown=SHUTDOWN_SECONDS, access_log=False
     )
     uvicorn.Server(config).run(sockets=[listener])
 
 
-class LocalOnly:
-    """An ASGI app that answers only requests to this machine from a page of its own.
-
-    Another site's page in this machine's browser could otherwise post to it (its Origin gives that away), or reach it
-    under a name that it points to 127.0.0.1 (the Host gives that away).
-    """
-
-    def __init__(self, app: Any) -> None:
-        self.app = app
-
-    async def __call__(self, scope: dict[str, Any], receive: Any, send: Any) -> None:
-        if scope["type"] == "lifespan":
-            await self.app(scope, receive, send)
-            return
-        headers = {name: value.decode("latin-1") for name, value in scope["headers"]}
-        host, origin = headers.get(b"host", ""), headers.get(b"origin")
-        if urlsplit(f"//{host}").hostname not in (HOST, "localhost") or (origin and urlsplit(origin).netloc != host):
-            if scope["type"] == "http":
-                await send(
-                    {"type": "http.response.start", "status": 403, "headers": [(b"content-type", b"text/plain")]}
-                )
-                await send({"type": "http.response.body", "body": b"this page is for browsers on its own machine\n"})
-            return
-
-        async def send_with_policy(message: dict[str, Any]) -> None:
-            if message["type"] == "http.response.start":
-                policy = (b"content-security-policy", POLICY.encode())
-                message = {**message, "headers": [*message.get("headers", []), policy]}
-            await send(message)
-
-        await self.app(scope, receive, send_with_policy)
+def local_only(app: Any) -> OwnPages:
+    """Let only this machine's browsers in, and let the page ask nobody else. Files aren't uploaded to it."""
+    policy = [(b"content-security-policy", POLICY.encode())]
+    return OwnPages(app, own_names(HOST), headers=policy, closed=UPLOADS)

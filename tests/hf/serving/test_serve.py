@@ -123,6 +123,19 @@ def test_several_at_once_some_of_them_streaming(client, saved):
     assert found == [expected(model, prompt, 12) for prompt in PROMPTS]
 
 
+def test_what_would_fail_or_load_another_model_is_refused(client, saved):
+    """By the server as it runs; all cases are in test_gate.py."""
+    for refused in ({"max_tokens": 0}, {"prompt": ""}, {"prompt": PROMPTS[0] * 1000}, {"temperature": 9}):
+        with pytest.raises(openai.BadRequestError):
+            client.completions.create(**{"model": str(saved), "prompt": PROMPTS[0], **refused})
+    with pytest.raises(openai.NotFoundError, match="isn't served"):
+        client.completions.create(model="another", prompt=PROMPTS[0])
+    with pytest.raises(openai.PermissionDeniedError):
+        client.models.list(extra_headers={"Host": "evil.example"})
+    with pytest.raises(openai.NotFoundError):
+        client.post("/../reset", cast_to=object)
+
+
 @pytest.mark.parametrize(
     ("spoil", "message"),
     [

@@ -66,6 +66,20 @@ def test_a_fact_is_learned_shown_and_taken_back(player):
     assert "Nothing was taught" in player.undo(notebook)[0]
 
 
+def test_an_endless_text_is_refused_before_it_is_tokenised(player, monkeypatch):
+    endless = "word1 " * 2_000_000
+    monkeypatch.setattr("sense_v2.report.play.player.encode", None)
+    for html in (
+        player.look(endless, None)[0],
+        player.go_on(endless, 4, 0, 0, None),
+        player.teach(PROMPT, FACT, 1, endless, "", None)[0],
+        player.teach(PROMPT, FACT, 1, "", endless, None)[0],
+        player.teach(endless, FACT, 1, "", "", None)[0],
+    ):
+        assert "The text has 12000000 characters" in html
+        assert "warning" in html
+
+
 def test_two_facts_are_taken_back_one_by_one(player):
     notebook = taught(player)[2]
     one = player.look("word1 word2 word9", notebook)
