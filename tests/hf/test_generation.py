@@ -10,6 +10,7 @@ import functools
 import inspect
 import tempfile
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -528,13 +529,24 @@ def test_a_window_that_was_left_behind_is_not_rolled_back_into():
 # --- caches that change the numbers ---
 
 
+@pytest.fixture
+def uncompiled_quanto(monkeypatch):
+    """quanto without its C++ extension, which takes a minute to compile and only unpacks bits."""
+    from optimum.quanto.library.extensions import cpp
+
+    def unpack(packed, bits):
+        return torch.cat([packed >> shift & 2**bits - 1 for shift in range(0, 8, bits)])
+
+    monkeypatch.setattr(cpp.ext, "_lib", SimpleNamespace(unpack=unpack))
+
+
 # quanto: its groups divide the tiny heads.
 QUANTIZED = {"fp8": {}, "quanto": {"nbits": 4, "q_group_size": 4, "residual_length": 2}}
 
 
 @pytest.mark.parametrize("backend", QUANTIZED)
 @pytest.mark.parametrize("name", ["llama", "gpt2"])
-def test_a_quantized_cache(name, backend):
+def test_a_quantized_cache(name, backend, uncompiled_quanto):
     """It changes attention's numbers, so the full forward is no measure. Its own attention beside a memory computed
     anew at each call from all hidden states of the stream is one."""
     remembered, plain = remembering(name), copy.deepcopy(bare_model(name))
