@@ -30,11 +30,11 @@ DOCS = ROOT / "docs"
 PAGES = sorted(path.name for path in DOCS.glob("*.md"))
 TEXTS = {name: (DOCS / name).read_text(encoding="utf-8") for name in PAGES}
 RUN_ELSEWHERE = {
-    "delta.md": "test_delta_guide.py",
+    "delta.md": "test_guides.py",
     "huggingface.md": "test_guides.py",
     "preparing.md": "test_guides.py",
     "released.md": "test_released_guide.py",
-    "training.md": "test_training_guide.py",
+    "training.md": "test_guides.py",
 }
 """Pages whose Python runs as a process of its own in another file of tests."""
 RUN_CALLS = ("tutorial.md", "corpus.md", "out-of-core.md", "small-machines.md")

@@ -1,8 +1,6 @@
 """What the README shows runs as it stands there."""
 
 import re
-import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -11,10 +9,10 @@ ROOT = Path(__file__).parents[2]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 
 
-def test_the_python_examples_run_one_after_the_other_and_leave_the_files_they_name(tmp_path):
+def test_the_python_examples_run_one_after_the_other_and_leave_the_files_they_name(tmp_path, run_here):
     examples = re.findall(r"```python\n(.*?)```", README, flags=re.DOTALL)
     assert len(examples) == 2
-    subprocess.run([sys.executable, "-c", "\n".join(examples)], cwd=tmp_path, check=True)
+    run_here("\n".join(examples))
     assert np.load(tmp_path / "data/shadow_map.npy").shape == (129_280,)
     rows = np.memmap(tmp_path / "data/engram_table.dat", "<f4", mode="r").reshape(-1, 16)
     assert rows.shape == (100_000, 16)

@@ -2,8 +2,6 @@
 
 import json
 import re
-import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -20,7 +18,7 @@ from sense_v2.engram.pretrained_tokenizer import load_tokenizer
 ROOT = Path(__file__).parents[2]
 
 
-def test_the_guides_code_runs(tmp_path):
+def test_the_guides_code_runs(tmp_path, run_here):
     rows = {layer: deepseek_rows(LAYOUT.num_rows_L[place], seed=layer) for place, layer in enumerate((1, 14))}
     shards = {
         f"model-{layer}.safetensors": {
@@ -43,10 +41,7 @@ def test_the_guides_code_runs(tmp_path):
             lines.append(block)
         for command in block.splitlines() if kind == "sh" else ():
             lines.append(f"assert main(shlex.split({command!r})[1:]) == 0")
-    code = tmp_path / "guide.py"
-    code.write_text("\n".join(lines))
-    done = subprocess.run([sys.executable, code], cwd=tmp_path, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr
+    run_here("\n".join(lines))
     for layer, (codes, scales) in rows.items():
         raw = np.concatenate([codes, scales], axis=1).tobytes()
         assert (tmp_path / f"ours/layer_{layer}.dat").read_bytes() == raw
