@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any, TextIO
 
 from sense_v2.core.errors import CommandError
+from sense_v2.core.folders import refuse_other_encodings
 from sense_v2.core.progress import Progress
 
 # Control characters but for tabs, what turns the direction of text, and halves of characters.
@@ -95,6 +96,7 @@ def report_paths(path: Path) -> tuple[Path, Path]:
     """Return the paths of a report and its JSON. Raises `CommandError` if --output names no page."""
     if path.suffix != ".html":
         raise CommandError(f"--output {path}: a report is an .html file", f"--output {path.with_suffix('.html')}")
+    refuse_other_encodings(path)
     if path.is_dir():
         raise CommandError(f"--output {path}: that is a folder", "name a file that ends in .html")
     return path, path.with_suffix(".json")

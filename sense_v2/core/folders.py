@@ -1,10 +1,23 @@
-"""Folders made on the way to a file, and removed again if nothing came of it."""
+"""Folders made on the way to a file, and removed again if nothing came of it; names that can be written down."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+
+from sense_v2.core.errors import CommandError
+
+
+def refuse_other_encodings(*paths: str | Path | None) -> None:
+    """Raise `CommandError` for a path that isn't UTF-8: the files that name it couldn't be written later."""
+    for path in paths:
+        try:
+            str(path).encode()
+        except UnicodeEncodeError as error:
+            raise CommandError(
+                f"{path}: the name isn't UTF-8, and files there would have to say it", "rename it, or choose another"
+            ) from error
 
 
 @contextmanager

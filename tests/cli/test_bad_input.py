@@ -363,6 +363,33 @@ def test_a_folder_that_cannot_be_written_to(refused, corpus, tmp_path, where):
             assert str(folder) in what, name
 
 
+def test_a_name_that_is_not_utf_8_is_refused_before_any_work(refused, corpus, trained, tmp_path):
+    """The files of the model and the reports name it, and are UTF-8."""
+    name = os.fsdecode(b"caf\xe9")
+    with unchanged(tmp_path):
+        for arguments in (
+            ("train", "--corpus", corpus, "--output", tmp_path / name, *SMALL),
+            ("train", "--corpus", corpus, "--output", tmp_path / "run", "--model", tmp_path / name, *SMALL),
+            ("train", "--resume", "--output", tmp_path / name),
+            ("demo", "--corpus", corpus, "--output", tmp_path / name),
+            ("ablate", trained, "--corpus", corpus, "--output", tmp_path / f"{name}.html"),
+        ):
+            what, way_out = refused(*arguments)
+            assert r"caf\xe9" in what
+            assert "the name isn't UTF-8" in what
+            assert "rename it" in way_out
+
+
+def test_a_corpus_whose_name_is_not_utf_8(corpus, tmp_path, capsys):
+    """Its name is written down with a sign in place of what can't be read."""
+    folder = tmp_path / os.fsdecode(b"caf\xe9")
+    shutil.copytree(corpus, folder)
+    output = tmp_path / "run"
+    arguments = ["train", "--corpus", str(folder), "--output", str(output), *map(str, SMALL)]
+    assert main.main(arguments) == 0, capsys.readouterr().err
+    assert "caf\ufffd" in (output / "README.md").read_text(encoding="utf-8")
+
+
 def test_an_output_that_is_a_file(refused, corpus, tmp_path):
     (tmp_path / "file").write_text("content")
     with unchanged(tmp_path):

@@ -107,7 +107,9 @@ def find_corpus(paths: Sequence[str | Path]) -> CorpusFiles:
         ValueError: There is text beside documents, other than what describes them (README, LICENSE).
     """
     roots = [Path(path) for path in paths]
-    found = CorpusFiles(", ".join(root.resolve().name or str(root) for root in roots), find_files(roots), {}, set())
+    name = ", ".join(root.resolve().name or str(root) for root in roots)
+    name = os.fsencode(name).decode("utf-8", "replace")  # which reports and model cards can say
+    found = CorpusFiles(name, find_files(roots), {}, set())
     found.named = {root for root in roots if not root.is_dir()}
     found.kind_of = {file: kind_of(file) for file in found.name_of}
     if found.documents:

@@ -27,6 +27,7 @@ from tokenizers import Tokenizer
 from transformers import PreTrainedModel
 
 from sense_v2.core.config import Config, EngramConfig, TrainConfig
+from sense_v2.core.folders import refuse_other_encodings
 from sense_v2.core.progress import Progress, no_progress
 from sense_v2.engram.tokenizer import DEEPSEEK_PACKAGE, EngramTokenizerBuilder
 from sense_v2.engram.upkeep.shadow_map_setup import shared_spellings
@@ -128,6 +129,7 @@ def run_experiment(
     started = time.perf_counter()
     watcher = watcher or Watcher()
     settings = config.train
+    refuse_other_encodings(output, output.resolve())
     text = read_corpus(corpus, max_bytes=MAX_CORPUS_BYTES, text_column=text_column)
     output.mkdir(parents=True, exist_ok=True)
     watcher.compressing()

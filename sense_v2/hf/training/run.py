@@ -11,6 +11,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
+import os
 import shutil
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -23,6 +24,7 @@ from transformers import PreTrainedModel
 
 from sense_v2.core.config import Config, EngramConfig, TrainConfig
 from sense_v2.core.errors import CommandError, one_line
+from sense_v2.core.folders import refuse_other_encodings
 from sense_v2.core.progress import Progress, no_progress
 from sense_v2.engram.tokenizer import EngramTokenizerBuilder
 from sense_v2.hf.attach import attach_engram, decoder_layers
@@ -138,6 +140,7 @@ def train_on_corpus(
         CommandError: What was asked for can't be done. What reading, attaching and training raise comes as it is.
     """
     checked_trainer(config.trainer)
+    refuse_other_encodings(output, Path(output).resolve(), model)
     named = None
     if corpus:
         named = [str(Path(path).resolve()) if Path(path).exists() else str(path) for path in corpus]
@@ -153,6 +156,7 @@ def resume_training(output: str | Path = DEFAULT_OUTPUT, *, watcher: RunWatcher 
     Its steps, weights, rows and result are those of a run that nothing happened to, bit for bit. Raises
     `CommandError` where there is none, or its model or corpus is another one by now.
     """
+    refuse_other_encodings(output, Path(output).resolve())
     with resumed_folder(Path(output)) as staging:
         run = Run.load(staging / STATE_FOLDER)
         result, memory = _train(run, staging, Path(output), watcher or RunWatcher(), resumes=True)
@@ -317,7 +321,7 @@ def _text_digest(run: Run, text: Corpus, held_out_BT: torch.Tensor) -> str:
     digest = hashlib.sha256(held_out_BT.numpy().tobytes())
     if text.documents is not None and run.corpus is not None and not is_hub_dataset(run.corpus):
         for file in sorted(find_files([Path(path) for path in run.corpus])):
-            digest.update(f"{file} {file.stat().st_size}".encode())
+            digest.update(os.fsencode(file) + f" {file.stat().st_size}".encode())
     return digest.hexdigest()[:16]
 
 
