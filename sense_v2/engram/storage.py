@@ -127,7 +127,7 @@ class MMapEmbeddingStorage(TableModule):
         first_row: int = 0,
     ) -> None:
         super().__init__(num_embeddings, embedding_dim, mode=mode)
-        self.path: Path = Path(path).absolute()
+        self.path: Path = opening.real_table(path)
         self._row_dtype = row_dtype(dtype)
         self.dtype = self._row_dtype.torch
         """Of the rows that are looked up; a compact table's lie on disk as bytes."""
@@ -156,7 +156,8 @@ class MMapEmbeddingStorage(TableModule):
                 raise FileNotFoundError(f"{self.path}: no table there. mode='r+' makes one; mode='r' only reads")
             opening.create_table(files, wanted, num_threads, progress, sparse=sparse, first_row=first_row)
         lock = opening.lock_table(files, write=mode == "r+")
-        self._undo = UndoLog(Journal(files.journal, self.num_embeddings, journal_limit_bytes))
+        self._named = disk.NamedFiles()
+        self._undo = UndoLog(Journal(files.journal, self.num_embeddings, journal_limit_bytes, self._named))
         # Runs when the storage is collected, too; it must not refer to it.
         self._let_go = weakref.finalize(self, _let_go, self._undo, lock)
         self.durability = durability
@@ -200,6 +201,7 @@ class MMapEmbeddingStorage(TableModule):
     def _map(self, path: Path, width: int, dtype: np.dtype[Any]) -> np.memmap[Any, Any]:
         is_sparse = has_holes(path)
         self._sparse = self._sparse or is_sparse
+        self._named.add(path)
         try:
             return map_rows(path, dtype, self.mode, (self.num_embeddings, width), has_holes=is_sparse)
         except OSError as error:
@@ -317,6 +319,7 @@ class MMapEmbeddingStorage(TableModule):
             raise ValueError(f"optimizer state {path} has width {known_width}, asked for {width}")
         if state:
             return state
+        self.refuse_moved()
         entry = opening.make_state_ready(self._files, self._manifest, name, width, sparse=self._sparse)
         mapping = self._map(path, width, np.dtype("<f4"))
         state = RowState(name, path, shared_tensor(mapping), entry.step)
@@ -374,6 +377,7 @@ class MMapEmbeddingStorage(TableModule):
                 f"{self.path} is shared by several processes, which commit together: ShardedTable.commit"
             )
         old = self._manifest
+        self.refuse_moved()
         with self._undo.settled():
             self._refuse_unknown()  # the thread may just have failed to sync
             try:
@@ -397,6 +401,7 @@ class MMapEmbeddingStorage(TableModule):
         known to it.
         """
         self._refuse_no_writer("commit")
+        self.refuse_moved()
         with self._undo.settled():
             self._refuse_unknown()
             failed, self._failed = self._failed, True
@@ -461,6 +466,10 @@ class MMapEmbeddingStorage(TableModule):
     def restore_from(self, path: str | os.PathLike[str]) -> None:
         """Makes the rows those of the copy at `path`, in one commit; see `sense_v2.engram.table_copy`."""
         table_copy.restore_table(self, path)
+
+    def refuse_moved(self) -> None:
+        """Raises `OSError` where table and states aren't at their paths any more: manifest and copies go by these."""
+        self._named.refuse_moved()
 
     def _refuse_no_writer(self, what: str) -> None:
         super()._refuse_no_writer(what)

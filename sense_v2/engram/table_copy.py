@@ -50,6 +50,9 @@ class MappedRows(TrainableRows, Protocol):
     def weight(self) -> torch.Tensor:
         """[N, D], sharing the mapping."""
 
+    def refuse_moved(self) -> None:
+        """Raises `OSError` where its path names another file by now."""
+
     def one_commit(self) -> contextlib.AbstractContextManager[None]:
         """Lets the journal grow to whatever one commit takes."""
 
@@ -84,6 +87,7 @@ def copy_table(
 
 
 def refuse_uncommitted(storage: MappedRows) -> None:
+    storage.refuse_moved()
     if storage.mode == "r+" and storage.updates != storage.manifest.updates:
         raise ValueError(f"{storage.path} has updates since its last commit; commit() before it is copied")
 

@@ -37,7 +37,7 @@ from sense_v2.engram.delta.delta_file import (
 from sense_v2.engram.storage import MMapEmbeddingStorage
 from sense_v2.engram.table.checksums import PART_BYTES, add_to_blocks, block_rows, from_hex, row_hashes, to_hex
 from sense_v2.engram.table.format import FORMAT_VERSION, provenance_differences, row_dtype
-from sense_v2.engram.table.opening import TableFiles, read_manifest
+from sense_v2.engram.table.opening import TableFiles, read_manifest, real_table
 from sense_v2.engram.table_identity import digest_of_blocks, meaning_of
 
 PREFERENCES = ("first", "last", "mean")
@@ -72,6 +72,7 @@ class Merged:
 
 def open_table_as_it_is(path: Path, *, mode: str = "r") -> MMapEmbeddingStorage:
     """The table at `path`, as its manifest describes it. Raises `FileNotFoundError` where it has none."""
+    path = real_table(path)
     manifest = read_manifest(TableFiles(path).manifest)
     return MMapEmbeddingStorage(manifest.rows, manifest.width, path, dtype=manifest.dtype, mode=mode).eval()
 
@@ -167,7 +168,7 @@ def apply_delta(path: Path, table: Path) -> Applied:
     A kill at any moment leaves the table as it was, or with all of the delta. Raises `ValueError` where the table
     isn't the delta's base or is only read (compact rows), `BlockingIOError` where a process writes to it.
     """
-    delta = read_delta(path)
+    delta, table = read_delta(path), real_table(table)
     storage = _open_to_change(table, delta)
     try:
         before = storage.identity()
@@ -192,6 +193,7 @@ def revert_delta(table: Path) -> Applied:
 
     Raises `ValueError` where no undo fits the table as it is now, `BlockingIOError` where a process writes to it.
     """
+    table = real_table(table)
     before = _digest_on_disk(table)
     undo = undo_path(table, before)
     if not undo.is_file():

@@ -34,6 +34,7 @@ import torch
 from sense_v2.engram.delta.delta_file import Delta, DeltaInfo, Source, read_delta, write_delta
 from sense_v2.engram.reading import devices
 from sense_v2.engram.row_source import RowSource
+from sense_v2.engram.table import disk
 from sense_v2.engram.table.disk import WriterLock
 from sense_v2.engram.table.format import LOCK_SUFFIX, Manifest, as_json_object, row_dtype
 from sense_v2.engram.table_identity import Origin, TableIdentity
@@ -163,9 +164,12 @@ class OverlayStorage(TableModule):
         self._kept: Delta | None = None
         self._states: dict[str, OverlayState] = {}
         self._lock: WriterLock | None = None
+        self._named = disk.NamedFiles()
         if self.path is not None and mode == "r+":
             self.path.parent.mkdir(parents=True, exist_ok=True)
-            self._lock = WriterLock(self.path.with_name(self.path.name + LOCK_SUFFIX), str(self.path))
+            lock_path = self.path.with_name(self.path.name + LOCK_SUFFIX)
+            self._lock = WriterLock(lock_path, str(self.path))
+            self._named.add(lock_path)
         self._let_go = weakref.finalize(self, _release, self._lock)
         try:
             if self.path is not None and (mode == "r" or self.path.exists()):
@@ -317,6 +321,7 @@ class OverlayStorage(TableModule):
         self._refuse_no_writer("commit")
         info = self._next_info(step, extra)
         if self.path is not None:
+            self._named.refuse_moved()
             self._write(self.path, info, states=True)
             self._kept = read_delta(self.path)
             self._begin_anew()

@@ -87,6 +87,7 @@ def new_file(path: Path, *, replace: bool = False, keep: Callable[[], bool] = la
             yield fd
             sync_fd(fd, path)
             os.replace(temporary, path)
+        platform.unlock(fd)  # who holds a table's lock writes to it
         sync(path.parent)
     except BaseException:
         # After the rename there is none; until then nobody else can have made it anew, because of the lock. One that
@@ -327,45 +328,80 @@ def store(table_ND: torch.Tensor, row_ids_U: torch.Tensor, rows_UD: torch.Tensor
     table_ND.index_copy_(0, row_ids_U, rows_UD)
 
 
+def identity(path: Path) -> tuple[int, int] | None:
+    """Device and inode of the file at `path`, links followed; None where there is none."""
+    try:
+        found = os.stat(path)
+    except (FileNotFoundError, NotADirectoryError):
+        return None
+    return found.st_dev, found.st_ino
+
+
+class NamedFiles:
+    """Files that are open, and the paths that they were opened by, which what is made beside them later goes by."""
+
+    def __init__(self) -> None:
+        self._identities: dict[Path, tuple[int, int] | None] = {}
+
+    def add(self, path: Path) -> None:
+        self._identities[path] = identity(path)
+
+    def refuse_moved(self) -> None:
+        """Raises `OSError` where a path names another file by now, or none."""
+        for path, opened in self._identities.items():
+            if identity(path) != opened:
+                raise OSError(
+                    errno.ESTALE,
+                    f"{path} isn't the file that was opened there: it or its folder was renamed, removed or "
+                    "replaced. Nothing was committed or copied. Put it back there, and call again",
+                )
+
+
 class WriterLock:
     """The right to write to a table: held by one process at a time, and gone when that process is.
 
-    It is a `flock` on a file of its own, whose content is the holder's process id. The kernel drops it when the last
-    descriptor that stands for it is closed: when the process ends, however it ends, since a forked child closes its
-    own at once. (A POSIX record lock isn't inherited, but any close of the file drops it, and to copy the folder is
-    to open and close the file.) What this process holds is known by device and inode, since a table's folder may be
-    renamed under it.
+    It is a `flock` on a file of its own, whose content is the holder's process id, and one on the table itself where
+    that is there: a table has one inode, whatever names lead to it, and nobody clears it away. The kernel drops a
+    lock when the last descriptor that stands for it is closed: when the process ends, however it ends, since a
+    forked child closes its own at once. (A POSIX record lock isn't inherited, but any close of the file drops it,
+    and to copy the folder is to open and close the file.) What this process holds is known by device and inode,
+    since a table's folder may be renamed under it.
 
     Raises `BlockingIOError` naming the holder where another has it.
     """
 
     _held: ClassVar[dict[tuple[int, int, int], int]] = {}
-    """(process, device, inode) of a lock file -> its descriptor."""
+    """(process, device, inode) of a locked file -> its descriptor."""
     # Reentrant: a collection in the middle of a call may release the lock of a storage that nobody refers to.
     _guard = threading.RLock()
 
-    def __init__(self, path: Path, what: str) -> None:
+    def __init__(self, path: Path, what: str, table: Path | None = None) -> None:
+        files = [path] if table is None or not table.is_file() else [path, table]
+        self._own: dict[tuple[int, int, int], int] = {}
         with self._guard:
-            if self._is_own(path):
+            if any(map(self._is_own, files)):
                 raise BlockingIOError(
                     errno.EAGAIN,
                     f"{what} is open for writing in this process already: close() it first, or open this one with "
                     "mode='r'",
                 )
-            self._fd: int | None = open_own(path)
-            found = os.fstat(self._fd)
-            self._key = (os.getpid(), found.st_dev, found.st_ino)
             try:
-                self._take(self._fd, what)
-                os.ftruncate(self._fd, 0)
-                write_at(self._fd, f"{os.getpid()}\n".encode(), 0)
+                for file in files:
+                    fd = open_own(file) if file is path else os.open(file, platform.READ_WRITE | platform.NO_WAITING)
+                    found = os.fstat(fd)
+                    self._own[os.getpid(), found.st_dev, found.st_ino] = fd
+                    self._take(fd, what, path)
+                lock_fd = next(iter(self._own.values()))
+                os.ftruncate(lock_fd, 0)
+                write_at(lock_fd, f"{os.getpid()}\n".encode(), 0)
             except BaseException:
-                os.close(self._fd)
+                for fd in self._own.values():
+                    os.close(fd)
                 raise
-            self._held[self._key] = self._fd
+            self._held.update(self._own)
 
     @staticmethod
-    def _take(fd: int, what: str) -> None:
+    def _take(fd: int, what: str, path: Path) -> None:
         for attempt in range(3):
             try:
                 return platform.lock(fd, wait=False)
@@ -379,17 +415,18 @@ class WriterLock:
                     time.sleep(0.02)
         raise BlockingIOError(
             errno.EAGAIN,
-            f"{what} is being written to by process {_holder(fd)}: wait for its end, or open with mode='r' to read "
+            f"{what} is being written to by process {_holder(path)}: wait for its end, or open with mode='r' to read "
             "beside it",
         )
 
     def release(self) -> None:
         """Gives it back; a forked child, which doesn't have it, changes nothing."""
         with self._guard:
-            if self._fd is not None and self._key[0] == os.getpid():
-                del self._held[self._key]
-                os.close(self._fd)
-            self._fd = None
+            for key, fd in self._own.items():
+                if key[0] == os.getpid():
+                    del self._held[key]
+                    os.close(fd)
+            self._own = {}
 
     @classmethod
     def _after_fork_in_child(cls) -> None:
@@ -400,35 +437,38 @@ class WriterLock:
         cls._guard.release()
 
     @classmethod
-    def is_held(cls, path: Path) -> bool:
+    def is_held(cls, path: Path, table: Path | None = None) -> bool:
         """Whether a process, this one included, writes."""
-        return cls._is_own(path) or cls.holder(path) is not None
+        return any(cls._is_own(file) for file in (path, table) if file) or cls.holder(path, table) is not None
 
     @classmethod
     def _is_own(cls, path: Path) -> bool:
         """Whether this process holds it."""
-        try:
-            found = os.stat(path)
-        except FileNotFoundError:
-            return False
-        return (os.getpid(), found.st_dev, found.st_ino) in cls._held
+        found = identity(path)
+        return found is not None and (os.getpid(), *found) in cls._held
 
     @classmethod
-    def holder(cls, path: Path) -> str | None:
-        """The id of the other process that holds the lock at `path`; None where nobody, or this process, does."""
+    def holder(cls, path: Path, table: Path | None = None) -> str | None:
+        """The id of the other process that holds the lock at `path`, or that of the table; None where nobody, or this
+        process, does."""
         with cls._guard:
-            if cls._is_own(path):
-                return None
-            try:
-                fd = open_own(path, create=False, write=False)
-            except FileNotFoundError:
-                return None
-            try:
-                platform.lock(fd, shared=True, wait=False)
-            except OSError as error:
-                return _holder(fd) if error.errno in platform.LOCK_IS_HELD else None
-            finally:
-                os.close(fd)
+            for file in [path] if table is None or not table.is_file() else [path, table]:
+                try:
+                    if cls._is_own(file):
+                        continue
+                    if file is path:
+                        fd = open_own(path, create=False, write=False)
+                    else:
+                        fd = os.open(file, platform.READ | platform.NO_WAITING)
+                except FileNotFoundError:
+                    continue
+                try:
+                    platform.lock(fd, shared=True, wait=False)
+                except OSError as error:
+                    if error.errno in platform.LOCK_IS_HELD:
+                        return _holder(path)
+                finally:
+                    os.close(fd)
             return None
 
 
@@ -441,7 +481,15 @@ if hasattr(os, "register_at_fork"):
     )
 
 
-def _holder(fd: int) -> str:
-    # Anybody may have written the file: nothing but a number goes to a terminal.
-    text = os.pread(fd, 32, 0).strip()
+def _holder(path: Path) -> str:
+    """What the lock file at `path` says."""
+    try:
+        fd = open_own(path, create=False, write=False)
+    except OSError:
+        return "unknown"
+    try:
+        # Anybody may have written the file: nothing but a number goes to a terminal.
+        text = os.pread(fd, 32, 0).strip()
+    finally:
+        os.close(fd)
     return text.decode() if text.isdigit() else "unknown"

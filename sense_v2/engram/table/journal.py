@@ -186,8 +186,8 @@ class Journal:
     leaves the journal as it was before it.
     """
 
-    def __init__(self, path: Path, num_rows: int, limit_bytes: int) -> None:
-        self.path, self.num_rows, self.limit_bytes = path, num_rows, limit_bytes
+    def __init__(self, path: Path, num_rows: int, limit_bytes: int, beside: disk.NamedFiles | None = None) -> None:
+        self.path, self.num_rows, self.limit_bytes, self._beside = path, num_rows, limit_bytes, beside
         self._fd: int | None = None
         self._end = 0
         self._generation, self._commit, self._version, self._salt = 0, 0, HASH_VERSION, 0
@@ -224,8 +224,13 @@ class Journal:
                 f"{self.path} would grow past its limit of {self.limit_bytes} bytes: too many rows changed since the "
                 "last commit. Call commit() more often, or open the table with a larger journal_limit_bytes",
             )
+        if self._fd is not None and self._end == 0 and not self._is_at_its_path():
+            self._let_go()  # it was removed: what isn't found undoes nothing
         if self._fd is None:
+            if self._beside is not None:
+                self._beside.refuse_moved()
             self._fd = disk.open_own(self.path)
+            self._folder_synced = False
         try:
             end = self._end
             for part in parts:
@@ -251,11 +256,22 @@ class Journal:
     def close(self) -> None:
         """Removes the file where nothing is in it."""
         if self._fd is not None:
-            os.close(self._fd)
-            self._fd = None
-            if self._end == 0:
+            is_empty = self._end == 0 and self._is_at_its_path()
+            self._let_go()
+            if is_empty:
                 with contextlib.suppress(OSError):
                     disk.os.unlink(self.path)
+
+    def _is_at_its_path(self) -> bool:
+        """False where another table's may be there by now."""
+        assert self._fd is not None
+        found = os.fstat(self._fd)
+        return disk.identity(self.path) == (found.st_dev, found.st_ino)
+
+    def _let_go(self) -> None:
+        assert self._fd is not None
+        os.close(self._fd)
+        self._fd = None
 
 
 def roll_back(path: Path, at: Committed, others: Sequence[Path] = ()) -> int | None:

@@ -112,6 +112,26 @@ class TableFiles:
         return self.table.exists() and not self.manifest.exists()
 
 
+def real_table(path: str | os.PathLike[str]) -> Path:
+    """The absolute path that the names of a table's other files are made from. A link to a table that has its
+    manifest beside it is another name of that table. Raises `ValueError` where the link has a manifest of its own as
+    well, and for the name of another of a table's files."""
+    path = Path(path).absolute()
+    own = path.with_name(manifest_name(path.name))
+    if path.is_symlink():
+        with contextlib.suppress(OSError, RuntimeError):  # a link to itself
+            target = path.resolve()
+            theirs = target.with_name(manifest_name(target.name))
+            if theirs.exists():
+                if own.exists() and not own.samefile(theirs):
+                    raise ValueError(
+                        f"{path} links to {target}, and each has a manifest: {own.name} and {theirs}. One of them "
+                        "isn't the rows'. Remove that one, once sense-engram verify has said which"
+                    )
+                return target
+    return path
+
+
 def _numbered(table: Path, name: str) -> list[Path]:
     """The files of shares 1, 2, …: `name` has a star for the number."""
     before, after = name.split("*")
@@ -202,7 +222,8 @@ def lock_table(files: TableFiles, *, write: bool) -> WriterLock | None:
     reads gets None, and a warning beside a writer."""
     if write:
         try:
-            lock = WriterLock(files.lock, str(files.table))
+            table = None if files.share else files.table
+            lock = WriterLock(files.lock, str(files.table), table)
         except BlockingIOError:
             raise
         except OSError as error:
@@ -218,7 +239,8 @@ def lock_table(files: TableFiles, *, write: bool) -> WriterLock | None:
                     "it first",
                 )
         return lock
-    holder = WriterLock.holder(files.lock)
+    # A maker holds the lock of what is not yet a table, until its manifest is there.
+    holder = WriterLock.holder(files.lock, files.table if files.manifest.exists() else None)
     if holder is not None:
         warnings.warn(
             f"process {holder} is writing to {files.table}: rows are read as they are stored, which may be ahead of "
@@ -353,7 +375,7 @@ def recover(files: TableFiles, manifest: Manifest) -> None:
 
 def refuse_live_journal(files: TableFiles, manifest: Manifest) -> None:
     """Read-only callers must not see rows that a dead writer had not committed."""
-    if WriterLock.is_held(files.lock):
+    if WriterLock.is_held(files.lock, files.table):
         return
     refuse_prepared(files)
     for path in (files.journal, *files.other_journals):
@@ -435,14 +457,21 @@ def make_state_ready(files: TableFiles, manifest: Manifest, name: str, width: in
 
 def _refuse_foreign_states(files: TableFiles, manifest: Manifest) -> None:
     """What the manifest calls a state is written to, by undoing and by training: it must be a file of its own."""
-    seen = {_identity(files.table): files.table}
+    seen = {disk.identity(files.table): files.table}
     for name in manifest.states:
         path = files.state(name, manifest)
         _refuse_as_state(files, name, path)
         if path.exists():
-            first = seen.setdefault(_identity(path), path)
+            first = seen.setdefault(disk.identity(path), path)
             if first is not path:
                 raise ValueError(f"optimizer state {path} and {first} are one file; put a copy in its place")
+    for path in seen.values():
+        if path.stat().st_nlink > 1:
+            raise OSError(
+                errno.EMLINK,
+                f"{path} has another name as well (a hard link: a backup, perhaps), which training would change too. "
+                "Put a copy in the place of one of them, or open it with mode='r'",
+            )
 
 
 def _refuse_as_state(files: TableFiles, name: str, path: Path) -> None:
@@ -457,8 +486,3 @@ def _refuse_as_state(files: TableFiles, name: str, path: Path) -> None:
 def _is_table(path: Path) -> bool:
     """Whether a file that could be a state, by its name, is a table with a manifest of its own."""
     return path.with_name(manifest_name(path.name)).exists()
-
-
-def _identity(path: Path) -> tuple[int, int]:
-    found = path.stat()
-    return found.st_dev, found.st_ino

@@ -51,6 +51,13 @@ def lock(fd: int, *, shared: bool = False, wait: bool = True) -> None:
     fcntl.flock(fd, (fcntl.LOCK_SH if shared else fcntl.LOCK_EX) | (0 if wait else fcntl.LOCK_NB))
 
 
+def unlock(fd: int) -> None:
+    """Gives the open file's lock back before it is closed."""
+    if fcntl is not None:
+        with contextlib.suppress(OSError):  # where there are none
+            fcntl.flock(fd, fcntl.LOCK_UN)
+
+
 def full_sync(fd: int) -> None:
     """Syncs an open file past the disk's own cache, where there is a `FULL_SYNC`."""
     assert FULL_SYNC is not None

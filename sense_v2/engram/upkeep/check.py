@@ -39,7 +39,7 @@ from sense_v2.engram.table.format import (
 )
 from sense_v2.engram.table.initial_noise import PROGRESS_BYTES
 from sense_v2.engram.table.journal import LiveJournal, look_at_journal, roll_back
-from sense_v2.engram.table.opening import TableFiles, read_manifest
+from sense_v2.engram.table.opening import TableFiles, read_manifest, real_table
 from sense_v2.engram.table.row_scan import Scan, scan_rows
 
 # Row ranges that are written out before "and … more".
@@ -109,7 +109,7 @@ def check_table(path: str | os.PathLike[str], *, progress: bool | None = None) -
 
     `progress` None shows a bar past 1 GB. Raises `OSError` where a file can't be read at all.
     """
-    path = Path(path)
+    path = real_table(path)
     before = _versions(path)
     check = _check_around(path)
     _check_rows(check, progress=progress)
@@ -127,9 +127,9 @@ def repair_table(path: str | os.PathLike[str], *, progress: bool | None = None) 
     Raises `BlockingIOError` where a process writes, `OSError` where the files can't be written to, and `ValueError`
     for a journal that turns out to be damaged.
     """
-    path = Path(path)
+    path = real_table(path)
     done: list[str] = []
-    lock = WriterLock(_beside(path, lock_name), str(path))
+    lock = WriterLock(_beside(path, lock_name), str(path), path)
     try:
         check = _check_around(path, is_own=True)
         manifest = check.manifest
@@ -188,10 +188,10 @@ def _check_around(path: Path, *, is_own: bool = False) -> Check:
 def _check_writer(check: Check) -> None:
     lock_path = _beside(check.path, lock_name)
     try:
-        if not WriterLock.is_held(lock_path):
+        if not WriterLock.is_held(lock_path, check.path):
             return
         # Nobody else: then this process has it itself.
-        check.writer = WriterLock.holder(lock_path) or str(os.getpid())
+        check.writer = WriterLock.holder(lock_path, check.path) or str(os.getpid())
     except OSError as error:
         check.add("writer", lock_path, _text_of(error, lock_path))
         return

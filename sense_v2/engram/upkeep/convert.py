@@ -27,6 +27,7 @@ from sense_v2.engram.table.opening import (
     checked_manifest,
     lock_table,
     read_manifest,
+    real_table,
     refuse_leftovers,
     refuse_live_journal,
 )
@@ -71,7 +72,7 @@ def convert_table(
     or another process converts to `output`, `ValueError` for a row that the dtype can't hold, a damaged or changed
     source, or a new file that isn't what was written; `OSError` for what reading and writing raise.
     """
-    source = Path(source)
+    source = real_table(source)
     old = readable_manifest(source)
     wanted = dataclasses.replace(
         old,
@@ -179,8 +180,8 @@ def readable_manifest(source: Path) -> Manifest:
     files = TableFiles(source)
     if not source.exists():
         raise FileNotFoundError(f"{source}: no table there")
-    if WriterLock.is_held(files.lock):
-        holder = WriterLock.holder(files.lock) or os.getpid()
+    if WriterLock.is_held(files.lock, source):
+        holder = WriterLock.holder(files.lock, source) or os.getpid()
         raise BlockingIOError(f"process {holder} is writing to {source}. Convert it when that has ended")
     if files.lack_manifest():
         raise ValueError(
