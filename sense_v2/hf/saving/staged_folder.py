@@ -16,7 +16,7 @@ import shutil
 import tempfile
 import warnings
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -47,6 +47,8 @@ _PARTS = (
     "merges.txt",
 )
 _MODEL = "config.json"
+# What a run writes last.
+_COMPLETE = "config.yaml"
 
 
 @contextmanager
@@ -59,29 +61,42 @@ def staged_folder(output: Path, *, force: bool) -> Iterator[Path]:
     _finish_replacing(output, begun=True)
     _refuse_model(output, force)
     made = missing_folders(output)
-    try:
-        output.mkdir(parents=True, exist_ok=True)
-        for left in output.glob(f"{PREFIX}*"):
+    with ExitStack() as held:
+        try:
+            output.mkdir(parents=True, exist_ok=True)
+            with _locked(output, wait=True):  # so that nobody takes the folder for a dead run's before it is locked
+                left = [path for path in output.glob(f"{PREFIX}*") if not _is_removed(path)]
+                staging = Path(tempfile.mkdtemp(prefix=PREFIX, dir=output))
+                held.enter_context(_locked(staging))
+        except OSError as error:
+            remove_empty(made)
+            raise CommandError(
+                f"can't write to {output}: {error.strerror} ({error.filename})",
+                "choose another --output, or make that one writable",
+            ) from error
+        for path in left:
             warnings.warn(
-                f"{left} is from a run that ended early, or that is still at work; --resume goes on with it",
+                f"{path} is from a run that ended early, or that is still at work; --resume goes on with it",
                 UserWarning,
                 stacklevel=3,
             )
-        staging = Path(tempfile.mkdtemp(prefix=PREFIX, dir=output))
-    except OSError as error:
-        remove_empty(made)
-        raise CommandError(
-            f"can't write to {output}: {error.strerror} ({error.filename})",
-            "choose another --output, or make that one writable",
-        ) from error
-    try:
-        with _locked(staging):
+        try:
             yield staging
             _publish(staging, output, force=force)
-    finally:
-        if not _steps(staging) and not (staging / PLAN_FILE).exists():
+        finally:
+            if not _steps(staging) and not (staging / PLAN_FILE).exists():
+                shutil.rmtree(staging, ignore_errors=True)
+            remove_empty(made)
+
+
+def _is_removed(staging: Path) -> bool:
+    """Remove the folder of a run from which nothing could go on, if its process is gone. True if it was."""
+    if _steps(staging) or any((staging / name).exists() for name in (PLAN_FILE, _MODEL)) or staging.name == RESUMED:
+        return False
+    with suppress(CommandError), _locked(staging) as is_held:
+        if is_held:
             shutil.rmtree(staging, ignore_errors=True)
-        remove_empty(made)
+    return not staging.exists()
 
 
 @contextmanager
@@ -97,6 +112,11 @@ def resumed_folder(output: Path) -> Iterator[Path]:
     was_saved = (output / STATE_FOLDER / RUN_FILE).is_file()
     found = {path.parent.parent for path in output.glob(f"{PREFIX}*/{STATE_FOLDER}/{RUN_FILE}")}
     found |= {output / RESUMED} if was_saved else set()
+    for path in output.glob(f"{PREFIX}*/{_COMPLETE}"):
+        if not found:  # it was killed when there was nothing to go on with any more, and before the model was moved
+            with _locked(path.parent):
+                _publish(path.parent, output, force=False)
+            finished = True
     if not found and finished:
         raise CommandError(
             f"{output} has the model that the run had trained in its place now, and no run that could go on",
@@ -192,9 +212,10 @@ def _refuse_model(output: Path, force: bool, where: str = "") -> None:
 
 
 @contextmanager
-def _locked(folder: Path, *, wait: bool = False) -> Iterator[None]:
-    """Hold a folder's lock, where the file system has such. Raises `CommandError` if another process holds it."""
-    fd = os.open(folder, READ)
+def _locked(folder: Path, *, wait: bool = False) -> Iterator[bool]:
+    """Hold a folder's lock; give False where the file system has none. Raises `CommandError` if another process holds
+    it."""
+    fd, is_held = os.open(folder, READ), True
     try:
         try:
             lock(fd, wait=wait)
@@ -204,7 +225,8 @@ def _locked(folder: Path, *, wait: bool = False) -> Iterator[None]:
                 raise CommandError(what, "wait for it, or end it") from error
             if error.errno not in NO_LOCKS:
                 raise
-        yield
+            is_held = False
+        yield is_held
     finally:
         os.close(fd)
 

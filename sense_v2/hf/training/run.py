@@ -230,7 +230,7 @@ def _train(
         check(backbone.model)  # always: a run that is resumed at its last step has evaluated nothing on its way
         reserved.unlink()
         _save(backbone, staging, output, *_card_facts(history, config.train, text, evaluations))
-    _in_place(config, output).save(staging / "config.yaml")
+    _in_place(config, output).save(staging / "config.yaml")  # last, and whole: see staged_folder
     if not history.stopped:
         remove_state(staging)
     result = {

@@ -1,5 +1,7 @@
 """A new model takes the place of an old one: whatever fails, neither is lost and they never mix."""
 
+import contextlib
+import fcntl
 import os
 import shutil
 import threading
@@ -13,6 +15,14 @@ from sense_v2.hf.saving.staged_folder import resumed_folder, staged_folder
 OLD = {"config.json": "old", "engram/table": "old", "model-1.safetensors": "old", "notes.txt": "mine"}
 NEW = {"config.json": "new", "engram/table": "new", "model.safetensors": "new"}
 IN_PLACE = {**NEW, "notes.txt": "mine"}
+
+
+@contextlib.contextmanager
+def locked(folder):
+    fd = os.open(folder, os.O_RDONLY)
+    fcntl.flock(fd, fcntl.LOCK_EX)
+    yield
+    os.close(fd)
 
 
 def write(folder, files):
@@ -175,3 +185,29 @@ def test_taking_a_stopped_run_out_is_taken_back(tmp_path, monkeypatch):
             with pytest.raises(OSError, match="busy"), resumed_folder(output):
                 pass
         assert content(output) == stopped
+
+
+def test_what_a_killed_run_left_is_removed_if_nothing_could_go_on_from_it(output):
+    for name, files in {
+        ".training-dead": {"engram/table": "half", "training/run.json": "{}"},
+        ".training-resumable": {"training/checkpoint-2/stream.safetensors": "", "training/run.json": "{}"},
+        ".training-whole": NEW,
+        ".training-alive": {"engram/table": "half"},
+    }.items():
+        write(output / name, files)
+    with locked(output / ".training-alive"), warnings.catch_warnings(record=True) as warned:
+        warnings.simplefilter("always")
+        train(output)
+    assert sorted(path.name for path in output.glob(".*")) == [
+        ".training-alive",
+        ".training-resumable",
+        ".training-whole",
+    ]
+    assert len(warned) == 3
+
+
+def test_a_run_that_was_killed_before_it_could_begin_to_replace_is_finished(tmp_path):
+    write(tmp_path / "run" / ".training-whole", {**NEW, "config.yaml": "last"})
+    with pytest.raises(CommandError, match="in its place now"), resumed_folder(tmp_path / "run"):
+        pass
+    assert content(tmp_path / "run") == {**NEW, "config.yaml": "last"}
