@@ -120,10 +120,11 @@ class _RowOptimizer(torch.optim.Optimizer):
         if gradients is not None:
             row_ids_U, grads_UD = gradients
             # State is stored before rows; what can go wrong has to go wrong before both.
-            self.storage.protect(row_ids_U)
-            rows_UD = self.storage.gather(row_ids_U)
-            self._update(row_ids_U, rows_UD, grads_UD, self.param_groups[0])
-            self.storage.write(row_ids_U, rows_UD, stochastic=True)
+            with self.storage.changing:
+                self.storage.protect(row_ids_U)
+                rows_UD = self.storage.gather(row_ids_U)
+                self._update(row_ids_U, rows_UD, grads_UD, self.param_groups[0])
+                self.storage.write(row_ids_U, rows_UD, stochastic=True)
         return loss
 
     def zero_grad(self, set_to_none: bool = True) -> None:

@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any, Protocol, TypeVar
 
@@ -146,6 +147,9 @@ class TrainableRows(RowSource, Protocol):
     """What commits survive: "process" or "power"."""
     updates: int
     """Calls of `write` since the table was made; the draws of stochastic rounding depend on it."""
+    changing: AbstractContextManager[Any]
+    """Held, reentrantly, while rows and states are stored, committed, copied or closed. A thread that holds it over
+    several stores keeps another one's commit from coming between them, as the row optimizers' `step` does."""
 
     # Gradients
 

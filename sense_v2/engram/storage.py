@@ -7,9 +7,8 @@ Reading is `sense_v2.engram.reading.reader`'s. Training gathers the batch's uniq
 indexes that, so autograd never sees the table. The leaf's gradient comes back to the storage, from where a row
 optimizer takes it (`sense_v2.engram.table_module`), updates those rows (`gather`, `write`) and clears it.
 
-What is written is visible at once to every process that maps the file, and kept by `commit`: rows, optimizer states
-and step together. Until then its old bytes are in a journal, and whatever ends the process, the next opening goes
-back to the last commit (`sense_v2.engram.table.journal`).
+What is written is visible at once to every process that maps the file, and kept by `commit`: rows, states and step
+together. Whatever ends the process, the next opening goes back to the last commit (`sense_v2.engram.table.journal`).
 
 B batch, T sequence, H rows a position, D row width, N rows of the table, U unique rows of a batch.
 """
@@ -43,7 +42,6 @@ from sense_v2.engram.table.opening import Share
 from sense_v2.engram.table.undo_log import THREAD_NAME, TrackedFile, UndoLog
 from sense_v2.engram.table_module import TableModule
 
-# Between two commits the journal holds each changed row once.
 JOURNAL_LIMIT_BYTES = 4 * 2**30
 
 
@@ -68,30 +66,26 @@ class MMapEmbeddingStorage(TableModule):
 
     With mode "r+", a table that isn't there is made: normal noise of `init_std`, the same bytes from the same `seed`
     whatever `num_threads`. One that is there must have this number of rows, width and dtype, and its manifest must
-    agree with `provenance` in every field that both have. Mode "r" only reads.
-
-    `provenance` is any JSON object that says what the rows mean; `progress` None shows a bar past 1 GB.
+    agree with `provenance` (any JSON object that says what the rows mean) in every field that both have. Mode "r"
+    only reads. `progress` None shows a bar past 1 GB.
 
     `durability` says what a commit survives: "process" the death of the process at any moment, "power" a power cut as
     well, which takes a sync of the journal a step and one of the rows a commit. Between commits the journal may take
     `journal_limit_bytes`.
 
-    `sparse=True` makes a table of zeros that takes disk space only where it is written to. The disk can then be full
-    in the middle of training: `write` looks for room first and raises `OSError`, but where another process takes that
-    room in the same moment, the kernel kills this one (SIGBUS). The last commit survives that, too. (On a tmpfs rows
-    that are only read take room as well.)
+    `sparse=True` makes a table of zeros that takes disk space only where it is written to. `write` raises `OSError`
+    where the disk is full; where another process takes the room in the same moment, the kernel kills this one
+    (SIGBUS). (On a tmpfs rows that are only read take room as well.)
 
-    `max_resident_bytes` bounds what of the table stays mapped into this process's memory, for machines where memory
-    is short or shared with a GPU: pages that were read are let go of, and mapped again when they are read again.
+    `max_resident_bytes` bounds what of the table stays mapped into this process's memory: pages that were read are
+    let go of, and mapped again when they are read again.
 
-    `share` is for one of several processes that store to one table, each to its own rows; `first_row` for a table
-    that holds the rows of a larger one from there on, whose initial noise it gets.
-    `sense_v2.engram.ranks.sharded_table` uses both.
+    `share` and `first_row` are for one of several processes that store to one table (`Share`), and for a table that
+    holds the rows of a larger one from there on: `sense_v2.engram.ranks.sharded_table`.
 
     Mode "r+" makes this process the table's only writer until `close`, or until the storage is collected
-    (`BlockingIOError` names the process that writes already). A forked child may read; its writes are refused.
-
-    A copy (deepcopy, pickle) opens the same file again, read-only.
+    (`BlockingIOError` names the process that writes already). Its threads may store and commit at once. A forked
+    child may read, not write. A copy (deepcopy, pickle) opens the same file again, read-only.
 
     >>> import tempfile
     >>> folder = tempfile.TemporaryDirectory()
@@ -235,7 +229,7 @@ class MMapEmbeddingStorage(TableModule):
         return reader.read(row_ids) if device.type == "cpu" else reader.read_to(row_ids, device)
 
     def prefetch(self, row_ids: torch.Tensor) -> None:
-        """Begins to read these rows [...] from the disk, and returns at once. Rows in memory cost next to nothing."""
+        """Begins to read these rows [...] from the disk, and returns at once. Rows in memory cost nearly nothing."""
         if not self._small.prefetch(row_ids):
             self._refuse_unusable(row_ids)
             self._opened_reader().prefetch(row_ids.detach().cpu())
@@ -280,7 +274,8 @@ class MMapEmbeddingStorage(TableModule):
         self._refuse_no_writer("write to an optimizer state")
         ids_U = self._checked_ids(row_ids_U)
         self._refuse_shape("state rows", values_UW, (len(ids_U), state.width))
-        self._store_to(state.path.name, state.values, ids_U, values_UW)
+        with self.changing:
+            self._store_to(state.path.name, state.values, ids_U, values_UW)
 
     def _store_to(self, name: str, table_ND: torch.Tensor, ids_U: torch.Tensor, rows_UD: torch.Tensor) -> None:
         if not len(ids_U):
@@ -362,8 +357,8 @@ class MMapEmbeddingStorage(TableModule):
             self.journal_limit_bytes = limit_bytes
 
     def commit(self, step: int | None = None, extra: Mapping[str, Any] | None = None) -> None:
-        """Keeps rows, open optimizer states, `step` and `extra` together. Once a sync has failed, no commit succeeds:
-        the kernel may have dropped what it couldn't write, and says so only once."""
+        """Keeps rows, open optimizer states, `step` and `extra` together. After a sync that failed none succeeds: the
+        kernel may have dropped what it couldn't write, and says so only once."""
         self._commit(step, extra, durable=self._undo.durable)
 
     def flush(self, step: int | None = None) -> None:
@@ -376,9 +371,9 @@ class MMapEmbeddingStorage(TableModule):
             raise ValueError(
                 f"{self.path} is shared by several processes, which commit together: ShardedTable.commit"
             )
-        old = self._manifest
-        self.refuse_moved()
-        with self._undo.settled():
+        with self.changing, self._undo.settled():
+            old = self._manifest
+            self.refuse_moved()
             self._refuse_unknown()  # the thread may just have failed to sync
             try:
                 manifest, sums = self._synced_manifest(step, extra, durable=durable)
@@ -395,14 +390,11 @@ class MMapEmbeddingStorage(TableModule):
         self, step: int | None, extra: Mapping[str, Any] | None, *, durable: bool
     ) -> Iterator[tuple[Manifest, Callable[[Manifest], None]]]:
         """A commit in which somebody else writes the manifest: everything is stored, and synced where `durable`, and
-        the journal still undoes it. Gives the manifest to be, and what to call with the one that was written.
-
-        Whatever ends the block before that call leaves a storage that can't commit any more: what is on disk isn't
-        known to it.
-        """
+        the journal still undoes it. Gives the manifest to be, and what to call with the one that was written; where
+        the block ends before that call, what is on disk isn't known, and the storage can't commit any more."""
         self._refuse_no_writer("commit")
-        self.refuse_moved()
-        with self._undo.settled():
+        with self.changing, self._undo.settled():
+            self.refuse_moved()
             self._refuse_unknown()
             failed, self._failed = self._failed, True
             manifest, _ = self._synced_manifest(step, extra, durable=durable)
@@ -414,8 +406,7 @@ class MMapEmbeddingStorage(TableModule):
     def _synced_manifest(
         self, step: int | None, extra: Mapping[str, Any] | None, *, durable: bool
     ) -> tuple[Manifest, dict[str, np.ndarray[Any, Any] | None]]:
-        """The manifest of the rows and states as they are now, and the block sums of their files; with `durable` all
-        of it is on the disk."""
+        """The manifest of rows and states as they are now, and their block sums; `durable`: all on the disk."""
         if durable:
             self._undo.journal.sync()
             disk.sync_mapping(self.mmap, self.path)
@@ -424,9 +415,10 @@ class MMapEmbeddingStorage(TableModule):
         old, sums = self._manifest, self._undo.new_sums()
         texts = {file: None if values is None else to_hex(values) for file, values in sums.items()}
         open_states = {
-            name: StateEntry(file, state.width, step=operator.index(state.step), checksums=texts[file])
+            name: StateEntry(
+                state.path.name, state.width, step=operator.index(state.step), checksums=texts[state.path.name]
+            )
             for name, state in self._states.items()
-            for file in [state.path.name]
         }
         manifest = old.next_commit(
             step=old.step if step is None else operator.index(step),
@@ -450,22 +442,25 @@ class MMapEmbeddingStorage(TableModule):
     def close(self) -> None:
         """Lets go of the mappings and of the right to write. The next opening undoes what wasn't committed."""
         self._warn_uncommitted("the next opening undoes them")
-        self._is_closed = True
-        self._let_go()
-        if self._reader is not None:
-            self._reader.close()
-        self._mmap = self._weight = self._reader = None
-        self._small = NoSmallReads()
-        self._states, self._state_maps = {}, {}
-        self.clear_gradients()
+        with self.changing if self._process == os.getpid() else contextlib.nullcontext():
+            self._is_closed = True
+            self._let_go()
+            if self._reader is not None:
+                self._reader.close()
+            self._mmap = self._weight = self._reader = None
+            self._small = NoSmallReads()
+            self._states, self._state_maps = {}, {}
+            self.clear_gradients()
 
     def copy_to(self, path: str | os.PathLike[str], *, states: bool = True, reflink_only: bool = False) -> None:
         """Copies the table of the last commit to `path`; see `sense_v2.engram.table_copy`."""
-        table_copy.copy_table(self, path, states=states, reflink_only=reflink_only)
+        with self.changing:
+            table_copy.copy_table(self, path, states=states, reflink_only=reflink_only)
 
     def restore_from(self, path: str | os.PathLike[str]) -> None:
         """Makes the rows those of the copy at `path`, in one commit; see `sense_v2.engram.table_copy`."""
-        table_copy.restore_table(self, path)
+        with self.changing:
+            table_copy.restore_table(self, path)
 
     def refuse_moved(self) -> None:
         """Raises `OSError` where table and states aren't at their paths any more: manifest and copies go by these."""
@@ -483,13 +478,12 @@ class MMapEmbeddingStorage(TableModule):
             )
 
     def __reduce__(self) -> tuple[Any, ...]:
-        arguments = (self.num_embeddings, self.embedding_dim, str(self.path), self._row_dtype.name)
-        return _reopen, (*arguments, self.training)
+        path, dtype = str(self.path), self._row_dtype.name
+        return _reopen, (self.num_embeddings, self.embedding_dim, path, dtype, self.training)
 
     def extra_repr(self) -> str:
-        return (
-            f"{self.num_embeddings}, {self.embedding_dim}, {str(self.path)!r}, dtype={self.dtype}, mode={self.mode!r}"
-        )
+        shape = f"{self.num_embeddings}, {self.embedding_dim}"
+        return f"{shape}, {str(self.path)!r}, dtype={self.dtype}, mode={self.mode!r}"
 
 
 def _reopen(num_embeddings: int, embedding_dim: int, path: str, dtype: str, training: bool) -> MMapEmbeddingStorage:

@@ -18,6 +18,7 @@ import os
 import threading
 import warnings
 from collections.abc import Callable
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -62,6 +63,7 @@ class TableModule(nn.Module, abc.ABC):
         self._updates = 0
         self._pending: list[tuple[torch.Tensor, torch.Tensor]] = []
         self._pending_lock = threading.Lock()
+        self.changing: AbstractContextManager[Any] = threading.RLock()
 
     @property
     @abc.abstractmethod
@@ -258,10 +260,11 @@ class TableModule(nn.Module, abc.ABC):
         ids_U = self._checked_ids(row_ids_U)
         self._refuse_shape("rows", rows_UD, (len(ids_U), self.embedding_dim))
         rows_UD = rows_UD.detach().cpu()
-        if stochastic and self.dtype == torch.bfloat16:
-            rows_UD = stochastic_bfloat16(rows_UD.float(), self.table.manifest.init_seed or 0, self._updates)
-        self._store(ids_U, rows_UD.to(self.dtype))
-        self._updates += 1
+        with self.changing:
+            if stochastic and self.dtype == torch.bfloat16:
+                rows_UD = stochastic_bfloat16(rows_UD.float(), self.table.manifest.init_seed or 0, self._updates)
+            self._store(ids_U, rows_UD.to(self.dtype))
+            self._updates += 1
 
     def _store(self, row_ids_U: torch.Tensor, rows_UD: torch.Tensor) -> None:
         """Rows of the table's type, for ids that were checked, go where they are kept."""

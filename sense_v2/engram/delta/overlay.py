@@ -265,9 +265,10 @@ class OverlayStorage(TableModule):
         """Takes back all changes of these rows: they are the base's again, and their optimizer states zeros."""
         self._refuse_no_writer("forget rows")
         ids = np.unique(self._checked_ids(row_ids_U).numpy())
-        for recent in (self._recent, *(state.recent for state in self._states.values())):
-            recent.forget(ids)
-        self._updates += 1
+        with self.changing:
+            for recent in (self._recent, *(state.recent for state in self._states.values())):
+                recent.forget(ids)
+            self._updates += 1
 
     def open_state(self, name: str, width: int) -> OverlayState:
         """The optimizer state of that name, `width` values a row: zeros at first, later what it was."""
@@ -294,7 +295,8 @@ class OverlayStorage(TableModule):
         self._refuse_no_writer("write to an optimizer state")
         ids_U = self._checked_ids(row_ids_U)
         self._refuse_shape("state rows", values_UW, (len(ids_U), state.width))
-        state.recent.write(ids_U.numpy(), values_UW)
+        with self.changing:
+            state.recent.write(ids_U.numpy(), values_UW)
 
     # Keeping
 
@@ -319,13 +321,14 @@ class OverlayStorage(TableModule):
         Raises `ValueError` for rows that aren't finite, `OSError` where there is no room; the last commit stays then.
         """
         self._refuse_no_writer("commit")
-        info = self._next_info(step, extra)
-        if self.path is not None:
-            self._named.refuse_moved()
-            self._write(self.path, info, states=True)
-            self._kept = read_delta(self.path)
-            self._begin_anew()
-        self._info = info
+        with self.changing:
+            info = self._next_info(step, extra)
+            if self.path is not None:
+                self._named.refuse_moved()
+                self._write(self.path, info, states=True)
+                self._kept = read_delta(self.path)
+                self._begin_anew()
+            self._info = info
 
     def flush(self, step: int | None = None) -> None:
         """A commit."""
@@ -334,7 +337,8 @@ class OverlayStorage(TableModule):
     def copy_to(self, path: str | os.PathLike[str], *, states: bool = True, reflink_only: bool = False) -> None:
         """Writes the changed rows as a delta of its own, and reads it back. Raises as `commit`."""
         self._refuse_closed()
-        self._write(Path(path), self._next_info(None, None), states=states)
+        with self.changing:
+            self._write(Path(path), self._next_info(None, None), states=states)
         read_delta(path)
 
     def restore_from(self, path: str | os.PathLike[str]) -> None:
@@ -347,18 +351,20 @@ class OverlayStorage(TableModule):
             if name in self._states and self._states[name].width != values_UW.shape[1]:
                 width = self._states[name].width
                 raise ValueError(f"{path}: state {name!r} has width {values_UW.shape[1]}, open with {width}")
-        self._kept, self._info = delta, delta.info
-        self.discard()
-        self.commit()
+        with self.changing:
+            self._kept, self._info = delta, delta.info
+            self.discard()
+            self.commit()
 
     def discard(self) -> None:
         """Takes back what was changed since the last commit; without a path, all changes."""
         self._refuse_no_writer("discard changes")
-        self._begin_anew()
-        for state in self._states.values():
-            state.step = self._info.state_steps.get(state.name, 0)
-        self._updates = self._info.updates
-        self.clear_gradients()
+        with self.changing:
+            self._begin_anew()
+            for state in self._states.values():
+                state.step = self._info.state_steps.get(state.name, 0)
+            self._updates = self._info.updates
+            self.clear_gradients()
 
     def _begin_anew(self) -> None:
         """Forgets what is in memory."""

@@ -142,7 +142,7 @@ class ShardedTable(TableModule):
             self._own, self._global = open_shards(
                 self.path, num_rows, width, ranks, self.ownership, {**settings, "provenance": dict(provenance or {})}
             )
-        self.dtype = self._own.dtype
+        self.dtype, self.changing = self._own.dtype, self._own.changing
         self._moves_rows = self.is_in_shards and ranks.num_ranks > 1
         self._pool = ThreadPoolExecutor(1, "sense-v2-exchange")
         self._running: Future[torch.Tensor] | None = None
