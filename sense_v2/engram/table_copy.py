@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import errno
 import os
 from collections.abc import Iterator
 from pathlib import Path
@@ -25,7 +26,7 @@ import torch
 
 from sense_v2.engram.row_source import TrainableRows
 from sense_v2.engram.table.checksums import PART_BYTES, block_sums, to_hex
-from sense_v2.engram.table.disk import copy_file, write_file
+from sense_v2.engram.table.disk import WriterLock, copy_file, write_file
 from sense_v2.engram.table.format import (
     STATE_DTYPE,
     Manifest,
@@ -37,7 +38,11 @@ from sense_v2.engram.table.format import (
     row_dtype,
     state_file_name,
 )
-from sense_v2.engram.table.opening import read_manifest
+from sense_v2.engram.table.journal import undo_in_copies
+from sense_v2.engram.table.opening import TableFiles, read_manifest
+
+# Of a copy beside a process that commits.
+ATTEMPTS = 3
 
 
 class MappedRows(TrainableRows, Protocol):
@@ -63,6 +68,8 @@ def copy_table(
     """Copies the table of the last commit to `path`, with its manifest.
 
     What lies there is replaced; the manifest goes first and comes last, so that a copy that was cut off has none.
+    Beside a writer in another process the copy is of the commit that the manifest names before and after it: what was
+    stored since is undone in the copy by the writer's journal, and the copy is compared with the checksums.
 
     Args:
         storage: The table.
@@ -71,19 +78,55 @@ def copy_table(
         reflink_only: Raises `OSError` if the file system would have to copy the data.
 
     Raises:
-        ValueError: Rows were stored since the last commit.
+        ValueError: Rows were stored since the last commit, or the table's rows aren't its commit's.
+        BlockingIOError: Another process commits more often than a copy can be made.
         OSError: There is no room.
     """
     path = Path(path)
     refuse_uncommitted(storage)
-    manifest = storage.manifest
     target = remove_manifest(path)
-    entries: dict[str, StateEntry] = {}
-    for name, entry in manifest.states.items() if states else ():
-        entries[name] = dataclasses.replace(entry, file=state_file_name(path.name, name))
-        copy_file(storage.path.with_name(entry.file), path.with_name(entries[name].file), reflink_only=reflink_only)
-    copy_file(storage.path, path, reflink_only=reflink_only)
-    write_file(target, dataclasses.replace(manifest, states=entries).to_json())
+    for _ in range(ATTEMPTS):
+        manifest = _committed(storage)
+        entries: dict[str, StateEntry] = {}
+        copies = {storage.path.name: path}
+        for name, entry in manifest.states.items() if states else ():
+            entries[name] = dataclasses.replace(entry, file=state_file_name(path.name, name))
+            copies[entry.file] = path.with_name(entries[name].file)
+        for file, copy in copies.items():
+            copy_file(storage.path.with_name(file), copy, reflink_only=reflink_only)
+        if storage.mode == "r+" or _are_of_commit(storage, manifest, copies):
+            return write_file(target, dataclasses.replace(manifest, states=entries).to_json())
+    raise BlockingIOError(
+        errno.EAGAIN,
+        f"{storage.path} was committed to {ATTEMPTS} times while it was copied. Copy it in the process that "
+        "trains it, or when that has ended",
+    )
+
+
+def _committed(storage: MappedRows) -> Manifest:
+    """The manifest of the last commit, which another process may have made since a reader opened the table."""
+    path = TableFiles(storage.path).manifest
+    return read_manifest(path) if storage.mode == "r" and path.exists() else storage.manifest
+
+
+def _are_of_commit(storage: MappedRows, manifest: Manifest, copies: dict[str, Path]) -> bool:
+    """Undoes what a writer had stored meanwhile; False where it has committed, too."""
+    files, at = TableFiles(storage.path), manifest.committed(storage.path.name)
+    has_writer = WriterLock.is_held(files.lock, files.table)
+    journals = (files.journal, *files.other_journals)
+    try:
+        num_undone = sum(undo_in_copies(journal, at, copies) for journal in journals)
+    except (OSError, ValueError):
+        if _committed(storage).commit == manifest.commit:
+            raise
+        return False
+    if _committed(storage).commit != manifest.commit:
+        return False
+    for file, expected in at.checksums_of.items() if num_undone or has_writer else ():
+        if file in copies:
+            raw = np.memmap(copies[file], dtype=np.uint8, mode="r").reshape(manifest.rows, -1)
+            refuse_other_sums(copies[file], to_hex(block_sums(raw, at.version)), expected)
+    return True
 
 
 def refuse_uncommitted(storage: MappedRows) -> None:

@@ -6,11 +6,13 @@ import shutil
 import numpy as np
 import pytest
 import torch
-from tables import DTYPES, N, make, manifest, names, slow_sums
+from tables import DTYPES, D, N, in_a_fork, make, manifest, names, slow_sums
 
+from sense_v2.engram import table_copy
 from sense_v2.engram.optim import RowAdam, RowWiseAdagrad
 from sense_v2.engram.table import disk, platform
 from sense_v2.engram.table_copy import copy_table, restore_table
+from sense_v2.engram.upkeep.check import check_table
 
 
 def train(table, optimizer, steps, seed=0):
@@ -199,3 +201,95 @@ def test_a_file_system_that_does_not_tell_holes_is_read_whole(tmp_path, monkeypa
     monkeypatch.setattr(disk.os, "lseek", unknown)
     disk.copy_file(source, path)
     assert path.read_bytes() == source.read_bytes()
+
+
+# Beside a writer
+
+
+def trained(path):
+    """A writer with a commit and rows and states stored since, and a reader."""
+    table = make(path)
+    state = table.open_state("sum", 1)
+    table.write(torch.arange(9), torch.ones(9, D))
+    table.write_state(state, torch.arange(9), torch.ones(9, 1))
+    table.commit(step=1)
+    committed = {file: path.with_name(file).read_bytes() for file in ("engram_table.dat", "engram_table.sum.dat")}
+    store(table, state)
+    return table, state, make(path, mode="r"), committed
+
+
+def store(table, state, value=2.0):
+    table.write(torch.arange(3, 20), torch.full((17, D), value))
+    table.write_state(state, torch.arange(3, 20), torch.full((17, 1), value))
+
+
+@pytest.mark.parametrize("states", [True, False])
+def test_a_copy_beside_a_writer_is_of_its_last_commit(tmp_path, states):
+    (tmp_path / "copy").mkdir()
+    table, _, reader, committed = trained(tmp_path / "engram_table.dat")
+    copy = tmp_path / "copy" / "rows.dat"
+    reader.copy_to(copy, states=states)
+    assert copy.read_bytes() == committed["engram_table.dat"]
+    assert names(copy.parent) == ["rows.dat", "rows.json", *["rows.sum.dat"] * states]
+    assert (manifest(copy)["step"], manifest(copy)["checksums"]) == (1, slow_sums(copy))
+    if states:
+        assert (tmp_path / "copy" / "rows.sum.dat").read_bytes() == committed["engram_table.sum.dat"]
+    assert check_table(copy).findings == []
+    table.commit(step=2)
+    reader.copy_to(copy)
+    assert (manifest(copy)["step"], copy.read_bytes()) == (2, (tmp_path / "engram_table.dat").read_bytes())
+    table.close()
+
+
+@pytest.mark.parametrize("num_commits", [0, 1, 9])
+def test_a_writer_that_goes_on_while_a_copy_is_made(tmp_path, monkeypatch, num_commits):
+    """It stores before each file is copied, and commits some of these times."""
+    table, state, reader, committed = trained(tmp_path / "engram_table.dat")
+    left = [num_commits]
+    real = table_copy.copy_file
+
+    def copy_file(*arguments, **options):
+        store(table, state, 5.0 + left[0])
+        if left[0]:
+            left[0] -= 1
+            table.commit(step=10 + left[0])
+            committed.update({file: (tmp_path / file).read_bytes() for file in committed})
+            store(table, state, 100.0)
+        real(*arguments, **options)
+
+    monkeypatch.setattr(table_copy, "copy_file", copy_file)
+    copy = tmp_path / "copy.dat"
+    if num_commits == 9:
+        with pytest.raises(BlockingIOError, match="was committed to 3 times while it was copied"):
+            reader.copy_to(copy)
+        assert not copy.with_suffix(".json").exists()
+    else:
+        reader.copy_to(copy)
+        assert copy.read_bytes() == committed["engram_table.dat"]
+        assert copy.with_name("copy.sum.dat").read_bytes() == committed["engram_table.sum.dat"]
+        assert check_table(copy).findings == []
+    table.close()
+
+
+def test_a_copy_of_what_a_writer_left_that_died_is_of_its_commit(tmp_path):
+    path = tmp_path / "engram_table.dat"
+    make(path).close()
+    reader, before = make(path, mode="r"), path.read_bytes()
+
+    def die():
+        make(path).write(torch.arange(9), torch.ones(9, D))
+        os._exit(0)
+
+    assert in_a_fork(die) == ""
+    assert path.read_bytes() != before
+    reader.copy_to(tmp_path / "copy.dat")
+    assert (tmp_path / "copy.dat").read_bytes() == before
+    assert path.with_suffix(".journal").stat().st_size
+
+
+def test_rows_that_were_stored_around_the_journal_are_no_copy(tmp_path):
+    table, _, reader, _ = trained(tmp_path / "engram_table.dat")
+    table.weight[40] = 7
+    with pytest.raises(ValueError, match="doesn't have the checksums of its manifest"):
+        reader.copy_to(tmp_path / "copy.dat")
+    table.close()

@@ -20,7 +20,7 @@ import os
 import secrets
 import struct
 import zlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -302,7 +302,7 @@ def roll_back(path: Path, at: Committed, others: Sequence[Path] = ()) -> int | N
         found = [check_journal(one, data, at) for one, _, data in journals]
         for (_, _, data), live in zip(journals, found, strict=True):
             if live is not None:
-                _put_back(path, data, live, at)
+                _put_back(data, at, {file: path.with_name(file) for file in live.num_rows_of})
         for (one, _, _), live in zip(journals, found, strict=True):
             if live is None:
                 refuse_rows_of_another_commit(one, at)
@@ -319,12 +319,31 @@ def roll_back(path: Path, at: Committed, others: Sequence[Path] = ()) -> int | N
             os.close(fd)
 
 
-def _put_back(path: Path, data: JournalBytes, live: LiveJournal, at: Committed) -> None:
-    """The old bytes of a live journal's rows, into the files beside `path`."""
-    tables = {file: _Rows(path.with_name(file), at.num_rows, at.row_bytes_of[file]) for file in live.num_rows_of}
+def undo_in_copies(path: Path, at: Committed, copies: Mapping[str, Path]) -> bool:
+    """Puts the old bytes of the journal at `path` into copies that were made before of some of its files, by name.
+    The journal and those files stay as they are: a writer may be at them, who keeps old bytes before it stores.
+    Returns whether there was something to undo. Raises as `roll_back`, and `OSError` where the journal was cut
+    meanwhile."""
+    opened = _open_journal(path, write=False)
+    if opened is None:
+        return False
+    fd, data = opened
+    try:
+        live = check_journal(path, data, at)
+        if live is not None:
+            _put_back(data, at, copies)
+        return live is not None
+    finally:
+        os.close(fd)
+
+
+def _put_back(data: JournalBytes, at: Committed, places: Mapping[str, Path]) -> None:
+    """The old bytes of a live journal's rows, into those of its files that have a place."""
+    tables = {file: _Rows(place, at.num_rows, at.row_bytes_of[file]) for file, place in places.items()}
     journal_read = read_journal(data)
     for record in journal_read[1] if journal_read else ():
-        tables[record.file].put_back(record)
+        if record.file in tables:
+            tables[record.file].put_back(record)
     for table in tables.values():
         table.sync()
 
