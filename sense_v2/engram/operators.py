@@ -41,6 +41,11 @@ def handle_of(answering: Any, identity: str | None) -> int:
     return handle
 
 
+def release(handle: int) -> None:
+    """Let nobody answer by this handle, whether its object lives or not."""
+    _objects.pop(handle, None)
+
+
 def _find(handle: int) -> Any:
     try:
         return _objects[handle]

@@ -21,6 +21,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from sense_v2.core.config import EngramConfig
+from sense_v2.engram import operators
 from sense_v2.engram.tokenizer import EngramTokenizer, EngramTokenizerBuilder
 from sense_v2.engram.variants import VARIANTS
 from sense_v2.hf.forward_hooks import HAND_NOTHING_DOWN, add_memory, carry_inputs, forget_call, note_given
@@ -115,7 +116,7 @@ def attach_engram(
     model.engram = memory
     # Not closures: a deep copy of the model copies what partial objects hold, so that its hooks are its own.
     names = tuple(inspect.signature(base.forward).parameters)
-    carry = partial(carry_inputs, memory, memory.layers, names, num_embeddings, depth)
+    carry = partial(carry_inputs, memory, memory.layers, names, num_embeddings)
     memory.undo.append(base.register_forward_pre_hook(carry, with_kwargs=True))
     if model.config.model_type in HAND_NOTHING_DOWN:
         memory.undo += [
@@ -123,7 +124,7 @@ def attach_engram(
             base.register_forward_hook(forget_call, always_call=True),
         ]
     for layer_id, layer in enumerate(layers):
-        hook = partial(add_memory, memory, memory.layers, layer_id, depth)
+        hook = partial(add_memory, memory, memory.layers, layer_id)
         memory.undo.append(layer.register_forward_pre_hook(hook, with_kwargs=True))
     memory.undo += replace_methods(model)
     torch.compiler.reset()  # what was compiled without these hooks has no guard on them
@@ -146,6 +147,8 @@ def detach_engram(model: PreTrainedModel) -> PreTrainedModel:
             storage.flush()
     for change in memory.undo:
         change.remove()
+    for answering in (memory, *memory):
+        operators.release(answering.handle)
     torch.compiler.reset()
     del model.engram
     if memory.owns_tables:

@@ -1,18 +1,16 @@
 """What the memory needs to know of the tokens before a call, kept in the model's own KV cache.
 
-    cache.layers = [the model's layer 0, …, its last layer, EngramState]
+    cache.engram = EngramState
     EngramState  = compressed id, validity and position of each token so far, and the convolution's inputs of each
                    layer with memory
 
 An n-gram reaches back over the tokens before, and the convolution over what the gate let through at them. Both belong
-to a sequence, not to the model. As an entry of the cache's `layers` they follow everything that happens to it: beam
-search reorders it, assisted decoding crops it, batches are selected and repeated, a prefix is copied and continued
-twice, and two streams have two caches.
+to a sequence, not to the model. So they follow everything that happens to its cache: beam search reorders it,
+assisted decoding crops it, batches are selected and repeated, a prefix is copied and continued twice, and two streams
+have two caches. transformers passes these on to `cache.layers`, one entry a layer of the model; methods on this one
+cache pass them on to the memory's state as well. (They could go if a cache told others what happens to it.)
 
-The entry comes after the model's own, whose place is their layer's number. It is of the kind that mask code passes
-over ("linear attention"), since it holds neither keys nor values.
-
-What is kept follows the cache. Where the model's layers keep all positions, so does the entry: a crop can go back
+What is kept follows the cache. Where the model's layers keep all positions, so does the state: a crop can go back
 anywhere. Where they keep a window or a recurrent state, it keeps as much, and rolls back further only where they do,
 after `activate_past_recording`. In a static cache it is allocated once and stored to in place, so that a compiled
 step finds it at the same address.
@@ -23,13 +21,21 @@ B batch, T new positions, P positions of the past, X channels.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
+from functools import partial
 from typing import Any
 
 import torch
 from transformers import Cache, EncoderDecoderCache, cache_utils
 
-# Before transformers had caches of linear attention, no mask code looked for any.
-_EntryBase: Any = getattr(cache_utils, "LinearAttentionCacheLayerMixin", cache_utils.CacheLayerMixin)
+# What happens to a cache.
+_EVENTS = (
+    "activate_past_recording",
+    "batch_repeat_interleave",
+    "batch_select_indices",
+    "crop",
+    "reorder_cache",
+    "reset",
+)
 
 
 class _Growing:
@@ -124,16 +130,13 @@ class _Ring:
             self.length.zero_()
 
 
-class EngramState(_EntryBase):
-    """The memory's entry of a cache; `state_in` finds it or puts it there.
+class EngramState:
+    """The memory's part of a cache; `state_in` finds it or puts it there.
 
     `memory_id` says whose it is. `reach` is how many positions back the memory of a position depends on. With
     `capacity` it is for a static cache of that many positions; else it keeps the last `keep`, or, where that is None,
     all.
     """
-
-    supports_early_init = False
-    is_sliding = False
 
     def __init__(self, memory_id: str, reach: int, *, capacity: int | None, keep: int | None) -> None:
         self.memory_id = memory_id
@@ -141,9 +144,6 @@ class EngramState(_EntryBase):
         self.capacity = capacity
         self.keep = keep
         self.record_past = False
-        self.is_initialized = True
-        # Whoever goes over a cache's layers expects them.
-        self.keys = self.values = None
         self.tokens = self._track()
         self.conv_inputs: dict[int, _Growing | _Ring] = {}
 
@@ -177,25 +177,10 @@ class EngramState(_EntryBase):
         """Whether every part has seen the same positions: a call that failed in the middle leaves them apart."""
         return all(int(track.length or 0) == int(self.length) for track in self.conv_inputs.values())
 
-    # What transformers' Cache asks of its layers
+    # What happens to a cache
 
     def _tracks(self) -> Iterable[_Growing | _Ring]:
         return (self.tokens, *self.conv_inputs.values())
-
-    def __repr__(self) -> str:
-        return f"EngramState(reach={self.reach})"
-
-    @property
-    def is_compileable(self) -> bool:
-        return self.capacity is not None
-
-    @property
-    def is_croppable(self) -> bool:
-        return True  # wherever the model's own layers are
-
-    @property
-    def has_previous_state(self) -> dict[int, bool]:
-        return {0: self.tokens.values is not None}
 
     def activate_past_recording(self) -> None:
         self.record_past = True
@@ -235,81 +220,64 @@ class EngramState(_EntryBase):
         for track in self._tracks():
             track.each(lambda values: values.repeat_interleave(repeats, dim=0))
 
-    def offload(self) -> None:
-        pass
 
-    def prefetch(self) -> None:
-        pass
-
-    def get_max_length(self) -> int:
-        return -1
-
-    # transformers 5.0 asks every layer of a static cache for these.
-    get_max_cache_shape = get_max_length
-
-    @property
-    def max_batch_size(self) -> int:
-        return -1 if self.tokens.values is None else self.tokens.values.shape[0]
-
-    @property
-    def max_cache_len(self) -> int:
-        return -1 if self.capacity is None else self.capacity
-
-    def get_seq_length(self) -> int | torch.Tensor:
-        return self.length
-
-    def _no_attention(self, *args: Any, **kwargs: Any) -> Any:
-        raise NotImplementedError("the memory's entry of a cache holds no attention or recurrent state")
-
-    lazy_initialization = update = update_conv_state = update_recurrent_state = get_mask_sizes = _no_attention
-
-
-def state_in(cache: Cache, *, depth: int, memory_id: str, reach: int, is_new: bool = False) -> EngramState:
-    """The memory's entry of `cache`, put there where the cache is empty. `depth` is how many layers the model has;
-    `is_new` says that the model made the cache in this call, whose first layers may have filled it by now.
+def state_in(cache: Cache, *, memory_id: str, reach: int, is_new: bool = False) -> EngramState:
+    """The memory's state of `cache`, put there where the cache is empty. `is_new` says that the model made the cache
+    in this call, whose first layers may have filled it by now.
 
     Raises `ValueError` where the cache holds tokens that this memory hasn't seen: the model ran without it, or with
     another, or a call failed in the middle.
     """
     if isinstance(cache, EncoderDecoderCache):
         cache = cache.self_attention_cache
-    state = next((layer for layer in cache.layers if isinstance(layer, EngramState)), None)
-    own = [layer for layer in cache.layers if layer is not state]
+    state: EngramState | None = getattr(cache, "engram", None)
     way_out = "; start with a new cache, or call with use_cache=False"
     if state is not None and state.memory_id == memory_id:
-        _refuse_other_length(state, own, way_out)
+        _refuse_other_length(state, cache.layers, way_out)
         return state
-    if not is_new and _holds_tokens(own):
+    if not is_new and _holds_tokens(cache.layers):
         found = "was filled with another memory attached" if state else "was filled without this memory"
         raise ValueError(f"the cache {found}, so the n-grams and the convolution of its tokens are unknown{way_out}")
-    # A DynamicCache() makes its layers when they are first written to, and would put them behind this one.
-    while cache.layer_class_to_replicate is not None and len(own) < depth:
-        own.append(cache.layer_class_to_replicate())
-    capacity = max((layer.max_cache_len for layer in own if isinstance(layer, cache_utils.StaticLayer)), default=None)
-    state = EngramState(
-        memory_id, reach, capacity=None if capacity is None else max(capacity, reach), keep=_keep(own, reach)
-    )
-    state.record_past = any(getattr(layer, "record_past", False) for layer in own)
-    cache.layers[:] = [*own, state]
+    layers: list[Any] = cache.layers
+    static = [layer.max_cache_len for layer in layers if isinstance(layer, cache_utils.StaticLayer)]
+    capacity = max(*static, reach) if static else None
+    state = EngramState(memory_id, reach, capacity=capacity, keep=_keep(cache, reach))
+    state.record_past = any(getattr(layer, "record_past", False) for layer in layers)
+    cache.engram = state  # type: ignore[attr-defined]
+    for name in _EVENTS:
+        if hasattr(type(cache), name):
+            setattr(cache, name, partial(_pass_on, cache, name))
     return state
 
 
-def _keep(own: list[Any], reach: int) -> int | None:
+def _pass_on(cache: Any, name: str, *given: Any, **named: Any) -> None:
+    """What happens to a cache, happens to its memory's state. Not a method: a deep copy and a pickle make one of
+    these for the copy."""
+    getattr(type(cache), name)(cache, *given, **named)
+    getattr(cache.engram, name)(*given, **named)
+
+
+def _keep(cache: Any, reach: int) -> int | None:
     """How many positions the model's layers can go back over, and the memory's reach before them; None is all."""
     window = 0
-    for layer in own:
+    for layer in cache.layers:
         if getattr(layer, "is_sliding", False):
             window = max(window, layer.sliding_window if hasattr(layer, "sliding_window") else layer.max_cache_len)
         elif isinstance(layer, cache_utils.CacheLayerMixin):
             return None
-    return window + reach
+    # A DynamicCache() makes its layers when they are first written to; they keep all.
+    return None if cache.layer_class_to_replicate is not None else window + reach
 
 
 def _attention_length(own: list[Any]) -> int | torch.Tensor | None:
-    """Tokens in the model's layers; None where none of them counts."""
-    counting = (layer for layer in own if isinstance(layer, cache_utils.CacheLayerMixin))
-    layer = next(counting, None)
-    return None if layer is None else layer.get_seq_length()
+    """Tokens in the first of the model's layers that has any; None where none of them counts."""
+    length: int | torch.Tensor | None = None
+    for layer in own:
+        if isinstance(layer, cache_utils.CacheLayerMixin):
+            length = layer.get_seq_length()
+            if isinstance(length, torch.Tensor) or length > 0:
+                break
+    return length
 
 
 def _holds_tokens(own: list[Any]) -> bool:

@@ -15,7 +15,6 @@ L layers with memory, B batch, T sequence, H rows a position, X channels of the 
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from contextvars import ContextVar
 from dataclasses import dataclass
 from functools import partial
@@ -48,7 +47,7 @@ class EngramInputs:
     rows: TokenRows
     state: EngramState | None
     is_kept: bool = False
-    """True if the cache has these tokens already: the first layer with memory puts them there."""
+    """True if the cache has these tokens already: the first layer that has the cache puts them there."""
 
 
 _call: ContextVar[EngramInputs | None] = ContextVar("engram_inputs", default=None)
@@ -62,15 +61,14 @@ def carry_inputs(
     fusions: nn.ModuleDict,
     names: tuple[str, ...],
     num_embeddings: int,
-    depth: int,
     base: Any,
     args: tuple[Any, ...],
     kwargs: dict[str, Any],
 ) -> tuple[tuple[Any, ...], dict[str, Any]]:
     """Find ids, mask, positions and cache among the base model's arguments, and send along what the layers need.
 
-    `fusions` are `memory.layers`, `names` the positional arguments' in their order, `num_embeddings` the model's when
-    memory was attached, and `depth` its number of layers.
+    `fusions` are `memory.layers`, `names` the positional arguments' in their order, and `num_embeddings` the model's
+    when memory was attached.
     """
     hands_down = base.config.model_type not in HAND_NOTHING_DOWN
     given = kwargs if hands_down else {**_given.get(), **kwargs}
@@ -97,7 +95,7 @@ def carry_inputs(
             f"that n-grams can stop there; such a mask can come along as {MASK_ARGUMENT}=…"
         )
     cache = _cache_in(arguments)
-    state = None if cache is None else _state_in(cache, memory, depth)
+    state = None if cache is None else _state_in(cache, memory)
     length = 0 if state is None else state.length
     if mask is not None and mask.shape != token_ids_BT.shape and token_ids_BT.dim() == 2:
         mask = _newest(mask, token_ids_BT, length)
@@ -135,7 +133,6 @@ def add_memory(
     memory: EngramMemory,
     fusions: nn.ModuleDict,
     layer_id: int,
-    depth: int,
     layer: nn.Module,
     args: tuple[Any, ...],
     kwargs: dict[str, Any],
@@ -143,61 +140,57 @@ def add_memory(
     """Take what was carried off a layer's arguments and, if the layer has memory, add it to its hidden states."""
     kwargs = dict(kwargs)
     carried = kwargs.pop(CARRIER, None)
-    if str(layer_id) not in fusions:
-        return args, kwargs
     if carried is None:
         carried = _call.get()
+    cache = None if carried is None else _kept_in(carried, args, kwargs, memory)
+    if str(layer_id) not in fusions:
+        return args, kwargs
     if carried is None:
         raise ValueError(
             f"layer {layer_id} was called without token ids: call the model, not its layers; if the model was "
             "called, its type doesn't hand keyword arguments down and isn't supported"
         )
     rows = carried.rows
+    if cache is None and rows.num_past > 0:
+        raise ValueError(
+            "the model was given a cache that holds tokens but its layers weren't (gradient checkpointing leaves "
+            "it out): call with use_cache=False and the whole sequence"
+        )
     fused = fusions[str(layer_id)](
         args[0] if args else kwargs["hidden_states"],
         row_ids_BTH=rows.row_ids_LBTH[list(fusions).index(str(layer_id))],
         valid_BT=rows.valid_BT,
         documents_BQ=rows.documents_BQ,
-        remember=_keep_tokens(carried, args, kwargs, memory, depth, layer_id),
+        remember=None if cache is None else partial(carried.state.remember, layer_id),
     )
     if args:
         return (fused, *args[1:]), kwargs
     return args, {**kwargs, "hidden_states": fused}
 
 
-def _keep_tokens(
-    carried: EngramInputs,
-    args: tuple[Any, ...],
-    kwargs: dict[str, Any],
-    memory: EngramMemory,
-    depth: int,
-    layer_id: int,
-) -> Callable[[torch.Tensor], torch.Tensor] | None:
-    """What keeps the convolution's inputs, if this call has a cache; the first layer with memory also keeps the
-    tokens. A cache that the model made itself is first seen here, and is empty."""
+def _kept_in(
+    carried: EngramInputs, args: tuple[Any, ...], kwargs: dict[str, Any], memory: EngramMemory
+) -> Cache | None:
+    """The layer's cache, if it has one. The first layer to have it keeps the tokens: those before the first memory
+    may be all that run (`assistant_early_exit`). A cache that the model made itself is first seen here, and empty."""
     cache = next((value for value in (*args, *kwargs.values()) if isinstance(value, Cache)), None)
     if cache is None:
-        if carried.rows.num_past > 0:
-            raise ValueError(
-                "the model was given a cache that holds tokens but its layers weren't (gradient checkpointing leaves "
-                "it out): call with use_cache=False and the whole sequence"
-            )
         return None
     if carried.state is None:
-        carried.state = _state_in(cache, memory, depth, is_new=True)
+        carried.state = _state_in(cache, memory, is_new=True)
     if not carried.is_kept:
         carried.state.append_tokens(carried.rows.to_remember())
         carried.is_kept = True
-    return partial(carried.state.remember, layer_id)
+    return cache
 
 
-def _state_in(cache: Cache, memory: EngramMemory, depth: int, *, is_new: bool = False) -> EngramState:
+def _state_in(cache: Cache, memory: EngramMemory, *, is_new: bool = False) -> EngramState:
     if not memory.config.causal:
         raise ValueError(
             "this memory looks ahead (EngramConfig.causal = False), so it can't go on from a cache: call with "
             "use_cache=False"
         )
-    return state_in(cache, depth=depth, memory_id=memory.id, reach=memory.reach, is_new=is_new)
+    return state_in(cache, memory_id=memory.id, reach=memory.reach, is_new=is_new)
 
 
 def _newest(mask: torch.Tensor, token_ids_BT: torch.Tensor, length: int | torch.Tensor) -> torch.Tensor:

@@ -20,6 +20,8 @@ from tiny import VOCABULARY, tiny_config, tiny_model, tiny_tokenizer, wake
 from transformers import (
     DynamicCache,
     LlamaForCausalLM,
+    MiniMaxConfig,
+    MiniMaxForCausalLM,
     PreTrainedTokenizerFast,
     QuantizedCache,
     StaticCache,
@@ -516,7 +518,7 @@ def test_a_window_that_was_left_behind_is_not_rolled_back_into():
     forward(model, cache, some_ids(1, 30))
     with pytest.raises(RuntimeError, match="activate_past_recording"):
         cache.crop(-1)
-    state = cache.layers[-1]
+    state = cache.engram
     with pytest.raises(RuntimeError, match="the memory kept the last 8 only"):
         state.crop(-9)
     for _ in range(20):
@@ -670,7 +672,8 @@ def test_a_cache_of_another_memory_is_refused_until_it_is_empty(tmp_path):
         forward(other, cache, ids[:, :1])
     cache.reset()
     assert_same(in_parts(other, cache, ids, (4,)), full_logits(other, ids))
-    assert len(cache.layers) == model.config.num_hidden_layers + 1
+    assert len(cache) == model.config.num_hidden_layers
+    assert all(keys is not None for keys, *_ in cache)
     detach_engram(model)
 
 
@@ -747,6 +750,28 @@ def test_a_cache_by_the_name_it_had_before():
         assert_same(torch.cat(parts, 1), full_logits(model, ids))
         with pytest.raises(ValueError, match="was filled without this memory"):
             model.base_model(ids[:, :1], past_key_values=stale)
+
+
+def test_an_early_exit_before_the_first_memory_guesses_ahead(tmp_path):
+    model, ids = copy.deepcopy(bare_model("llama")), some_ids(1)
+    attach_engram(model, tiny_config(tmp_path, layer_indices=[2]), tiny_tokenizer())
+    wake(model.engram)
+    out = generated(model, ids, assistant_early_exit=1)
+    assert torch.equal(out.sequences, full_greedy(model, ids)[0])
+    detach_engram(model)
+
+
+def test_a_cache_that_counts_its_layers_itself_keeps_tokens(tmp_path):
+    """MiniMax's has a list of its own beside `layers`, and breaks where these are made before their time."""
+    sizes = {"num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 8}
+    experts = {"num_local_experts": 2, "num_experts_per_tok": 1, "block_size": 4}
+    small = {"vocab_size": VOCABULARY, "hidden_size": 32, "intermediate_size": 32, "pad_token_id": 0}
+    kinds = ["full_attention", "linear_attention"]
+    model = MiniMaxForCausalLM(MiniMaxConfig(**small, **sizes, **experts, layer_types=kinds)).eval()
+    attach_engram(model, tiny_config(tmp_path), tiny_tokenizer())
+    wake(model.engram)
+    assert_generates(model, some_ids())
+    detach_engram(model)
 
 
 def test_a_memory_that_looks_ahead_takes_no_cache(tmp_path):
