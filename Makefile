@@ -42,7 +42,7 @@ test: $(INSTALLED) ## all tests (ARGS="-k name" for some)
 
 # tests/engram/table/test_crash.py says what is done how often.
 crash: $(INSTALLED) ## kill a trainer 500 times, cut the power, fail every call (ten minutes)
-	SENSE_CRASH_KILLS=$${SENSE_CRASH_KILLS:-500} OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(JOBS) $(ARGS) tests/engram/table/test_crash.py tests/engram/table/test_power_cut.py tests/engram/table/test_io_errors.py
+	SENSE_CRASH_KILLS=$${SENSE_CRASH_KILLS:-500} OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(JOBS) $(ARGS) tests/engram/table/test_crash.py tests/engram/table/test_power_cut.py tests/cli/test_kills.py tests/engram/table/test_io_errors.py
 
 # tests/engram/ranks/test_global_commit.py says what is killed.
 ranks: $(INSTALLED) ## kill one of 2 to 4 ranks 60 times, at random moments and at calls of a commit (ten minutes)

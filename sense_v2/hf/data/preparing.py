@@ -25,7 +25,7 @@ import torch
 from sense_v2.core.config import EngramConfig
 from sense_v2.engram.hashing import NgramHasher
 from sense_v2.engram.model import compressed_pad_id
-from sense_v2.engram.table.disk import new_file, write_at
+from sense_v2.engram.table.disk import write_file
 from sense_v2.engram.table.format import Manifest
 from sense_v2.engram.table.opening import TableFiles, read_manifest
 from sense_v2.engram.tokenizer import EngramTokenizer
@@ -35,6 +35,7 @@ from sense_v2.hf.data.corpus_files import TOKENS_FILE
 from sense_v2.hf.data.documents import TOKEN_COLUMN, text_of
 from sense_v2.hf.data.workers import Processes, RayCluster, columns_of
 from sense_v2.hf.saving.folder import CONFIG_FILE, MEMORY_FOLDER, memory_paths
+from sense_v2.hf.saving.staged_folder import locked_folder
 
 PIECE_TOKENS = 1 << 16
 HELD_OUT_SHARE = 0.1
@@ -188,31 +189,34 @@ def tokenize_corpus(
 
     Raises:
         FileExistsError: `output` is there already.
+        CommandError: Another process is making it.
     """
     output = Path(output)
-    if output.exists():
-        raise FileExistsError(f"{output} is there already; name a new folder, or remove it")
     work = [Tokenize(tokenizer, separator_id, text_column)]
     unfinished = output.with_name(f".{output.name}.unfinished")
-    shutil.rmtree(unfinished, ignore_errors=True)
-    unfinished.mkdir(parents=True)
-    try:
-        workers.write(source, work, unfinished, text_column=text_column, split=split)
-        documents, empty, tokens = _count_tokens(unfinished)
-        description = {
-            "format": "sense-engram tokens",
-            "format_version": 1,
-            "documents": documents,
-            "empty_documents": empty,
-            "tokens": tokens,
-            "separator_id": separator_id,
-            "tokenizer_sha256": tokenizer_digest(tokenizer),
-        }
-        with new_file(unfinished / TOKENS_FILE) as fd:
-            write_at(fd, (json.dumps(description, indent=2) + "\n").encode(), 0)
-        unfinished.rename(output)
-    finally:
-        shutil.rmtree(unfinished, ignore_errors=True)
+    unfinished.mkdir(parents=True, exist_ok=True)
+    with locked_folder(unfinished):
+        try:
+            if output.exists():
+                raise FileExistsError(f"{output} is there already; name a new folder, or remove it")
+            for left in unfinished.iterdir():  # by a process that was killed
+                left.unlink()
+            workers.write(source, work, unfinished, text_column=text_column, split=split)
+            documents, empty, tokens = _count_tokens(unfinished)
+            description = {
+                "format": "sense-engram tokens",
+                "format_version": 1,
+                "documents": documents,
+                "empty_documents": empty,
+                "tokens": tokens,
+                "separator_id": separator_id,
+                "tokenizer_sha256": tokenizer_digest(tokenizer),
+            }
+            write_file(unfinished / TOKENS_FILE, json.dumps(description, indent=2) + "\n")
+            unfinished.rename(output)
+        except BaseException:
+            shutil.rmtree(unfinished, ignore_errors=True)
+            raise
     return description
 
 

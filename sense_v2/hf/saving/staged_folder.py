@@ -64,10 +64,12 @@ def staged_folder(output: Path, *, force: bool) -> Iterator[Path]:
     with ExitStack() as held:
         try:
             output.mkdir(parents=True, exist_ok=True)
-            with _locked(output, wait=True):  # so that nobody takes the folder for a dead run's before it is locked
+            with locked_folder(
+                output, wait=True
+            ):  # so that nobody takes the folder for a dead run's before it is locked
                 left = [path for path in output.glob(f"{PREFIX}*") if not _is_removed(path)]
                 staging = Path(tempfile.mkdtemp(prefix=PREFIX, dir=output))
-                held.enter_context(_locked(staging))
+                held.enter_context(locked_folder(staging))
         except OSError as error:
             remove_empty(made)
             raise CommandError(
@@ -93,7 +95,7 @@ def _is_removed(staging: Path) -> bool:
     """Remove the folder of a run from which nothing could go on, if its process is gone. True if it was."""
     if _steps(staging) or any((staging / name).exists() for name in (PLAN_FILE, _MODEL)) or staging.name == RESUMED:
         return False
-    with suppress(CommandError), _locked(staging) as is_held:
+    with suppress(CommandError), locked_folder(staging) as is_held:
         if is_held:
             shutil.rmtree(staging, ignore_errors=True)
     return not staging.exists()
@@ -114,7 +116,7 @@ def resumed_folder(output: Path) -> Iterator[Path]:
     found |= {output / RESUMED} if was_saved else set()
     for path in output.glob(f"{PREFIX}*/{_COMPLETE}"):
         if not found:  # it was killed when there was nothing to go on with any more, and before the model was moved
-            with _locked(path.parent):
+            with locked_folder(path.parent):
                 _publish(path.parent, output, force=False)
             finished = True
     if not found and finished:
@@ -135,7 +137,7 @@ def resumed_folder(output: Path) -> Iterator[Path]:
         )
     (staging,) = found
     staging.mkdir(exist_ok=True)
-    with _locked(staging):
+    with locked_folder(staging):
         began = None
         try:
             if was_saved:  # the state comes last: a kill in between leaves it where the next call looks for it
@@ -212,7 +214,7 @@ def _refuse_model(output: Path, force: bool, where: str = "") -> None:
 
 
 @contextmanager
-def _locked(folder: Path, *, wait: bool = False) -> Iterator[bool]:
+def locked_folder(folder: Path, *, wait: bool = False) -> Iterator[bool]:
     """Hold a folder's lock; give False where the file system has none. Raises `CommandError` if another process holds
     it."""
     fd, is_held = os.open(folder, READ), True
@@ -221,7 +223,7 @@ def _locked(folder: Path, *, wait: bool = False) -> Iterator[bool]:
             lock(fd, wait=wait)
         except OSError as error:
             if error.errno in LOCK_IS_HELD:
-                what = f"{folder}: another process is at work on this run"
+                what = f"{folder}: another process is at work there"
                 raise CommandError(what, "wait for it, or end it") from error
             if error.errno not in NO_LOCKS:
                 raise
@@ -238,7 +240,7 @@ def _publish(staging: Path, output: Path, *, force: bool) -> None:
     next call for that folder finishes. What fails is taken back: the old model stays, and the new one in `staging`,
     from where --resume puts it in place. One process at a time does this.
     """
-    with _locked(output, wait=True):
+    with locked_folder(output, wait=True):
         old = {path.name for part in (_MODEL, *_PARTS) for path in output.glob(part)}
         new = {path.name for path in staging.iterdir()} - {REPLACED, PLAN_FILE}
         old |= {name for name in new if (output / name).exists()}
@@ -285,7 +287,7 @@ def _finish_replacing(output: Path, *, begun: bool) -> bool:
     """Finish what a process that ended in the middle had begun; with `begun` False, what was taken back, too."""
     finished = False
     for file in output.glob(f"{PREFIX}*/{PLAN_FILE}"):
-        with _locked(output, wait=True):
+        with locked_folder(output, wait=True):
             if not file.is_file():  # another process has finished
                 continue
             staging, plan = file.parent, json.loads(file.read_text(encoding="utf-8"))

@@ -167,7 +167,7 @@ def test_a_run_that_another_process_goes_on_with_is_refused(tmp_path):
     with staged_folder(tmp_path / "run", force=False) as staging:
         write(staging, {**NEW, "training/run.json": "{}"})
         with (
-            pytest.raises(CommandError, match="another process is at work on this run"),
+            pytest.raises(CommandError, match="another process is at work there"),
             resumed_folder(tmp_path / "run"),
         ):
             pass

@@ -1,0 +1,157 @@
+"""Commands that write, killed at their calls that change files, and two at once: called again they give what they
+give undisturbed, and what was there before is whole.
+
+Each command runs in a forked child. An audit hook of Python kills it just before one of its calls that open a file to
+write, rename or remove it: at each of these calls in turn in `make crash`, else at two that are drawn.
+"""
+
+import os
+import random
+import shutil
+import signal
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from tiny import tiny_config, tiny_model, tiny_tokenizer
+
+from sense_v2.cli.main import main
+from sense_v2.hf.attach import attach_engram
+from sense_v2.hf.memory import memory_of
+from sense_v2.hf.saving.save import save_pretrained
+
+CHANGES = {"os.rename", "os.remove", "os.mkdir", "os.rmdir", "os.truncate", "os.link"}
+TABLE = ("--table-size", 2000, "--engram-dim", 32, "--num-heads", 2)
+COMMANDS = {
+    "setup": ("setup", "--tokenizer", "tokenizer.json", "--output", "out/map.npy"),
+    "create": ("create", "--shadow-map", "model/engram/shadow_map.npy", "--storage-path", "out/t.dat", *TABLE),
+    "convert": ("convert", "model", "--dtype", "int8", "--output", "out"),
+    "tokenize": ("tokenize", "--corpus", "corpus", "--tokenizer", "tokenizer.json", "--output", "out"),
+    "profile": ("profile", "model", "--corpus", "corpus", "--output", "out/hot.npy"),
+    "export": ("delta", "export", "taught", "--base", "model", "--output", "out/delta.safetensors"),
+    "apply": ("delta", "apply", "delta.safetensors", "model"),
+    "revert": ("delta", "revert", "applied"),
+}
+# What these say once they are done; they can't be done twice.
+DONE = {"export": "is there already", "tokenize": "is there already", "apply": "made on another", "revert": "revert"}
+EVER_NEW = ("engram_table.json", "t.json", "engram_table.journal")
+
+
+@pytest.fixture(scope="module")
+def original(tmp_path_factory):
+    """What the commands read: a tokenizer, texts, a model, the same taught, a delta between the two, and applied."""
+    folder = tmp_path_factory.mktemp("killed")
+    (folder / "table").mkdir()
+    model = attach_engram(tiny_model("llama"), tiny_config(folder / "table"), tiny_tokenizer())
+    save_pretrained(model, folder / "model", tokenizer=tiny_tokenizer())
+    storage = memory_of(model).storage
+    storage.write(torch.tensor([1, 2, 700, 1499]), torch.ones(4, 8))
+    storage.commit(step=5)
+    save_pretrained(model, folder / "taught")
+    storage.close()
+    shutil.rmtree(folder / "table")
+    tiny_tokenizer().save(str(folder / "tokenizer.json"))
+    (folder / "corpus").mkdir()
+    for number in range(6):
+        words = [f"word{(number * 7 + place) % 30}" for place in range(300)]
+        (folder / "corpus" / f"{number}.txt").write_text(" ".join(words))
+    delta, applied = str(folder / "delta.safetensors"), str(folder / "applied")
+    assert main(["delta", "export", str(folder / "taught"), "--base", str(folder / "model"), "--output", delta]) == 0
+    shutil.copytree(folder / "model", applied)
+    assert main(["delta", "apply", delta, applied]) == 0
+    for name in ("tokenize", "profile", "setup"):  # what the children need is imported by then
+        words = [str(folder / word) if (folder / word).exists() else word for word in COMMANDS[name][:-1]]
+        assert main([*words, str(folder / "unused" / f"{name}.npy")]) == 0
+    shutil.rmtree(folder / "unused")
+    return folder
+
+
+def start(name, folder, kill_at=None):
+    """Run a command in a child, in `folder`; a line in `log` says how it ended and after how many changes."""
+    child = os.fork()
+    if child:
+        return child
+    changes = 0
+
+    def hook(event, arguments):
+        nonlocal changes
+        writes = event == "open" and (arguments[2] or 0) & (os.O_WRONLY | os.O_RDWR | os.O_CREAT)
+        if (event in CHANGES or writes) and isinstance(arguments[0], (str, bytes, Path)):
+            if not os.path.abspath(os.fsdecode(arguments[0])).startswith(str(folder)):
+                return
+            changes += 1
+            if changes == kill_at:
+                os.kill(os.getpid(), signal.SIGKILL)
+
+    signal.alarm(60)
+    os.chdir(folder)
+    log = os.open(folder.with_name(f"log{os.getpid()}"), os.O_WRONLY | os.O_CREAT)
+    sys.stdout = sys.stderr = os.fdopen(log, "w", buffering=1)
+    sys.addaudithook(hook)
+    try:
+        status = main(list(map(str, COMMANDS[name])))
+    except BaseException as error:
+        status = repr(error)
+    print(f"\n{status} {changes}")
+    os._exit(0)
+
+
+def wait(child, folder):
+    """(exit status or None if it was killed, changes, what it said)"""
+    os.waitpid(child, 0)
+    said = folder.with_name(f"log{child}").read_text()
+    *lines, last = said.splitlines() or [""]
+    status, _, changes = last.partition(" ")
+    return (int(status), int(changes), "\n".join(lines)) if changes else (None, 0, said)
+
+
+def fresh(original, folder):
+    shutil.rmtree(folder, ignore_errors=True)
+    shutil.copytree(original, folder)
+    return folder
+
+
+def content(folder):
+    """All that decides what a folder is: without locks, and without what is drawn anew for each table."""
+    return {
+        path.relative_to(folder).as_posix(): path.read_bytes()
+        for path in folder.rglob("*")
+        if path.is_file() and path.suffix not in (".lock", ".tmp") and path.name not in EVER_NEW
+    }
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_a_killed_command_can_be_called_again(original, tmp_path, name):
+    folder = fresh(original, tmp_path / "work")
+    status, changes, said = wait(start(name, folder), folder)
+    assert status == 0, said
+    expected, before = content(folder), content(original)
+    moments = range(1, changes + 1)
+    if "SENSE_CRASH_KILLS" not in os.environ:
+        moments = sorted(random.Random(name).sample(moments, min(2, changes)))
+    for moment in moments:
+        fresh(original, folder)
+        assert wait(start(name, folder, kill_at=moment), folder)[0] is None
+        if name not in ("apply", "revert"):  # which change a table, under its journal
+            assert content(folder).items() >= before.items(), f"killed at {moment}"
+        status, _, said = wait(start(name, folder), folder)
+        assert status == 0 or DONE[name] in said, f"killed at {moment}: {said}"
+        left = content(folder)
+        if status:  # it was done before it was killed; an undo that is left over harms nothing
+            left = {path: raw for path, raw in left.items() if path in expected or ".undo-" not in path}
+        assert left == expected, f"killed at {moment}"
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_two_at_once_give_what_one_gives(original, tmp_path, name):
+    folder = fresh(original, tmp_path / "work")
+    assert wait(start(name, folder), folder)[0] == 0
+    expected = content(folder)
+    fresh(original, folder)
+    ends = [wait(child, folder) for child in [start(name, folder), start(name, folder)]]
+    assert content(folder) == expected
+    assert 0 in [status for status, _, _ in ends]
+    for status, _, said in ends:
+        assert status == 0 or (status == 1 and "Traceback" not in said and " help: " in said)
+        assert status == 0 or any(part in said for part in (DONE.get(name, "?"), "being written", "is at work"))
