@@ -26,7 +26,7 @@ HELPERS := $(addprefix benchmarks/, turns.py resident.py reading.py lookup_cold.
 BENCHMARKS := $(filter-out $(HELPERS) benchmarks/scaling.py benchmarks/teaching.py, $(wildcard benchmarks/*.py))
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test crash ranks fuzz docs docs-pictures trees lint format bench scaling wheel clean distclean broken
+.PHONY: help setup demo test test-slow crash ranks fuzz docs docs-pictures trees lint format bench scaling wheel clean distclean broken
 
 help: ## this list
 	@sed -n 's/^\([a-z-]*\):.*## /\1|/p' Makefile | while IFS='|' read -r target text; do printf '  make %-14s %s\n' "$$target" "$$text"; done
@@ -37,8 +37,11 @@ demo: $(DEMO_INSTALLED) ## train a small model with memory and write the report 
 	$(BIN)/sense-engram demo --output runs/demo $(if $(CORPUS),--corpus "$(CORPUS)") $(if $(filter-out 0,$(QUICK)),--quick)
 
 # Tests are small: a torch thread per process beats several that fight for the same cores.
-test: $(INSTALLED) ## all tests (ARGS="-k name" for some)
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(JOBS) $(ARGS)
+test: $(INSTALLED) ## the tests (ARGS="-k name" for some)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(JOBS) -m "not slow" $(ARGS)
+
+test-slow: $(INSTALLED) ## the tests that compile code, start clusters or run a guide; CI runs them, too
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(JOBS) -m slow $(ARGS)
 
 # tests/engram/table/test_crash.py says what is done how often.
 crash: $(INSTALLED) ## kill a trainer 500 times, cut the power, fail every call (ten minutes)

@@ -81,8 +81,15 @@ def test_the_forward_with_padding_and_documents_is_one_graph():
         assert_same(whole(ids, position_ids=positions, use_cache=False).logits, expected)
 
 
-@pytest.mark.parametrize("kind", ["static", "dynamic"])
-@pytest.mark.parametrize("name", ["llama", "mistral"])
+@pytest.mark.parametrize(
+    ("name", "kind"),
+    [
+        ("llama", "static"),
+        pytest.param("llama", "dynamic", marks=pytest.mark.slow),
+        pytest.param("mistral", "static", marks=pytest.mark.slow),
+        pytest.param("mistral", "dynamic", marks=pytest.mark.slow),
+    ],
+)
 def test_the_decode_step_has_as_many_graphs_as_without_memory(name, kind):
     ids, found = some_ids(), {}
     for memory, model in ((False, bare_model(name)), (True, remembering(name))):
@@ -95,6 +102,7 @@ def test_the_decode_step_has_as_many_graphs_as_without_memory(name, kind):
     assert found[True] == found[False]
 
 
+@pytest.mark.slow
 def test_generate_compiles_the_decode_step_when_asked():
     model = remembering("llama")
     graphs = []
@@ -112,6 +120,7 @@ def test_generate_compiles_the_decode_step_when_asked():
     assert len(graphs) == 1
 
 
+@pytest.mark.slow
 def test_the_default_backend_generates_code_for_the_decode_step():
     model, ids = remembering("llama"), some_ids()
     step, graphs = compiled(model, "inductor")
@@ -120,6 +129,7 @@ def test_the_default_backend_generates_code_for_the_decode_step():
     assert graphs.frame_count == 1
 
 
+@pytest.mark.slow
 def test_a_cache_goes_on_uncompiled_where_a_compiled_step_left_it():
     model, ids = remembering("llama"), some_ids()
     cache = StaticCache(config=model.config, max_cache_len=CAPACITY)
@@ -128,6 +138,7 @@ def test_a_cache_goes_on_uncompiled_where_a_compiled_step_left_it():
     assert_same(in_parts(model, cache, ids[:, 9:], (1, 2)), full_logits(model, ids)[:, 9:])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("backend", ["aot_eager", "inductor"])
 def test_a_compiled_step_stops_at_a_cache_that_went_on_without_memory(backend):
     model, bare, ids = remembering("llama"), bare_model("llama"), some_ids()
@@ -140,6 +151,7 @@ def test_a_compiled_step_stops_at_a_cache_that_went_on_without_memory(backend):
     assert graphs.frame_count == 1
 
 
+@pytest.mark.slow
 def test_training_compiles_around_the_lookup_and_the_rows_learn(tmp_path):
     """The lookup of rows that are trained breaks the graph; loss and gradients are those without a compiler."""
     model, ids = copy.deepcopy(bare_model("llama")).train(), some_ids()

@@ -15,6 +15,8 @@ from test_offload import config
 
 from sense_v2.engram.pretrained_tokenizer import load_tokenizer
 
+pytestmark = pytest.mark.slow
+
 ROOT = Path(__file__).parents[2]
 
 

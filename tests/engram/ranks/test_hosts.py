@@ -96,6 +96,7 @@ def hosts() -> Iterator[Hosts]:
         two.remove()
 
 
+@pytest.mark.slow
 def test_a_host_that_is_cut_off_in_a_step_costs_that_step_and_no_more(hosts: Hosts, tmp_path: Path) -> None:
     folders = [tmp_path / "disk0", tmp_path / "disk1"]
     for folder in folders:

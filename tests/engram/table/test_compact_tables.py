@@ -323,6 +323,7 @@ def test_ended_between_the_last_calls_it_is_finished_by_the_next(source, tmp_pat
     assert [name for name in names(tmp_path) if name.endswith(".tmp")] == []
 
 
+@pytest.mark.slow
 def test_killed_at_random_it_ends_with_the_same_bytes(source, tmp_path):
     """SIGKILL, again and again, until a call comes through."""
     whole = tmp_path / "whole.dat"

@@ -99,6 +99,7 @@ def test_processes_count_what_counting_by_hand_gives(corpus, folder, texts):
     assert profile(corpus, folder, Processes(2)) == one
 
 
+@pytest.mark.slow
 def test_a_ray_cluster_counts_and_writes_the_same(cluster, corpus, folder, texts, tmp_path):
     import ray
 
@@ -217,6 +218,7 @@ def test_the_commands_tokenize_and_profile_with_several_processes(corpus, folder
         assert result["hot_sets"][0]["serves"] > 0
 
 
+@pytest.mark.slow
 def test_both_kinds_of_workers_at_once_are_refused(corpus, folder, tmp_path, capsys):
     assert main(["profile", str(folder), "--corpus", str(corpus), "--processes", "2", "--ray", "auto"]) == 1
     assert "give one of them" in capsys.readouterr().err

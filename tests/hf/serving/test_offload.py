@@ -110,6 +110,7 @@ def test_transformers_loads_the_table_that_convert_writes(tmp_path, rows):
     assert generated(theirs.eval()) == generated(load_with_tables_on_disk(folder, dtype=torch.bfloat16).eval())
 
 
+@pytest.mark.slow
 def test_memory_is_smaller_by_the_table(tmp_path):
     """Each in a process of its own: 8 heads of half a million rows of 32 values."""
     num_bytes = write_model(tmp_path, config(ngram_vocab_size_base=500_000, ple_embed_dim=256))

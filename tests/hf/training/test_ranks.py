@@ -23,6 +23,8 @@ ACCELERATE = (
     "--main_process_port=0",
 )
 
+pytestmark = pytest.mark.slow
+
 
 def train(folder, *launcher, batch_size, resume=False):
     """What each rank found."""

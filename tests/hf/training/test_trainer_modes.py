@@ -137,6 +137,7 @@ def test_gradient_checkpointing_changes_nothing(tmp_path, plain, use_reentrant):
     assert (table_on_disk(trainer.model) == rows).all()
 
 
+@pytest.mark.slow
 def test_a_compiled_model_trains_the_same(tmp_path, plain):
     torch._dynamo.reset()
     trainer = trained(tmp_path, torch_compile=True, torch_compile_backend="aot_eager")
