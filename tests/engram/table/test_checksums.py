@@ -31,7 +31,7 @@ GOLDEN_OF_WORDS = [
     (3, b"\xff" * 6, 0xE841260D1DF18F6E),
     (3, b"abc", 0x0EC1596D96DB7B94),
 ]
-# XXH3's own test vectors (xxHash 0.8.3, xsum_sanity_check.c): length, hash with seed 0, hash with seed 2⁶⁴/φ.
+# XXH3's own test vectors (xxHash 0.8.3, its sanity check): length, hash with seed 0, hash with seed 2⁶⁴/φ.
 PUBLISHED = [
     (6, 0x27B56A84CD2D7325, 0x84589C116AB59AB9),
     (12, 0xA713DAF0DFBB77E7, 0xE7303E1B2336DE0E),
