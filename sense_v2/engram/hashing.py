@@ -151,6 +151,8 @@ class NgramHasher:
         compressed_vocab_size: Compressed ids, which the multipliers depend on.
         pad_id: A *compressed* id; in a variant whose lookback stops at the end of a sequence, that token's.
         seed: Of the multipliers.
+        num_spare_ids: Compressed ids behind those, which the multipliers don't depend on. Their products can leave
+            int64, and wrap around then, on every device alike.
 
     Raises:
         ValueError: A name or id is unknown, or `table_size` has no room for the heads.
@@ -174,6 +176,7 @@ class NgramHasher:
         compressed_vocab_size: int,
         pad_id: int,
         seed: int = 0,
+        num_spare_ids: int = 0,
     ) -> None:
         if variant not in VARIANTS:
             raise ValueError(f"no variant {variant!r}; there are {', '.join(VARIANTS)}")
@@ -187,6 +190,7 @@ class NgramHasher:
         self.layer_id = layer_id
         self.pad_id = pad_id
         self.compressed_vocab_size = compressed_vocab_size
+        self.num_ids = compressed_vocab_size + num_spare_ids
         layer = self.layout.layer_ids.index(layer_id)
         self.num_rows = self.layout.num_rows_L[layer]
         rules = VARIANTS[variant]
@@ -203,7 +207,7 @@ class NgramHasher:
 
     @classmethod
     def from_config(
-        cls, config: EngramConfig, *, layer_id: int, compressed_vocab_size: int, pad_id: int
+        cls, config: EngramConfig, *, layer_id: int, compressed_vocab_size: int, pad_id: int, num_spare_ids: int = 0
     ) -> NgramHasher:
         """Make the hasher of one layer of `config`; `pad_id` is a compressed id."""
         return cls(
@@ -216,6 +220,7 @@ class NgramHasher:
             compressed_vocab_size=compressed_vocab_size,
             pad_id=pad_id,
             seed=config.seed,
+            num_spare_ids=num_spare_ids,
         )
 
     def __call__(
@@ -261,7 +266,7 @@ class NgramHasher:
                 raise ValueError(f"{name} has shape {tuple(extra_BT.shape)}; expected {tuple(ids_BT.shape)}")
         if history_BP is not None and (history_BP.dim() != 2 or history_BP.shape[0] != ids_BT.shape[0]):
             raise ValueError(f"history has shape {tuple(history_BP.shape)}; expected [{ids_BT.shape[0]}, positions]")
-        _check_range(ids_BT, 0, self.compressed_vocab_size, "compressed ids")
+        _check_range(ids_BT, 0, self.num_ids, "compressed ids")
 
         device = ids_BT.device
         ids_BT = ids_BT.to(torch.int64)
@@ -272,7 +277,7 @@ class NgramHasher:
             valid_BT = in_document_BT if valid_BT is None else valid_BT & in_document_BT
         num_history = 0 if history_BP is None else history_BP.shape[1]
         if history_BP is not None and num_history:
-            _check_range(history_BP, NO_TOKEN, self.compressed_vocab_size, "history")
+            _check_range(history_BP, NO_TOKEN, self.num_ids, "history")
             history_BP = history_BP.to(device=device, dtype=torch.int64)
             valid_BT = torch.ones_like(ids_BT, dtype=torch.bool) if valid_BT is None else valid_BT
             valid_BT = torch.cat([history_BP != NO_TOKEN, valid_BT], dim=1)

@@ -226,6 +226,7 @@ class EngramFusionLayer(nn.Module):
             layer_id=layer_id,
             compressed_vocab_size=self.tokenizer.compressed_vocab_size,
             pad_id=self._pad_id(pad_token_id),
+            num_spare_ids=self.tokenizer.num_spare_ids,
         )
         self.num_streams = config.num_streams
         self.hidden_size = backbone_hidden_size

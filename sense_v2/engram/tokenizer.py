@@ -159,12 +159,6 @@ class EngramTokenizerBuilder:
 
         Both files are complete under temporary names before either takes its place, so a failure leaves what was
         there, or at worst a new JSON beside the old map, a pair that `EngramTokenizer` refuses.
-
-        >>> import tempfile, tokenizers
-        >>> tokenizer = tokenizers.Tokenizer(tokenizers.models.WordLevel({"The": 0, "cat": 1, "the": 2}))
-        >>> with tempfile.TemporaryDirectory() as folder:
-        ...     EngramTokenizerBuilder(tokenizer).build_mapping(Path(folder) / "shadow_map.npy")
-        array([0, 1, 0])
         """
         map_V = self.mapping()
         _write_map(Path(output_path), map_V, self.description())
@@ -348,7 +342,7 @@ class EngramTokenizer:
 
     def __init__(self, path: str | os.PathLike[str]) -> None:
         self.path = Path(path).absolute()
-        self._map_V = _open_map(self.path)
+        self._map_V = self._known_V = _open_map(self.path)
         self._device_maps: dict[torch.device, torch.Tensor] = {}
         self.compressed_vocab_size = _count_dense(self._map_V, self.path)
         self.sha256 = map_sha256(self._map_V)
@@ -364,6 +358,19 @@ class EngramTokenizer:
     def vocab_size(self) -> int:
         """V: token ids run from 0 to V - 1."""
         return len(self._map_V)
+
+    @property
+    def num_spare_ids(self) -> int:
+        """How many ids `cover` has added, and as many compressed ids."""
+        return len(self._known_V) - self.vocab_size
+
+    def cover(self, num_token_ids: int) -> None:
+        """Give spare rows of an embedding, ids V to `num_token_ids` - 1, compressed ids of their own behind the
+        map's: a model can sample them. The file stays as it is."""
+        if num_token_ids > len(self._known_V):
+            spare = np.arange(num_token_ids - self.vocab_size) + self.compressed_vocab_size
+            self._known_V = np.concatenate([self._map_V, spare])
+            self._device_maps.clear()
 
     def __call__(self, token_ids: Ids) -> Ids:
         """Compress an integer tensor or NumPy array of any shape: int64, of that shape, on its device.
@@ -388,26 +395,26 @@ class EngramTokenizer:
         return f"EngramTokenizer({str(self.path)!r}: {self.tokenizer_name}, {self.normalization}, {sizes})"
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return _reopen, (str(self.path), self.sha256)
+        return _reopen, (str(self.path), self.sha256, len(self._known_V))
 
     def _compress(self, token_ids: np.ndarray) -> np.ndarray:
-        if token_ids.size and (token_ids.min() < 0 or token_ids.max() >= self.vocab_size):
+        if token_ids.size and (token_ids.min() < 0 or token_ids.max() >= len(self._known_V)):
             raise self._out_of_range(token_ids)
-        return np.asarray(self._map_V[token_ids], dtype=np.int64)
+        return np.asarray(self._known_V[token_ids], dtype=np.int64)
 
     def _compress_on_device(self, token_ids: torch.Tensor) -> torch.Tensor:
         token_ids = token_ids.long()
         if token_ids.numel():
             smallest, largest = torch.stack(torch.aminmax(token_ids)).tolist()
-            if smallest < 0 or largest >= self.vocab_size:
+            if smallest < 0 or largest >= len(self._known_V):
                 raise self._out_of_range(token_ids.cpu().numpy())
         if token_ids.device not in self._device_maps:
-            map_V = torch.from_numpy(self._map_V.astype(np.int64))
+            map_V = torch.from_numpy(self._known_V.astype(np.int64))
             self._device_maps[token_ids.device] = map_V.to(token_ids.device)
         return self._device_maps[token_ids.device][token_ids]
 
     def _out_of_range(self, token_ids: np.ndarray) -> IndexError:
-        wrong = np.argwhere((token_ids < 0) | (token_ids >= self.vocab_size))
+        wrong = np.argwhere((token_ids < 0) | (token_ids >= len(self._known_V)))
         position = tuple(wrong[0].tolist())
         token_id = int(token_ids[position])
         way_out = (
@@ -417,7 +424,7 @@ class EngramTokenizer:
             "build it again (sense-engram setup)"
         )
         return IndexError(
-            f"token id {token_id} at position {position} is not among the {self.vocab_size} token ids of "
+            f"token id {token_id} at position {position} is not among the {len(self._known_V)} token ids of "
             f"{self.path} (tokenizer {self.tokenizer_name}): {way_out}"
         )
 
@@ -445,8 +452,9 @@ class EngramTokenizer:
         return description
 
 
-def _reopen(path: str, sha256: str) -> EngramTokenizer:
+def _reopen(path: str, sha256: str, num_token_ids: int = 0) -> EngramTokenizer:
     shadow_map = EngramTokenizer(path)
+    shadow_map.cover(num_token_ids)
     if shadow_map.sha256 != sha256:
         raise ValueError(f"{path} has changed since it was pickled: SHA-256 {sha256} then, {shadow_map.sha256} now")
     return shadow_map

@@ -29,8 +29,8 @@ from sense_v2.hf.given_tables import identity_map, placed_tables, refuse_another
 from sense_v2.hf.memory import EngramMemory, MemoryOfSeveralTables, attached_memory, memory_of
 from sense_v2.hf.model_methods import replace_methods
 
-# An embedding is often padded to a round number of rows; more than this many rows without a token is another
-# tokenizer's map.
+# An embedding is often padded; with more rows without a token than this, and than a sixteenth of the tokens, the map
+# is another tokenizer's.
 MAX_PADDED_ROWS = 1024
 
 
@@ -230,8 +230,11 @@ def shadow_map_of(
 
 
 def _check_vocabulary(shadow_map: EngramTokenizer, num_embeddings: int, config: EngramConfig) -> None:
-    if not 0 <= num_embeddings - shadow_map.vocab_size <= MAX_PADDED_ROWS:
+    """A few tokens may lack a row: one that was added for other models of the family, or for padding."""
+    size, spare = shadow_map.vocab_size, num_embeddings - shadow_map.vocab_size
+    if not -1 - size // 1000 <= spare <= max(MAX_PADDED_ROWS, size // 16):
         raise ValueError(
-            f"the shadow map {config.shadow_map_path} covers {shadow_map.vocab_size} token ids, the model embeds "
-            f"{num_embeddings}: it was made from another tokenizer; make one with `sense-engram setup --tokenizer …`"
+            f"the shadow map {config.shadow_map_path} covers {size} token ids, the model embeds {num_embeddings}: it "
+            "was made from another tokenizer; make one with `sense-engram setup --tokenizer …`"
         )
+    shadow_map.cover(num_embeddings)

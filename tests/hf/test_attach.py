@@ -366,11 +366,27 @@ def test_a_map_of_another_vocabulary_size_is_refused(tmp_path):
         attach_engram(tiny_model("llama", vocabulary=2000), tiny_config(tmp_path), tiny_tokenizer())
 
 
-def test_a_padded_embedding_is_no_other_vocabulary(tmp_path):
+def test_spare_rows_of_an_embedding_have_ids_of_their_own(tmp_path):
+    """They can be sampled. Tokens have the ids that they have without them; a copy knows the spare ones, too."""
     model = attach_engram(tiny_model("llama", vocabulary=128), tiny_config(tmp_path), tiny_tokenizer())
-    model(some_ids())
-    with pytest.raises(IndexError, match="token id 100"):
-        model(torch.tensor([[3, 100]]))
+    ids = some_ids()
+    layer = model.engram.layers["1"]
+    plain = EngramTokenizer(tmp_path / "shadow_map.npy")
+    assert torch.equal(layer.tokenizer(ids), plain(ids))
+    spare = torch.arange(96, 128)[None]
+    assert torch.equal(layer.tokenizer(spare)[0], plain.compressed_vocab_size + torch.arange(32))
+    for row_ids_BTH in (layer.row_ids(spare), copy.deepcopy(layer).row_ids(spare)):
+        assert len(torch.unique(row_ids_BTH[..., 0])) > 24
+        assert (row_ids_BTH >= 0).all()
+        assert (row_ids_BTH < layer.hasher.num_rows).all()
+    assert model(spare).logits.isfinite().all()
+    with pytest.raises(IndexError, match=r"96 token ids"):
+        plain(spare)
+
+
+def test_a_tokenizer_may_have_a_token_more_than_the_embedding(tmp_path):
+    model = attach_engram(tiny_model("llama", vocabulary=95), tiny_config(tmp_path), tiny_tokenizer())
+    model(torch.tensor([[3, 94]]))
 
 
 def test_a_map_of_another_tokenizer_of_equal_size_is_refused(tmp_path):
