@@ -52,13 +52,15 @@ def run_eval(
         progress=progress_to(echo),
     )
     blocks_BT = blocks.token_ids_BT
+    has_memory = attached_memory(model) is not None
+    echo(f"corpus  {blocks.line()}")
+    echo(f"model   {folder}{'' if has_memory else ', which has no memory'}")
 
     def measure(label: str) -> Evaluation:
         with progress_to(echo)(label, blocks_BT.numel(), unit="tokens") as advance:
             return evaluate(model, blocks_BT, tokenizer=tokenizer, advance=advance)
 
     found = {}
-    has_memory = attached_memory(model) is not None
     if has_memory:
         found[WITH] = measure("with memory")
         if without_memory:
@@ -77,8 +79,6 @@ def run_eval(
         },
         "seconds": time.perf_counter() - started,
     }
-    echo(f"model   {folder}{'' if has_memory else ', which has no memory'}")
-    echo(f"corpus  {blocks.line()}")
     for line in _table(result, list(found)):
         echo(line)
     if len(found) == 2:

@@ -42,6 +42,10 @@ CorpusOption = Annotated[
         "Python standard library's source.",
     ),
 ]
+MeasuredCorpusOption = Annotated[
+    list[Path] | None,
+    typer.Option(metavar="PATH|NAME", help="As for train; by default what the model was trained on."),
+]
 TextColumnOption = Annotated[
     str, typer.Option(metavar="COLUMN", help="Where JSON lines, Parquet or a dataset have their text.")
 ]

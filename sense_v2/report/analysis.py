@@ -5,7 +5,7 @@ dictionary that JSON can hold:
 
     {
       "model": str, "created": str (ISO time),
-      "corpus": {"name", "files", "held_out": bool, "tokens"}, "sequences", "sequence_length", "tokens",
+      "corpus": {"name", "files", "held_out": bool, "tokens", "trained_on"}, "sequences", "sequence_length", "tokens",
       "counted": {"held_out": whether it is the part that training reads, "tokens", "of_tokens"},
       "loss", "perplexity", "bits_per_byte": {"with", "without"},
       "table": {"rows", "width", "dtype", "bytes", "heads"},

@@ -13,9 +13,9 @@ import typer
 
 from sense_v2.cli.options import (
     AllFilesOption,
-    CorpusOption,
     FolderArgument,
     JsonOption,
+    MeasuredCorpusOption,
     SequenceLengthOption,
     SequencesOption,
     TextColumnOption,
@@ -31,7 +31,7 @@ MAX_COUNTED_TOKENS = 1 << 22
 
 def analyze(
     folder: FolderArgument,
-    corpus: CorpusOption = None,
+    corpus: MeasuredCorpusOption = None,
     output: Annotated[Path, typer.Option(metavar="FILE.html", help="The report; its JSON goes beside it.")] = Path(
         "analysis.html"
     ),
@@ -90,7 +90,7 @@ def analyze(
 
 def ablate(
     folder: FolderArgument,
-    corpus: CorpusOption = None,
+    corpus: MeasuredCorpusOption = None,
     output: Annotated[Path, typer.Option(metavar="FILE.html", help="The report; its JSON goes beside it.")] = Path(
         "ablation.html"
     ),

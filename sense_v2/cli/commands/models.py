@@ -16,6 +16,7 @@ from sense_v2.cli.options import (
     FolderArgument,
     JsonOption,
     LayersOption,
+    MeasuredCorpusOption,
     SequenceLengthOption,
     SequencesOption,
     TableSizeOption,
@@ -148,7 +149,7 @@ def train(
 
 def evaluate(
     folder: FolderArgument,
-    corpus: CorpusOption = None,
+    corpus: MeasuredCorpusOption = None,
     without_memory: Annotated[
         bool, typer.Option("--without-memory", help="Beside it, the same with the memory taken off.")
     ] = False,

@@ -40,6 +40,7 @@ PLAN_FILE = "replacing.json"
 _PARTS = (
     MEMORY_FOLDER,
     STATE_FOLDER,
+    "corpus.json",
     "model*.safetensors*",
     "*tokenizer*",
     "special_tokens_map.json",

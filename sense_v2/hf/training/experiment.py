@@ -34,6 +34,7 @@ from sense_v2.engram.upkeep.shadow_map_setup import shared_spellings
 from sense_v2.hf.attach import attach_engram, detach_engram
 from sense_v2.hf.backbones import token_stream
 from sense_v2.hf.data.corpus import Batches, Corpus, read_corpus
+from sense_v2.hf.data.held_out import save_corpus
 from sense_v2.hf.insight.evaluation import Evaluation, evaluate, gate_strengths, rows_touched
 from sense_v2.hf.memory import memory_of
 from sense_v2.hf.saving.folder import memory_paths
@@ -194,6 +195,7 @@ def _run_in(
     memory = memory_of(remembering)
     training, evaluation = _card_facts(text, settings, runs)
     save_pretrained(remembering, staging, tokenizer=tokenizer, training=training, evaluation=evaluation, name="model")
+    save_corpus(staging, corpus, text_column)
     results = {
         "title": "Does memory help?",
         "created": datetime.now(timezone.utc).isoformat(timespec="seconds"),

@@ -38,6 +38,7 @@ from sense_v2.hf.backbones import (
 )
 from sense_v2.hf.data.corpus import Batches, Corpus
 from sense_v2.hf.data.corpus_files import find_files
+from sense_v2.hf.data.held_out import save_corpus
 from sense_v2.hf.data.large_corpus import open_corpus
 from sense_v2.hf.data.streaming import PackedStream, StreamBatches, is_hub_dataset
 from sense_v2.hf.insight.evaluation import Evaluation, evaluate
@@ -230,6 +231,7 @@ def _train(
         check(backbone.model)  # always: a run that is resumed at its last step has evaluated nothing on its way
         reserved.unlink()
         _save(backbone, staging, output, *_card_facts(history, config.train, text, evaluations))
+    save_corpus(staging, run.corpus, run.text_column)
     _in_place(config, output).save(staging / "config.yaml")  # last, and whole: see staged_folder
     if not history.stopped:
         remove_state(staging)
