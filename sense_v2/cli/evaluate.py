@@ -27,6 +27,8 @@ def run_eval(
     sequence_length: int | None = None,
     all_files: bool = False,
     without_memory: bool = False,
+    device: str = "auto",
+    dtype: str = "auto",
     echo: Callable[[str], Any] = print,
 ) -> dict[str, Any]:
     """Perplexity and bits per byte of the model in `folder`; returns one dictionary that JSON can hold.
@@ -39,7 +41,7 @@ def run_eval(
     """
     started = time.perf_counter()
     folder = Path(folder)
-    model, tokenizer = open_trained(folder)
+    model, tokenizer = open_trained(folder, device=device, dtype=dtype)
     blocks = read_blocks(
         folder,
         model,

@@ -30,6 +30,11 @@ def choice(names: Sequence[str], text: str, metavar: str | None = None) -> Any:
     return typer.Option(metavar=metavar or "|".join(names), help=text, autocompletion=one_of(*names))
 
 
+DeviceOption = Annotated[
+    str, typer.Option(metavar="NAME", help="Where the model runs: cpu, cuda:0, …; auto: the accelerator, if any.")
+]
+DTYPES = ("auto", "float32", "bfloat16", "float16")
+DtypeOption = Annotated[str, choice(DTYPES, "Type of the weights; auto: as saved.")]
 JsonOption = Annotated[bool, typer.Option("--json", help="One JSON object on stdout; all else on stderr.")]
 ConfigOption = Annotated[
     Path | None, typer.Option("--config", metavar="FILE", help="Settings (.yaml, .json); options win over them.")

@@ -58,21 +58,48 @@ def named_backbone(name: str) -> Backbone:
     return Backbone(name, model, tokenizer, tokenizer_name=name)
 
 
-def open_trained(folder: str | Path) -> tuple[PreTrainedModel, Any]:
-    """(model, tokenizer) that `train`, `demo` or `save_pretrained` saved, the memory attached read-only."""
-    folder = Path(folder)
+def open_trained(folder: str | Path, *, device: str = "auto", dtype: str = "auto") -> tuple[PreTrainedModel, Any]:
+    """(model, tokenizer) that `train`, `demo` or `save_pretrained` saved, the memory attached read-only.
+
+    `device` as `device_of` takes it; `dtype` is the weights' type, auto the saved one. Raises `CommandError` for a
+    device that isn't there, and what loading raises.
+    """
+    folder, place = Path(folder), device_of(device)
     try:
-        model = from_pretrained(folder, mode="r")
+        model = from_pretrained(folder, mode="r", **({} if dtype == "auto" else {"dtype": dtype}))
     except (OSError, ValueError, IndexError):
         raise
     except Exception as error:  # a damaged weights file, a tensor of another shape
         raise _unusable(str(folder), error) from error
+    try:
+        model.to(place)
+    except (AssertionError, RuntimeError) as error:  # what torch raises differs with its build
+        raise _no_device(device, error) from error
     return model, saved_tokenizer(folder)
 
 
-def open_with_memory(folder: Path, purpose: str) -> tuple[PreTrainedModel, Any, EngramMemory]:
+def device_of(name: str) -> torch.device:
+    """The device of a name, as cpu or cuda:1; auto is the accelerator that torch finds (CUDA, XPU, MPS), or the CPU.
+
+    Raises `CommandError` for a name that is none.
+    """
+    if name == "auto":
+        accelerator = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
+        return accelerator or torch.device("cpu")
+    try:
+        return torch.device(name)
+    except RuntimeError as error:
+        raise _no_device(name, error) from error
+
+
+def _no_device(name: str, error: Exception) -> CommandError:
+    what = f"--device {name}: {one_line(str(error))[:200]}"
+    return CommandError(what, "auto takes an accelerator if there is one, and cpu is always there")
+
+
+def open_with_memory(folder: Path, purpose: str, **where: str) -> tuple[PreTrainedModel, Any, EngramMemory]:
     """(model, tokenizer, memory), as `open_trained`. Raises `CommandError` where there is no memory to `purpose`."""
-    model, tokenizer = open_trained(folder)
+    model, tokenizer = open_trained(folder, **where)
     memory = attached_memory(model)
     if memory is None:
         raise CommandError(f"{folder}: this model has no memory to {purpose}", "name the folder of one with memory")

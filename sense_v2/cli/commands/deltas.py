@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from sense_v2.cli.options import FolderArgument, JsonOption, choice, table_path_of
+from sense_v2.cli.options import DeviceOption, FolderArgument, JsonOption, choice, table_path_of
 from sense_v2.cli.output import lines_to, print_json
 from sense_v2.core.errors import CommandError
 from sense_v2.report import wording
@@ -38,6 +38,7 @@ def teach(
     prompt: Annotated[str, typer.Option(help="After what.")] = "",
     steps: Annotated[int | None, typer.Option(min=1, help="At most so many.")] = None,
     lr: Annotated[float | None, typer.Option(help="How far a row moves in a step.")] = None,
+    device: DeviceOption = "auto",
     as_json: JsonOption = False,
 ) -> None:
     """Teach a model a short text, in the rows of its n-grams alone; they go to a small file, the model stays.
@@ -49,7 +50,7 @@ def teach(
     if not (folder / "engram").is_dir():
         raise CommandError(f"{folder} is no folder of a model with memory", "name what train, or demo, has saved")
     given = {name: value for name, value in (("steps", steps), ("lr", lr)) if value is not None}
-    result = teach_delta(folder, text, output, prompt=prompt, **given)
+    result = teach_delta(folder, text, output, prompt=prompt, device=device, **given)
     before, after = (wording.decimals(loss, 2) for loss in result["loss"])
     lines = [
         f"taught   {text!r} after {prompt!r}: loss {before} before, {after} now, {result['steps']} steps in "

@@ -13,6 +13,8 @@ import typer
 
 from sense_v2.cli.options import (
     AllFilesOption,
+    DeviceOption,
+    DtypeOption,
     FolderArgument,
     JsonOption,
     MeasuredCorpusOption,
@@ -40,6 +42,8 @@ def analyze(
     sequence_length: SequenceLengthOption = None,
     text_column: TextColumnOption = "text",
     text_tokens: Annotated[int, typer.Option(min=1, help="Tokens of the first sequence to show coloured.")] = 320,
+    device: DeviceOption = "auto",
+    dtype: DtypeOption = "auto",
     as_json: JsonOption = False,
 ) -> None:
     """Show what the memory does: gates over the text, n-grams it leans on, where it helps, how its rows are used.
@@ -56,7 +60,7 @@ def analyze(
     started, echo = time.perf_counter(), lines_to(as_json)
     report_paths(output)
     require_plots()
-    model, tokenizer, _ = open_with_memory(folder, "look into")
+    model, tokenizer, _ = open_with_memory(folder, "look into", device=device, dtype=dtype)
     blocks = read_blocks(
         folder,
         model,
@@ -101,6 +105,8 @@ def ablate(
     no_heads: Annotated[bool, typer.Option("--no-heads", help="Leave out single heads, which take longest.")] = False,
     resamples: Annotated[int, typer.Option(min=100, help="Of the sequences, for the intervals.")] = 10_000,
     seed: Annotated[int, typer.Option(min=0, help="Of the shuffling, the noise and the resamples.")] = 0,
+    device: DeviceOption = "auto",
+    dtype: DtypeOption = "auto",
     as_json: JsonOption = False,
 ) -> None:
     """Say whether the memory helps, and where: the loss with one part of it changed at a time.
@@ -115,7 +121,7 @@ def ablate(
 
     started, echo = time.perf_counter(), lines_to(as_json)
     report_paths(output)
-    model, tokenizer, memory = open_with_memory(folder, "take off")
+    model, tokenizer, memory = open_with_memory(folder, "take off", device=device, dtype=dtype)
     blocks = read_blocks(
         folder,
         model,

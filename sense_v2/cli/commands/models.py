@@ -13,6 +13,8 @@ from sense_v2.cli.options import (
     AllFilesOption,
     ConfigOption,
     CorpusOption,
+    DeviceOption,
+    DtypeOption,
     FolderArgument,
     JsonOption,
     LayersOption,
@@ -165,6 +167,8 @@ def evaluate(
         Path | None, typer.Option(metavar="FOLDER", help="Where --tasks finds tasks of your own by name.")
     ] = None,
     limit: Annotated[int | None, typer.Option(min=1, help="Only the first samples of each task.")] = None,
+    device: DeviceOption = "auto",
+    dtype: DtypeOption = "auto",
     as_json: JsonOption = False,
 ) -> None:
     """Measure perplexity and bits per byte of a trained model on a corpus, or run tasks of lm-evaluation-harness.
@@ -174,7 +178,9 @@ def evaluate(
     if tasks:
         from sense_v2.cli.commands.tasks import run_tasks
 
-        result = run_tasks(folder, tasks, include_path, limit, without_memory, lines_to(as_json))
+        result = run_tasks(
+            folder, tasks, include_path, limit, without_memory, lines_to(as_json), device=device, dtype=dtype
+        )
         if as_json:
             print_json(result)
         return
@@ -188,6 +194,8 @@ def evaluate(
         sequence_length=sequence_length,
         all_files=all_files,
         without_memory=without_memory,
+        device=device,
+        dtype=dtype,
         echo=lines_to(as_json),
     )
     if as_json:

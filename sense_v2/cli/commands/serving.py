@@ -13,7 +13,13 @@ from typing import Annotated
 import typer
 
 from sense_v2.cli.errors import explain
-from sense_v2.cli.options import FolderArgument, JsonOption, WithoutMemoryOption
+from sense_v2.cli.options import (
+    DeviceOption,
+    DtypeOption,
+    FolderArgument,
+    JsonOption,
+    WithoutMemoryOption,
+)
 from sense_v2.cli.output import lines_to, print_json, print_text
 from sense_v2.core.errors import CommandError
 
@@ -25,6 +31,8 @@ def generate(
     temperature: Annotated[float, typer.Option(min=0, help="0: always the likeliest token.")] = 0.7,
     seed: Annotated[int, typer.Option(min=0, help="Of the sampling.")] = 0,
     without_memory: WithoutMemoryOption = False,
+    device: DeviceOption = "auto",
+    dtype: DtypeOption = "auto",
     as_json: JsonOption = False,
 ) -> None:
     """Print how a trained model goes on from a prompt.
@@ -37,7 +45,7 @@ def generate(
     from sense_v2.hf.insight.comparison import continue_prompt
     from sense_v2.hf.memory import attached_memory
 
-    model, tokenizer = open_trained(folder)
+    model, tokenizer = open_trained(folder, device=device, dtype=dtype)
     with_memory = attached_memory(model) is not None and not without_memory
     if without_memory and attached_memory(model) is not None:
         detach_engram(model)
@@ -95,6 +103,8 @@ def play(
     save_to: Annotated[
         Path, typer.Option(metavar="FOLDER", help="Where what you teach the model goes, if you save it.")
     ] = Path("deltas"),
+    device: DeviceOption = "auto",
+    dtype: DtypeOption = "auto",
     as_json: JsonOption = False,
 ) -> None:
     """Open a page on this machine that shows what a model's memory does, and lets you teach it something.
@@ -112,7 +122,7 @@ def play(
                 f"the page is made with {', '.join(missing)}, not installed here",
                 'pip install "sense-v2[play]" installs what it needs',
             )
-        model, tokenizer = open_trained(folder)
+        model, tokenizer = open_trained(folder, device=device, dtype=dtype)
         memory = attached_memory(model)
         if memory is None:
             raise CommandError(

@@ -18,8 +18,9 @@ def run_tasks(
     limit: int | None,
     without_memory: bool,
     echo: Callable[..., Any],
+    **where: str,
 ) -> dict[str, Any]:
-    """Of each metric its value with memory, without, or both."""
+    """Of each metric its value with memory, without, or both; `where` as `open_trained` takes it."""
     from sense_v2.hf.backbones import open_trained
     from sense_v2.hf.insight.harness import compare_tasks
     from sense_v2.hf.memory import attached_memory
@@ -27,7 +28,7 @@ def run_tasks(
     started = time.perf_counter()
     if include_path is not None and not include_path.is_dir():
         raise CommandError(f"--include-path {include_path}: no such folder", "name the folder that holds the tasks")
-    model, tokenizer = open_trained(folder)
+    model, tokenizer = open_trained(folder, **where)
     has_memory = attached_memory(model) is not None
     echo(f"model   {folder}{'' if has_memory else ', which has no memory'}")
     metrics, names = compare_tasks(

@@ -31,7 +31,7 @@ from transformers import PreTrainedModel
 from sense_v2.engram.delta.overlay import OverlayStorage
 from sense_v2.engram.optim import row_adam
 from sense_v2.hf.attach import detach_engram
-from sense_v2.hf.backbones import saved_tokenizer
+from sense_v2.hf.backbones import device_of, saved_tokenizer
 from sense_v2.hf.data.corpus import encode
 from sense_v2.hf.insight.comparison import continued
 from sense_v2.hf.load import from_pretrained
@@ -108,7 +108,9 @@ def teach(
         return _descend(model, overlay, row_ids_U, token_ids_1T, labels_1T, steps=steps, lr=lr, stop_below=stop_below)
 
 
-def teach_delta(folder: str | Path, text: str, output: Path, *, prompt: str = "", **options: Any) -> dict[str, Any]:
+def teach_delta(
+    folder: str | Path, text: str, output: Path, *, prompt: str = "", device: str = "cpu", **options: Any
+) -> dict[str, Any]:
     """Teach a saved model a text; what changes is kept in a delta, and nothing in its folder changes.
 
     Args:
@@ -116,6 +118,7 @@ def teach_delta(folder: str | Path, text: str, output: Path, *, prompt: str = ""
         text: What the model is to say.
         output: The delta, which may have facts already.
         prompt: After what.
+        device: Where the model runs, as `device_of` takes it.
         **options: `steps`, `lr` and `stop_below` of `teach`.
 
     Returns:
@@ -125,8 +128,10 @@ def teach_delta(folder: str | Path, text: str, output: Path, *, prompt: str = ""
     Raises:
         ValueError: As `from_pretrained` and `teach`.
     """
+    place = device_of(device)
     model = from_pretrained(folder, overlay=output, mode="r+")
     try:
+        model.to(place)
         tokenizer = saved_tokenizer(Path(folder))
         before = _continuation(model, tokenizer, prompt)
         started = time.perf_counter()
