@@ -38,6 +38,7 @@ from sense_v2.engram.table.checksums import from_hex, to_hex
 from sense_v2.engram.table.disk import SyncError, WriterLock, has_holes
 from sense_v2.engram.table.format import Manifest, StateEntry, as_json_object, row_dtype
 from sense_v2.engram.table.journal import Journal
+from sense_v2.engram.table.named_files import NamedFiles
 from sense_v2.engram.table.opening import Share
 from sense_v2.engram.table.undo_log import THREAD_NAME, TrackedFile, UndoLog
 from sense_v2.engram.table_module import TableModule
@@ -124,7 +125,7 @@ class MMapEmbeddingStorage(TableModule):
         self.path: Path = opening.real_table(path)
         self._row_dtype = row_dtype(dtype)
         self.dtype = self._row_dtype.torch
-        """Of the rows that are looked up; a compact table's lie on disk as bytes."""
+        """Of looked-up rows; a compact table's lie on disk as bytes."""
         self._states: dict[str, RowState] = {}
         self._state_maps: dict[str, np.memmap[Any, Any]] = {}
         self._failed = self._sparse = False
@@ -150,7 +151,7 @@ class MMapEmbeddingStorage(TableModule):
                 raise FileNotFoundError(f"{self.path}: no table there. mode='r+' makes one; mode='r' only reads")
             opening.create_table(files, wanted, num_threads, progress, sparse=sparse, first_row=first_row)
         lock = opening.lock_table(files, write=mode == "r+")
-        self._named = disk.NamedFiles()
+        self._named = NamedFiles()
         self._undo = UndoLog(Journal(files.journal, self.num_embeddings, journal_limit_bytes, self._named))
         # Runs when the storage is collected, too; it must not refer to it.
         self._let_go = weakref.finalize(self, _let_go, self._undo, lock)
@@ -335,7 +336,6 @@ class MMapEmbeddingStorage(TableModule):
 
     @property
     def is_new(self) -> bool:
-        """Whether no row has been stored since the table was made, as far as its manifest knows."""
         return self._updates == 0 and self._manifest.init_std is not None
 
     @property
@@ -377,7 +377,7 @@ class MMapEmbeddingStorage(TableModule):
             self._refuse_unknown()  # the thread may just have failed to sync
             try:
                 manifest, sums = self._synced_manifest(step, extra, durable=durable)
-                disk.write_file(self._files.manifest, manifest.to_json())
+                disk.write_file(self._files.manifest, manifest.to_json(), like=self.path)
                 self._adopt(manifest, sums)
             except BaseException as error:
                 # Before the rename nothing has happened, if it wasn't a sync. After it the commit may or may not be

@@ -95,7 +95,7 @@ def copy_table(
         for file, copy in copies.items():
             copy_file(storage.path.with_name(file), copy, reflink_only=reflink_only)
         if storage.mode == "r+" or _are_of_commit(storage, manifest, copies):
-            return write_file(target, dataclasses.replace(manifest, states=entries).to_json())
+            return write_file(target, dataclasses.replace(manifest, states=entries).to_json(), like=path)
     raise BlockingIOError(
         errno.EAGAIN,
         f"{storage.path} was committed to {ATTEMPTS} times while it was copied. Copy it in the process that "
@@ -125,7 +125,7 @@ def _are_of_commit(storage: MappedRows, manifest: Manifest, copies: dict[str, Pa
     for file, expected in at.checksums_of.items() if num_undone or has_writer else ():
         if file in copies:
             raw = np.memmap(copies[file], dtype=np.uint8, mode="r").reshape(manifest.rows, -1)
-            refuse_other_sums(copies[file], to_hex(block_sums(raw, at.version)), expected)
+            refuse_other_sums(copies[file], to_hex(block_sums(raw, at.version)), list(expected))
     return True
 
 

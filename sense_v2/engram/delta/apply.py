@@ -94,7 +94,7 @@ def export_delta(trained: Path, base: Path, output: Path) -> Delta:
         row_ids_U = np.concatenate([np.empty(0, np.int64), *_differing_ids(ours, theirs)])
         ids_U = torch.from_numpy(row_ids_U)
         rows = Source(ours.embedding_dim, ours.dtype, lambda part: ours(ids_U[part]))
-        write_delta(output, info, row_ids_U, {"rows": rows})
+        write_delta(output, info, row_ids_U, {"rows": rows}, like=ours.path)
         delta = read_delta(output)
         _check_leads_to(delta, theirs, ours)
         return delta
@@ -107,7 +107,7 @@ def strip_delta(path: Path, output: Path) -> Delta:
     """Writes the delta at `path` without its optimizer states: what is sent."""
     delta = read_delta(path)
     info = dataclasses.replace(delta.info, state_steps={})
-    write_delta(output, info, delta.row_ids_U, {"rows": _rows_of(delta)})
+    write_delta(output, info, delta.row_ids_U, {"rows": _rows_of(delta)}, like=path)
     return read_delta(output)
 
 
@@ -248,7 +248,7 @@ def _write_undo(undo: Path, storage: MMapEmbeddingStorage, delta: Delta, digest:
     info = DeltaInfo(base, extra={REVERTS_TO: storage.identity().digest}, updates=storage.updates)
     ids_U = torch.from_numpy(delta.row_ids_U)
     rows = Source(storage.embedding_dim, storage.dtype, lambda part: storage(ids_U[part]))
-    write_delta(undo, info, delta.row_ids_U, {"rows": rows})
+    write_delta(undo, info, delta.row_ids_U, {"rows": rows}, like=storage.path)
 
 
 def _store(storage: MMapEmbeddingStorage, delta: Delta, *, updates: int | None) -> None:
@@ -336,7 +336,8 @@ def merge_deltas(paths: Sequence[Path], output: Path, *, prefer: str | None = No
             rows_UD[torch.from_numpy(of_part)] = _mean(deltas, row_ids_U[part][of_part]).to(rows_UD.dtype)
         return rows_UD
 
-    write_delta(output, info, row_ids_U, {"rows": Source(first.rows_UD.shape[1], first.rows_UD.dtype, read)})
+    rows = Source(first.rows_UD.shape[1], first.rows_UD.dtype, read)
+    write_delta(output, info, row_ids_U, {"rows": rows}, like=first.path)
     return Merged(read_delta(output), len(shared_ids), len(conflicts))
 
 

@@ -90,8 +90,16 @@ class Source:
 # Writing
 
 
-def write_delta(path: Path, info: DeltaInfo, row_ids_U: np.ndarray[Any, Any], sources: Mapping[str, Source]) -> None:
-    """Writes the delta to `path`, in the place of what is there: synced, then renamed.
+def write_delta(
+    path: Path,
+    info: DeltaInfo,
+    row_ids_U: np.ndarray[Any, Any],
+    sources: Mapping[str, Source],
+    *,
+    like: Path | None = None,
+) -> None:
+    """Writes the delta to `path`, in the place of what is there: synced, then renamed. Who may read the file `like`
+    may read it.
 
     `sources` has `rows`, and `state.<name>` for each state. Raises `ValueError` for rows that aren't finite and ids
     that no delta may have, `OSError` where there is no room; `path` is what it was then.
@@ -101,7 +109,7 @@ def write_delta(path: Path, info: DeltaInfo, row_ids_U: np.ndarray[Any, Any], so
     names = ["row_ids", *sorted(name for name in sources if name != "rows"), "rows"]
     checksums = {"row_ids": _id_hash(row_ids_U), **dict.fromkeys(names[1:], 0)}
     header = _header(info, names, sources, len(row_ids_U), checksums)
-    with new_file(path, replace=True) as fd:
+    with new_file(path, replace=True, like=like) as fd:
         at = len(header)
         disk.allocate(fd, at + _data_bytes(names, sources, len(row_ids_U)), path)
         disk.write_at(fd, row_ids_U, at)

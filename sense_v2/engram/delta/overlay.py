@@ -34,9 +34,9 @@ import torch
 from sense_v2.engram.delta.delta_file import Delta, DeltaInfo, Source, read_delta, write_delta
 from sense_v2.engram.reading import devices
 from sense_v2.engram.row_source import RowSource
-from sense_v2.engram.table import disk
 from sense_v2.engram.table.disk import WriterLock
 from sense_v2.engram.table.format import LOCK_SUFFIX, Manifest, as_json_object, row_dtype
+from sense_v2.engram.table.named_files import NamedFiles
 from sense_v2.engram.table_identity import Origin, TableIdentity
 from sense_v2.engram.table_module import TableModule
 
@@ -164,7 +164,7 @@ class OverlayStorage(TableModule):
         self._kept: Delta | None = None
         self._states: dict[str, OverlayState] = {}
         self._lock: WriterLock | None = None
-        self._named = disk.NamedFiles()
+        self._named = NamedFiles()
         if self.path is not None and mode == "r+":
             self.path.parent.mkdir(parents=True, exist_ok=True)
             lock_path = self.path.with_name(self.path.name + LOCK_SUFFIX)
@@ -396,7 +396,7 @@ class OverlayStorage(TableModule):
                 sources[f"state.{name}"] = Source(state.width, torch.float32, read)
         else:
             info = DeltaInfo(info.base, info.step, info.extra, info.updates)
-        write_delta(path, info, row_ids_U, sources)
+        write_delta(path, info, row_ids_U, sources, like=path if path.exists() else self.base.path)
 
     def _kept_width(self, name: str) -> int:
         assert self._kept is not None

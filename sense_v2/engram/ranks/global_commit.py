@@ -29,7 +29,6 @@ from sense_v2.engram.ranks.collectives import Ranks
 from sense_v2.engram.storage import MMapEmbeddingStorage
 from sense_v2.engram.table import disk
 from sense_v2.engram.table.checksums import from_hex, to_hex
-from sense_v2.engram.table.disk import new_file
 from sense_v2.engram.table.format import MAX_MANIFEST_BYTES, Manifest, new_commit
 from sense_v2.engram.table.opening import TableFiles, read_manifest
 
@@ -98,7 +97,7 @@ def commit_one_file(
         texts = ranks.gather("commit: manifests", manifest.to_json())
         merged = merged_manifest(storage.manifest, [Manifest.from_json(text) for text in texts])
         path = TableFiles(storage.path).manifest
-        ranks.together("commit: decide", lambda: _write(path, merged.to_json()), only=0)
+        ranks.together("commit: decide", lambda: disk.write_file(path, merged.to_json(), storage.path), only=0)
         adopt(merged)
 
 
@@ -151,7 +150,7 @@ def commit_shards(
 
         def prepare() -> Any:
             prepared = stack.enter_context(storage.prepared_commit(step, extra, durable=durable))
-            _write(files.prepared, prepared[0].to_json())
+            disk.write_file(files.prepared, prepared[0].to_json(), storage.path)
             return prepared
 
         manifest, adopt = ranks.together("commit: prepare", prepare)
@@ -163,7 +162,7 @@ def commit_shards(
             step=manifest.step,
             commit=ranks.broadcast("commit: name", new_commit()),
         )
-        ranks.together("commit: decide", lambda: _write(path, decided.to_json()), only=0)
+        ranks.together("commit: decide", lambda: disk.write_file(path, decided.to_json(), storage.path), only=0)
         _go_forward(files)
         adopt(manifest)
     return decided
@@ -196,9 +195,4 @@ def _go_forward(files: TableFiles) -> None:
 
 def write_global(path: Path, manifest: GlobalManifest) -> None:
     """Puts the global manifest in place, whole or not at all."""
-    _write(path, manifest.to_json())
-
-
-def _write(path: Path, text: str) -> None:
-    with new_file(path, replace=True) as fd:
-        disk.write_at(fd, text.encode(), 0)
+    disk.write_file(path, manifest.to_json())

@@ -57,7 +57,7 @@ def copy_table(table: RankedRows, path: str | os.PathLike[str], *, states: bool 
     def make_room() -> Path:
         target = table_copy.remove_manifest(path)
         for name, file in files.items():
-            with disk.new_file(file, replace=True) as fd:
+            with disk.new_file(file, replace=True, like=table.own.path) as fd:
                 row_bytes = file_bytes(1, values[name].shape[1], values[name].dtype)
                 disk.allocate(fd, table.num_embeddings * row_bytes, file)
         return target
@@ -76,7 +76,7 @@ def copy_table(table: RankedRows, path: str | os.PathLike[str], *, states: bool 
             for name in names
         }
         whole = dataclasses.replace(_whole_manifest(table), states=entries, checksums=to_hex(totals[""]))
-        disk.write_file(target, whole.to_json())
+        disk.write_file(target, whole.to_json(), like=path)
 
     ranks.together("copy: manifest", finish, only=0)
 

@@ -60,10 +60,13 @@ def naming(path: Path) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def new_file(path: Path, *, replace: bool = False, keep: Callable[[], bool] = lambda: False) -> Iterator[int]:
+def new_file(
+    path: Path, *, replace: bool = False, like: Path | None = None, keep: Callable[[], bool] = lambda: False
+) -> Iterator[int]:
     """Gives the descriptor of an empty temporary; when the block ends well it is synced and renamed to `path`.
 
-    After an error it is removed, unless `keep()` says that `finish_new_file` will want it.
+    It may be read and written by whom the file `like` may be. After an error it is removed, unless `keep()` says that
+    `finish_new_file` will want it.
     Without `replace`, a `path` that exists once the lock is held is a `MadeMeanwhileError`. A folder that can't be
     made or written to is an `OSError` (`PermissionError`, …) naming the path and the way out.
     """
@@ -84,6 +87,8 @@ def new_file(path: Path, *, replace: bool = False, keep: Callable[[], bool] = la
             raise MadeMeanwhileError(path)
         with naming(path):
             os.ftruncate(fd, 0)
+            if like is not None:
+                platform.take_mode(fd, like)
             yield fd
             sync_fd(fd, path)
             os.replace(temporary, path)
@@ -100,9 +105,9 @@ def new_file(path: Path, *, replace: bool = False, keep: Callable[[], bool] = la
         os.close(fd)
 
 
-def write_file(path: Path, text: str) -> None:
+def write_file(path: Path, text: str, like: Path | None = None) -> None:
     """Puts a file of this text in the place of what is at `path`, whole or not at all. Raises as `new_file`."""
-    with new_file(path, replace=True) as fd:
+    with new_file(path, replace=True, like=like) as fd:
         write_at(fd, text.encode(), 0)
 
 
@@ -252,7 +257,7 @@ def copy_file(source: Path, path: Path, *, reflink_only: bool = False) -> None:
     reflink takes no time and no room), else of the data, or with `reflink_only` an `OSError`. Holes stay holes. The
     same errors as `new_file`, `allocate`.
     """
-    with open(source, "rb") as original, new_file(path, replace=True) as fd, naming(path):
+    with open(source, "rb") as original, new_file(path, replace=True, like=source) as fd, naming(path):
         if platform.reflink(original.fileno(), fd):
             return
         if reflink_only:
@@ -337,26 +342,6 @@ def identity(path: Path) -> tuple[int, int] | None:
     return found.st_dev, found.st_ino
 
 
-class NamedFiles:
-    """Files that are open, and the paths that they were opened by, which what is made beside them later goes by."""
-
-    def __init__(self) -> None:
-        self._identities: dict[Path, tuple[int, int] | None] = {}
-
-    def add(self, path: Path) -> None:
-        self._identities[path] = identity(path)
-
-    def refuse_moved(self) -> None:
-        """Raises `OSError` where a path names another file by now, or none."""
-        for path, opened in self._identities.items():
-            if identity(path) != opened:
-                raise OSError(
-                    errno.ESTALE,
-                    f"{path} isn't the file that was opened there: it or its folder was renamed, removed or "
-                    "replaced. Nothing was committed or copied. Put it back there, and call again",
-                )
-
-
 class WriterLock:
     """The right to write to a table: held by one process at a time, and gone when that process is.
 
@@ -392,6 +377,8 @@ class WriterLock:
                     self._own[os.getpid(), found.st_dev, found.st_ino] = fd
                     self._take(fd, what, path)
                 lock_fd = next(iter(self._own.values()))
+                if table is not None:
+                    platform.take_mode(lock_fd, table)
                 os.ftruncate(lock_fd, 0)
                 write_at(lock_fd, f"{os.getpid()}\n".encode(), 0)
             except BaseException:

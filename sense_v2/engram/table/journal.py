@@ -31,6 +31,7 @@ import torch
 from sense_v2.engram.table import disk
 from sense_v2.engram.table.checksums import HASH_VERSION, PART_BYTES, block_rows, block_sums, row_hashes, to_hex
 from sense_v2.engram.table.format import MAX_ROW_BYTES, Committed
+from sense_v2.engram.table.named_files import NamedFiles
 
 MAGICS = {b"SENSEjr1": 2, b"SENSEjr2": HASH_VERSION}
 """What a journal begins with -> the format version of its hashes."""
@@ -186,7 +187,7 @@ class Journal:
     leaves the journal as it was before it.
     """
 
-    def __init__(self, path: Path, num_rows: int, limit_bytes: int, beside: disk.NamedFiles | None = None) -> None:
+    def __init__(self, path: Path, num_rows: int, limit_bytes: int, beside: NamedFiles | None = None) -> None:
         self.path, self.num_rows, self.limit_bytes, self._beside = path, num_rows, limit_bytes, beside
         self._fd: int | None = None
         self._end = 0
@@ -227,9 +228,7 @@ class Journal:
         if self._fd is not None and self._end == 0 and not self._is_at_its_path():
             self._let_go()  # it was removed: what isn't found undoes nothing
         if self._fd is None:
-            if self._beside is not None:
-                self._beside.refuse_moved()
-            self._fd = disk.open_own(self.path)
+            self._fd = disk.open_own(self.path) if self._beside is None else self._beside.open_beside(self.path)
             self._folder_synced = False
         try:
             end = self._end

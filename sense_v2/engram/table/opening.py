@@ -441,7 +441,7 @@ def make_state_ready(files: TableFiles, manifest: Manifest, name: str, width: in
                 f"states.{name} to begin with zeros"
             )
         # One that the manifest doesn't list was never committed: it is made anew.
-        with new_file(path, replace=True) as fd:
+        with new_file(path, replace=True, like=files.table) as fd:
             if sparse:
                 disk.os.ftruncate(fd, expected_bytes)
             else:

@@ -58,6 +58,24 @@ def unlock(fd: int) -> None:
             fcntl.flock(fd, fcntl.LOCK_UN)
 
 
+def take_mode(fd: int, like: Path) -> None:
+    """Gives an open file of this process's user the group of the file at `like`, and lets group and others do what
+    they may do there. Where the group can't be given, it may do nothing."""
+    if not (hasattr(os, "fchown") and like.is_file()):
+        return
+    found, own = os.stat(like), os.fstat(fd)
+    bits = found.st_mode & 0o066
+    if own.st_uid != os.geteuid():
+        return
+    if own.st_gid != found.st_gid:
+        try:
+            os.fchown(fd, -1, found.st_gid)
+        except OSError:
+            bits &= 0o006
+    with contextlib.suppress(OSError):  # a file system without modes
+        os.fchmod(fd, 0o600 | bits)
+
+
 def full_sync(fd: int) -> None:
     """Syncs an open file past the disk's own cache, where there is a `FULL_SYNC`."""
     assert FULL_SYNC is not None

@@ -444,4 +444,4 @@ def _write_checksums(path: Path, manifest: Manifest, checksums: dict[str, list[s
     }
     manifest = dataclasses.replace(manifest, checksums=checksums[path.name], states=states)
     manifest.validate()
-    disk.write_file(_beside(path, manifest_name), manifest.to_json())
+    disk.write_file(_beside(path, manifest_name), manifest.to_json(), like=path)

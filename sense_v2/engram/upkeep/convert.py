@@ -150,7 +150,7 @@ def _publish(files: TableFiles, wanted: Manifest, transfer: Transfer) -> Manifes
         checksums=to_hex(transfer.progress.sums),
     )
     manifest.validate()
-    disk.write_file(files.manifest, manifest.to_json())
+    disk.write_file(files.manifest, manifest.to_json(), like=temporary(files.table))
     disk.rename(temporary(files.table), files.table)
     progress_path(files.table).unlink(missing_ok=True)
     return manifest

@@ -28,11 +28,11 @@ from typing import Any
 import numpy as np
 import torch
 
-from sense_v2.engram.table import disk
+from sense_v2.engram.table import disk, platform
 from sense_v2.engram.table.checksums import HASH_VERSION, add_rows, from_hex, num_blocks, to_hex
 from sense_v2.engram.table.disk import allocate, open_own
 from sense_v2.engram.table.row_dtypes import Coding, NotRepresentableError
-from sense_v2.engram.table.row_files import Column, RowFiles, are_sparse
+from sense_v2.engram.table.row_files import Column, RowFiles, are_sparse, paths_of
 
 ERRORS = ("max_error", "rms_error", "rms")
 PART_VALUES = 1 << 18
@@ -172,6 +172,7 @@ class Transfer:
             try:
                 with disk.naming(file.path):
                     disk.os.ftruncate(fd, 0)
+                    platform.take_mode(fd, paths_of(self.source.columns)[0])
                     if has_holes:
                         disk.os.ftruncate(fd, file.num_bytes)
                     else:
@@ -243,7 +244,7 @@ class Transfer:
         """The rows first: what the progress says is done must be on the disk."""
         progress = self.progress
         new.sync()
-        disk.write_file(self.progress_path, progress.to_json())
+        disk.write_file(self.progress_path, progress.to_json(), like=self.files[0].path)
 
     def _verify(self, advance: Callable[[int], Any]) -> None:
         expected, found = to_hex(self.progress.sums), self._sums_on_disk(advance)
