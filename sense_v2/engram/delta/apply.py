@@ -5,9 +5,9 @@
     revert_delta   that undo ──▶ the table, and the table's bytes are what they were
     merge_deltas   several deltas of one base ──▶ one; rows that two of them changed differently are conflicts
 
-A delta that was applied changes the table's digest, so the next one applies only where it was made on that table. Who
-wants two deltas of one base merges them. Undos are deltas too, named by the digest of the table they fit: reverting
-one finds the one below it, like a stack.
+A delta that was applied changes the table's digest, so the next one applies only where it was made on that table.
+Who wants two deltas of one base merges them. Undos are deltas too, a stack: they have numbers, and the digest of the
+table that they fit, in their names.
 
 Each function reads again what it has written and compares: rows bit for bit, and the table's block checksums with
 what they have to become.
@@ -19,6 +19,7 @@ from __future__ import annotations
 
 import dataclasses
 import glob
+import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -42,6 +43,7 @@ from sense_v2.engram.table_identity import digest_of_blocks, meaning_of
 
 PREFERENCES = ("first", "last", "mean")
 REVERTS_TO = "reverts_to"
+_UNDO = re.compile(r"\.undo-(?:(\d{1,9})-)?[0-9a-f]{12}\.safetensors$")
 
 
 @dataclass(frozen=True)
@@ -177,7 +179,8 @@ def apply_delta(path: Path, table: Path) -> Applied:
         digest = _digest_with(storage, delta)
         undo = None
         if digest != before.digest:  # or the rows are there already
-            undo = undo_path(table, digest)
+            number = 1 + max((number for number, _ in _undos(table)), default=0)
+            undo = table.with_name(f"{table.stem}.undo-{number}-{digest[:12]}.safetensors")
             _write_undo(undo, storage, delta, digest)
             _store(storage, delta, updates=None)
         _check_is(storage, delta, digest)
@@ -195,15 +198,16 @@ def revert_delta(table: Path) -> Applied:
     """
     table = real_table(table)
     before = _digest_on_disk(table)
-    undo = undo_path(table, before)
-    if not undo.is_file():
-        pattern = f"{glob.escape(table.stem)}.undo-*.safetensors"
-        there = ", ".join(sorted(one.name for one in table.parent.glob(pattern))) or "none"
+    undos = _undos(table)
+    fitting = [path for _, path in undos if path.stem.endswith(f"-{before[:12]}")]
+    if not fitting:
+        there = ", ".join(path.name for _, path in undos) or "none"
         raise ValueError(
             f"{table} has nothing to revert: its rows have digest {before}, and the undos beside it are {there}. An "
             "undo fits the table as the delta left it, and rows that were changed since aren't in it. Go back to a "
             "copy of the table"
         )
+    undo = fitting[-1]
     delta = read_delta(undo)
     digest = str(delta.info.extra.get(REVERTS_TO))
     storage = _open_to_change(table, delta)
@@ -221,9 +225,11 @@ def revert_delta(table: Path) -> Applied:
     return Applied(table, len(delta.row_ids_U), before, digest, None, states)
 
 
-def undo_path(table: Path, digest: str) -> Path:
-    """Where the undo of the table with that digest is."""
-    return table.with_name(f"{table.stem}.undo-{digest[:12]}.safetensors")
+def _undos(table: Path) -> list[tuple[int, Path]]:
+    """The undos beside the table with their numbers, lowest first; 0 for those of earlier releases."""
+    found = table.parent.glob(f"{glob.escape(table.stem)}.undo-*.safetensors")
+    matches = [(_UNDO.search(path.name), path) for path in found]
+    return sorted((int(match[1] or 0), path) for match, path in matches if match)
 
 
 def _open_to_change(table: Path, delta: Delta) -> MMapEmbeddingStorage:

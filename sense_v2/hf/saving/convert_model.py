@@ -24,7 +24,7 @@ from sense_v2.hf.saving.folder import (
 )
 
 # That, and what `sense-engram delta apply` keeps: of no use to a table of other bytes.
-_OF_THIS_TABLE = re.compile(rf"{STATE_FILE.pattern}|engram_table\.undo-[0-9a-f]{{12}}\.safetensors")
+_OF_THIS_TABLE = re.compile(rf"{STATE_FILE.pattern}|engram_table\.undo-(?:\d+-)?[0-9a-f]{{12}}\.safetensors")
 
 
 def convert_trained(

@@ -147,7 +147,7 @@ def test_an_applied_delta_changes_its_rows_in_one_commit_and_is_reverted_bit_for
     assert after["generation"] == untouched["generation"] + 1
     assert after["checksums"] == slow_sums(base)
     assert done.undo is not None
-    assert done.undo.name == f"base.undo-{done.digest[:12]}.safetensors"
+    assert done.undo.name == f"base.undo-1-{done.digest[:12]}.safetensors"
     assert check_table(base).findings == []
     back = revert_delta(base)
     assert base.read_bytes() == before
@@ -181,6 +181,33 @@ def test_deltas_on_top_of_one_another_are_reverted_one_after_the_other(base):
         revert_delta(base)
 
 
+def test_a_delta_that_takes_another_one_back_is_reverted_like_any_other(base):
+    """The table has the same rows at two heights of the stack: each undo is its own."""
+    tables = [copy(base, "original.dat")]
+    apply_delta(taught(base, "first", row_3=1.0), base)
+    tables.append(copy(base, "at_first.dat"))
+    apply_delta(taught(base, "second", row_4=2.0), base)
+    states = [table.read_bytes() for table in (*tables, base, tables[1])]
+    for number, back_to in enumerate(reversed(tables)):
+        export_delta(back_to, base, base.with_name(f"back {number}"))
+        apply_delta(base.with_name(f"back {number}"), base)
+        assert base.read_bytes() == back_to.read_bytes()
+    assert len(list(base.parent.glob("base.undo-*"))) == 4
+    for expected in reversed(states):
+        revert_delta(base)
+        assert base.read_bytes() == expected
+    assert list(base.parent.glob("*undo*")) == []
+
+
+def test_an_undo_without_a_number_is_found(base):
+    """Releases before named undos by digest alone."""
+    before = base.read_bytes()
+    done = apply_delta(taught(base, "d", row_3=1.0), base)
+    done.undo.rename(base.with_name(f"base.undo-{done.digest[:12]}.safetensors"))
+    revert_delta(base)
+    assert base.read_bytes() == before
+
+
 def test_a_delta_of_another_table_is_refused_and_nothing_changes(base):
     delta = taught(base, "d", row_3=1.0)
     other = change(copy(base, "other.dat"), row_9=1.0)
@@ -198,7 +225,7 @@ def test_a_table_that_was_trained_since_isnt_reverted(base):
     apply_delta(taught(base, "d", row_3=1.0), base)
     change(base, row_9=1.0)
     before = base.read_bytes()
-    with pytest.raises(ValueError, match=r"nothing to revert.*undos beside it are base\.undo-[0-9a-f]{12}"):
+    with pytest.raises(ValueError, match=r"nothing to revert.*undos beside it are base\.undo-1-[0-9a-f]{12}"):
         revert_delta(base)
     assert base.read_bytes() == before
 
