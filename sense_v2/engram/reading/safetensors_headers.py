@@ -22,6 +22,8 @@ from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Any
 
+from sense_v2.engram.table.format import MAX_FILE_BYTES, short_integer
+
 ITEM_BYTES = {
     **dict.fromkeys(("BOOL", "U8", "I8", "F8_E4M3", "F8_E5M2", "F8_E8M0"), 1),
     **dict.fromkeys(("U16", "I16", "F16", "BF16"), 2),
@@ -31,6 +33,8 @@ ITEM_BYTES = {
 INDEX_NAME = "model.safetensors.index.json"
 # What the format allows; the length of a damaged file could ask for any memory.
 MAX_HEADER_BYTES = 100_000_000
+# As many numbers as the shape of a tensor of torch may have.
+MAX_DIMENSIONS = 64
 # DeepSeek's own tools write one file a rank, each with its share of every tensor's rows under the same name.
 _RANK_FILE = re.compile(r"model(\d+)-mp(\d+)\.safetensors")
 
@@ -183,7 +187,8 @@ def _span(path: Path, name: str, entry: Any, start: int) -> TensorSpan:
     fields = entry if isinstance(entry, dict) and isinstance(entry.get("dtype"), str) else {}
     shape: Any = fields.get("shape")
     offsets: Any = fields.get("data_offsets")
-    if not (_are_sizes(shape) and _are_sizes(offsets) and len(offsets) == 2 and offsets[0] <= offsets[1]):
+    are_sizes = _are_sizes(shape) and _are_sizes(offsets) and len(shape) <= MAX_DIMENSIONS
+    if not (are_sizes and len(offsets) == 2 and offsets[0] <= offsets[1]):
         raise ValueError(
             f"{path}: the header's entry for {name} is damaged: {str(entry)[:200]}. Fetch the file again"
         )
@@ -191,8 +196,9 @@ def _span(path: Path, name: str, entry: Any, start: int) -> TensorSpan:
     item_bytes = ITEM_BYTES.get(entry["dtype"])
     expected = None if item_bytes is None else math.prod(shape) * item_bytes
     if expected is not None and expected != end - begin:
+        found = f"{expected} bytes" if expected <= MAX_FILE_BYTES else "more bytes than a file can have"
         raise ValueError(
-            f"{path}: {name}, {entry['dtype']} {shape}, has {expected} bytes, but {end - begin} by its offsets. "
+            f"{path}: {name}, {entry['dtype']} {str(shape)[:200]}, has {found}, but {end - begin} by its offsets. "
             "Fetch the file again"
         )
     return TensorSpan(name, entry["dtype"], tuple(shape), path, start + begin, end - begin)
@@ -210,7 +216,7 @@ def _parse(raw: bytes, path: Path) -> dict[str, Any]:
         return values
 
     try:
-        values = json.loads(raw.decode("utf-8"), object_pairs_hook=unique)
+        values = json.loads(raw.decode("utf-8"), object_pairs_hook=unique, parse_int=short_integer)
     except (ValueError, RecursionError) as error:
         raise ValueError(f"{path}: its header is no JSON ({error}). Fetch the file again") from None
     if not isinstance(values, dict):

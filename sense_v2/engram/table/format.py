@@ -41,6 +41,8 @@ MAX_FILE_BYTES = 2**63 - 1
 # What a reader has to hold in memory at once is bounded, whatever a file says.
 MAX_ROW_BYTES = 2**24
 MAX_MANIFEST_BYTES = 2**26
+# Of an integer in JSON.
+MAX_DIGITS = 4300
 # Nested deeper, some Python could read a manifest and not write it again.
 MAX_DEPTH = 64
 
@@ -113,8 +115,8 @@ def file_bytes(num_rows: int, width: int, dtype: str | torch.dtype) -> int:
     2560000000
     """
     for name, value in (("rows", num_rows), ("width", width)):
-        if not _is_int(value) or value < 1:
-            raise ValueError(f"{name} = {value!r}: must be an integer, at least 1")
+        if not _is_int(value) or value < 1 or value.bit_length() > 256:
+            raise ValueError(f"{name} = {_shorten(value)}: must be an integer, at least 1")
     size_bytes = num_rows * row_dtype(dtype).row_bytes(width)
     if size_bytes > MAX_FILE_BYTES:
         raise ValueError(f"{num_rows} rows × {width} {dtype} are {size_bytes} bytes, more than a file can have")
@@ -412,7 +414,11 @@ def load_json(text: str) -> Any:
     another reader may see the other value). Raises `ValueError`."""
     try:
         values = json.loads(
-            text, parse_constant=_no_number, parse_float=_finite_float, object_pairs_hook=_distinct_names
+            text,
+            parse_constant=_no_number,
+            parse_float=_finite_float,
+            parse_int=short_integer,
+            object_pairs_hook=_distinct_names,
         )
     except (ValueError, RecursionError) as error:
         raise ValueError(f"no JSON: {error}") from None
@@ -431,6 +437,13 @@ def load_json(text: str) -> Any:
 
 def _no_number(text: str) -> Any:
     raise ValueError(f"{text} is no number there")
+
+
+def short_integer(text: str) -> int:
+    """As Python does it from 3.10.7 on: reading digits takes the square of their number."""
+    if len(text) > MAX_DIGITS:
+        raise ValueError(f"Exceeds the limit ({MAX_DIGITS} digits) of an integer")
+    return int(text)
 
 
 def _finite_float(text: str) -> float:
