@@ -358,7 +358,8 @@ def token_rows(
         hashers: One a layer.
         token_ids_BT: [B, T], integers on any device.
         attention_mask: [B, T], 0 at padding.
-        position_ids: [B, T] or [1, T]; without them positions count on from `num_before`.
+        position_ids: [B, T] or [1, T], or of several kinds [3 or 4, B, T]; without them positions count on from
+            `num_before`.
         past_BP3: What `TokenRows.to_remember` made of the last P tokens before these.
         num_before: How many tokens came before these.
         handle: Who answers `operators.hash_tokens` in a compiled graph.
@@ -378,6 +379,9 @@ def token_rows(
                 "0 at padding"
             )
         valid_BT = attention_mask.to(device) != 0
+    if position_ids is not None and position_ids.dim() == 3:
+        # Of text, time, height and width (Qwen-VL); without text's, positions say nothing of documents.
+        position_ids = position_ids[0] if position_ids.shape[0] == 4 else None
     if position_ids is not None:
         if tuple(position_ids.shape) not in ((1, shape[1]), shape):
             raise ValueError(

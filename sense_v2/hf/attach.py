@@ -24,7 +24,7 @@ from sense_v2.core.config import EngramConfig
 from sense_v2.engram import operators
 from sense_v2.engram.tokenizer import EngramTokenizer, EngramTokenizerBuilder
 from sense_v2.engram.variants import VARIANTS
-from sense_v2.hf.forward_hooks import HAND_NOTHING_DOWN, add_memory, carry_inputs, forget_call, note_given
+from sense_v2.hf.forward_hooks import CARRIER, MASK_ARGUMENT, add_memory, carry_inputs, forget_call, note_given
 from sense_v2.hf.given_tables import identity_map, placed_tables, refuse_another_map
 from sense_v2.hf.memory import EngramMemory, MemoryOfSeveralTables, attached_memory, memory_of
 from sense_v2.hf.model_methods import replace_methods
@@ -95,13 +95,7 @@ def attach_engram(
             raise ValueError(
                 f"{where} holds {layer_id}, but this {type(model).__name__} has {depth} layers (0 to {depth - 1})"
             )
-    base = model.base_model
-    if not any(p.kind is p.VAR_KEYWORD for p in inspect.signature(base.forward).parameters.values()):
-        raise ValueError(
-            f"{type(base).__name__}.forward takes no **kwargs to hand down to its layers, so memory can't reach "
-            "them; this model type isn't supported"
-        )
-
+    base, hands_down = _judge_layers(model, layers, int(text_config.hidden_size), config)
     tables = [] if given is None else [table for _, table in given.values()]
     num_embeddings = len(model.get_input_embeddings().weight)  # type: ignore[arg-type]  # transformers says Module
     shadow_map = shadow_map_of(config, tokenizer, tables, num_embeddings)
@@ -116,9 +110,9 @@ def attach_engram(
     model.engram = memory
     # Not closures: a deep copy of the model copies what partial objects hold, so that its hooks are its own.
     names = tuple(inspect.signature(base.forward).parameters)
-    carry = partial(carry_inputs, memory, memory.layers, names, num_embeddings)
+    carry = partial(carry_inputs, memory, memory.layers, names, num_embeddings, hands_down)
     memory.undo.append(base.register_forward_pre_hook(carry, with_kwargs=True))
-    if model.config.model_type in HAND_NOTHING_DOWN:
+    if not hands_down:
         memory.undo += [
             model.register_forward_pre_hook(note_given, with_kwargs=True),
             base.register_forward_hook(forget_call, always_call=True),
@@ -154,6 +148,75 @@ def detach_engram(model: PreTrainedModel) -> PreTrainedModel:
     if memory.owns_tables:
         memory.storage.close()
     return model
+
+
+class _Reached(Exception):
+    """The first layer was called, with these arguments."""
+
+
+def _judge_layers(
+    model: PreTrainedModel, layers: nn.ModuleList, hidden_size: int, config: EngramConfig
+) -> tuple[nn.Module, bool]:
+    """Call the model with two sequences of three tokens, as far as its first layer.
+
+    Returns:
+        The module around the layers that the model calls with token ids (some pass the base model by), and whether
+        all hand down what they were called with besides.
+
+    Raises:
+        ValueError: The layers' hidden states aren't what memory is added to.
+    """
+    called: list[tuple[nn.Module, bool]] = []
+
+    def note(module: nn.Module, args: Any, kwargs: dict[str, Any]) -> Any:
+        called.append((module, MASK_ARGUMENT in kwargs))
+        return (args, {**kwargs, CARRIER: None}) if len(called) == 1 and _takes_more(module) else None
+
+    def stop(_: nn.Module, args: Any, kwargs: dict[str, Any]) -> None:
+        raise _Reached(args, kwargs)
+
+    owner = next(module for module in model.modules() if any(child is layers for child in module.children()))
+    device: Any = model.get_input_embeddings().weight.device
+    is_padding = getattr(model.config, "pad_token_id", None) == 0
+    token_ids_BT = torch.full((2, 3), int(is_padding), device="cpu" if device.type == "meta" else device)
+    given: dict[str, Any] = {MASK_ARGUMENT: None} if _takes_more(model) else {}
+    if "use_cache" in inspect.signature(model.forward).parameters:
+        given["use_cache"] = False
+    hooks = [module.register_forward_pre_hook(note, with_kwargs=True) for module in {model.base_model, owner}]
+    hooks.append(layers[0].register_forward_pre_hook(stop, with_kwargs=True, prepend=True))
+    devices = [device] if device.type == "cuda" else []
+    try:
+        with torch.no_grad(), torch.random.fork_rng(devices), torch.compiler.set_stance("force_eager"):
+            model(token_ids_BT, **given)
+    except _Reached as reached:
+        args, kwargs = reached.args
+    except Exception:
+        args = None  # it takes more than token ids, and its first call says what is wrong
+    else:
+        args = None
+    finally:
+        for hook in hooks:
+            hook.remove()
+    if args is None or not called:
+        return model.base_model, _takes_more(model.base_model)
+    hidden = args[0] if args else kwargs.get("hidden_states")
+    found = tuple(hidden.shape) if isinstance(hidden, torch.Tensor) else None
+    streams = (config.num_streams,) if config.num_streams > 1 else ()
+    if found != (2, 3, *streams, hidden_size):
+        way_out = "this model type isn't supported"
+        if found is not None and len(found) == 4 and found[:2] == (2, 3) and found[3] == hidden_size:
+            way_out = f"pass dataclasses.replace(config, num_streams={found[2]}), with a variant that has streams"
+        raise ValueError(
+            f"{type(model).__name__} calls its layers with hidden states {found} for 2 sequences of 3 tokens, and "
+            f"memory of EngramConfig.num_streams = {config.num_streams} is added to {(2, 3, *streams, hidden_size)}: "
+            f"{way_out}"
+        )
+    base, is_given = called[0]
+    return base, CARRIER in kwargs and (is_given or MASK_ARGUMENT not in given)
+
+
+def _takes_more(module: nn.Module) -> bool:
+    return any(p.kind is p.VAR_KEYWORD for p in inspect.signature(module.forward).parameters.values())
 
 
 def _compute_type(model: PreTrainedModel, layer: nn.Module) -> dict[str, Any]:

@@ -4,8 +4,9 @@
                      ──each layer──▶ `add_memory`: hidden states + memory ──▶ the layer as it was
 
 They travel as an argument, not as state on a module: gradient checkpointing replays a layer with the arguments it was
-first called with, and two forwards (or two threads) never see each other's ids. (Mamba's models hand no argument down
-to their layers. There they lie in a context variable while the call lasts, which a compiler doesn't follow.)
+first called with, and two forwards (or two threads) never see each other's ids. (Mamba, BLOOM, OPT and others hand no
+argument down to their layers. There they lie in a context variable while the call lasts, which a compiler doesn't
+follow.)
 
 Which rows a call needs depends on its tokens alone, so it is known before the first layer runs. What it must know of
 earlier tokens is in the model's KV cache (`sense_v2.hf.cache`).
@@ -36,8 +37,6 @@ IDS_ARGUMENT = "engram_input_ids"
 MASK_ARGUMENT = "engram_attention_mask"
 # What models call the state of the tokens before. 5.24 renamed past_key_values.
 CACHE_ARGUMENTS = ("cache", "past_key_values", "cache_params", "state", "mems", "past_buckets_states")
-# Models that call their layers without the keyword arguments that they were called with.
-HAND_NOTHING_DOWN = ("mamba", "mamba2", "falcon_mamba")
 
 
 @dataclass
@@ -61,16 +60,16 @@ def carry_inputs(
     fusions: nn.ModuleDict,
     names: tuple[str, ...],
     num_embeddings: int,
+    hands_down: bool,
     base: Any,
     args: tuple[Any, ...],
     kwargs: dict[str, Any],
 ) -> tuple[tuple[Any, ...], dict[str, Any]]:
     """Find ids, mask, positions and cache among the base model's arguments, and send along what the layers need.
 
-    `fusions` are `memory.layers`, `names` the positional arguments' in their order, and `num_embeddings` the model's
-    when memory was attached.
+    `fusions` are `memory.layers`, `names` the positional arguments' in their order, `num_embeddings` the model's when
+    memory was attached, and `hands_down` says that its layers get the arguments that it was called with.
     """
-    hands_down = base.config.model_type not in HAND_NOTHING_DOWN
     given = kwargs if hands_down else {**_given.get(), **kwargs}
     given_ids_BT, given_mask = given.get(IDS_ARGUMENT), given.get(MASK_ARGUMENT)
     kwargs = {name: value for name, value in kwargs.items() if name not in (IDS_ARGUMENT, MASK_ARGUMENT)}
@@ -146,10 +145,7 @@ def add_memory(
     if str(layer_id) not in fusions:
         return args, kwargs
     if carried is None:
-        raise ValueError(
-            f"layer {layer_id} was called without token ids: call the model, not its layers; if the model was "
-            "called, its type doesn't hand keyword arguments down and isn't supported"
-        )
+        raise ValueError(f"layer {layer_id} was called without token ids: call the model, not its layers")
     rows = carried.rows
     if cache is None and rows.num_past > 0:
         raise ValueError(
