@@ -65,8 +65,9 @@ def open_trained(folder: str | Path, *, device: str = "auto", dtype: str = "auto
     device that isn't there, and what loading raises.
     """
     folder, place = Path(folder), device_of(device)
+    options: dict[str, Any] = {} if dtype == "auto" else {"dtype": dtype}
     try:
-        model = from_pretrained(folder, mode="r", **({} if dtype == "auto" else {"dtype": dtype}))
+        model = from_pretrained(folder, mode="r", **options)
     except (OSError, ValueError, IndexError):
         raise
     except Exception as error:  # a damaged weights file, a tensor of another shape
