@@ -42,7 +42,12 @@ from sense_v2.engram.variants import VARIANTS
 
 
 def open_table(
-    config: EngramConfig, tokenizer: EngramTokenizer, *, layer: int | None = None, mode: str = "r+"
+    config: EngramConfig,
+    tokenizer: EngramTokenizer,
+    *,
+    layer: int | None = None,
+    mode: str = "r+",
+    hold: bool = False,
 ) -> MMapEmbeddingStorage:
     """Open the table that `config` describes: created if there is none yet (mode r+), else checked against it.
 
@@ -51,11 +56,13 @@ def open_table(
         tokenizer: The shadow map.
         layer: One of `config.layer_indices`, in a variant with a table for each of several layers.
         mode: "r+" or "r".
+        hold: With "r", True keeps the rows that are there now, whatever this process stores to the table later.
 
     Raises:
         ValueError: The table's manifest differs from `config` or the shadow map; the error names where.
     """
-    return MMapEmbeddingStorage(path=config.storage_path, mode=mode, **table_settings(config, tokenizer, layer=layer))
+    settings = table_settings(config, tokenizer, layer=layer)
+    return MMapEmbeddingStorage(path=config.storage_path, mode=mode, hold=hold, **settings)
 
 
 def table_settings(config: EngramConfig, tokenizer: EngramTokenizer, *, layer: int | None = None) -> dict[str, Any]:

@@ -95,6 +95,13 @@ class RowSource(Protocol):
         """Names `table` as it was last committed. Raises `ValueError` if nothing can: its manifest has no checksums,
         or rows were stored since."""
 
+    @property
+    def has_gone_on(self) -> bool:
+        """True for a copy whose file has other rows by now."""
+
+    def rows_digest(self) -> str | None:
+        """Names the rows as they are now, committed or not; None if nothing can, or the table is closed."""
+
     # Reading
 
     def __call__(self, row_ids: torch.Tensor) -> torch.Tensor:

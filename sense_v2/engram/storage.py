@@ -10,6 +10,8 @@ optimizer takes it (`sense_v2.engram.table_module`), updates those rows (`gather
 What is written is visible at once to every process that maps the file, and kept by `commit`: rows, states and step
 together. Whatever ends the process, the next opening goes back to the last commit (`sense_v2.engram.table.journal`).
 
+Long because reading, storing, committing and copying are methods on one mapping, its journal and its lock.
+
 B batch, T sequence, H rows a position, D row width, N rows of the table, U unique rows of a batch.
 """
 
@@ -30,7 +32,9 @@ import torch
 
 from sense_v2.core.config import DURABILITIES
 from sense_v2.engram import table_copy
+from sense_v2.engram.reading import devices
 from sense_v2.engram.reading.cold_policy import NoSmallReads
+from sense_v2.engram.reading.earlier_rows import EarlierRows, file_id, put_aside
 from sense_v2.engram.reading.gather import shared_tensor
 from sense_v2.engram.reading.reader import RowReader, map_rows
 from sense_v2.engram.table import disk, opening
@@ -41,6 +45,7 @@ from sense_v2.engram.table.journal import Journal
 from sense_v2.engram.table.named_files import NamedFiles
 from sense_v2.engram.table.opening import Share
 from sense_v2.engram.table.undo_log import THREAD_NAME, TrackedFile, UndoLog
+from sense_v2.engram.table_identity import digest_of_blocks
 from sense_v2.engram.table_module import TableModule
 
 JOURNAL_LIMIT_BYTES = 4 * 2**30
@@ -86,7 +91,11 @@ class MMapEmbeddingStorage(TableModule):
 
     Mode "r+" makes this process the table's only writer until `close`, or until the storage is collected
     (`BlockingIOError` names the process that writes already). Its threads may store and commit at once. A forked
-    child may read, not write. A copy (deepcopy, pickle) opens the same file again, read-only.
+    child may read, not write.
+
+    Mode "r" sees what is stored at once. With `hold`, rows stay what they are at opening, whatever this process
+    stores to the file (`sense_v2.engram.reading.earlier_rows`). A copy (`copy.deepcopy`) is of this kind: read-only,
+    with the rows of its moment. A pickle is of a commit, and refused once the table has gone on.
 
     >>> import tempfile
     >>> folder = tempfile.TemporaryDirectory()
@@ -120,6 +129,7 @@ class MMapEmbeddingStorage(TableModule):
         max_resident_bytes: int | None = None,
         share: Share | None = None,
         first_row: int = 0,
+        hold: bool = False,
     ) -> None:
         super().__init__(num_embeddings, embedding_dim, mode=mode)
         self.path: Path = opening.real_table(path)
@@ -181,6 +191,11 @@ class MMapEmbeddingStorage(TableModule):
         self._weight: torch.Tensor | None = rows if self._row_dtype.is_compact else rows.view(self._row_dtype.torch)
         self._updates = self._manifest.updates
         self._track(self.path.name, self._weight, self._manifest.checksums, committed=True)
+        self._file = file_id(self.path)
+        self._earlier: EarlierRows | None = None
+        self._earlier_digest: str | None = None
+        if hold and mode == "r" and not self._row_dtype.is_compact:  # nobody stores compact rows
+            self._hold(EarlierRows(self.path, self._weight))
 
     @property
     def durability(self) -> str:
@@ -209,7 +224,7 @@ class MMapEmbeddingStorage(TableModule):
     @property
     def weight(self) -> torch.Tensor:
         """[N, D], sharing the mapping. In mode "r" a write to it is a segmentation fault."""
-        self._refuse_closed()
+        self._refuse_other_bytes()
         if self._row_dtype.is_compact:
             raise ValueError(
                 f"{self.path}: rows of {self._row_dtype.name} are codes and scales. storage(row_ids) gives their "
@@ -221,12 +236,14 @@ class MMapEmbeddingStorage(TableModule):
     @property
     def mmap(self) -> np.memmap[Any, Any]:
         """[N, D]; a bfloat16 table's bits as uint16. Of a compact table, [N, bytes of a row]."""
-        self._refuse_closed()
+        self._refuse_other_bytes()
         assert self._mmap is not None
         return self._mmap
 
     def _read(self, row_ids: torch.Tensor, device: torch.device) -> torch.Tensor:
         reader = self._opened_reader()
+        if self._earlier is not None and self.has_gone_on:
+            return devices.move(self._earlier.put_back(row_ids, reader.read(row_ids)), device)
         return reader.read(row_ids) if device.type == "cpu" else reader.read_to(row_ids, device)
 
     def prefetch(self, row_ids: torch.Tensor) -> None:
@@ -284,6 +301,8 @@ class MMapEmbeddingStorage(TableModule):
         self._refuse_others_rows(ids_U)
         self._undo.protect([name], ids_U)
         self._refuse_full_disk(ids_U, [table_ND])
+        if table_ND is self._weight:
+            put_aside(self._file, ids_U)
         self._undo.stored = True
         disk.store(table_ND, ids_U, rows_UD)
         self._opened_reader().trim()
@@ -447,7 +466,7 @@ class MMapEmbeddingStorage(TableModule):
             self._let_go()
             if self._reader is not None:
                 self._reader.close()
-            self._mmap = self._weight = self._reader = None
+            self._mmap = self._weight = self._reader = self._earlier = None
             self._small = NoSmallReads()
             self._states, self._state_maps = {}, {}
             self.clear_gradients()
@@ -455,7 +474,7 @@ class MMapEmbeddingStorage(TableModule):
     def copy_to(self, path: str | os.PathLike[str], *, states: bool = True, reflink_only: bool = False) -> None:
         """Copies the table of the last commit to `path`; see `sense_v2.engram.table_copy`."""
         with self.changing:
-            table_copy.copy_table(self, path, states=states, reflink_only=reflink_only)
+            table_copy.copy_table(self, path, states=states, reflink_only=reflink_only, earlier=self._earlier)
 
     def restore_from(self, path: str | os.PathLike[str]) -> None:
         """Makes the rows those of the copy at `path`, in one commit; see `sense_v2.engram.table_copy`."""
@@ -477,17 +496,80 @@ class MMapEmbeddingStorage(TableModule):
                 "Open it again: that goes back to the last commit"
             )
 
+    # Copies
+
+    def _hold(self, earlier: EarlierRows) -> None:
+        self._earlier = earlier
+        earlier.tell.append(weakref.WeakMethod(self._read_in_python))
+        if self.has_gone_on:
+            self._read_in_python()
+
+    def _read_in_python(self) -> None:
+        self._small = NoSmallReads()
+
+    @property
+    def has_gone_on(self) -> bool:
+        return self._earlier is not None and bool(self._earlier.row_ids)
+
+    def _refuse_other_bytes(self) -> None:
+        self._refuse_closed()
+        if self.has_gone_on:
+            raise ValueError(
+                f"{self.path} has gone on since this copy of the table was made: storage(row_ids) gives the copy's "
+                "rows, copy_to(…) writes them to a file"
+            )
+
+    def _rows_digest(self) -> str | None:
+        if self.mode == "r+":
+            with self.changing, self._undo.settled():
+                sums = self._undo.new_sums()[self.path.name]
+            return None if sums is None else digest_of_blocks(to_hex(sums))
+        checksums = self._manifest.checksums
+        return self._earlier_digest or (None if checksums is None else digest_of_blocks(checksums))
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> MMapEmbeddingStorage:
+        return self.__copy__()
+
+    def __copy__(self) -> MMapEmbeddingStorage:
+        copied = _reopen(*self._arguments(), hold=True)
+        if copied._file != self._file:
+            raise ValueError(f"{self.path} isn't the file any more that was opened: open the table again to copy it")
+        copied._manifest, copied._updates = self._manifest, self._updates
+        if self._updates != self._manifest.updates:
+            copied._earlier_digest = self.rows_digest()
+        if self._earlier is not None:
+            copied._hold(self._earlier)
+            copied._earlier_digest = self._earlier_digest
+        return copied
+
     def __reduce__(self) -> tuple[Any, ...]:
-        path, dtype = str(self.path), self._row_dtype.name
-        return _reopen, (self.num_embeddings, self.embedding_dim, path, dtype, self.training)
+        if self._updates != self._manifest.updates:
+            raise ValueError(f"{self.path} has updates since its last commit; commit() before it is pickled")
+        return _unpickled, (self._arguments(), self._manifest.commit)
+
+    def _arguments(self) -> tuple[Any, ...]:
+        return self.num_embeddings, self.embedding_dim, str(self.path), self._row_dtype.name, self.training
 
     def extra_repr(self) -> str:
         shape = f"{self.num_embeddings}, {self.embedding_dim}"
         return f"{shape}, {str(self.path)!r}, dtype={self.dtype}, mode={self.mode!r}"
 
 
-def _reopen(num_embeddings: int, embedding_dim: int, path: str, dtype: str, training: bool) -> MMapEmbeddingStorage:
-    return MMapEmbeddingStorage(num_embeddings, embedding_dim, path, dtype=dtype, mode="r").train(training)
+def _reopen(
+    num_embeddings: int, embedding_dim: int, path: str, dtype: str, training: bool, *, hold: bool
+) -> MMapEmbeddingStorage:
+    storage = MMapEmbeddingStorage(num_embeddings, embedding_dim, path, dtype=dtype, mode="r", hold=hold)
+    return storage.train(training)
+
+
+def _unpickled(arguments: tuple[Any, ...], commit: str | None) -> MMapEmbeddingStorage:
+    storage = _reopen(*arguments, hold=True)
+    if storage.manifest.commit != commit:
+        raise ValueError(
+            f"{storage.path} has gone on since it was pickled (commit {commit}, now {storage.manifest.commit}), and "
+            "rows that changed can't be had back: pickle it again, or keep a copy (copy_to, save_pretrained)"
+        )
+    return storage
 
 
 def _let_go(undo: UndoLog, lock: WriterLock | None) -> None:

@@ -24,6 +24,7 @@ from typing import Protocol
 import numpy as np
 import torch
 
+from sense_v2.engram.reading.earlier_rows import EarlierRows
 from sense_v2.engram.row_source import TrainableRows
 from sense_v2.engram.table.checksums import PART_BYTES, block_sums, to_hex
 from sense_v2.engram.table.disk import WriterLock, copy_file, write_file
@@ -34,6 +35,7 @@ from sense_v2.engram.table.format import (
     file_bytes,
     journal_name,
     manifest_name,
+    new_commit,
     provenance_differences,
     row_dtype,
     state_file_name,
@@ -63,7 +65,12 @@ class MappedRows(TrainableRows, Protocol):
 
 
 def copy_table(
-    storage: MappedRows, path: str | os.PathLike[str], *, states: bool = True, reflink_only: bool = False
+    storage: MappedRows,
+    path: str | os.PathLike[str],
+    *,
+    states: bool = True,
+    reflink_only: bool = False,
+    earlier: EarlierRows | None = None,
 ) -> None:
     """Copies the table of the last commit to `path`, with its manifest.
 
@@ -76,14 +83,18 @@ def copy_table(
         path: Where its rows go; manifest and states lie beside them.
         states: Copies the optimizer states, too.
         reflink_only: Raises `OSError` if the file system would have to copy the data.
+        earlier: The table's rows, where its file may have gone on since.
 
     Raises:
-        ValueError: Rows were stored since the last commit, or the table's rows aren't its commit's.
+        ValueError: Rows were stored since the last commit, the table's rows aren't its commit's, or optimizer
+            states were asked for and have gone on since `earlier`.
         BlockingIOError: Another process commits more often than a copy can be made.
         OSError: There is no room.
     """
     path = Path(path)
     refuse_uncommitted(storage)
+    if earlier is not None and (earlier.row_ids or storage.updates != storage.manifest.updates):
+        return _copy_earlier(storage, path, earlier, states=states, reflink_only=reflink_only)
     target = remove_manifest(path)
     for _ in range(ATTEMPTS):
         manifest = _committed(storage)
@@ -101,6 +112,20 @@ def copy_table(
         f"{storage.path} was committed to {ATTEMPTS} times while it was copied. Copy it in the process that "
         "trains it, or when that has ended",
     )
+
+
+def _copy_earlier(storage: MappedRows, path: Path, earlier: EarlierRows, *, states: bool, reflink_only: bool) -> None:
+    """Nobody put states aside, and rows that weren't committed are those of no manifest."""
+    if states and storage.manifest.states:
+        raise ValueError(
+            f"{storage.path} has gone on since this copy of it was made, and its optimizer states with it: "
+            "copy_to(…, states=False) writes the rows"
+        )
+    target = remove_manifest(path)
+    copy_file(storage.path, path, reflink_only=reflink_only)
+    sums = to_hex(block_sums(earlier.write_to(path), storage.manifest.format_version))
+    manifest = dataclasses.replace(storage.manifest, updates=storage.updates, commit=new_commit(), states={})
+    write_file(target, dataclasses.replace(manifest, checksums=sums).to_json())
 
 
 def _committed(storage: MappedRows) -> Manifest:

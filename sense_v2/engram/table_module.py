@@ -105,6 +105,16 @@ class TableModule(nn.Module, abc.ABC):
     def changed_ids(self) -> torch.Tensor:
         return torch.empty(0, dtype=torch.int64)
 
+    @property
+    def has_gone_on(self) -> bool:
+        return False
+
+    def rows_digest(self) -> str | None:
+        return None if self._is_closed else self._rows_digest()
+
+    def _rows_digest(self) -> str | None:
+        return self.identity().digest
+
     def identity(self) -> TableIdentity:
         if self.updates != self.manifest.updates:
             raise ValueError(f"{self._name} has updates since its last commit; commit() first")

@@ -5,8 +5,11 @@ L layers with memory, B batch, T sequence, P positions of history, H rows a posi
 
 from __future__ import annotations
 
+import copy
 import hashlib
+import json
 import uuid
+import weakref
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -20,6 +23,8 @@ from sense_v2.engram.hashing import hash_tokens
 from sense_v2.engram.model import EngramFusionLayer, open_table
 from sense_v2.engram.row_source import RowSource, TrainableRows
 from sense_v2.engram.tokenizer import EngramTokenizer
+
+_living: weakref.WeakSet[EngramMemory] = weakref.WeakSet()
 
 
 class EngramMemory(nn.Module):
@@ -41,7 +46,7 @@ class EngramMemory(nn.Module):
         self.tokenizer = tokenizer
         self.owns_tables = given is None
         if given is None:
-            table: RowSource = open_table(config, tokenizer, mode=mode)
+            table: RowSource = open_table(config, tokenizer, mode=mode, hold=mode == "r")
             given = {layer_id: (layer_id, table) for layer_id in config.layer_indices}
         if len({id(table) for _, table in given.values()}) == 1:
             self.storage: Any = next(iter(given.values()))[1]
@@ -65,12 +70,18 @@ class EngramMemory(nn.Module):
         same; so has one in another process, if the tables have commits."""
         self.checkpoint: Path | None = None
         """The folder of a Trainer's checkpoint that is about to be saved, to which its callback adds the memory."""
+        self.reference: Any = None
+        """A `MemoryOfReference`, while TRL trains an adapter against the model without it."""
         self.undo: list[Any] = []
         self.handle = operators.handle_of(self, self._hashes)
+        _living.add(self)
+        self.register_state_dict_post_hook(_leave_out_none)
+        self.register_load_state_dict_post_hook(_not_missing)
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
         self.handle = operators.handle_of(self, self._hashes)
+        _living.add(self)
 
     @property
     def _hashes(self) -> str:
@@ -79,6 +90,52 @@ class EngramMemory(nn.Module):
             (f.layer_id, f.hasher.multipliers.tolist(), f.hasher.layout.to_dict(), f.hasher.pad_id) for f in self
         ]
         return hashlib.sha256(f"{self.tokenizer.sha256} {hashers}".encode()).hexdigest()
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> EngramMemory:
+        owners = [change.owner for change in self.undo if hasattr(change, "owner")]
+        owners += [owner.base_model for owner in owners]
+        if owners and not any(id(owner) in memo for owner in owners):
+            raise ValueError(
+                "a memory is copied with its model, copy.deepcopy(model): alone, or with a layer, nothing would call "
+                "it. PEFT: leave modules_to_save=['engram'] out, as the memory is trained beside an adapter and "
+                "saved with it; use layer_replication before attach_engram"
+            )
+        copied = type(self).__new__(type(self))
+        memo[id(self)] = copied
+        copied.__setstate__(copy.deepcopy(self.__dict__, memo))
+        return copied
+
+    def refuse_adapters(self) -> None:
+        """Raises `ValueError` if an adapter lies on a weight of the memory."""
+        adapted = [name for name, module in self.layers.named_modules() if hasattr(module, "base_layer")]
+        if adapted:
+            raise ValueError(
+                f"the PEFT adapter reaches into the memory (engram.layers.{adapted[0]}), whose weights are trained "
+                "themselves: keep it to the backbone, LoraConfig(..., exclude_modules=r'(.*\\.)?engram\\..*')"
+            )
+
+    # What a state dict says of the rows, which it doesn't hold
+
+    def get_extra_state(self) -> torch.Tensor | None:
+        """A checksum of the table's rows, and the step of its last commit, as JSON. It is the same for the same rows,
+        however many commits they took. None if nothing names them."""
+        digests = [storage.rows_digest() for storage in self.storages]
+        if None in digests:
+            return None
+        rows = {"step": self.storages[0].committed_step, "rows": digests}
+        return torch.frombuffer(bytearray(json.dumps(rows).encode()), dtype=torch.uint8)
+
+    def set_extra_state(self, state: torch.Tensor) -> None:
+        """Raises `ValueError` if the weights that come with it belong to other rows than the table's."""
+        recorded = json.loads(bytes(state.cpu().tolist()))
+        if recorded["rows"] != [storage.rows_digest() for storage in self.storages]:
+            storage = self.storages[0]
+            raise ValueError(
+                f"these weights were kept beside other rows than the table at {storage.path} has now (after step "
+                f"{recorded['step']}; the table is at step {storage.committed_step}). A state dict holds no rows. "
+                "Keep a moment by save_pretrained(model, FOLDER) or copy.deepcopy(model); to load the weights all "
+                "the same, remove engram._extra_state from them"
+            )
 
     def use_storage(self, storage: RowSource) -> None:
         """Looks up, and trains, through another storage of the same rows from here on."""
@@ -160,6 +217,29 @@ class MemoryOfSeveralTables(EngramMemory):
                 "takes a memory of one table"
             )
         return super().__getattr__(name)
+
+
+def _leave_out_none(module: nn.Module, state: dict[str, Any], prefix: str, *_: Any) -> None:
+    if state.get(f"{prefix}_extra_state", 0) is None:
+        del state[f"{prefix}_extra_state"]
+
+
+def _not_missing(module: nn.Module, incompatible: Any) -> None:
+    """Weights without it are a checkpoint's, or an earlier version's."""
+    missing = incompatible.missing_keys
+    missing[:] = [name for name in missing if name != "_extra_state" and not name.endswith("engram._extra_state")]
+
+
+def living_memories() -> list[EngramMemory]:
+    """Every memory of this process: of models, their copies and references."""
+    return list(_living)
+
+
+def refuse_other_rows(model: nn.Module, state: Mapping[str, Any], prefix: str, *_: Any) -> None:
+    """Before a model's weights are loaded: afterwards, half of them would be others."""
+    rows, memory = state.get(f"{prefix}engram._extra_state"), attached_memory(model)
+    if rows is not None and memory is not None:
+        memory.set_extra_state(rows)
 
 
 def memory_of(model: nn.Module) -> EngramMemory:

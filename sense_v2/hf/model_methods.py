@@ -22,7 +22,7 @@ import torch
 from transformers import PreTrainedModel
 
 from sense_v2.hf.forward_hooks import IDS_ARGUMENT, MASK_ARGUMENT, is_plain_mask
-from sense_v2.hf.memory import memory_of
+from sense_v2.hf.memory import memory_of, refuse_other_rows
 
 
 class OwnMethod:
@@ -48,16 +48,19 @@ class OwnMethod:
         self.owner.__dict__.update(self.replaced)
 
 
-def replace_methods(model: PreTrainedModel) -> list[OwnMethod]:
+def replace_methods(model: PreTrainedModel) -> list[Any]:
     """Put them on `model`; return what takes them off again."""
     return [
-        OwnMethod(model, name, function)
-        for name, function in (
-            ("prepare_inputs_for_generation", _prepare_inputs_with_memory),
-            ("save_pretrained", _save_with_memory),
-            ("init_continuous_batching", _refuse_continuous_batching),
-        )
-        if hasattr(model, name)
+        model.register_load_state_dict_pre_hook(refuse_other_rows),
+        *(
+            OwnMethod(model, name, function)
+            for name, function in (
+                ("prepare_inputs_for_generation", _prepare_inputs_with_memory),
+                ("save_pretrained", _save_with_memory),
+                ("init_continuous_batching", _refuse_continuous_batching),
+            )
+            if hasattr(model, name)
+        ),
     ]
 
 
@@ -119,6 +122,11 @@ def _save_with_memory(
         )
     # EngramCallback adds the memory to a checkpoint when the Trainer is done; it resumes from all weights in one.
     if memory.is_released or memory.checkpoint == Path(save_directory) or not is_main_process:
+        # A Trainer resumes by the model's own names, and takes no other.
+        options.setdefault("save_original_format", False)
+        # Its rows are, or come, from elsewhere.
+        given = model.state_dict() if state_dict is None else state_dict
+        state_dict = {name: value for name, value in given.items() if not name.endswith("engram._extra_state")}
         own(model, save_directory, is_main_process=is_main_process, state_dict=state_dict, **options)
         return
     if not push_to_hub:

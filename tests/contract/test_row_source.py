@@ -30,10 +30,11 @@ from row_sources import (
     type_of,
     width_of,
 )
-from tables import N, names
+from tables import N, make, names
 from torch import nn
 
 from sense_v2.engram.optim import RowAdam
+from sense_v2.engram.table.checksums import block_sums, to_hex
 
 IDS = st.lists(st.integers(0, 4), max_size=4)
 
@@ -258,6 +259,57 @@ def test_a_copy_opens_the_same_files_read_only(
         assert copied.gradients() is None
         copied.close()
     assert np.array_equal(look_up(table, torch.arange(N)).float().numpy(), rows)
+
+
+def test_a_copy_keeps_the_rows_of_its_moment(kind: str, table: Any, tmp_path: Path) -> None:
+    if kind not in TRAINABLE:
+        return
+    ids, every = torch.arange(5, 25), torch.arange(N)
+    table.write(torch.tensor([7, 30]), torch.full((2, width_of(kind)), 0.5))  # not committed, and of this moment
+    then = table.gather(every)
+    copied = copy.deepcopy(table.eval())
+    for value, commit in ((1.0, False), (2.0, True), (3.0, False)):
+        table.write(ids, torch.full((20, width_of(kind)), value))
+        if commit:
+            table.commit(step=3)
+        again = copy.copy(copied)  # a copy of a copy is of the same moment
+        for one in (copied, again):
+            one.begin(every)
+            assert torch.equal(one(every).float(), then)
+            assert torch.equal(one(every.int().view(5, -1)).float(), then.view(5, -1, width_of(kind)))
+            assert torch.equal(one.train()(ids).float(), then[ids])
+            assert torch.equal(one.eval().gather(ids[:3]), then[ids[:3]])
+    assert (table.gather(ids) == 3).all()
+    now = copy.deepcopy(table)
+    table.write(ids, torch.zeros(20, width_of(kind)))
+    assert (now.gather(ids) == 3).all()
+    if table.own is table.table:  # one file
+        copied.copy_to(tmp_path / "then" / "engram_table.dat", states=False)
+        copied.close()
+        of_then = make(
+            tmp_path / "then" / "engram_table.dat", dtype=str(table.dtype).removeprefix("torch."), mode="r"
+        )
+        assert torch.equal(of_then.gather(every), then)
+        assert to_hex(block_sums(of_then.mmap.view(np.uint8))) == of_then.manifest.checksums
+
+
+def test_a_pickle_is_of_a_commit(kind: str, table: Any) -> None:
+    if kind not in TRAINABLE:
+        return
+    ids, every = torch.tensor([7, 30]), torch.arange(N)
+    table.write(ids, torch.full((2, width_of(kind)), 0.5))
+    if not kind.startswith("overlay"):  # which has its changes with it
+        with pytest.raises(ValueError, match=r"updates since its last commit.*commit\(\) before it is pickled"):
+            pickle.dumps(table)
+    table.commit()
+    data, then = pickle.dumps(table), table.gather(every)
+    loaded = pickle.loads(data)
+    table.write(ids, torch.zeros(2, width_of(kind)))
+    assert torch.equal(loaded.gather(every), then)
+    table.commit()
+    if not kind.startswith("overlay"):
+        with pytest.raises(ValueError, match="has gone on since it was pickled"):
+            pickle.loads(data)
 
 
 def test_what_is_only_read_refuses_every_way_to_write(kind: str, table: Any, tmp_path: Path) -> None:

@@ -30,6 +30,7 @@ from hypothesis.stateful import RuleBasedStateMachine, invariant, rule
 from tables import DTYPES, D, N, gradients_of, make, manifest, names, on_disk, run_python, slow_sums
 
 from sense_v2.engram.storage import MMapEmbeddingStorage
+from sense_v2.engram.table import disk
 from sense_v2.engram.table.initial_noise import CHUNK_VALUES
 
 
@@ -841,14 +842,51 @@ def test_a_copy_opens_the_same_file_read_only(path: Path, monkeypatch: pytest.Mo
     assert [copied.training for copied in copies] == [True, True, False]
     monkeypatch.chdir("/")
     copies.append(pickle.loads(pickle.dumps(copies[0])))
+    opened = make(path, dtype="float16", mode="r")
+    before = table.gather(torch.tensor([5]))
     table.write(torch.tensor([5]), torch.full((1, D), 0.5))
+    assert opened(torch.tensor([5])).tolist() == [[0.5] * D]  # seen through the page cache, unflushed
     for copied in copies:
         assert (copied.mode, copied.dtype) == ("r", torch.float16)
-        assert copied(torch.tensor([5])).tolist() == [[0.5] * D]  # seen through the page cache, unflushed
+        assert torch.equal(copied(torch.tensor([5])).float(), before)
         assert copied.gradients() is None
+        with pytest.raises(ValueError, match="has gone on since this copy of the table was made"):
+            copied.weight  # noqa: B018
     with pytest.warns(UserWarning, match="is closed with 1 updates since its last commit"):
         table.close()
-    assert copies[0](torch.tensor([5])).tolist() == [[0.5] * D]
+    assert torch.equal(copies[0](torch.tensor([5])).float(), before)
+
+
+def test_a_reader_may_hold_the_rows_that_it_opened(path: Path) -> None:
+    table, ids = make(path), torch.tensor([5, 6])
+    held = make(path, mode="r", hold=True)
+    before = held(ids)
+    table.write(ids[:1], torch.ones(1, D))
+    with pytest.warns(UserWarning, match="the next opening undoes them"):
+        table.close()
+    with pytest.warns(UserWarning, match="1 rows were put back"):
+        table = make(path)
+    table.write(ids[1:], torch.ones(1, D))
+    table.commit()
+    assert torch.equal(held(ids), before)
+    assert table.rows_digest() != held.rows_digest()
+    table.write(ids[1:], before[1:])
+    assert table.rows_digest() == held.rows_digest()
+
+
+def test_rows_that_cant_be_put_aside_arent_stored_to(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    table = make(path)
+    copied, before = copy.deepcopy(table), on_disk(path)
+
+    def full(*_: Any) -> Any:
+        raise OSError(errno.ENOSPC, "no space left")
+
+    monkeypatch.setattr(disk, "nameless", full)
+    with pytest.raises(OSError, match="no space left"):
+        table.write(torch.tensor([5]), torch.ones(1, D))
+    assert np.array_equal(on_disk(path), before)
+    del copied
+    table.write(torch.tensor([5]), torch.ones(1, D))
 
 
 class AgainstArrays(RuleBasedStateMachine):

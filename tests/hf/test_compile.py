@@ -261,7 +261,7 @@ def test_a_graph_of_a_memory_that_is_gone_says_so():
 
 
 def test_a_copy_of_a_layer_answers_for_itself(tmp_path):
-    memory = remembering("llama").engram
-    twin = copy.deepcopy(memory)
+    model = remembering("llama")
+    memory, twin = model.engram, copy.deepcopy(model).engram
     assert twin.handle != memory.handle
     assert twin.layers["0"].handle != memory.layers["0"].handle

@@ -13,11 +13,11 @@ from test_save import in_place, logits, with_memory
 from test_sharing import hub  # noqa: F401  # a fixture
 from test_trainer import arguments, blocks, history, table_on_disk
 from test_trainer import with_memory as trainable
-from tiny import tiny_model
+from tiny import tiny_config, tiny_model, tiny_tokenizer
 from transformers import AutoModelForCausalLM, LlamaForCausalLM, Trainer, TrainerCallback
 
 from sense_v2.engram.storage import MMapEmbeddingStorage
-from sense_v2.hf.attach import detach_engram
+from sense_v2.hf.attach import attach_engram, detach_engram
 from sense_v2.hf.load import from_pretrained
 from sense_v2.hf.memory import memory_of
 from sense_v2.hf.saving.save import save_pretrained
@@ -101,7 +101,11 @@ def test_detaching_gives_the_class_its_methods_back(tmp_path):
 
 @pytest.mark.parametrize("how", [copy.deepcopy, lambda model: pickle.loads(pickle.dumps(model))])
 def test_a_copy_saves_itself(tmp_path, how):
-    model = with_memory(tmp_path / "table")
+    (tmp_path / "table").mkdir()
+    model = attach_engram(tiny_model("llama"), tiny_config(tmp_path / "table"), tiny_tokenizer())
+    with torch.no_grad():
+        memory_of(model).layers["1"].W_v.weight.normal_()
+    memory_of(model).storage.commit()
     copied = how(model)
     with torch.no_grad():
         copied.lm_head.weight.mul_(2)

@@ -20,10 +20,12 @@ N rows of the base, D row width, U row ids of a call, W values of a row of a sta
 
 from __future__ import annotations
 
+import copy
+import hashlib
 import operator
 import os
 import weakref
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -417,29 +419,48 @@ class OverlayStorage(TableModule):
             self._warn_uncommitted("they are lost")
         self.release().close()
 
+    @property
+    def has_gone_on(self) -> bool:
+        return self.base.has_gone_on
+
+    def _rows_digest(self) -> str | None:
+        ids_U = self.changed_ids
+        digest = hashlib.sha256(f"{self._base_identity.digest} {self.dtype}".encode())
+        for part in ids_U.split(1 << 16):
+            digest.update(part.numpy().tobytes())
+            digest.update(self._rows(part).view(torch.uint8).numpy().tobytes())
+        return digest.hexdigest()
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> OverlayStorage:
+        return self.__copy__()
+
+    def __copy__(self) -> OverlayStorage:
+        """Has the rows of its moment, whatever is committed to the delta later; it only reads where there is one."""
+        copied = OverlayStorage(copy.copy(self.base)).train(self.training)
+        # A commit replaces the file and lets go of the arrays: what both have here stays as it is.
+        copied._kept, copied._info, copied._updates = self._kept, self._info, self._updates
+        copied._recent = copy.deepcopy(self._recent)
+        return copied._only_reading(self.path)
+
+    def _only_reading(self, path: Path | None) -> OverlayStorage:
+        if path is not None:
+            self.path, self.mode, self.collects_gradients = path, "r", False
+        return self
+
     def __reduce__(self) -> tuple[Any, ...]:
-        """A copy (deepcopy, pickle) opens the same files again, read-only; without a path it has the rows."""
-        path = None if self.path is None else str(self.path)
-        changed = (self.changed_ids, self._rows(self.changed_ids)) if path is None else None
-        return _reopen, (*self.base.__reduce__(), path, changed, self.training)
+        """A pickle has the changed rows with it."""
+        return _unpickled, (self.base, self.changed_ids, self._rows(self.changed_ids), self.training, self.path)
 
     def extra_repr(self) -> str:
         return f"{self.path}, {len(self._changed_ids())} rows changed of {self.num_embeddings}, mode={self.mode!r}"
 
 
-def _reopen(
-    open_base: Callable[..., RowSource],
-    base_arguments: tuple[Any, ...],
-    path: str | None,
-    changed: tuple[torch.Tensor, torch.Tensor] | None,
-    training: bool,
+def _unpickled(
+    base: RowSource, row_ids_U: torch.Tensor, rows_UD: torch.Tensor, training: bool, path: Path | None
 ) -> OverlayStorage:
-    base = open_base(*base_arguments)
-    if changed is None:
-        return OverlayStorage(base, path, mode="r" if Path(str(path)).exists() else "r+").train(training)
-    overlay = OverlayStorage(base)
-    overlay.write(*changed)
-    return overlay.train(training)
+    overlay = OverlayStorage(base).train(training)
+    overlay.write(row_ids_U, rows_UD)
+    return overlay._only_reading(path)
 
 
 def _release(lock: WriterLock | None) -> None:

@@ -24,6 +24,7 @@ step over all ranks.
 
 from __future__ import annotations
 
+import copy
 import os
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -521,11 +522,26 @@ class ShardedTable(TableModule):
         """See `sense_v2.engram.ranks.range_copy`. By all ranks."""
         range_copy.restore_table(self, path)
 
+    def rows_digest(self) -> None:
+        """No rank has all rows as they are now."""
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Any:
+        return self.__copy__()
+
+    def __copy__(self) -> Any:
+        return copy.copy(self._copied())
+
     def __reduce__(self) -> Any:
-        """A copy opens the same file, read-only, as a copy of a storage does."""
-        if self._moves_rows:
-            raise ValueError(f"{self.path} lies in shards on {self.ranks.num_ranks} ranks, which can't be copied")
-        return self._own.__reduce__()
+        return self._copied().__reduce__()
+
+    def _copied(self) -> MMapEmbeddingStorage:
+        """What a copy is one of: alone, of the storage."""
+        if self.ranks.num_ranks > 1:
+            raise ValueError(
+                f"{self.path} is stored to by {self.ranks.num_ranks} ranks, so a copy wouldn't keep the rows of its "
+                "moment. Save the model (save_pretrained), and open what was saved: from_pretrained(FOLDER)"
+            )
+        return self._own
 
     def close(self) -> None:
         """Lets go of the files; no other rank is waited for."""

@@ -20,6 +20,7 @@ import mmap
 import os
 import shutil
 import stat
+import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -295,6 +296,13 @@ def has_holes(path: Path) -> bool:
     """Whether a file takes less room than it is long."""
     found = path.stat()
     return hasattr(found, "st_blocks") and found.st_blocks * 512 < found.st_size
+
+
+def nameless(folder: Path, size_bytes: int) -> mmap.mmap:
+    """A mapping of a new sparse file in `folder` that has no name, and is gone when the mapping is."""
+    with tempfile.TemporaryFile(dir=folder) as file:
+        file.truncate(size_bytes)
+        return mmap.mmap(file.fileno(), size_bytes)
 
 
 def refuse_full_disk(path: Path, num_rows: int, row_bytes: list[int]) -> None:

@@ -52,12 +52,15 @@ class RowSet:
         """Those of the ids that aren't in the set."""
         if self.is_empty:
             return row_ids_U
-        if self._bits is None:
-            found = self._slots[self._places(row_ids_U)] != 0
-        else:
-            shifts = (row_ids_U & 7).astype(np.uint8)
-            found = ((self._bits[row_ids_U >> 3] >> shifts) & np.uint8(1)) != 0
+        found = self.holds(row_ids_U)
         return row_ids_U[~found] if found.any() else row_ids_U
+
+    def holds(self, row_ids_U: np.ndarray[Any, Any]) -> np.ndarray[Any, np.dtype[np.bool_]]:
+        """For each id, whether it is in the set."""
+        if self._bits is None:
+            return np.asarray(self._slots[self._places(row_ids_U)] != 0)
+        shifts = (row_ids_U & 7).astype(np.uint8)
+        return np.asarray(((self._bits[row_ids_U >> 3] >> shifts) & np.uint8(1)) != 0)
 
     def add(self, row_ids_U: np.ndarray[Any, Any]) -> None:
         self.is_empty = self.is_empty and not len(row_ids_U)

@@ -3,6 +3,7 @@
     folder/config.json                           the backbone's, announced as one with memory (`auto.py`)
     folder/model.safetensors, …                  the backbone's weights
     folder/tokenizer.json, tokenizer_config.json its tokenizer
+    folder/adapter_config.json, …                in place of both, PEFT's adapter, which names its backbone
     folder/README.md                             the model card (`model_card.py`)
     folder/engram/config.json                    EngramConfig; its paths are relative to folder/engram
     folder/engram/fusion.safetensors             the fusion layers' weights
@@ -41,6 +42,7 @@ FUSION_FILE = "fusion.safetensors"
 TABLE_FILE = "engram_table.dat"
 REFERENCE_FILE = "table_reference.json"
 OVERLAY_FILE = "overlay.safetensors"
+ADAPTER_FILE = "adapter_config.json"
 MAP_FILE = "shadow_map.npy"
 # What the fusion layers' weights are called in the model's own state.
 FUSION_PREFIX = "engram.layers."
@@ -55,12 +57,14 @@ def memory_paths(folder: str | Path) -> tuple[Path, Path]:
 
 
 def check_folder(folder: Path) -> dict[str, Any]:
-    """Check that all parts of a saved model are there, and return its config.json.
+    """Check that all parts of a saved model are there, and return its config.json, or its adapter's.
 
     Raises `FileNotFoundError` naming a missing part, `ValueError` if the file is damaged or a reference's table has
     gone on.
     """
     path = folder / "config.json"
+    if not path.is_file() and (folder / ADAPTER_FILE).is_file():
+        path = folder / ADAPTER_FILE
     if not path.is_file():
         raise FileNotFoundError(f"{folder}: no model there (it has no config.json); `sense-engram train` writes one")
     if (folder / MEMORY_FOLDER).is_dir():

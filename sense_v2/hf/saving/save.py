@@ -20,7 +20,7 @@ from sense_v2.engram.table.disk import WriterLock, copy_file
 from sense_v2.engram.table.format import lock_name, manifest_name
 from sense_v2.engram.table.opening import read_manifest
 from sense_v2.engram.tokenizer import description_path
-from sense_v2.hf.memory import EngramMemory, attached_memory
+from sense_v2.hf.memory import EngramMemory, attached_memory, memory_of
 from sense_v2.hf.saving.backbone_facts import (
     BACKBONE_FILE,
     backbone_facts,
@@ -41,7 +41,7 @@ from sense_v2.hf.saving.folder import (
     replace_file,
 )
 from sense_v2.hf.saving.model_card import write_card
-from sense_v2.hf.saving.model_config import announce_memory
+from sense_v2.hf.saving.model_config import announce_in_adapter, announce_memory
 
 TABLE_WAYS = ("copy", "reflink", "reference")
 
@@ -86,8 +86,8 @@ def save_pretrained(
         raise ValueError(f"save_pretrained: table = {table!r}: must be one of {', '.join(TABLE_WAYS)}")
     if hasattr(model, "peft_config") and hasattr(model, "get_base_model"):
         raise ValueError(
-            "save_pretrained: this model is wrapped in a PEFT adapter, whose weights wouldn't be saved in a form "
-            "that loads; save model.merge_and_unload()"
+            "save_pretrained: this model is wrapped in a PEFT adapter. model.save_pretrained(folder) saves the "
+            "adapter and the memory beside it; or save model.merge_and_unload()"
         )
     if getattr(model, "_hf_peft_config_loaded", False):
         raise ValueError(
@@ -107,6 +107,11 @@ def save_pretrained(
             "them. sense-engram convert makes a table of ours from each"
         )
     in_place = memory is not None and is_same_file(memory.table.path, target / TABLE_FILE)
+    if memory is not None and memory.table.has_gone_on and (in_place or table == "reference"):
+        raise ValueError(
+            f"{memory.table.path} has gone on since this model was copied: its rows aren't there any more. Save the "
+            "rows as well: choose another folder, and table='copy'"
+        )
     if table == "reference" and not in_place and (target / TABLE_FILE).exists():
         raise FileExistsError(
             f"{target / TABLE_FILE} is there already, and a reference would leave it without a use; remove it, or "
@@ -118,6 +123,8 @@ def save_pretrained(
         folder.mkdir(parents=True, exist_ok=True)
         given = model.state_dict() if state_dict is None else state_dict
         weights = {name: value for name, value in given.items() if not name.startswith("engram.")}
+        # Under the model's own names: a class that is named in code doesn't find how transformers renames others.
+        options.setdefault("save_original_format", False)
         # The class's: the object's own is this function, while memory is attached.
         type(model).save_pretrained(model, folder, state_dict=dict(weights), **options)  # takes it apart
         if tokenizer is not None:
@@ -145,10 +152,36 @@ def save_pretrained(
         write_card(model, folder, name or folder.resolve().name, training=training or {}, evaluation=evaluation or {})
 
 
-def describe_backbone(model: PreTrainedModel, folder: Path, facts: Mapping[str, Any]) -> None:
-    """Say in the folder that transformers saved `model` to that it has a memory, and what that was trained on."""
+def save_beside_adapter(model: PreTrainedModel, folder: Path) -> None:
+    """Save the memory of the model inside a PEFT one to the folder of its adapter."""
+    memory, target = memory_of(model), folder / MEMORY_FOLDER
+    if memory.is_released:
+        warnings.warn(
+            "the tables of a released checkpoint stay there, and an adapter's folder has no place for the fusion "
+            "layers: save model.engram.layers.state_dict() yourself",
+            UserWarning,
+            stacklevel=4,
+        )
+        return
+    in_place = is_same_file(memory.table.path, target / TABLE_FILE)
+    with contextlib.nullcontext() if in_place else _sole_writer(target / TABLE_FILE):
+        (target / CONFIG_FILE).unlink(missing_ok=True)
+        target.mkdir(parents=True, exist_ok=True)
+        if memory.storage.mode == "r+" and not memory.storage.needs_all_ranks:
+            memory.storage.flush()
+        write_facts(folder, backbone_facts(model))
+        announce_in_adapter(folder)
+        save_memory(memory, target, table="stay" if in_place else "copy", states=False)
+
+
+def write_facts(folder: Path, facts: Mapping[str, Any]) -> None:
     (folder / MEMORY_FOLDER).mkdir(parents=True, exist_ok=True)
     replace_file(folder / MEMORY_FOLDER / BACKBONE_FILE, (json.dumps(facts, indent=2) + "\n").encode())
+
+
+def describe_backbone(model: PreTrainedModel, folder: Path, facts: Mapping[str, Any]) -> None:
+    """Say in the folder that transformers saved `model` to that it has a memory, and what that was trained on."""
+    write_facts(folder, facts)
     if not announce_memory(folder, model):
         warnings.warn(
             f"{type(model).__name__} is none of transformers' own models with a language head: "

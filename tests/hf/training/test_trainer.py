@@ -206,6 +206,8 @@ def test_training_equals_a_loop_with_a_resident_embedding(tmp_path, row_optimize
     assert (found != before).any(axis=1).sum() > 50
     weights = expected.state_dict()
     for name, value in model.state_dict().items():
+        if name == "engram._extra_state":  # of the rows, which were compared
+            continue
         torch.testing.assert_close(value, weights[name], atol=3e-5, rtol=1e-3)
 
 
