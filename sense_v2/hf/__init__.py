@@ -1,11 +1,13 @@
 """Memory on a model of transformers.
 
-Importing this package registers saved models with transformers' Auto classes. Public names are imported on first use.
+Importing this package registers saved models with transformers' Auto classes, and PEFT's wrappers are met from
+then on. Public names are imported on first use.
 """
 
 from importlib import import_module
 from typing import Any
 
+from sense_v2.hf.adapters import watch_wrappers
 from sense_v2.hf.auto import register
 
 _HOME = {
@@ -35,3 +37,4 @@ def __dir__() -> list[str]:
 
 
 register()
+watch_wrappers()

@@ -24,10 +24,12 @@ from sense_v2.core.config import EngramConfig
 from sense_v2.engram import operators
 from sense_v2.engram.tokenizer import EngramTokenizer, EngramTokenizerBuilder
 from sense_v2.engram.variants import VARIANTS
+from sense_v2.hf.adapters import follow_wrapper, refuse_virtual_tokens
 from sense_v2.hf.forward_hooks import CARRIER, MASK_ARGUMENT, add_memory, carry_inputs, forget_call, note_given
 from sense_v2.hf.given_tables import identity_map, placed_tables, refuse_another_map
 from sense_v2.hf.memory import EngramMemory, MemoryOfSeveralTables, attached_memory, memory_of
 from sense_v2.hf.model_methods import replace_methods
+from sense_v2.hf.saving.model_config import forget_announcement
 
 # An embedding is often padded; with more rows without a token than this, and than a sixteenth of the tokens, the map
 # is another tokenizer's.
@@ -72,13 +74,17 @@ def attach_engram(
     config.validate()
     wrapped = _wrapped_by_peft(model)
     if wrapped is not None:
+        refuse_virtual_tokens(model, model.base_model is wrapped)
         attach_engram(wrapped, config, tokenizer, mode=mode, storage=storage)
+        if attached_memory(wrapped) is not None:
+            follow_wrapper(model, memory_of(wrapped))
         return model
     if attached_memory(model) is not None:
         raise ValueError("this model has memory attached already; call detach_engram(model) first")
     if not config.enabled:
         warnings.warn("EngramConfig.enabled is False: no memory is attached", UserWarning, stacklevel=2)
         return model
+    forget_announcement(model)
     layers = decoder_layers(model)
     depth = len(layers)
     text_config = model.config.get_text_config()

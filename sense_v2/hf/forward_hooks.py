@@ -70,6 +70,8 @@ def carry_inputs(
     `fusions` are `memory.layers`, `names` the positional arguments' in their order, `num_embeddings` the model's when
     memory was attached, and `hands_down` says that its layers get the arguments that it was called with.
     """
+    if memory.training and not torch.compiler.is_compiling():
+        memory.refuse_adapters()
     given = kwargs if hands_down else {**_given.get(), **kwargs}
     given_ids_BT, given_mask = given.get(IDS_ARGUMENT), given.get(MASK_ARGUMENT)
     kwargs = {name: value for name, value in kwargs.items() if name not in (IDS_ARGUMENT, MASK_ARGUMENT)}

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import json
 import re
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +17,7 @@ from safetensors.torch import load_file
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 from sense_v2.core.config import EngramConfig
-from sense_v2.hf.attach import attach_engram
+from sense_v2.hf.attach import attach_engram, detach_engram
 from sense_v2.hf.memory import EngramMemory, attached_memory, memory_of
 from sense_v2.hf.overlays import add_overlay
 from sense_v2.hf.saving.backbone_facts import (
@@ -26,6 +28,7 @@ from sense_v2.hf.saving.backbone_facts import (
     tokenizer_file_differs,
 )
 from sense_v2.hf.saving.folder import (
+    ADAPTER_FILE,
     CONFIG_FILE,
     FUSION_FILE,
     FUSION_PREFIX,
@@ -35,7 +38,7 @@ from sense_v2.hf.saving.folder import (
     check_folder,
     table_of,
 )
-from sense_v2.hf.saving.model_config import MODEL_TYPE, EngramModelConfig
+from sense_v2.hf.saving.model_config import MODEL_TYPE, EngramModelConfig, forget_announcement
 from sense_v2.hf.saving.weights import load_weights
 
 # Weights that could run code when they are read: never downloaded.
@@ -59,6 +62,9 @@ def from_pretrained(
     **options: Any,
 ) -> Any:
     """Load a model that `save_pretrained` wrote, with its memory attached, in eval mode.
+
+    A folder that a PEFT model saved holds an adapter and the memory: the model that the adapter names, or `backbone`,
+    is given both.
 
     Only safetensors are read. Warns if backbone, tokenizer or versions aren't those that were saved.
 
@@ -92,11 +98,15 @@ def from_pretrained(
     facts = read_facts(memory_folder / BACKBONE_FILE)
     loading_info: Any = None
     if backbone is None:
-        backbone, loading_info = _load_backbone(folder, config, options)
+        if (folder / ADAPTER_FILE).is_file():
+            backbone = _load_base_of_adapter(folder, options)
+        else:
+            backbone, loading_info = _load_backbone(folder, config, options)
         if tokenizer is None and tokenizer_file_differs(facts, folder):
             tokenizer = str(folder)
     elif attached_memory(backbone) is not None:
         raise ValueError("from_pretrained: the backbone has memory attached already; detach_engram(backbone) first")
+    forget_announcement(backbone)
     if storage_path is not None:
         memory_config = dataclasses.replace(
             EngramConfig.load(memory_folder / CONFIG_FILE),
@@ -114,7 +124,14 @@ def from_pretrained(
         load_fusion(memory_of(backbone), memory_folder)
         if overlay is not None:
             add_overlay(backbone, overlay, mode=mode)
-    model = backbone.eval()
+    model: Any = backbone
+    if (folder / ADAPTER_FILE).is_file():
+        from peft import PeftModel
+
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", ".*memory_in_engram")
+            model = PeftModel.from_pretrained(backbone, str(folder), is_trainable=mode == "r+")
+    model.eval()
     return (model, loading_info) if output_loading_info else model
 
 
@@ -193,6 +210,18 @@ def _load_backbone(
             str(folder), config=found, output_loading_info=True, **options
         )
     return model.eval(), loading_info
+
+
+def _load_base_of_adapter(folder: Path, options: dict[str, Any]) -> PreTrainedModel:
+    """Load what the adapter was trained on, without the memory that it may have been saved with."""
+    name = json.loads((folder / ADAPTER_FILE).read_text(encoding="utf-8")).get("base_model_name_or_path")
+    if not name:
+        raise ValueError(
+            f"{folder / ADAPTER_FILE} names no base_model_name_or_path: load the model that the adapter was trained "
+            "on yourself, and pass it as backbone="
+        )
+    base: PreTrainedModel = AutoModelForCausalLM.from_pretrained(name, **options)
+    return base if attached_memory(base) is None else detach_engram(base)
 
 
 def _holds_fusion_weights(folder: Path) -> bool:

@@ -143,8 +143,8 @@ def _release(version: str) -> list[str]:
 
 
 def _weights_digest(model: PreTrainedModel, state_dict: Mapping[str, torch.Tensor]) -> str | None:
-    """SHA-256 over names, shapes and a sample of each tensor; None if one isn't in memory or is quantized."""
-    if getattr(model, "hf_quantizer", None) is not None:
+    """SHA-256 over names, shapes and a sample of each tensor; None if one isn't in memory, quantized or adapted."""
+    if getattr(model, "hf_quantizer", None) is not None or hasattr(model, "peft_config"):
         return None
     digest = hashlib.sha256()
     for name, parameter in sorted(model.named_parameters(), key=lambda item: item[0]):

@@ -15,6 +15,7 @@ A checkpoint commits the table and keeps what is needed to come back to it (`che
 from __future__ import annotations
 
 import math
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -25,8 +26,10 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from sense_v2.core.config import DURABILITIES, ROW_OPTIMIZERS
 from sense_v2.engram.optim import RowAdam, RowGradients, RowWiseAdagrad
+from sense_v2.engram.reading.safetensors_headers import find_tensors
+from sense_v2.hf.adapters import MemoryOfReference, follow_wrapper
 from sense_v2.hf.load import load_fusion
-from sense_v2.hf.memory import EngramMemory, memory_of
+from sense_v2.hf.memory import EngramMemory, living_memories, memory_of
 from sense_v2.hf.saving.folder import MEMORY_FOLDER, TABLE_FILE
 from sense_v2.hf.training.checkpoint import TABLES, restore_rows, sync_checkpoint, write_checkpoint
 
@@ -155,6 +158,10 @@ class EngramCallback(TrainerCallback):
                 f"load_best_model_at_end goes back to earlier rows, which EngramCallback(checkpoints="
                 f"{self.checkpoints!r}) doesn't keep; use checkpoints='copy'"
             )
+        if hasattr(model, "get_base_model") and "save_pretrained" not in vars(model):  # attached to what is inside
+            follow_wrapper(model, self._memory)
+        if _has_reference(args) and hasattr(model, "get_base_model"):
+            self._memory.reference = MemoryOfReference(model, self._memory)
         _choose_weights(model, self._memory, self.train_backbone)
         if not storage.rows_require_grad:
             return
@@ -194,6 +201,7 @@ class EngramCallback(TrainerCallback):
                 f"{self._num_ranks} processes train, and this one has attached the table for itself: use "
                 "sense_v2.hf.training.ranks.attach_on_every_rank"
             )
+        _look_at_references(args, state, self.memory)
         self._step = state.global_step
         self._stop_listening()
         if self.writes:
@@ -249,7 +257,7 @@ class EngramCallback(TrainerCallback):
 
     def on_train_end(self, args: TrainingArguments, state: TrainerState, *_: Any, **more: Any) -> None:
         self._stop_listening()
-        self.memory.checkpoint = None
+        self.memory.checkpoint = self.memory.reference = None
         self.memory.storage.clear_gradients()
         if args.load_best_model_at_end and state.best_model_checkpoint is not None:
             best = Path(state.best_model_checkpoint)
@@ -302,6 +310,7 @@ class EngramCallback(TrainerCallback):
                 f"{checkpoint} isn't there: training resumes at step {state.global_step}, and the memory of that "
                 "step is looked for there. Give the folder: EngramCallback(resume_from_checkpoint=FOLDER)"
             )
+        _refuse_fresh_weights(checkpoint, model)
         restore_rows(self.memory, checkpoint)
         loaded = {name: value.clone() for name, value in self.memory.layers.state_dict().items()}
         load_fusion(self.memory, checkpoint / MEMORY_FOLDER)
@@ -338,7 +347,7 @@ class EngramCallback(TrainerCallback):
         """Take the stand-in and all hooks off the model, which can then be trained in another way."""
         self._stop_listening()
         if self._memory is not None:
-            self._memory.checkpoint = None
+            self._memory.checkpoint = self._memory.reference = None
             self._memory.storage.clear_gradients()
         if self._stand_in is not None:
             delattr(self.memory, STAND_IN)
@@ -351,6 +360,53 @@ class EngramCallback(TrainerCallback):
         self._rows = None
 
 
+def _refuse_fresh_weights(checkpoint: Path, model: nn.Module) -> None:
+    """Raises `ValueError` if the Trainer, which loads weights by name, can't have found one in the checkpoint."""
+    if hasattr(model, "peft_config") or not list(checkpoint.glob("model*.safetensors")):
+        return
+    saved = find_tensors(checkpoint, lambda name: True).tensors
+    weights = model.state_dict(keep_vars=True)
+    found = {value.data_ptr() for name, value in weights.items() if name in saved}
+    fresh = [name for name, value in model.named_parameters() if value.numel() and value.data_ptr() not in found]
+    if fresh:
+        raise ValueError(
+            f"{checkpoint} has no {fresh[0]}: its weights were saved under names that transformers converts, and a "
+            "Trainer doesn't, so it goes on with fresh ones. Begin a new run with the model that "
+            f"sense_v2.hf.from_pretrained({str(checkpoint)!r}, mode='r+') opens"
+        )
+
+
+def _has_reference(args: TrainingArguments) -> bool:
+    """True for TRL's trainers that compare a model with a reference: DPO, GRPO, KTO, RLOO, …"""
+    is_trl = any(kind.__module__.partition(".")[0] == "trl" for kind in type(args).__mro__)
+    return is_trl and bool(getattr(args, "beta", 0))
+
+
+def _look_at_references(args: TrainingArguments, state: TrainerState, memory: EngramMemory) -> None:
+    """Warns of a reference without memory; raises `ValueError` where a resumed run has lost its own."""
+    if not _has_reference(args):
+        return
+    way_out = "pass ref_model=sense_v2.hf.from_pretrained(FOLDER) of the model as it was saved before training"
+    others = [other for other in living_memories() if other is not memory]
+    if state.global_step > 0:
+        lost = ValueError(
+            f"the run goes on at step {state.global_step}, and the rows of a reference on {memory.storage.path} "
+            f"are those of that step, not those before it: {way_out}"
+        )
+        if memory.reference is not None:
+            memory.reference.error = lost
+        path = memory.table.path
+        if any(storage.table.path == path for other in others for storage in other.storages):
+            raise lost
+    elif not others and memory.reference is None and not getattr(args, "precompute_ref_log_probs", False):
+        warnings.warn(
+            "the reference of this Trainer has no memory, as it was made from the name of the model alone, so it is "
+            f"another model than the one that is trained: pass ref_model=copy.deepcopy(model), or {way_out}",
+            UserWarning,
+            stacklevel=2,
+        )
+
+
 def _choose_weights(model: Any, memory: EngramMemory, train_backbone: bool) -> None:
     own = set(memory.parameters())
     if not train_backbone:
@@ -358,12 +414,7 @@ def _choose_weights(model: Any, memory: EngramMemory, train_backbone: bool) -> N
             if parameter not in own:
                 parameter.requires_grad_(False)
     if hasattr(model, "peft_config"):
-        adapted = [name for name, _ in memory.named_parameters() if "lora_" in name or ".base_layer." in name]
-        if adapted:
-            raise ValueError(
-                f"the PEFT adapter reaches into the memory ({adapted[0]}), whose weights are trained themselves: "
-                "keep it to the backbone, LoraConfig(..., exclude_modules=r'(.*\\.)?engram\\..*')"
-            )
+        memory.refuse_adapters()
         memory.requires_grad_(True)
 
 
