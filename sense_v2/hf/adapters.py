@@ -101,11 +101,14 @@ def _save_with_memory(
     """Save the adapter, and the memory beside it; `sense_v2.hf.from_pretrained` opens both."""
     from sense_v2.hf.saving.save import save_beside_adapter
 
-    type(wrapper).save_pretrained(wrapper, save_directory, *args, is_main_process=is_main_process, **more)
-    memory = memory_of(wrapper)
+    def save_adapter(folder: Any) -> None:
+        type(wrapper).save_pretrained(wrapper, folder, *args, is_main_process=is_main_process, **more)
+
     # EngramCallback adds the memory to a checkpoint when the Trainer is done.
-    if is_main_process and memory.checkpoint != Path(save_directory):
-        save_beside_adapter(wrapper.get_base_model(), Path(save_directory))
+    if is_main_process and memory_of(wrapper).checkpoint != Path(save_directory):
+        save_beside_adapter(wrapper.get_base_model(), Path(save_directory), save_adapter)
+    else:
+        save_adapter(save_directory)
 
 
 @contextlib.contextmanager

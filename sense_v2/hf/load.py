@@ -93,6 +93,8 @@ def from_pretrained(
         mode if overlay is None else "r",
     )
     memory_folder = folder / MEMORY_FOLDER
+    if (folder / ADAPTER_FILE).is_file() and not memory_folder.is_dir():  # one of several adapters
+        memory_folder = folder.parent / MEMORY_FOLDER
     storage_path = table_of(memory_folder) if memory_folder.is_dir() else None
     overlay = _overlay_of(memory_folder, overlay)
     facts = read_facts(memory_folder / BACKBONE_FILE)

@@ -104,7 +104,7 @@ def _save_with_memory(
     **options: Any,
 ) -> None:
     """Do what `sense_v2.hf.save_pretrained` does, called as the class's own, which gets all but `push_to_hub`'s."""
-    from sense_v2.hf.saving.save import save_pretrained
+    from sense_v2.hf.saving.save import save_before_memory, save_pretrained
 
     own = type(model).save_pretrained
     if options.get("distributed_checkpoint"):
@@ -127,7 +127,10 @@ def _save_with_memory(
         # Its rows are, or come, from elsewhere.
         given = model.state_dict() if state_dict is None else state_dict
         state_dict = {name: value for name, value in given.items() if not name.endswith("engram._extra_state")}
-        own(model, save_directory, is_main_process=is_main_process, state_dict=state_dict, **options)
+        if memory.is_released or not is_main_process:
+            own(model, save_directory, is_main_process=is_main_process, state_dict=state_dict, **options)
+        else:
+            save_before_memory(model, Path(save_directory), state_dict=state_dict, **options)
         return
     if not push_to_hub:
         save_pretrained(model, save_directory, state_dict=state_dict, **options)

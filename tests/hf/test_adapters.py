@@ -94,6 +94,16 @@ def test_a_trainers_save_model_keeps_the_memory_of_an_adapter(tmp_path, base):
         assert torch.equal(logits(from_pretrained(tmp_path / folder)), logits(model))
 
 
+def test_adapters_of_other_names_share_the_memory(tmp_path, base):
+    model = adapted_after(tmp_path / "table", base)
+    train_fusion(model)
+    model.add_adapter("other", LoraConfig(**LORA))
+    model.set_adapter("other")
+    expected = logits(model)
+    model.save_pretrained(tmp_path / "saved", selected_adapters=["other"])
+    assert torch.equal(logits(from_pretrained(tmp_path / "saved" / "other")), expected)
+
+
 def test_an_adapter_that_names_no_base_asks_for_it(tmp_path):
     model = lora(with_memory(tmp_path / "table"))
     model.save_pretrained(tmp_path / "saved")

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -15,16 +14,13 @@ from sense_v2.engram.upkeep.convert import Conversion, convert_table
 from sense_v2.hf.saving.folder import (
     CONFIG_FILE,
     MEMORY_FOLDER,
+    OF_THE_TABLE,
     OVERLAY_FILE,
     REFERENCE_FILE,
-    STATE_FILE,
     TABLE_FILE,
     referenced_table,
     replace_file,
 )
-
-# That, and what `sense-engram delta apply` keeps: of no use to a table of other bytes.
-_OF_THIS_TABLE = re.compile(rf"{STATE_FILE.pattern}|engram_table\.undo-(?:\d+-)?[0-9a-f]{{12}}\.safetensors")
 
 
 def convert_trained(
@@ -63,7 +59,7 @@ def convert_trained(
     of_table.add(REFERENCE_FILE)
     for file in sorted(memory.iterdir()):
         if file.is_file() and not (
-            file.name in of_table or file.suffix == ".tmp" or _OF_THIS_TABLE.fullmatch(file.name)
+            file.name in of_table or file.suffix == ".tmp" or OF_THE_TABLE.fullmatch(file.name)
         ):
             copy_file(file, target / file.name)
     replace_file(target / CONFIG_FILE, dataclasses.replace(config, dtype=dtype).to_json().encode())

@@ -15,9 +15,9 @@
 
 The table is never rewritten: it is where it was trained, or it is copied. A reference takes no room and holds as long
 as its commit is the table's last: it is refused once another one has followed, never taken for the rows it named.
-Every file of the memory is written under another name first, so that a process that reads the old one keeps it.
-engram/config.json comes last and is taken away before a table is replaced: a folder without it was not saved to its
-end.
+A model is built inside the folder and moved to its places by renames, so that a process that reads the old files
+keeps them (`publishing.py`). A checkpoint's memory is written where it lies, engram/config.json last: a folder that
+lacks it was not saved to its end.
 """
 
 from __future__ import annotations
@@ -33,8 +33,10 @@ from safetensors.torch import load_file
 
 from sense_v2.core.config import EngramConfig
 from sense_v2.engram.table.disk import new_file, write_at
-from sense_v2.engram.table.format import manifest_name
+from sense_v2.engram.table.format import journal_name, manifest_name
 from sense_v2.engram.table.opening import read_manifest
+from sense_v2.engram.tokenizer import description_path
+from sense_v2.hf.saving.publishing import finish_interrupted
 
 MEMORY_FOLDER = "engram"
 CONFIG_FILE = "config.json"
@@ -48,6 +50,8 @@ MAP_FILE = "shadow_map.npy"
 FUSION_PREFIX = "engram.layers."
 # Optimizer state of a table of that name, as sense_v2.engram.table.format calls it.
 STATE_FILE = re.compile(r"engram_table\.[A-Za-z0-9_-]{1,64}\.dat")
+# That, and what `sense-engram delta apply` keeps: of no use to a table of other bytes.
+OF_THE_TABLE = re.compile(rf"{STATE_FILE.pattern}|engram_table\.undo-(?:\d+-)?[0-9a-f]{{12}}\.safetensors")
 
 
 def memory_paths(folder: str | Path) -> tuple[Path, Path]:
@@ -62,6 +66,7 @@ def check_folder(folder: Path) -> dict[str, Any]:
     Raises `FileNotFoundError` naming a missing part, `ValueError` if the file is damaged or a reference's table has
     gone on.
     """
+    finish_interrupted(folder)
     path = folder / "config.json"
     if not path.is_file() and (folder / ADAPTER_FILE).is_file():
         path = folder / ADAPTER_FILE
@@ -100,6 +105,29 @@ def memory_parts(folder: str | Path) -> tuple[EngramConfig, Path, dict[int, dict
         layer, _, rest = name.partition(".")
         fusion.setdefault(int(layer), {})[rest] = value
     return EngramConfig.load(memory / CONFIG_FILE), table, fusion
+
+
+def weights_in(folder: Path, variant: str | None = None) -> list[str]:
+    """The names of the files of a backbone's weights, of a variant or of none."""
+    own = f".{variant}" if variant else ""
+    patterns = (f"model{own}.safetensors", f"model{own}-*-of-*.safetensors", f"model.safetensors.index{own}.json")
+    return [path.name for pattern in patterns for path in folder.glob(pattern)]
+
+
+def memory_files_in(memory_folder: Path) -> list[str]:
+    """The names of the files of a memory, and of a table of its name and all that belongs to that."""
+    names = {CONFIG_FILE, FUSION_FILE, REFERENCE_FILE, OVERLAY_FILE, MAP_FILE, "backbone.json"}
+    names |= {description_path(Path(MAP_FILE)).name, TABLE_FILE, manifest_name(TABLE_FILE), journal_name(TABLE_FILE)}
+    return [
+        path.name
+        for path in (memory_folder.iterdir() if memory_folder.is_dir() else ())
+        if path.name in names or (OF_THE_TABLE.fullmatch(path.name) and not is_table(path))
+    ]
+
+
+def is_table(path: Path) -> bool:
+    """True for a table of another name, which could be a state by its name: it has a manifest of its own."""
+    return path.with_name(manifest_name(path.name)).exists()
 
 
 def read_reference(path: Path) -> dict[str, Any]:

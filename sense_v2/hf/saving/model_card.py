@@ -78,12 +78,14 @@ def model_card(
 def write_card(
     model: PreTrainedModel, folder: Path, name: str, *, training: Mapping[str, Any], evaluation: Mapping[str, Any]
 ) -> None:
-    """Write the card to `folder`, unless somebody else wrote the one that is there."""
+    """Write the card to `folder`."""
+    replace_file(folder / CARD_FILE, model_card(model, name, training=training, evaluation=evaluation).encode())
+
+
+def is_others_card(folder: Path) -> bool:
+    """True if somebody else wrote the card that is there."""
     path = folder / CARD_FILE
-    if path.exists() and _MARK not in path.read_text(encoding="utf-8", errors="replace").splitlines():
-        return
-    text = model_card(model, name, training=training, evaluation=evaluation)
-    replace_file(path, text.encode())
+    return path.exists() and _MARK not in path.read_text(encoding="utf-8", errors="replace").splitlines()
 
 
 def _use(name: str, has_memory: bool) -> list[str]:

@@ -17,7 +17,7 @@ from transformers.models.auto.modeling_auto import (
     MODEL_FOR_MASKED_LM_MAPPING_NAMES,
 )
 
-from sense_v2.hf.saving.folder import ADAPTER_FILE, replace_file
+from sense_v2.hf.saving.folder import replace_file
 
 MODEL_TYPE = "sense_engram"
 
@@ -67,12 +67,10 @@ def forget_announcement(model: PreTrainedModel) -> None:
 ADAPTER_NOTE = "memory_in_engram: open with sense_v2.hf.from_pretrained"
 
 
-def announce_in_adapter(folder: Path) -> None:
+def announce_in_adapter(path: Path) -> None:
     """Add a key to PEFT's adapter_config.json, which PEFT warns of when it opens the adapter without its memory."""
-    path = folder / ADAPTER_FILE
-    if path.is_file():
-        values = {**json.loads(path.read_text(encoding="utf-8")), ADAPTER_NOTE: True}
-        replace_file(path, (json.dumps(values, indent=2, sort_keys=True) + "\n").encode())
+    values = {**json.loads(path.read_text(encoding="utf-8")), ADAPTER_NOTE: True}
+    replace_file(path, (json.dumps(values, indent=2, sort_keys=True) + "\n").encode())
 
 
 def announce_memory(folder: Path, model: PreTrainedModel) -> bool:

@@ -6,7 +6,7 @@ import contextlib
 import dataclasses
 import json
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +28,7 @@ from sense_v2.hf.saving.backbone_facts import (
     tokenizer_facts,
 )
 from sense_v2.hf.saving.folder import (
+    ADAPTER_FILE,
     CONFIG_FILE,
     FUSION_FILE,
     FUSION_PREFIX,
@@ -38,10 +39,13 @@ from sense_v2.hf.saving.folder import (
     STATE_FILE,
     TABLE_FILE,
     is_same_file,
+    memory_files_in,
     replace_file,
+    weights_in,
 )
-from sense_v2.hf.saving.model_card import write_card
+from sense_v2.hf.saving.model_card import CARD_FILE, is_others_card, write_card
 from sense_v2.hf.saving.model_config import announce_in_adapter, announce_memory
+from sense_v2.hf.saving.publishing import built_inside, files_in, finish_interrupted, publish
 
 TABLE_WAYS = ("copy", "reflink", "reference")
 
@@ -60,7 +64,8 @@ def save_pretrained(
 ) -> None:
     """Save a model, its memory if any is attached, and its tokenizer.
 
-    A table that lies in `folder/engram` already stays there. The model goes on with the table it has.
+    A table that lies in `folder/engram` already stays there. The model goes on with the table it has. All is built
+    inside the folder first: what fails, or a kill, leaves what the folder held, or all that is new.
 
     Args:
         model: A model of transformers.
@@ -94,6 +99,7 @@ def save_pretrained(
             "save_pretrained: this model has adapters (add_adapter), and transformers would save those alone; "
             "model.delete_adapter(…) first, or use peft.get_peft_model and save model.merge_and_unload()"
         )
+    finish_interrupted(folder)
     memory = attached_memory(model)
     if memory is None and target.exists():
         raise FileExistsError(
@@ -107,32 +113,25 @@ def save_pretrained(
             "them. sense-engram convert makes a table of ours from each"
         )
     in_place = memory is not None and is_same_file(memory.table.path, target / TABLE_FILE)
-    if memory is not None and memory.table.has_gone_on and (in_place or table == "reference"):
-        raise ValueError(
-            f"{memory.table.path} has gone on since this model was copied: its rows aren't there any more. Save the "
-            "rows as well: choose another folder, and table='copy'"
-        )
     if table == "reference" and not in_place and (target / TABLE_FILE).exists():
         raise FileExistsError(
             f"{target / TABLE_FILE} is there already, and a reference would leave it without a use; remove it, or "
             "choose another folder"
         )
-    with contextlib.nullcontext() if in_place else _sole_writer(target / TABLE_FILE):
-        if not in_place:
-            (target / CONFIG_FILE).unlink(missing_ok=True)
-        folder.mkdir(parents=True, exist_ok=True)
+    with (
+        contextlib.nullcontext() if in_place else _sole_writer(target / TABLE_FILE),
+        built_inside(folder) as staging,
+    ):
         given = model.state_dict() if state_dict is None else state_dict
         weights = {name: value for name, value in given.items() if not name.startswith("engram.")}
         # Under the model's own names: a class that is named in code doesn't find how transformers renames others.
         options.setdefault("save_original_format", False)
         # The class's: the object's own is this function, while memory is attached.
-        type(model).save_pretrained(model, folder, state_dict=dict(weights), **options)  # takes it apart
+        type(model).save_pretrained(model, staging, state_dict=dict(weights), **options)  # takes it apart
+        old = weights_in(folder, options.get("variant"))
         if tokenizer is not None:
-            tokenizer = _save_tokenizer(tokenizer, model, folder)
+            tokenizer = _save_tokenizer(tokenizer, model, staging)
         if memory is not None:
-            # Several processes commit together, and one of them may save alone what was committed.
-            if memory.storage.mode == "r+" and not memory.storage.needs_all_ranks:
-                memory.storage.flush()
             # What is recorded of a tokenizer that isn't saved again still holds.
             facts = {
                 name: value
@@ -140,21 +139,24 @@ def save_pretrained(
                 if name in ("token_texts", "tokenizer_file") and in_place
             }
             facts |= backbone_facts(model, weights) | (
-                tokenizer_facts(tokenizer, folder) if tokenizer is not None else {}
+                tokenizer_facts(tokenizer, staging) if tokenizer is not None else {}
             )
-            describe_backbone(model, folder, facts)
+            describe_backbone(model, staging, facts, folder)
             fusion = {
                 name.removeprefix(FUSION_PREFIX): value
                 for name, value in given.items()
                 if name.startswith(FUSION_PREFIX)
             }
-            save_memory(memory, target, table="stay" if in_place else table, states=False, fusion=fusion or None)
-        write_card(model, folder, name or folder.resolve().name, training=training or {}, evaluation=evaluation or {})
+            old += _build_memory(memory, folder, staging, "stay" if in_place else table, fusion or None)
+        title = name or folder.resolve().name
+        if not is_others_card(folder):
+            write_card(model, staging, title, training=training or {}, evaluation=evaluation or {})
+        publish(staging, folder, files_in(staging), old)
 
 
-def save_beside_adapter(model: PreTrainedModel, folder: Path) -> None:
-    """Save the memory of the model inside a PEFT one to the folder of its adapter."""
-    memory, target = memory_of(model), folder / MEMORY_FOLDER
+def save_beside_adapter(model: PreTrainedModel, folder: Path, save_adapter: Callable[[Path], Any]) -> None:
+    """Save a PEFT model: its adapters, by the call that writes them to a folder, and the memory of `model` inside."""
+    memory, table = memory_of(model), folder / MEMORY_FOLDER / TABLE_FILE
     if memory.is_released:
         warnings.warn(
             "the tables of a released checkpoint stay there, and an adapter's folder has no place for the fusion "
@@ -162,16 +164,43 @@ def save_beside_adapter(model: PreTrainedModel, folder: Path) -> None:
             UserWarning,
             stacklevel=4,
         )
+        save_adapter(folder)
         return
-    in_place = is_same_file(memory.table.path, target / TABLE_FILE)
-    with contextlib.nullcontext() if in_place else _sole_writer(target / TABLE_FILE):
-        (target / CONFIG_FILE).unlink(missing_ok=True)
-        target.mkdir(parents=True, exist_ok=True)
-        if memory.storage.mode == "r+" and not memory.storage.needs_all_ranks:
-            memory.storage.flush()
-        write_facts(folder, backbone_facts(model))
-        announce_in_adapter(folder)
-        save_memory(memory, target, table="stay" if in_place else "copy", states=False)
+    finish_interrupted(folder)
+    in_place = is_same_file(memory.table.path, table)
+    with contextlib.nullcontext() if in_place else _sole_writer(table), built_inside(folder) as staging:
+        if (folder / CARD_FILE).exists():  # PEFT adds to it
+            copy_file(folder / CARD_FILE, staging / CARD_FILE)
+        save_adapter(staging)
+        write_facts(staging, backbone_facts(model))
+        adapters = [name for name in files_in(staging) if Path(name).name == ADAPTER_FILE]
+        for name in adapters:
+            announce_in_adapter(staging / name)
+        old = _build_memory(memory, folder, staging, "stay" if in_place else "copy", None)
+        publish(staging, folder, files_in(staging), old, gate=min(adapters, key=len))
+
+
+def _build_memory(
+    memory: EngramMemory, folder: Path, staging: Path, table: str, fusion: Mapping[str, torch.Tensor] | None
+) -> list[str]:
+    """Write a memory to `staging`, from where it goes to `folder`; return what has to leave that."""
+    target = folder / MEMORY_FOLDER
+    if table in ("stay", "reference") and memory.table.has_gone_on:
+        raise ValueError(
+            f"{memory.table.path} has gone on since this model was copied: its rows aren't there any more. Save the "
+            "rows as well: choose another folder, and table='copy'"
+        )
+    # Several processes commit together, and one of them may save alone what was committed.
+    if memory.storage.mode == "r+" and not memory.storage.needs_all_ranks:
+        memory.storage.flush()
+    own = _own_files(memory, target) if table == "stay" else set()
+    overlay = OVERLAY_FILE not in own
+    save_memory(memory, staging / MEMORY_FOLDER, table=table, states=False, fusion=fusion, overlay=overlay)
+    return [
+        f"{MEMORY_FOLDER}/{name}"
+        for name in memory_files_in(target)
+        if name not in own and not is_same_file(target / name, memory.table.path)
+    ]
 
 
 def write_facts(folder: Path, facts: Mapping[str, Any]) -> None:
@@ -179,13 +208,22 @@ def write_facts(folder: Path, facts: Mapping[str, Any]) -> None:
     replace_file(folder / MEMORY_FOLDER / BACKBONE_FILE, (json.dumps(facts, indent=2) + "\n").encode())
 
 
-def describe_backbone(model: PreTrainedModel, folder: Path, facts: Mapping[str, Any]) -> None:
-    """Say in the folder that transformers saved `model` to that it has a memory, and what that was trained on."""
+def save_before_memory(model: PreTrainedModel, folder: Path, **options: Any) -> None:
+    """Save a model as its class does, to a folder that is no whole model before `save_memory` has been there."""
+    with built_inside(folder) as staging:
+        type(model).save_pretrained(model, staging, **options)
+        describe_backbone(model, staging, backbone_facts(model), folder)
+        publish(staging, folder, files_in(staging), weights_in(folder, options.get("variant")))
+
+
+def describe_backbone(model: PreTrainedModel, folder: Path, facts: Mapping[str, Any], to_be: Path) -> None:
+    """Say in the folder that transformers saved `model` to that it has a memory, and what that was trained on. Its
+    files go to the folder `to_be`."""
     write_facts(folder, facts)
     if not announce_memory(folder, model):
         warnings.warn(
             f"{type(model).__name__} is none of transformers' own models with a language head: "
-            f"sense_v2.hf.from_pretrained({str(folder)!r}) opens what was saved, the Auto classes open it "
+            f"sense_v2.hf.from_pretrained({str(to_be)!r}) opens what was saved, the Auto classes open it "
             "without memory",
             UserWarning,
             stacklevel=3,
@@ -199,6 +237,7 @@ def save_memory(
     table: str,
     states: bool,
     fusion: Mapping[str, torch.Tensor] | None = None,
+    overlay: bool = True,
 ) -> None:
     """Write a model's memory to a folder, its configuration last.
 
@@ -209,6 +248,7 @@ def save_memory(
             that lies there already. An overlay's rows are written beside it.
         states: True to copy the table's optimizer states as well.
         fusion: The fusion layers' weights, by default those that they have.
+        overlay: False leaves an overlay out.
     """
     target.mkdir(parents=True, exist_ok=True)
     if table == "reference":
@@ -217,7 +257,8 @@ def save_memory(
         (target / REFERENCE_FILE).unlink(missing_ok=True)
         if table != "stay":
             _copy_table(memory, target, states, reflink_only=table == "reflink")
-    _save_overlay(memory, target / OVERLAY_FILE, states)
+    if overlay:
+        _save_overlay(memory, target / OVERLAY_FILE, states)
     map_path = memory.tokenizer.path
     if description_path(map_path).exists():
         copy_file(description_path(map_path), description_path(target / MAP_FILE))
@@ -275,6 +316,14 @@ def _portable_config(memory: EngramMemory) -> EngramConfig:
     return dataclasses.replace(
         memory.config, storage_path=TABLE_FILE, shadow_map_path=MAP_FILE, pad_token_id=pad_token_id
     )
+
+
+def _own_files(memory: EngramMemory, target: Path) -> set[str]:
+    """What stays in a memory's folder that is saved to itself: the table and all that belongs to it."""
+    stays = {name for name in memory_files_in(target) if name.startswith("engram_table.")}
+    if memory.storage.path is not None and is_same_file(memory.storage.path, target / OVERLAY_FILE):
+        stays.add(OVERLAY_FILE)
+    return stays
 
 
 def _copy_table(memory: EngramMemory, target: Path, states: bool, *, reflink_only: bool) -> None:

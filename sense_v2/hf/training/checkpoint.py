@@ -22,7 +22,6 @@ from transformers import PreTrainedModel
 
 from sense_v2.engram.table.disk import sync
 from sense_v2.hf.memory import EngramMemory, memory_of
-from sense_v2.hf.saving.backbone_facts import backbone_facts
 from sense_v2.hf.saving.folder import (
     CONFIG_FILE,
     MEMORY_FOLDER,
@@ -31,22 +30,18 @@ from sense_v2.hf.saving.folder import (
     TABLE_FILE,
     read_reference,
 )
-from sense_v2.hf.saving.save import describe_backbone, save_memory
+from sense_v2.hf.saving.save import save_memory
 
 TABLES = ("copy", "reference", "stay")
 IN_TABLE_FILE = "rows_in_table.json"
 
 
 def write_checkpoint(model: PreTrainedModel, checkpoint: Path, *, table: str, states: bool = True) -> None:
-    """Writes `checkpoint/engram`, and says in the config.json there that the model has memory; the table must have
-    nothing uncommitted. `states` False leaves the optimizer states out: good for going back to these rows, not for
-    training on."""
+    """Writes `checkpoint/engram`; the table must have nothing uncommitted. `states` False leaves the optimizer states
+    out: good for going back to these rows, not for training on."""
     folder = checkpoint / MEMORY_FOLDER
     (folder / CONFIG_FILE).unlink(missing_ok=True)
     memory = memory_of(model)
-    # Else it holds an adapter alone, or no table.
-    if (checkpoint / "config.json").is_file() and not memory.is_released:
-        describe_backbone(model, checkpoint, backbone_facts(model))
     # A table under an overlay, or a released one, is the same in all checkpoints.
     stays = memory.is_released or memory.table is not memory.storage
     save_memory(memory, folder, table="stay" if stays else table, states=states)

@@ -1,0 +1,164 @@
+"""Saving over what is there, ended at every moment: the folder is as it was, or as it was to be."""
+
+import contextlib
+import os
+import shutil
+
+import pytest
+import torch
+from test_save import in_place, logits, with_memory
+from tiny import tiny_model
+from transformers import AutoModelForCausalLM, LlamaForCausalLM
+
+from sense_v2.engram.table import disk
+from sense_v2.hf.load import from_pretrained
+from sense_v2.hf.memory import memory_of
+from sense_v2.hf.saving import publishing
+from sense_v2.hf.saving.save import save_pretrained
+
+
+class KilledError(BaseException):
+    pass
+
+
+class Watched:
+    """A module, of which the calls that change a folder count; from the `last` on each ends in an error: once, as a
+    disk's, or from then on, as after a kill."""
+
+    def __init__(self, module, calls):
+        self.module, self.calls = module, calls
+
+    def __getattr__(self, name):
+        value = getattr(self.module, name)
+        if name not in ("replace", "unlink", "rmtree", "open", "fsync", "pwrite"):
+            return value
+        if name == "rmtree" and not self.calls.is_kill:  # it is told to ignore errors
+            return value
+
+        def call(*args, **more):
+            self.calls.count += 1
+            if self.calls.count > self.calls.last and (self.calls.is_kill or self.calls.count == self.calls.last + 1):
+                raise KilledError if self.calls.is_kill else OSError("the disk's")
+            return value(*args, **more)
+
+        return call
+
+
+class Calls:
+    def __init__(self, last, is_kill):
+        self.count, self.last, self.is_kill = 0, last, is_kill
+
+
+def interrupted(monkeypatch, last, is_kill, save):
+    """Whether the save ended at that call, and how many there were."""
+    calls = Calls(last, is_kill)
+    with monkeypatch.context() as patched:
+        patched.setattr(publishing, "os", Watched(os, calls))
+        patched.setattr(publishing, "shutil", Watched(shutil, calls))
+        patched.setattr(disk, "os", Watched(os, calls))
+        try:
+            save()
+        except (KilledError, OSError):
+            return True
+    return False
+
+
+@pytest.fixture
+def models(tmp_path):
+    """A model that was saved, another one, and what the two say."""
+    other, model = with_memory(tmp_path / "other", seed=2), with_memory(tmp_path / "table")
+    with torch.no_grad():
+        model.lm_head.weight.mul_(1.5)
+    save_pretrained(other, tmp_path / "first")
+    memory_of(model).storage.commit()
+    return model, logits(other), logits(model)
+
+
+def read(folder):
+    return (folder / "config.json").read_text()
+
+
+def which(folder, old, new):
+    found = logits(from_pretrained(folder))
+    assert torch.equal(found, old) or torch.equal(found, new)
+    return "new" if torch.equal(found, new) else "old"
+
+
+@pytest.mark.parametrize("is_kill", [True, False])
+def test_over_another_model_ended_at_every_call(tmp_path, models, monkeypatch, is_kill):
+    model, old, new = models
+    # Where the calls that publish begin is found from behind: what comes before has the same end.
+    calls = Calls(10**9, False)
+    shutil.copytree(tmp_path / "first", tmp_path / "counted")
+    with monkeypatch.context() as patched:
+        for module, name, real in ((publishing, "os", os), (publishing, "shutil", shutil), (disk, "os", os)):
+            patched.setattr(module, name, Watched(real, calls))
+        save_pretrained(model, tmp_path / "counted")
+    outcomes = []
+    for last in [*range(0, calls.count - 36, 30), *range(calls.count - 36, calls.count, 3)]:
+        folder = tmp_path / str(last)
+        shutil.copytree(tmp_path / "first", folder)
+        was_interrupted = interrupted(monkeypatch, last, is_kill, lambda to=folder: save_pretrained(model, to))
+        assert was_interrupted or not is_kill
+        if list(folder.glob(".saving-*/.publishing.json")) and "moves the rest" in read(folder):
+            for opens in (LlamaForCausalLM, AutoModelForCausalLM):
+                with pytest.raises(OSError, match=r"config\.json.*not a valid JSON"):
+                    opens.from_pretrained(folder)
+        outcomes.append(which(folder, old, new))
+        shutil.rmtree(folder)
+    if is_kill:
+        assert outcomes == sorted(outcomes, reverse=True)
+        assert {*outcomes} == {"old", "new"}
+
+
+def test_over_its_own_folder_ended_while_it_is_published(tmp_path, monkeypatch):
+    model = in_place(tmp_path / "saved")
+    save_pretrained(model, tmp_path / "saved")
+    old = logits(model)
+    with torch.no_grad():
+        model.lm_head.weight.mul_(1.5)
+        memory_of(model).layers["1"].W_v.weight.mul_(1.5)
+    new = logits(model)
+    own = publishing.publish
+    for is_kill in (True, False):
+        for last in range(0, 60, 7):
+
+            def ends(*args, last=last, is_kill=is_kill):
+                calls = Calls(last, is_kill)
+                with monkeypatch.context() as patched:
+                    patched.setattr(publishing, "os", Watched(os, calls))
+                    patched.setattr(disk, "os", Watched(os, calls))
+                    own(*args)
+
+            with monkeypatch.context() as patched:
+                patched.setattr("sense_v2.hf.saving.save.publish", ends)
+                with contextlib.suppress(KilledError, OSError):
+                    save_pretrained(model, tmp_path / "saved")
+            which(tmp_path / "saved", old, new)
+    save_pretrained(model, tmp_path / "saved")
+    assert which(tmp_path / "saved", old, new) == "new"
+    assert not list((tmp_path / "saved").glob(".saving-*"))
+
+
+def test_a_new_folder_is_whole_or_not_there(tmp_path, models, monkeypatch):
+    model, _, new = models
+
+    def fails(*_, **__):
+        raise OSError("no room")
+
+    with monkeypatch.context() as patched:
+        patched.setattr("sense_v2.hf.saving.save.save_memory", fails)
+        with pytest.raises(OSError, match="no room"):
+            save_pretrained(model, tmp_path / "deep" / "new")
+    assert not (tmp_path / "deep").exists()
+    save_pretrained(model, tmp_path / "deep" / "new")
+    assert torch.equal(logits(from_pretrained(tmp_path / "deep" / "new")), new)
+
+
+def test_shards_of_the_model_before_leave(tmp_path, models):
+    model, _, new = models
+    save_pretrained(tiny_model("llama", layers=2), tmp_path / "plain", max_shard_size="20KB")
+    assert list((tmp_path / "plain").glob("model-*-of-*"))
+    save_pretrained(model, tmp_path / "plain")
+    assert [path.name for path in (tmp_path / "plain").glob("model*")] == ["model.safetensors"]
+    assert torch.equal(logits(from_pretrained(tmp_path / "plain")), new)
