@@ -26,6 +26,7 @@ import torch
 
 from sense_v2.engram.reading.earlier_rows import EarlierRows
 from sense_v2.engram.row_source import TrainableRows
+from sense_v2.engram.table import disk
 from sense_v2.engram.table.checksums import PART_BYTES, block_sums, to_hex
 from sense_v2.engram.table.disk import WriterLock, copy_file, write_file
 from sense_v2.engram.table.format import (
@@ -164,8 +165,9 @@ def remove_manifest(path: Path) -> Path:
     """Takes away the manifest of what lies at `path`, and the journal, which would be undone in the copy. Returns
     where the new manifest goes."""
     target = path.with_name(manifest_name(path.name))
-    target.unlink(missing_ok=True)
-    path.with_name(journal_name(path.name)).unlink(missing_ok=True)
+    for file in (target, path.with_name(journal_name(path.name))):
+        with contextlib.suppress(FileNotFoundError):
+            disk.os.unlink(file)
     return target
 
 

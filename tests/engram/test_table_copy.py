@@ -1,11 +1,14 @@
 """Copies of a table and the way back, the files read raw."""
 
+import errno
+import itertools
 import os
 import shutil
 
 import numpy as np
 import pytest
 import torch
+from disk_calls import watched
 from tables import DTYPES, D, N, in_a_fork, make, manifest, names, slow_sums
 
 from sense_v2.engram import table_copy
@@ -268,6 +271,7 @@ def test_a_writer_that_goes_on_while_a_copy_is_made(tmp_path, monkeypatch, num_c
         assert copy.read_bytes() == committed["engram_table.dat"]
         assert copy.with_name("copy.sum.dat").read_bytes() == committed["engram_table.sum.dat"]
         assert check_table(copy).findings == []
+    table.commit()
     table.close()
 
 
@@ -292,4 +296,45 @@ def test_rows_that_were_stored_around_the_journal_are_no_copy(tmp_path):
     table.weight[40] = 7
     with pytest.raises(ValueError, match="doesn't have the checksums of its manifest"):
         reader.copy_to(tmp_path / "copy.dat")
+    table.commit()
+    table.close()
+
+
+@pytest.mark.parametrize("code", [errno.ENOSPC, errno.EIO])
+@pytest.mark.parametrize("is_lasting", [False, True])
+def test_each_call_of_a_copy_fails_in_turn(tmp_path, code, is_lasting):
+    """Of a copy beside a writer, over another one: what is there then is a copy of the commit, or says that it is
+    none; and the next attempt makes it."""
+    table, _, reader, committed = trained(tmp_path / "engram_table.dat")
+    copy, num_calls = tmp_path / "copy.dat", None
+    for failing in itertools.count():
+        numbers = itertools.count()
+
+        def around(name, call, *arguments, numbers=numbers, failing=failing):
+            number = next(numbers)
+            if number == failing or (is_lasting and number > failing):
+                raise OSError(code, os.strerror(code))
+            return call(*arguments)
+
+        try:
+            with watched(around):
+                reader.copy_to(copy)
+            failed = None
+        except OSError as error:
+            failed = error.errno
+        num_calls = next(numbers)
+        if copy.with_suffix(".json").exists():
+            restored = make(tmp_path / "restored.dat")
+            restored.restore_from(copy)
+            restored.close()
+            assert copy.read_bytes() == committed["engram_table.dat"]
+        else:
+            assert failed == code
+        if failing >= num_calls:
+            break
+    assert num_calls > 20
+    assert (failed, copy.with_name("copy.sum.dat").read_bytes()) == (None, committed["engram_table.sum.dat"])
+    assert check_table(copy).findings == []
+    assert not [name for name in names(tmp_path) if name.endswith(".tmp")]
+    table.commit()
     table.close()
