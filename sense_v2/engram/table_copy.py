@@ -126,7 +126,7 @@ def _copy_earlier(storage: MappedRows, path: Path, earlier: EarlierRows, *, stat
     copy_file(storage.path, path, reflink_only=reflink_only)
     sums = to_hex(block_sums(earlier.write_to(path), storage.manifest.format_version))
     manifest = dataclasses.replace(storage.manifest, updates=storage.updates, commit=new_commit(), states={})
-    write_file(target, dataclasses.replace(manifest, checksums=sums).to_json())
+    write_file(target, dataclasses.replace(manifest, checksums=sums).to_json(), like=path)
 
 
 def _committed(storage: MappedRows) -> Manifest:

@@ -50,8 +50,9 @@ def test_journal_lock_manifest_states_copies_and_undos(path: Path, mode: int, tm
     train(path, 1.0)
     table = make(path, mode="r")
     table.copy_to(tmp_path / "copy.dat")
-    table.close()
     train(path, 2.0)
+    table.copy_to(tmp_path / "earlier.dat", states=False)
+    table.close()
     for name in ("facts", "others"):
         export_delta(path, tmp_path / "copy.dat", tmp_path / f"{name}.safetensors")
     strip_delta(tmp_path / "facts.safetensors", tmp_path / "stripped.safetensors")
@@ -65,7 +66,15 @@ def test_journal_lock_manifest_states_copies_and_undos(path: Path, mode: int, tm
     overlay.commit()
     overlay.close()
     found = modes(tmp_path)
-    assert {"table.lock", "table.json", "table.sum.dat", "copy.json", "copy.sum.dat", "small.dat"} <= found.keys()
+    assert {
+        "table.lock",
+        "table.json",
+        "table.sum.dat",
+        "copy.json",
+        "copy.sum.dat",
+        "small.dat",
+        "earlier.json",
+    } <= found.keys()
     assert any(".undo-" in name for name in found)
     no_rows = {"overlay.safetensors.lock", "small.lock", "half.lock"}
     assert {name: bits for name, bits in found.items() if bits != mode and name not in no_rows} == {}
