@@ -85,6 +85,7 @@ app = typer.Typer(
     help="Conditional memory for Hugging Face language models, in memory-mapped files.",
     epilog=EXIT_STATUS,
     pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
 )
 
 

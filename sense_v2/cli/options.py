@@ -55,7 +55,7 @@ TextColumnOption = Annotated[
     str, typer.Option(metavar="COLUMN", help="Where JSON lines, Parquet or a dataset have their text.")
 ]
 LayersOption = Annotated[str | None, typer.Option(metavar="1,15", help="Layers that get memory, counted from 0.")]
-TableSizeOption = Annotated[int | None, typer.Option(help="Rows of the table, all heads together.")]
+TableSizeOption = Annotated[int | None, typer.Option(min=1, help="Rows of the table, all heads together.")]
 AllFilesOption = Annotated[
     bool, typer.Option("--all-files", help="Read all of the corpus, not the part that train holds out.")
 ]

@@ -151,6 +151,11 @@ def test_each_way_to_end_has_its_status(run, monkeypatch, error, status):
     assert run()[0] == status
 
 
+@pytest.mark.parametrize("command", [(), ("train",), ("delta",), ("delta", "teach")])
+def test_h_is_short_for_help(run, command):
+    assert run(*command, "-h") == run(*command, "--help")
+
+
 def test_a_closed_pipe_ends_it_without_a_word():
     script = f"{shlex.quote(sys.executable)} -m sense_v2.cli.main --help; echo STATUS $? >&2"
     reader, writer = os.pipe()
