@@ -44,10 +44,11 @@ def write_checkpoint(model: PreTrainedModel, checkpoint: Path, *, table: str, st
     memory = memory_of(model)
     # A table under an overlay, or a released one, is the same in all checkpoints.
     stays = memory.is_released or memory.table is not memory.storage
-    save_memory(memory, folder, table="stay" if stays else table, states=states)
-    if table == "stay" and not stays:
+    if table == "stay" and not stays:  # before the rest: without it, the rest would be a checkpoint with its own rows
+        folder.mkdir(exist_ok=True)
         step = {"step": step_of(checkpoint)}
         (folder / IN_TABLE_FILE).write_text(json.dumps(step) + "\n", encoding="utf-8")
+    save_memory(memory, folder, table="stay" if stays else table, states=states)
 
 
 def sync_checkpoint(checkpoint: Path) -> None:

@@ -2,6 +2,7 @@
 
 import gc
 import json
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -163,3 +164,24 @@ def test_without_a_checkpoint_there_is_nothing_to_go_on_from(tmp_path):
     gc.collect()
     model = attach_engram(tiny_model("llama"), tiny_config(tmp_path, init_std=0.0), tiny_tokenizer())
     assert resumable_checkpoint(tmp_path / "training", model) is None
+
+
+@pytest.mark.filterwarnings("ignore:.*a writer ended between two commits")
+def test_a_checkpoint_whose_memory_was_written_in_part_is_passed_over(tmp_path, monkeypatch):
+    """Killed before its last file: its rows are in the table, and it never passes for one with rows of its own."""
+    from sense_v2.hf.training import checkpoint
+
+    written = Path.write_text
+
+    def dying(path, *arguments, **options):
+        if path.name == checkpoint.IN_TABLE_FILE and path.parent.parent.name == "checkpoint-4":
+            raise KeyboardInterrupt
+        return written(path, *arguments, **options)
+
+    monkeypatch.setattr(Path, "write_text", dying)
+    with pytest.raises(KeyboardInterrupt):
+        run(tmp_path, resident(tmp_path))
+    monkeypatch.undo()
+    gc.collect()
+    model = attach_engram(tiny_model("llama"), tiny_config(tmp_path, init_std=0.0), tiny_tokenizer())
+    assert resumable_checkpoint(tmp_path / "training", model) == tmp_path / "training" / "checkpoint-2"
