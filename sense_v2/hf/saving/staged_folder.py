@@ -118,7 +118,8 @@ def resumed_folder(output: Path) -> Iterator[Path]:
     for path in output.glob(f"{PREFIX}*/{_COMPLETE}"):
         if not found:  # it was killed when there was nothing to go on with any more, and before the model was moved
             with locked_folder(path.parent):
-                _publish(path.parent, output, force=False)
+                remove_state(path.parent)
+                _publish(path.parent, output, force=True)  # or it would have been refused when it began
             finished = True
     if not found and finished:
         raise CommandError(
@@ -160,13 +161,12 @@ def _move(names: Iterable[str], source: Path, target: Path) -> None:
 
 
 def remove_state(staging: Path) -> None:
-    """Remove what a run goes on from, once it has taken all its steps. What reporters wrote there stays."""
+    """Remove what a run goes on from, once it has taken all its steps: first what says that it could go on. What
+    reporters wrote there stays."""
     state = staging / STATE_FOLDER
-    for path in [*state.glob("checkpoint-*"), state / RUN_FILE]:
-        if path.is_dir():
-            shutil.rmtree(path)
-        else:
-            path.unlink()
+    (state / RUN_FILE).unlink(missing_ok=True)
+    for path in state.glob("checkpoint-*"):
+        shutil.rmtree(path)
     remove_empty([state])
 
 
@@ -243,7 +243,8 @@ def _publish(staging: Path, output: Path, *, force: bool) -> None:
     """
     with locked_folder(output, wait=True):
         old = {path.name for part in (_MODEL, *_PARTS) for path in output.glob(part)}
-        new = {path.name for path in staging.iterdir()} - {REPLACED, PLAN_FILE}
+        # A kill while the plan is written leaves its temporary.
+        new = {path.name for path in staging.iterdir() if not path.name.startswith((REPLACED, PLAN_FILE))}
         old |= {name for name in new if (output / name).exists()}
         plan = {
             "force": force,

@@ -40,7 +40,7 @@ from sense_v2.hf.data.corpus import Batches, Corpus
 from sense_v2.hf.data.corpus_files import find_files
 from sense_v2.hf.data.held_out import save_corpus
 from sense_v2.hf.data.large_corpus import open_corpus
-from sense_v2.hf.data.streaming import PackedStream, StreamBatches, is_hub_dataset
+from sense_v2.hf.data.streaming import STREAM_FILE, PackedStream, StreamBatches, is_hub_dataset
 from sense_v2.hf.insight.evaluation import Evaluation, evaluate
 from sense_v2.hf.memory import EngramMemory, attached_memory, memory_of
 from sense_v2.hf.saving.backbone_facts import backbone_facts
@@ -177,6 +177,12 @@ def _train(
     """The result, and the memory, still open; the model is in `staging`, whole."""
     started = time.perf_counter()
     config, state_folder = run.config, staging / STATE_FOLDER
+    too_early = CommandError(
+        f"{output}: the run ended before its first checkpoint, so there is nothing to go on from",
+        f"remove {staging}, and train again without --resume",
+    )
+    if resumes and not any(state_folder.glob(f"*/{STREAM_FILE}")):
+        raise too_early
     text = open_corpus(run.corpus, config.train, text_column=run.text_column)
     watcher.corpus_opened(text)
     backbone = _backbone(run.model, text, config.train)
@@ -202,10 +208,7 @@ def _train(
     facts = _facts(backbone, config)
     watcher.prepared(facts)
     if resumes and resumable_checkpoint(state_folder, backbone.model) is None:
-        raise CommandError(
-            f"{output}: the run ended before its first checkpoint, so there is nothing to go on from",
-            f"remove {staging}, and train again without --resume",
-        )
+        raise too_early
     reserved = reserve(staging, _weight_bytes(backbone.model), output)
 
     evaluations: list[Evaluation] = []

@@ -207,7 +207,9 @@ def test_what_a_killed_run_left_is_removed_if_nothing_could_go_on_from_it(output
 
 
 def test_a_run_that_was_killed_before_it_could_begin_to_replace_is_finished(tmp_path):
-    write(tmp_path / "run" / ".training-whole", {**NEW, "config.yaml": "last"})
+    write(tmp_path / "run", OLD)
+    left = {"training/checkpoint-2/stream.safetensors": "", "replacing.json.tmp": ""}
+    write(tmp_path / "run" / ".training-whole", {**NEW, "config.yaml": "last", **left})
     with pytest.raises(CommandError, match="in its place now"), resumed_folder(tmp_path / "run"):
         pass
-    assert content(tmp_path / "run") == {**NEW, "config.yaml": "last"}
+    assert content(tmp_path / "run") == {**IN_PLACE, "config.yaml": "last"}
