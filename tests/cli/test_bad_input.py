@@ -390,6 +390,17 @@ def test_a_corpus_whose_name_is_not_utf_8(corpus, tmp_path, capsys):
     assert "caf\ufffd" in (output / "README.md").read_text(encoding="utf-8")
 
 
+@pytest.mark.parametrize("text", ["{", "[]", "{}", '{"config": {}, "steps": 3}', "[" * 50_000])
+def test_a_run_whose_settings_are_damaged(refused, tmp_path, text):
+    state = tmp_path / "run" / ".training-x" / "training"
+    state.mkdir(parents=True)
+    (state / "run.json").write_text(text)
+    with unchanged(tmp_path):
+        what, way_out = refused("train", "--resume", "--output", tmp_path / "run")
+    assert "training/run.json isn't what a run wrote there: " in what
+    assert "train again without --resume" in way_out
+
+
 def test_an_output_that_is_a_file(refused, corpus, tmp_path):
     (tmp_path / "file").write_text("content")
     with unchanged(tmp_path):

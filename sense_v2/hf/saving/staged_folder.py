@@ -70,7 +70,9 @@ def staged_folder(output: Path, *, force: bool) -> Iterator[Path]:
             ):  # so that nobody takes the folder for a dead run's before it is locked
                 left = [path for path in output.glob(f"{PREFIX}*") if not _is_removed(path)]
                 staging = Path(tempfile.mkdtemp(prefix=PREFIX, dir=output))
-                held.enter_context(locked_folder(staging))
+                # Not the folder itself, which saving locks while it moves the model there.
+                (staging / STATE_FOLDER).mkdir()
+                held.enter_context(locked_folder(staging / STATE_FOLDER))
         except OSError as error:
             remove_empty(made)
             raise CommandError(
@@ -85,6 +87,7 @@ def staged_folder(output: Path, *, force: bool) -> Iterator[Path]:
             )
         try:
             yield staging
+            remove_empty([staging / STATE_FOLDER])
             _publish(staging, output, force=force)
         finally:
             if not _steps(staging) and not (staging / PLAN_FILE).exists():
@@ -96,7 +99,8 @@ def _is_removed(staging: Path) -> bool:
     """Remove the folder of a run from which nothing could go on, if its process is gone. True if it was."""
     if _steps(staging) or any((staging / name).exists() for name in (PLAN_FILE, _MODEL)) or staging.name == RESUMED:
         return False
-    with suppress(CommandError), locked_folder(staging) as is_held:
+    state = staging / STATE_FOLDER
+    with suppress(CommandError), locked_folder(state if state.is_dir() else staging) as is_held:
         if is_held:
             shutil.rmtree(staging, ignore_errors=True)
     return not staging.exists()
@@ -139,7 +143,7 @@ def resumed_folder(output: Path) -> Iterator[Path]:
         )
     (staging,) = found
     staging.mkdir(exist_ok=True)
-    with locked_folder(staging):
+    with locked_folder((output if was_saved else staging) / STATE_FOLDER):
         began = None
         try:
             if was_saved:  # the state comes last: a kill in between leaves it where the next call looks for it

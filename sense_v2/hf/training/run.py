@@ -99,8 +99,14 @@ class Run:
 
     @classmethod
     def load(cls, folder: Path) -> Run:
-        values = json.loads((folder / RUN_FILE).read_text(encoding="utf-8"))
-        return cls(**{**values, "config": Config.from_dict(values["config"])})
+        file = folder / RUN_FILE
+        try:
+            values = json.loads(file.read_text(encoding="utf-8"))
+            return cls(**{**values, "config": Config.from_dict(values["config"])})
+        except (ValueError, TypeError, KeyError, RecursionError) as error:
+            raise CommandError(
+                f"{file} isn't what a run wrote there: {one_line(str(error))}", "train again without --resume"
+            ) from error
 
 
 def default_config(model: str | None) -> Config:

@@ -192,10 +192,10 @@ def test_what_a_killed_run_left_is_removed_if_nothing_could_go_on_from_it(output
         ".training-dead": {"engram/table": "half", "training/run.json": "{}"},
         ".training-resumable": {"training/checkpoint-2/stream.safetensors": "", "training/run.json": "{}"},
         ".training-whole": NEW,
-        ".training-alive": {"engram/table": "half"},
+        ".training-alive": {"engram/table": "half", "training/run.json": "{}"},
     }.items():
         write(output / name, files)
-    with locked(output / ".training-alive"), warnings.catch_warnings(record=True) as warned:
+    with locked(output / ".training-alive" / "training"), warnings.catch_warnings(record=True) as warned:
         warnings.simplefilter("always")
         train(output)
     assert sorted(path.name for path in output.glob(".*")) == [
