@@ -26,7 +26,7 @@ HELPERS := $(addprefix benchmarks/, turns.py resident.py reading.py lookup_cold.
 BENCHMARKS := $(filter-out $(HELPERS) benchmarks/scaling.py benchmarks/teaching.py, $(wildcard benchmarks/*.py))
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-slow crash ranks fuzz docs docs-pictures trees lint format bench scaling wheel clean distclean broken
+.PHONY: help setup demo test test-slow crash ranks fuzz test-peers docs docs-pictures trees lint format bench scaling wheel clean distclean broken
 
 help: ## this list
 	@sed -n 's/^\([a-z-]*\):.*## /\1|/p' Makefile | while IFS='|' read -r target text; do printf '  make %-14s %s\n' "$$target" "$$text"; done
@@ -52,6 +52,9 @@ ranks: $(INSTALLED) ## kill one of 2 to 4 ranks 60 times, at random moments and 
 	SENSE_RANK_KILLS=$${SENSE_RANK_KILLS:-15} OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(JOBS) --dist loadscope $(ARGS) tests/engram/ranks/test_global_commit.py tests/engram/ranks/test_hosts.py
 
 # Only packages are downloaded, and the site loads nothing from elsewhere: scripts/check_site.py checks it.
+test-peers: $(INSTALLED) ## transformers' own model tests, bare and with memory (ARGS="llama opt" for some; half an hour)
+	OMP_NUM_THREADS=1 $(BIN)/python scripts/test_peers.py $(ARGS)
+
 docs: $(INSTALLED) ## the site of docs/, in site/index.html
 	@$(BIN)/python -c 'import material, mkdocstrings_handlers.python' 2>/dev/null || $(BIN)/python -m pip install --quiet -c $(TORCH_CONSTRAINTS) -e ".[docs]"
 	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --quiet --strict

@@ -11,6 +11,8 @@ from transformers import (
     DeepseekV4ForCausalLM,
     Gemma3nForCausalLM,
     Gemma3nTextConfig,
+    MiniMaxConfig,
+    MiniMaxForCausalLM,
     MptConfig,
     MptForCausalLM,
     OPTConfig,
@@ -30,22 +32,34 @@ COMMON = {"vocab_size": VOCABULARY, "pad_token_id": 0, "bos_token_id": 1, "eos_t
 SIZES = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, **COMMON}
 
 
-def opt():
-    return OPTForCausalLM(OPTConfig(ffn_dim=64, word_embed_proj_dim=32, **SIZES))
+def qwen2_vl():
+    text = {**SIZES, "intermediate_size": 64, "num_key_value_heads": 2}
+    text |= {"rope_parameters": {"rope_type": "default", "mrope_section": [1, 1, 2], "rope_theta": 1e4}}
+    vision = {"depth": 1, "embed_dim": 32, "hidden_size": 32, "num_heads": 4, "mlp_ratio": 2}
+    return Qwen2VLForConditionalGeneration(Qwen2VLConfig(text_config=text, vision_config=vision))
 
 
-def bloom():
-    return BloomForCausalLM(BloomConfig(hidden_size=32, n_layer=2, n_head=4, **COMMON))
+def minimax():
+    """Its cache has a list of its own beside `layers`, and breaks where these are made before their time."""
+    sizes = {"num_key_value_heads": 2, "head_dim": 8, "intermediate_size": 32, "block_size": 4}
+    kinds = {"layer_types": ["full_attention", "linear_attention"], "num_local_experts": 2, "num_experts_per_tok": 1}
+    return MiniMaxForCausalLM(MiniMaxConfig(**SIZES, **sizes, **kinds))
 
 
-def mpt():
-    return MptForCausalLM(MptConfig(d_model=32, n_layers=2, n_heads=4, max_seq_len=128, **COMMON))
+FAMILIES = {
+    # Their layers are handed no arguments.
+    "opt": lambda: OPTForCausalLM(OPTConfig(ffn_dim=64, word_embed_proj_dim=32, **SIZES)),
+    "bloom": lambda: BloomForCausalLM(BloomConfig(hidden_size=32, n_layer=2, n_head=4, **COMMON)),
+    "mpt": lambda: MptForCausalLM(MptConfig(d_model=32, n_layers=2, n_heads=4, max_seq_len=128, **COMMON)),
+    "minimax": minimax,
+    "qwen2_vl": qwen2_vl,
+}
 
 
-@pytest.mark.parametrize("family", [opt, bloom, mpt], ids=lambda family: family.__name__)
-def test_layers_that_are_handed_no_arguments_have_memory(tmp_path, family):
+@pytest.mark.parametrize("family", FAMILIES)
+def test_families_generate_with_memory(tmp_path, family):
     torch.manual_seed(0)
-    model, ids = family().eval(), some_ids()
+    model, ids = FAMILIES[family]().eval(), some_ids()
     model.generation_config.eos_token_id = None
     bare = full_logits(model, ids)
     attach_engram(model, tiny_config(tmp_path), tiny_tokenizer())
@@ -108,14 +122,10 @@ def test_judging_a_model_draws_no_random_number(tmp_path):
 
 def test_positions_of_several_kinds(tmp_path):
     """Qwen-VL's are of time, height and width, and of text before those, which alone say where a document begins."""
-    text = {**SIZES, "intermediate_size": 64, "num_key_value_heads": 2}
-    text |= {"rope_parameters": {"rope_type": "default", "mrope_section": [1, 1, 2], "rope_theta": 1e4}}
-    vision = {"depth": 1, "embed_dim": 32, "hidden_size": 32, "num_heads": 4, "mlp_ratio": 2}
-    model = Qwen2VLForConditionalGeneration(Qwen2VLConfig(text_config=text, vision_config=vision)).eval()
+    model = qwen2_vl().eval()
     attach_engram(model, tiny_config(tmp_path), tiny_tokenizer())
     wake(model.engram)
     ids, asked = some_ids(), []
-    assert_generates(model, ids)
     expected = full_logits(model, ids)
     for kinds in (3, 4):
         positions = torch.arange(13).expand(kinds, 2, -1)

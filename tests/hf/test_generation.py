@@ -20,8 +20,6 @@ from tiny import VOCABULARY, tiny_config, tiny_model, tiny_tokenizer, wake
 from transformers import (
     DynamicCache,
     LlamaForCausalLM,
-    MiniMaxConfig,
-    MiniMaxForCausalLM,
     PreTrainedTokenizerFast,
     QuantizedCache,
     StaticCache,
@@ -758,19 +756,6 @@ def test_an_early_exit_before_the_first_memory_guesses_ahead(tmp_path):
     wake(model.engram)
     out = generated(model, ids, assistant_early_exit=1)
     assert torch.equal(out.sequences, full_greedy(model, ids)[0])
-    detach_engram(model)
-
-
-def test_a_cache_that_counts_its_layers_itself_keeps_tokens(tmp_path):
-    """MiniMax's has a list of its own beside `layers`, and breaks where these are made before their time."""
-    sizes = {"num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 8}
-    experts = {"num_local_experts": 2, "num_experts_per_tok": 1, "block_size": 4}
-    small = {"vocab_size": VOCABULARY, "hidden_size": 32, "intermediate_size": 32, "pad_token_id": 0}
-    kinds = ["full_attention", "linear_attention"]
-    model = MiniMaxForCausalLM(MiniMaxConfig(**small, **sizes, **experts, layer_types=kinds)).eval()
-    attach_engram(model, tiny_config(tmp_path), tiny_tokenizer())
-    wake(model.engram)
-    assert_generates(model, some_ids())
     detach_engram(model)
 
 
