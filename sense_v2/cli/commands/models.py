@@ -73,7 +73,9 @@ def train(
     layers: LayersOption = None,
     table_size: TableSizeOption = None,
     no_memory: Annotated[bool, typer.Option("--no-memory", help="Train the backbone alone, to compare.")] = False,
-    seed: Annotated[int | None, typer.Option(min=0, help="Of the weights, the rows and the order of the text.")] = None,
+    seed: Annotated[
+        int | None, typer.Option(min=0, help="Of the weights, the rows and the order of the text.")
+    ] = None,
     text_column: TextColumnOption = "text",
     trainer: Annotated[
         list[str] | None,
