@@ -200,6 +200,8 @@ def released_config(config: Mapping[str, Any]) -> EngramConfig | None:
 def _count(text: Mapping[str, Any], name: str, largest: int) -> int:
     """Return a number that decides how much is computed."""
     value = text[name]
+    if value is None:
+        raise TypeError(f"{name} is null")
     if type(value) is not int or not 1 <= value <= largest:
         raise ValueError(f"config.json: {name} = {str(value)[:50]}: must be from 1 to {largest}. Fetch it again")
     return value

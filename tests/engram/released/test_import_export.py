@@ -150,14 +150,15 @@ def test_the_released_fusion_by_its_names(golden_folder):
     )
 
     class Map:
-        compressed_vocab_size, vocab_size, pad_token_id = 1000, 1000, 0
+        compressed_vocab_size, vocab_size, pad_token_id, num_spare_ids = 1000, 1000, 0, 0
 
         def __call__(self, ids):
             return ids
 
-    # Only the fusion is called; what a fresh layer asks of its table is whether that is new.
+    # Only the fusion is called; what a fresh layer asks of its table is whether that is new, and its pad id.
     table = torch.nn.Identity()
     table.is_new = False
+    table.recorded_pad_id = lambda pad_id: pad_id
     layer = EngramFusionLayer(config, 32, 1, tokenizer=Map(), storage=table).eval()
     layer.load_state_dict(weights)
     hidden, valid = golden["in.hidden_states"], golden["in.token_mask"] != 0

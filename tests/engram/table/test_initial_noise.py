@@ -114,7 +114,7 @@ def test_a_write_error_or_an_interrupt_during_the_fill_leaves_nothing(
         raise OSError(errno.EIO, "input/output error")
 
     def interrupt() -> None:
-        os.kill(os.getpid(), signal.SIGINT)
+        signal.pthread_kill(threading.main_thread().ident or 0, signal.SIGINT)
 
     real_chunk = initial_noise._normal_chunk
     for what, expected in ((fail, OSError), (interrupt, KeyboardInterrupt)):

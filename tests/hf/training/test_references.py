@@ -12,6 +12,7 @@ from test_trainer_modes import hf_tokenizer
 from transformers import TrainerCallback
 
 from sense_v2.hf.memory import memory_of
+from sense_v2.hf.training import callback
 from sense_v2.hf.training.callback import EngramCallback
 
 pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::DeprecationWarning")
@@ -83,7 +84,7 @@ def test_the_reference_of_an_adapter_has_the_memory_before_training(tmp_path, ad
     assert memory_of(model).reference is None
 
 
-def test_a_copy_is_a_reference_and_none_without_memory_is(tmp_path):
+def test_a_copy_is_a_reference_and_none_without_memory_is(tmp_path, monkeypatch):
     model = with_memory(tmp_path / "table")
     trainer = dpo(model, tmp_path, ref_model=copy.deepcopy(model))
     trainer.train()
@@ -93,6 +94,7 @@ def test_a_copy_is_a_reference_and_none_without_memory_is(tmp_path):
     del trainer, model
     gc.collect()
     model = with_memory(tmp_path / "other")
+    monkeypatch.setattr(callback, "living_memories", list)  # other tests' live on
     with pytest.warns(UserWarning, match=r"reference of this Trainer has no memory.*copy\.deepcopy\(model\)"):
         dpo(model, tmp_path, ref_model=bare).train()
 
