@@ -155,9 +155,9 @@ def test_the_released_fusion_by_its_names(golden_folder):
         def __call__(self, ids):
             return ids
 
-    # Only the fusion is called; what a fresh layer asks of its table is whether that is new, and its pad id.
+    # Only the fusion is called; this is what a fresh layer asks of its table.
     table = torch.nn.Identity()
-    table.is_new = False
+    table.is_new, table.manifest = False, SimpleNamespace(commit=None)
     table.recorded_pad_id = lambda pad_id: pad_id
     layer = EngramFusionLayer(config, 32, 1, tokenizer=Map(), storage=table).eval()
     layer.load_state_dict(weights)
