@@ -40,7 +40,7 @@ demo: $(DEMO_INSTALLED) ## train a small model with memory and write the report 
 test: $(INSTALLED) ## the tests (ARGS="-k name" for some)
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(JOBS) -m "not slow" $(ARGS)
 
-test-slow: $(INSTALLED) ## the tests that compile code, start clusters or run a guide; CI runs them, too
+test-slow: $(INSTALLED) ## the tests that compile code, start ranks, cut the power or run a guide; CI runs them, too
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(JOBS) -m slow $(ARGS)
 
 # tests/engram/table/test_crash.py says what is done how often.

@@ -59,7 +59,9 @@ def decode(model, step, cache, ids):
     return torch.cat(parts, 1)
 
 
-@pytest.mark.parametrize("name", ["llama", "gpt2", "lfm2", "falcon_h1"])
+@pytest.mark.parametrize(
+    "name", ["llama", *(pytest.param(name, marks=pytest.mark.slow) for name in ("gpt2", "lfm2", "falcon_h1"))]
+)
 def test_the_forward_is_one_graph(name):
     model, ids = remembering(name), some_ids()
     whole, graphs = compiled(model)
@@ -68,6 +70,7 @@ def test_the_forward_is_one_graph(name):
     assert graphs.frame_count == 1
 
 
+@pytest.mark.slow
 def test_the_forward_with_padding_and_documents_is_one_graph():
     model, (ids, mask) = remembering("llama"), padded()
     whole, graphs = compiled(model)

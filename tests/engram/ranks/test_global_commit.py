@@ -28,6 +28,8 @@ from sense_v2.engram.storage import MMapEmbeddingStorage
 from sense_v2.engram.table.opening import TableFiles
 from sense_v2.engram.upkeep.check import check_table, repair_table
 
+pytestmark = pytest.mark.slow
+
 KILLS = int(os.environ.get("SENSE_RANK_KILLS", "3"))
 LAST_STEP = 6
 LAYOUTS = ("file", "shards")

@@ -37,6 +37,8 @@ from disk_calls import watched
 
 from sense_v2.engram.storage import MMapEmbeddingStorage
 
+pytestmark = pytest.mark.slow
+
 SECTOR_BYTES = 512
 EXHAUSTIVE_UP_TO = 16
 NUM_SAMPLES = KILLS // 5

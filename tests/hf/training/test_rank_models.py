@@ -11,6 +11,8 @@ import numpy as np
 import pytest
 from rank_runs import Server, rank_server
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture(scope="module")
 def server() -> Iterator[Server]:
