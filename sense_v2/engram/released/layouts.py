@@ -186,7 +186,8 @@ def config_json(
         }
         streams = "hc_count"
         quantized = {"modules_to_convert": ["ngram_embedding"]}
-    text |= {} if num_streams is None else {streams: num_streams, "hidden_size": hidden_size}
+    if num_streams is not None:  # the fusion layers are written, too
+        text |= {streams: num_streams, "hidden_size": hidden_size, "rms_norm_eps": VARIANTS[variant].gate_norm_eps}
     settings: dict[str, Any] = {"model_type": text["model_type"].removesuffix("_text"), "text_config": text}
     if is_float8:
         settings["quantization_config"] = {"quant_method": "fp8", **quantized}

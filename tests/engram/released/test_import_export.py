@@ -306,6 +306,7 @@ def test_there_and_back_every_bit_is_the_same(deepseek, tmp_path):
     written = json.loads((tmp_path / "back/config.json").read_text())
     keys = [key for key in theirs if key.startswith(("engram_", "hc_"))]
     assert {key: written["text_config"][key] for key in keys} == {key: theirs[key] for key in keys}
+    assert written["text_config"]["rms_norm_eps"] == 1e-6  # of the fusion's norms, which engines read there
     assert written["quantization_config"]["weight_block_size"] == [32, 32]
     facts = released_tables(tmp_path / "back")
     assert [(fact.layer, fact.num_parts, "rows against the layout" in fact.checked) for fact in facts] == [
