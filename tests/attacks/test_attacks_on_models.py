@@ -38,7 +38,7 @@ QWEN = {"ple_layer_ids": [1], "hidden_size": 256}
         (QWEN, "heads_per_ngram"),
     ],
 )
-@pytest.mark.parametrize("value", [10**12, 0, -1, 2.0, True, "4", None])
+@pytest.mark.parametrize("value", [10**12, 0, -1, 2.0, True, "4"])
 def test_a_configuration_that_asks_for_endless_work(text, name, value):
     assert released_config(text) is not None
     with pytest.raises(ValueError, match=rf"config\.json: {name} = .*: must be from 1 to \d+\. Fetch it again"):
