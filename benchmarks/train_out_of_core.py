@@ -25,6 +25,8 @@ writes  `write`, and a whole step of the row optimizer, against `index_copy_`; w
 
 Medians, with the tenth and ninetieth percentile, of wall time and of processor time (see turns.py: where other work
 runs beside it, OMP_NUM_THREADS=1 and processor time are what compares). The last line of stdout is JSON. Needs Linux.
+
+Long because its parts share one model, one corpus and one loop, so that their figures are of the same step.
 """
 
 from __future__ import annotations
