@@ -105,7 +105,7 @@ clean: ## remove what was built and the demo's output; data/ and .venv stay
 distclean: clean ## clean, and remove .venv
 	rm -rf $(VENV)
 
-# The demo needs a third of what the tests need, so .venv is made in two steps. The files .installed-demo and .installed
+# The demo needs half of the disk that the tests need (1.3 of 2.6 GB), so .venv is made in two steps. The files .installed-demo and .installed
 # say that a step is done, in which folder and with which constraints. If that no longer holds (the checkout was moved,
 # its Python or packages were removed), the environment is made again from scratch.
 STATE := $(CURDIR) $(TORCH_CONSTRAINTS)

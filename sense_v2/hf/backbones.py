@@ -62,10 +62,12 @@ def open_trained(folder: str | Path, *, device: str = "auto", dtype: str = "auto
     """(model, tokenizer) that `train`, `demo` or `save_pretrained` saved, the memory attached read-only.
 
     `device` as `device_of` takes it; `dtype` is the weights' type, auto the saved one. Raises `CommandError` for a
-    device that isn't there, and what loading raises.
+    device or type that isn't there, and what loading raises.
     """
     folder, place = Path(folder), device_of(device)
     options: dict[str, Any] = {} if dtype == "auto" else {"dtype": dtype}
+    if options and not isinstance(getattr(torch, dtype, None), torch.dtype):
+        raise CommandError(f"--dtype {dtype}: no type of weights", "auto, float32, bfloat16 or float16")
     try:
         model = from_pretrained(folder, mode="r", **options)
     except (OSError, ValueError, IndexError):

@@ -39,3 +39,8 @@ def test_a_model_moves_to_the_device_and_takes_the_type(folder, monkeypatch):
 def test_a_device_that_is_not_there_is_named_with_the_way_out(folder, name):
     with pytest.raises(CommandError, match=rf"--device {name}: .*cpu"):
         open_trained(folder, device=name)
+
+
+def test_a_type_that_is_none_is_named_with_those_that_are(folder):
+    with pytest.raises(CommandError, match=r"--dtype foo: .*bfloat16"):
+        open_trained(folder, dtype="foo")

@@ -110,13 +110,13 @@ def read_blocks(
             "more text, a shorter --sequence-length" + ("" if all_files else ", or --all-files"),
         )
     blocks_BT = Batches(token_ids, batch_size=1, sequence_length=length, seed=0).sample(sequences)
-    is_same = None if trained is None else trained["paths"] == _absolute(corpus)
+    is_same = None if trained is None else trained["paths"] == absolute_paths(corpus)
     return Blocks(blocks_BT, text, not all_files, len(texts), len(token_ids), is_same)
 
 
 def save_corpus(folder: Path, corpus: Sequence[str | Path] | None, text_column: str) -> None:
     """Write into a model's folder what it was trained on; None is the standard library."""
-    record = {"paths": _absolute(corpus), "text_column": text_column}
+    record = {"paths": absolute_paths(corpus), "text_column": text_column}
     (folder / CORPUS_FILE).write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
 
 
@@ -131,8 +131,8 @@ def _trained_corpus(folder: Path) -> dict[str, Any] | None:
         raise CommandError(f"{path} doesn't name a corpus", "remove it, and name one by --corpus") from error
 
 
-def _absolute(corpus: Sequence[str | Path] | None) -> list[str] | None:
-    """Paths as any folder can find them; a dataset's name stays."""
+def absolute_paths(corpus: Sequence[str | Path] | None) -> list[str] | None:
+    """Return paths by which any folder finds the corpus; a dataset stays a name, None the standard library."""
     return [str(Path(one).resolve()) if Path(one).exists() else str(one) for one in corpus] if corpus else None
 
 

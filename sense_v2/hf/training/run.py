@@ -38,7 +38,7 @@ from sense_v2.hf.backbones import (
 )
 from sense_v2.hf.data.corpus import Batches, Corpus
 from sense_v2.hf.data.corpus_files import find_files
-from sense_v2.hf.data.held_out import save_corpus
+from sense_v2.hf.data.held_out import absolute_paths, save_corpus
 from sense_v2.hf.data.large_corpus import open_corpus
 from sense_v2.hf.data.streaming import STREAM_FILE, PackedStream, StreamBatches, is_hub_dataset
 from sense_v2.hf.insight.evaluation import Evaluation, evaluate
@@ -148,10 +148,7 @@ def train_on_corpus(
     """
     checked_trainer(config.trainer)
     refuse_other_encodings(output, Path(output).resolve(), model)
-    named = None
-    if corpus:
-        named = [str(Path(path).resolve()) if Path(path).exists() else str(path) for path in corpus]
-    run = Run(config, model, named, text_column)
+    run = Run(config, model, absolute_paths(corpus), text_column)
     with staged_folder(Path(output), force=force) as staging:
         result, memory = _train(run, staging, Path(output), watcher or RunWatcher(), resumes=False)
     return _closed(result, memory)
