@@ -17,6 +17,7 @@ from sense_v2.core.progress import Progress, no_progress
 from sense_v2.engram.pretrained_tokenizer import loaded_tokenizer
 from sense_v2.engram.tokenizer import EngramTokenizerBuilder
 from sense_v2.hf.data.corpus import encode
+from sense_v2.hf.gguf_models import gguf_file, read_gguf
 from sense_v2.hf.load import from_pretrained
 from sense_v2.hf.memory import EngramMemory, attached_memory
 from sense_v2.hf.saving.folder import MEMORY_FOLDER
@@ -42,12 +43,22 @@ def new_backbone(texts: list[str], corpus_name: str, *, seed: int, sequence_leng
 
 
 def named_backbone(name: str) -> Backbone:
-    """A model of the hub or of a folder, in float32. Raises `OSError` naming what was tried, or `CommandError`."""
+    """A model of the hub, of a folder or of a GGUF file, in float32.
+
+    Raises `OSError` naming what was tried, `ModuleNotFoundError` where it is a package that isn't there, or
+    `CommandError`.
+    """
     if (Path(name) / MEMORY_FOLDER).is_dir():
         raise CommandError(
             f"{name} has a memory already, and training on isn't part of this version",
             "name the model that it was made from, or the folder of one without memory",
         )
+    file = gguf_file(name)
+    if file is not None:
+        try:
+            return Backbone(name, *read_gguf(file), tokenizer_name=file.name)
+        except Exception as error:  # whatever is wrong with the file
+            raise _unusable(name, error) from error
     EngramTokenizerBuilder(name)  # asks the hub once, with a time limit, and says what was tried
     local = Path(name).is_dir()
     try:
