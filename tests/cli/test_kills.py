@@ -20,6 +20,7 @@ from tiny import tiny_config, tiny_model, tiny_tokenizer
 from sense_v2.cli.main import main
 from sense_v2.hf.attach import attach_engram
 from sense_v2.hf.memory import memory_of
+from sense_v2.hf.saving.publishing import is_notice
 from sense_v2.hf.saving.save import save_pretrained
 from sense_v2.hf.training.run import default_config
 
@@ -36,12 +37,7 @@ COMMANDS = {
     "revert": ("delta", "revert", "applied"),
 }
 # What these say once they are done; they can't be done twice.
-DONE = {
-    "export": "is there already",
-    "tokenize": "is there already",
-    "apply": "made on another",
-    "revert": "to revert|made on another",
-}
+DONE = {"export": "is there already", "tokenize": "is there already"}
 TRAIN = ("train", "--corpus", "corpus", "--output", "taught", "--force", "--config", "run.yaml")
 COMMANDS |= {"train": TRAIN, "resume": ("train", "--resume", "--output", "taught")}
 EVER_NEW = ("engram_table.json", "t.json", "engram_table.journal")
@@ -136,7 +132,7 @@ def test_a_killed_command_can_be_called_again(original, tmp_path, name):
     assert status == 0, said
     expected, before = content(folder), content(original)
     moments = range(1, changes + 1)
-    if "SENSE_CRASH_KILLS" not in os.environ:
+    if "SENSE_CRASH_KILLS" not in os.environ and name not in ("apply", "revert"):  # which are fast
         moments = sorted(random.Random(name).sample(moments, min(2, changes)))
     for moment in moments:
         fresh(original, folder)
@@ -144,11 +140,8 @@ def test_a_killed_command_can_be_called_again(original, tmp_path, name):
         if name not in ("apply", "revert"):  # which change a table, under its journal
             assert content(folder).items() >= before.items(), f"killed at {moment}"
         status, _, said = wait(start(name, folder), folder)
-        assert status == 0 or re.search(DONE[name], said), f"killed at {moment}: {said}"
-        left = content(folder)
-        if status:  # it was done before it was killed; an undo that is left over harms nothing
-            left = {path: raw for path, raw in left.items() if path in expected or ".undo-" not in path}
-        assert left == expected, f"killed at {moment}"
+        assert status == 0 or re.search(DONE.get(name, "not this one"), said), f"killed at {moment}: {said}"
+        assert content(folder) == expected, f"killed at {moment}"
 
 
 @pytest.mark.parametrize("name", [name for name in COMMANDS if name not in ("train", "resume")])
@@ -162,7 +155,7 @@ def test_two_at_once_give_what_one_gives(original, tmp_path, name):
     assert 0 in [status for status, _, _ in ends]
     for status, _, said in ends:
         assert status == 0 or (status == 1 and "Traceback" not in said and " help: " in said)
-        assert status == 0 or re.search(f"{DONE.get(name)}|being written|is at work", said), said
+        assert status == 0 or re.search(f"{DONE.get(name)}|to revert|being written|is at work", said), said
 
 
 @pytest.mark.skipif("SENSE_CRASH_KILLS" not in os.environ, reason="five minutes: make crash")
@@ -190,11 +183,11 @@ def test_a_killed_run_goes_on_or_begins_anew_and_the_old_model_stays_until_then(
     assert new != old
     for moment in generator.sample(range(1, changes + 1), 40):
         killed(("train", moment))
-        assert model() in (old, new) or not (folder / "taught" / "config.json").exists()
+        assert model() in (old, new) or is_notice(folder / "taught" / "config.json")
         status, changes, said = wait(start("resume", folder), folder)
         if status == 0:  # once more, with a kill of what goes on
             killed(("train", moment), ("resume", generator.randint(1, changes)))
-            assert model() in (old, new) or not (folder / "taught" / "config.json").exists()
+            assert model() in (old, new) or is_notice(folder / "taught" / "config.json")
             status, _, said = wait(start("resume", folder), folder)
         if status and model() != new:
             assert re.search("there is nothing to go on from|holds no run that could go on", said), (moment, said)

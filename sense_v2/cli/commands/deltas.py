@@ -109,7 +109,7 @@ def apply(
     if done.undo is not None:
         undo = f"{done.undo}, {wording.size(done.undo.stat().st_size)}; sense-engram delta revert {table}"
     lines_to(as_json)(
-        f"applied  {delta} to {table}: {_rows(done.num_rows)}, one commit, verified",
+        f"applied  {_already(done)}{delta} to {table}: {_rows(done.num_rows)}, one commit, verified",
         *_digest_lines(done),
         f"undo     {undo}",
     )
@@ -126,7 +126,7 @@ def revert(table: TableArgument, as_json: JsonOption = False) -> None:
 
     done = revert_delta(table)
     lines_to(as_json)(
-        f"reverted {table}: {_rows(done.num_rows)} as they were, bit for bit, one commit, verified",
+        f"reverted {_already(done)}{table}: {_rows(done.num_rows)} as they were, bit for bit, one commit, verified",
         *_digest_lines(done),
     )
     if as_json:
@@ -230,6 +230,10 @@ def _rows(count: int) -> str:
     return f"{wording.count(count)} {'row' if count == 1 else 'rows'}"
 
 
+def _already(done: Applied) -> str:
+    return "" if done.is_new else "already: "
+
+
 def _digest_lines(done: Applied) -> list[str]:
     lines = [f"digest   {done.digest_before[:SHORT]}… before, {done.digest[:SHORT]}… now"]
     if done.states:
@@ -245,4 +249,5 @@ def _applied(done: Applied) -> dict[str, Any]:
         "digest": done.digest,
         "undo": None if done.undo is None else str(done.undo),
         "states": list(done.states),
+        "already": not done.is_new,
     }

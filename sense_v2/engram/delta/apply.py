@@ -59,6 +59,8 @@ class Applied:
     """Where what was replaced is kept; None where nothing was, and after a revert."""
     states: tuple[str, ...]
     """The table's optimizer states, which a delta doesn't change."""
+    is_new: bool = True
+    """False if an earlier call had done it, and this one found it done."""
 
 
 @dataclass(frozen=True)
@@ -167,24 +169,29 @@ def _check_leads_to(delta: Delta, base: MMapEmbeddingStorage, trained: MMapEmbed
 def apply_delta(path: Path, table: Path) -> Applied:
     """Stores the delta's rows into the table, its base, in one commit; the rows they replace are kept beside it.
 
-    A kill at any moment leaves the table as it was, or with all of the delta. Raises `ValueError` where the table
-    isn't the delta's base or is only read (compact rows), `BlockingIOError` where a process writes to it.
+    A kill at any moment leaves the table as it was, or with all of the delta, and the same call again finds which.
+    Raises `ValueError` where the table isn't the delta's base or is only read (compact rows), `BlockingIOError` where
+    a process writes to it.
     """
     delta, table = read_delta(path), real_table(table)
-    storage = _open_to_change(table, delta)
+    storage = _open_to_change(table, path)
     try:
-        before = storage.identity()
-        delta.info.base.refuse_other(before, path, table)
+        before, base = storage.identity(), delta.info.base
+        states = tuple(storage.manifest.states)
+        number, top = (_undos(table) or [(0, table)])[-1]
+        if _leads_back(top, before.digest, base.digest, delta.row_ids_U) and _has(storage, delta):
+            return Applied(table, len(delta.row_ids_U), base.digest, before.digest, top, states, is_new=False)
+        base.refuse_other(before, path, table)
         _refuse_other_dtype(delta, storage)
         digest = _digest_with(storage, delta)
         undo = None
         if digest != before.digest:  # or the rows are there already
-            number = 1 + max((number for number, _ in _undos(table)), default=0)
-            undo = table.with_name(f"{table.stem}.undo-{number}-{digest[:12]}.safetensors")
+            undo = table.with_name(f"{table.stem}.undo-{number + 1}-{digest[:12]}.safetensors")
+            if _leads_back(top, digest, before.digest, delta.row_ids_U):  # by a call that was killed
+                undo = top
             _write_undo(undo, storage, delta, digest)
             _store(storage, delta, updates=None)
         _check_is(storage, delta, digest)
-        states = tuple(storage.manifest.states)
         return Applied(table, len(delta.row_ids_U), before.digest, digest, undo, states)
     finally:
         storage.close()
@@ -192,37 +199,49 @@ def apply_delta(path: Path, table: Path) -> Applied:
 
 def revert_delta(table: Path) -> Applied:
     """Undoes the `apply_delta` that made the table what it is: its rows' bytes are what they were, and the undo is
-    removed.
+    removed. One that was killed in between is finished by the same call again.
 
     Raises `ValueError` where no undo fits the table as it is now, `BlockingIOError` where a process writes to it.
     """
     table = real_table(table)
-    before = _digest_on_disk(table)
-    undos = _undos(table)
-    fitting = [path for _, path in undos if path.stem.endswith(f"-{before[:12]}")]
-    if not fitting:
-        there = ", ".join(path.name for _, path in undos) or "none"
-        raise ValueError(
-            f"{table} has nothing to revert: its rows have digest {before}, and the undos beside it are {there}. An "
-            "undo fits the table as the delta left it, and rows that were changed since aren't in it. Go back to a "
-            "copy of the table"
-        )
-    undo = fitting[-1]
-    delta = read_delta(undo)
-    digest = str(delta.info.extra.get(REVERTS_TO))
-    storage = _open_to_change(table, delta)
+    storage = _open_to_change(table, Path("a delta"))
     try:
-        delta.info.base.refuse_other(storage.identity(), undo, table)
-        _refuse_other_dtype(delta, storage)
-        if _digest_with(storage, delta) != digest:
-            raise ValueError(f"{undo} doesn't lead back to what it says ({digest}). Go back to a copy of {table}")
-        _store(storage, delta, updates=delta.info.updates)
+        before, undos = storage.identity().digest, [path for _, path in _undos(table)]
+        # Where the last one leads back to the table as it is, a call was killed in between; nothing is left to undo.
+        is_done = bool(undos) and _leads_back(undos[-1], None, before)
+        fitting = undos[-1:] if is_done else [path for path in undos if path.stem.endswith(f"-{before[:12]}")]
+        if not fitting:
+            there = ", ".join(path.name for path in undos) or "none"
+            raise ValueError(
+                f"{table} has nothing to revert: its rows have digest {before}, and the undos beside it are {there}. "
+                "An undo fits the table as the delta left it, and rows that were changed since aren't in it. Go back "
+                "to a copy of the table"
+            )
+        undo = fitting[-1]
+        delta = read_delta(undo)
+        digest = str(delta.info.extra.get(REVERTS_TO))
+        if not is_done:
+            delta.info.base.refuse_other(storage.identity(), undo, table)
+            _refuse_other_dtype(delta, storage)
+            if _digest_with(storage, delta) != digest:
+                raise ValueError(f"{undo} doesn't lead back to what it says ({digest}). Go back to a copy of {table}")
+            _store(storage, delta, updates=delta.info.updates)
         _check_is(storage, delta, digest)
-        states = tuple(storage.manifest.states)
+        was, states = delta.info.base.digest, tuple(storage.manifest.states)
     finally:
         storage.close()
-    undo.unlink()
-    return Applied(table, len(delta.row_ids_U), before, digest, None, states)
+    undo.unlink(missing_ok=True)
+    return Applied(table, len(delta.row_ids_U), was, digest, None, states, is_new=not is_done)
+
+
+def _leads_back(path: Path, digest: str | None, to: str, row_ids_U: np.ndarray[Any, Any] | None = None) -> bool:
+    """True if `path` is an undo of the table of that digest, or of any, leads back to the table of the other, and is
+    of those rows, or of any."""
+    if _UNDO.search(path.name) is None or not (digest is None or path.stem.endswith(f"-{digest[:12]}")):
+        return False
+    undo = read_delta(path)
+    found = (undo.info.base.digest, undo.info.extra.get(REVERTS_TO))
+    return found == (digest or found[0], to) and (row_ids_U is None or np.array_equal(undo.row_ids_U, row_ids_U))
 
 
 def _undos(table: Path) -> list[tuple[int, Path]]:
@@ -232,11 +251,11 @@ def _undos(table: Path) -> list[tuple[int, Path]]:
     return sorted((int(match[1] or 0), path) for match, path in matches if match)
 
 
-def _open_to_change(table: Path, delta: Delta) -> MMapEmbeddingStorage:
+def _open_to_change(table: Path, delta: Path) -> MMapEmbeddingStorage:
     manifest = read_manifest(TableFiles(table).manifest)
     if row_dtype(manifest.dtype).is_compact:
         raise ValueError(
-            f"{table} has rows of {manifest.dtype}, which are only read. Look them up through {delta.path}: "
+            f"{table} has rows of {manifest.dtype}, which are only read. Look them up through {delta}: "
             "from_pretrained(folder, overlay=…)"
         )
     return open_table_as_it_is(table, mode="r+")
@@ -267,11 +286,16 @@ def _store(storage: MMapEmbeddingStorage, delta: Delta, *, updates: int | None) 
         storage.flush()
 
 
+def _has(storage: MMapEmbeddingStorage, delta: Delta) -> bool:
+    return all(
+        np.array_equal(_bits(storage(torch.from_numpy(delta.row_ids_U[part]))), _bits(delta.rows_UD[part]))
+        for part in _parts(delta)
+    )
+
+
 def _check_is(storage: MMapEmbeddingStorage, delta: Delta, digest: str) -> None:
-    for part in _parts(delta):
-        found = storage(torch.from_numpy(delta.row_ids_U[part]))
-        if not np.array_equal(_bits(found), _bits(delta.rows_UD[part])):
-            raise ValueError(f"{storage.path}: rows that were stored read otherwise. Check it: sense-engram verify")
+    if not _has(storage, delta):
+        raise ValueError(f"{storage.path}: rows that were stored read otherwise. Check it: sense-engram verify")
     if storage.identity().digest != digest:
         raise ValueError(
             f"{storage.path} has digest {storage.identity().digest} now, expected {digest}: rows outside of "
@@ -291,13 +315,6 @@ def _digest_with(storage: MMapEmbeddingStorage, delta: Delta) -> str:
         )
         add_to_blocks(sums, row_ids_U, new - old, storage.num_embeddings)
     return digest_of_blocks(to_hex(sums))
-
-
-def _digest_on_disk(table: Path) -> str:
-    checksums = read_manifest(TableFiles(table).manifest).checksums
-    if checksums is None:
-        raise ValueError(f"{table} has no checksums in its manifest; sense-engram verify --repair {table} adds them")
-    return digest_of_blocks(checksums)
 
 
 # Merging

@@ -1,5 +1,6 @@
 """Deltas made from tables, put into tables, taken out again and merged: the files' bytes are the oracle."""
 
+import dataclasses
 import json
 import shutil
 import struct
@@ -216,9 +217,26 @@ def test_a_delta_of_another_table_is_refused_and_nothing_changes(base):
         apply_delta(delta, other)
     assert other.read_bytes() == before
     assert list(base.parent.glob("*undo*")) == []
+    late = taught(base, "late", row_9=1.0)
     apply_delta(delta, base)
     with pytest.raises(ValueError, match="another table"):
-        apply_delta(delta, base)
+        apply_delta(late, base)
+
+
+def test_what_is_done_already_is_recognised_and_not_done_again(base):
+    first = taught(base, "d", row_3=1.0)
+    done, again = apply_delta(first, base), apply_delta(first, base)
+    assert (done.is_new, again.is_new) == (True, False)
+    assert dataclasses.replace(again, is_new=True) == done
+    before = base.read_bytes()
+    undo = apply_delta(taught(base, "second", row_9=1.0), base).undo
+    kept = undo.read_bytes()
+    revert_delta(base)
+    undo.write_bytes(kept)  # as after a kill behind the commit
+    assert not revert_delta(base).is_new
+    assert not undo.exists()
+    assert base.read_bytes() == before  # and the first delta is still in
+    assert revert_delta(base).digest == done.digest_before
 
 
 def test_a_table_that_was_trained_since_isnt_reverted(base):
@@ -268,8 +286,7 @@ def test_a_kill_between_undo_and_commit_leaves_the_table_as_it_was(base, monkeyp
         warnings.simplefilter("ignore")  # that rows were put back
         MMapEmbeddingStorage(N, D, base).close()
     assert base.read_bytes() == before
-    with pytest.raises(ValueError, match="nothing to revert"):
-        revert_delta(base)
+    assert not revert_delta(base).is_new
     apply_delta(delta, base)
     revert_delta(base)
     assert base.read_bytes() == before
