@@ -35,7 +35,7 @@ from sense_v2.hf.data.corpus_files import TOKENS_FILE
 from sense_v2.hf.data.documents import TOKEN_COLUMN, text_of
 from sense_v2.hf.data.workers import Processes, RayCluster, columns_of
 from sense_v2.hf.saving.folder import CONFIG_FILE, MEMORY_FOLDER, memory_paths
-from sense_v2.hf.saving.staged_folder import locked_folder
+from sense_v2.hf.saving.publishing import locked_folder
 
 PIECE_TOKENS = 1 << 16
 HELD_OUT_SHARE = 0.1

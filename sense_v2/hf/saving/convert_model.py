@@ -21,6 +21,7 @@ from sense_v2.hf.saving.folder import (
     referenced_table,
     replace_file,
 )
+from sense_v2.hf.saving.publishing import built_inside, files_in, finish_interrupted, locked_folder, publish
 
 
 def convert_trained(
@@ -34,7 +35,7 @@ def convert_trained(
 
     Args:
         folder: The model's; it is only read.
-        output: The new model's folder. config.json comes last: until then there is no model to load.
+        output: The new model's folder. All but the table comes at once: until then there is no model to load.
         dtype: Of the rows.
         advance: Is told how many bytes are read and written.
 
@@ -44,6 +45,8 @@ def convert_trained(
     """
     folder, output = Path(folder), Path(output)
     memory, target = folder / MEMORY_FOLDER, output / MEMORY_FOLDER
+    if output.exists():
+        finish_interrupted(output)
     config = EngramConfig.load(memory / CONFIG_FILE)
     if (memory / OVERLAY_FILE).exists():
         raise ValueError(
@@ -57,13 +60,15 @@ def convert_trained(
     conversion = convert_table(table, target / TABLE_FILE, dtype, advance=advance)
     of_table = {TABLE_FILE, manifest_name(TABLE_FILE), journal_name(TABLE_FILE), lock_name(TABLE_FILE), CONFIG_FILE}
     of_table.add(REFERENCE_FILE)
-    for file in sorted(memory.iterdir()):
-        if file.is_file() and not (
-            file.name in of_table or file.suffix == ".tmp" or OF_THE_TABLE.fullmatch(file.name)
-        ):
-            copy_file(file, target / file.name)
-    replace_file(target / CONFIG_FILE, dataclasses.replace(config, dtype=dtype).to_json().encode())
-    for file in sorted(folder.iterdir(), key=lambda file: (file.name == CONFIG_FILE, file.name)):
-        if file.is_file():
-            copy_file(file, output / file.name)
+    with built_inside(output) as staging:
+        new = staging / MEMORY_FOLDER
+        for source, into in ((memory, new), (folder, staging)):
+            into.mkdir(exist_ok=True)
+            for file in source.iterdir():
+                belongs_to_table = source == memory and (file.name in of_table or OF_THE_TABLE.fullmatch(file.name))
+                if file.is_file() and not belongs_to_table and file.suffix != ".tmp":
+                    copy_file(file, into / file.name)
+        replace_file(new / CONFIG_FILE, dataclasses.replace(config, dtype=dtype).to_json().encode())
+        with locked_folder(output, wait=True):
+            publish(staging, output, files_in(staging), [])
     return conversion

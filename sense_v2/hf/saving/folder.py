@@ -36,7 +36,7 @@ from sense_v2.engram.table.disk import new_file, write_at
 from sense_v2.engram.table.format import journal_name, manifest_name
 from sense_v2.engram.table.opening import read_manifest
 from sense_v2.engram.tokenizer import description_path
-from sense_v2.hf.saving.publishing import finish_interrupted
+from sense_v2.hf.saving.publishing import finish_interrupted, is_notice
 
 MEMORY_FOLDER = "engram"
 CONFIG_FILE = "config.json"
@@ -70,6 +70,11 @@ def check_folder(folder: Path) -> dict[str, Any]:
     path = folder / "config.json"
     if not path.is_file() and (folder / ADAPTER_FILE).is_file():
         path = folder / ADAPTER_FILE
+    if is_notice(path):
+        raise ValueError(
+            f"{folder}: a training goes on with the model that was there; wait for its end. One that ended early "
+            f"goes on with `sense-engram train --resume --output {folder}`"
+        )
     if not path.is_file():
         raise FileNotFoundError(f"{folder}: no model there (it has no config.json); `sense-engram train` writes one")
     if (folder / MEMORY_FOLDER).is_dir():

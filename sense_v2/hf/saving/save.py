@@ -45,7 +45,7 @@ from sense_v2.hf.saving.folder import (
 )
 from sense_v2.hf.saving.model_card import CARD_FILE, is_others_card, write_card
 from sense_v2.hf.saving.model_config import announce_in_adapter, announce_memory
-from sense_v2.hf.saving.publishing import built_inside, files_in, finish_interrupted, publish
+from sense_v2.hf.saving.publishing import built_inside, files_in, finish_interrupted, locked_folder, publish
 
 TABLE_WAYS = ("copy", "reflink", "reference")
 
@@ -151,7 +151,8 @@ def save_pretrained(
         title = name or folder.resolve().name
         if not is_others_card(folder):
             write_card(model, staging, title, training=training or {}, evaluation=evaluation or {})
-        publish(staging, folder, files_in(staging), old)
+        with locked_folder(folder, wait=True):
+            publish(staging, folder, files_in(staging), old)
 
 
 def save_beside_adapter(model: PreTrainedModel, folder: Path, save_adapter: Callable[[Path], Any]) -> None:
@@ -177,7 +178,8 @@ def save_beside_adapter(model: PreTrainedModel, folder: Path, save_adapter: Call
         for name in adapters:
             announce_in_adapter(staging / name)
         old = _build_memory(memory, folder, staging, "stay" if in_place else "copy", None)
-        publish(staging, folder, files_in(staging), old, gate=min(adapters, key=len))
+        with locked_folder(folder, wait=True):
+            publish(staging, folder, files_in(staging), old, gate=min(adapters, key=len))
 
 
 def _build_memory(
@@ -213,7 +215,8 @@ def save_before_memory(model: PreTrainedModel, folder: Path, **options: Any) -> 
     with built_inside(folder) as staging:
         type(model).save_pretrained(model, staging, **options)
         describe_backbone(model, staging, backbone_facts(model), folder)
-        publish(staging, folder, files_in(staging), weights_in(folder, options.get("variant")))
+        with locked_folder(folder, wait=True):
+            publish(staging, folder, files_in(staging), weights_in(folder, options.get("variant")))
 
 
 def describe_backbone(model: PreTrainedModel, folder: Path, facts: Mapping[str, Any], to_be: Path) -> None:

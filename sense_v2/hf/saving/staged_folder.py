@@ -15,27 +15,33 @@ import os
 import shutil
 import tempfile
 import warnings
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
-from typing import Any
 
 from sense_v2.core.errors import NO_ROOM, CommandError, one_line
 from sense_v2.core.folders import missing_folders, remove_empty
-from sense_v2.engram.table.disk import sync, write_file
-from sense_v2.engram.table.platform import LOCK_IS_HELD, NO_LOCKS, READ, lock
+from sense_v2.engram.table.disk import write_file
+from sense_v2.engram.table.format import manifest_name
 from sense_v2.hf.data.streaming import STREAM_FILE
-from sense_v2.hf.saving.folder import MEMORY_FOLDER
+from sense_v2.hf.saving.folder import MEMORY_FOLDER, TABLE_FILE
+from sense_v2.hf.saving.publishing import (
+    PLAN_FILE,
+    REPLACED,
+    finish_interrupted,
+    is_notice,
+    locked_folder,
+    publish,
+    take_out,
+)
 
 PREFIX = ".training-"
 RESUMED = f"{PREFIX}resumed"
 STATE_FOLDER = "training"
 """What a run goes on from: how it was called (RUN_FILE), and its last checkpoints."""
 RUN_FILE = "run.json"
-REPLACED = "replaced"
-"""What was there, while the new model takes its place;"""
-PLAN_FILE = "replacing.json"
-"""and the names of both."""
+TRAINED_FILE = ".trained.json"
+"""The model is whole: it can take its place, and that of another model if "force" is true."""
 # What an earlier model may have left where the new one has no file of that name.
 _PARTS = (
     MEMORY_FOLDER,
@@ -48,8 +54,11 @@ _PARTS = (
     "merges.txt",
 )
 _MODEL = "config.json"
+_MANIFEST = f"{MEMORY_FOLDER}/{manifest_name(TABLE_FILE)}"
 # What a run writes last.
 _COMPLETE = "config.yaml"
+# With any of these, --resume puts the model in its place.
+_KEPT = (_COMPLETE, TRAINED_FILE, PLAN_FILE)
 
 
 @contextmanager
@@ -59,7 +68,7 @@ def staged_folder(output: Path, *, force: bool) -> Iterator[Path]:
     Files in `output` that belong to no model stay. Raises `CommandError` where a model is there and `force` isn't
     given, and where the folder can't be written to.
     """
-    _finish_replacing(output, begun=True)
+    finish_interrupted(output)
     _refuse_model(output, force)
     made = missing_folders(output)
     with ExitStack() as held:
@@ -90,14 +99,14 @@ def staged_folder(output: Path, *, force: bool) -> Iterator[Path]:
             remove_empty([staging / STATE_FOLDER])
             _publish(staging, output, force=force)
         finally:
-            if not _steps(staging) and not (staging / PLAN_FILE).exists():
+            if not _steps(staging) and not any((staging / name).exists() for name in _KEPT):
                 shutil.rmtree(staging, ignore_errors=True)
             remove_empty(made)
 
 
 def _is_removed(staging: Path) -> bool:
     """Remove the folder of a run from which nothing could go on, if its process is gone. True if it was."""
-    if _steps(staging) or any((staging / name).exists() for name in (PLAN_FILE, _MODEL)) or staging.name == RESUMED:
+    if _steps(staging) or (staging / _MODEL).exists() or staging.name == RESUMED:
         return False
     state = staging / STATE_FOLDER
     with suppress(CommandError), locked_folder(state if state.is_dir() else staging) as is_held:
@@ -111,14 +120,16 @@ def resumed_folder(output: Path) -> Iterator[Path]:
     """Gives the folder inside `output` in which a run that ended early can go on; when the block ends well, its
     content takes its place in `output`.
 
-    A run that was stopped and saved is taken out of `output` for that: until it is saved again, no model is there.
+    A run that was stopped and saved is taken out of `output` for that, and no model is there until it is saved again:
+    its rows change. It is back if none had changed.
     Raises `CommandError` where there is no such run, or several, or another process is at work on it.
     """
-    finished = _finish_replacing(output, begun=False)
-    parts = (_MODEL, MEMORY_FOLDER, STATE_FOLDER)
+    finished = any(path.name.startswith(PREFIX) for path in finish_interrupted(output))
+    for file in output.glob(f"{PREFIX}*/{TRAINED_FILE}"):
+        finished |= _publish(file.parent, output, force=json.loads(file.read_text(encoding="utf-8"))["force"])
     was_saved = (output / STATE_FOLDER / RUN_FILE).is_file()
-    found = {path.parent.parent for path in output.glob(f"{PREFIX}*/{STATE_FOLDER}/{RUN_FILE}")}
-    found |= {output / RESUMED} if was_saved else set()
+    found = [path.parent.parent for path in output.glob(f"{PREFIX}*/{STATE_FOLDER}/{RUN_FILE}")]
+    found += [output] if was_saved else []
     for path in output.glob(f"{PREFIX}*/{_COMPLETE}"):
         if not found:  # it was killed when there was nothing to go on with any more, and before the model was moved
             with locked_folder(path.parent):
@@ -133,7 +144,11 @@ def resumed_folder(output: Path) -> Iterator[Path]:
     if not found:
         raise CommandError(
             f"{output} holds no run that could go on"
-            + (": the model there took all its steps" if (output / _MODEL).is_file() else ""),
+            + (
+                ": the model there took all its steps"
+                if (output / _MODEL).is_file() and not is_notice(output / _MODEL)
+                else ""
+            ),
             "leave --resume out; `sense-engram train` leaves one when it is stopped (Ctrl-C), killed, or fails",
         )
     if len(found) > 1:
@@ -141,27 +156,19 @@ def resumed_folder(output: Path) -> Iterator[Path]:
             f"{output} holds {len(found)} runs that ended early: {', '.join(sorted(path.name for path in found))}",
             "remove all but the one to go on with",
         )
-    (staging,) = found
+    staging = output / RESUMED if was_saved else found[0]
     staging.mkdir(exist_ok=True)
-    with locked_folder((output if was_saved else staging) / STATE_FOLDER):
-        began = None
+    with ExitStack() as alone:
+        alone.enter_context(locked_folder(found[0] / STATE_FOLDER))
         try:
-            if was_saved:  # the state comes last: a kill in between leaves it where the next call looks for it
-                _move(parts, output, staging)
-            began = _steps(staging)
+            if was_saved:
+                take_out(output, staging, (MEMORY_FOLDER, STATE_FOLDER), until=_MANIFEST, held=STATE_FOLDER)
             yield staging
-        except BaseException:  # what is there isn't removed
-            if was_saved and began in (None, _steps(staging)):  # it got no further, so the model that was there stays
-                _move(parts[::-1], staging, output)
-                shutil.rmtree(staging, ignore_errors=True)
+        except BaseException:
+            alone.close()
+            finish_interrupted(output)
             raise
         _publish(staging, output, force=True)
-
-
-def _move(names: Iterable[str], source: Path, target: Path) -> None:
-    for name in names:
-        if (source / name).exists():
-            os.replace(source / name, target / name)
 
 
 def remove_state(staging: Path) -> None:
@@ -212,99 +219,38 @@ def _refuse_model(output: Path, force: bool, where: str = "") -> None:
             "choose another --output, or start over with --force, which replaces it when the new one is trained"
             + (
                 "; --resume goes on with it, which was stopped"
-                if (output / STATE_FOLDER / RUN_FILE).is_file()
+                if any((place / STATE_FOLDER / RUN_FILE).is_file() for place in (output, output / RESUMED))
                 else ""
             ),
         )
 
 
-@contextmanager
-def locked_folder(folder: Path, *, wait: bool = False) -> Iterator[bool]:
-    """Hold a folder's lock; give False where the file system has none. Raises `CommandError` if another process holds
-    it."""
-    fd, is_held = os.open(folder, READ), True
-    try:
-        try:
-            lock(fd, wait=wait)
-        except OSError as error:
-            if error.errno in LOCK_IS_HELD:
-                what = f"{folder}: another process is at work there"
-                raise CommandError(what, "wait for it, or end it") from error
-            if error.errno not in NO_LOCKS:
-                raise
-            is_held = False
-        yield is_held
-    finally:
-        os.close(fd)
+def _publish(staging: Path, output: Path, *, force: bool) -> bool:
+    """Move what was there out and the new in, and remove what was there once all of the new is in place.
 
-
-def _publish(staging: Path, output: Path, *, force: bool) -> None:
-    """Move what was there aside and the new in, and remove what was there once all of the new is in place.
-
-    config.json leaves first and comes last: a kill in between leaves no model, and never a mixture of two, and the
-    next call for that folder finishes. What fails is taken back: the old model stays, and the new one in `staging`,
-    from where --resume puts it in place. One process at a time does this.
+    A kill in between leaves no model, and never a mixture of two, and the next call for that folder finishes. What
+    fails is taken back: the old model stays, and the new one in `staging`, from where --resume puts it in place. One
+    process at a time does this; False if another has done it.
     """
     with locked_folder(output, wait=True):
-        old = {path.name for part in (_MODEL, *_PARTS) for path in output.glob(part)}
-        # A kill while the plan is written leaves its temporary.
-        new = {path.name for path in staging.iterdir() if not path.name.startswith((REPLACED, PLAN_FILE))}
-        old |= {name for name in new if (output / name).exists()}
-        plan = {
-            "force": force,
-            "old": sorted(old, key=lambda name: (name != _MODEL, name)),
-            "new": sorted(new, key=lambda name: (name == _MODEL, name)),
-        }
-        write_file(staging / PLAN_FILE, json.dumps(plan))
+        if not (staging / _MODEL).is_file():
+            return False
+        write_file(staging / TRAINED_FILE, json.dumps({"force": force}))
         _refuse_model(output, force, f"; the new one is in {staging}")  # another run may have ended meanwhile
+        old = {path.name for part in _PARTS for path in output.glob(part)}
         try:
-            _replace(staging, output, plan)
+            publish(staging, output, [path.name for path in staging.iterdir() if path.name[0] != "."], old)
         except BaseException as error:
-            left = _taken_back(staging, output, plan)
+            if not (staging / _MODEL).exists():  # it has taken its place
+                raise
+            left = "what was there is as it was"
+            if (staging / PLAN_FILE).exists():
+                left = f"what was there is in {staging / REPLACED}, and can't be put back"
             what = f"{output}: the trained model can't take its place: {one_line(str(error))}"
             way_out = f"{left}. The new one is in {staging}; `sense-engram train --resume` puts it in place"
             if not isinstance(error, Exception):  # Ctrl-C
                 warnings.warn(f"{output}: the trained model isn't in its place. {way_out}", UserWarning, stacklevel=4)
                 raise
             raise CommandError(what, way_out) from error
-
-
-def _replace(staging: Path, output: Path, plan: dict[str, Any]) -> None:
-    aside = staging / REPLACED
-    aside.mkdir(exist_ok=True)
-    if all((staging / name).exists() for name in plan["new"]):  # else all that was there is aside already
-        _move(plan["old"], output, aside)
-    _move(plan["new"], staging, output)
-    sync(output)
-    shutil.rmtree(staging, ignore_errors=True)
-
-
-def _taken_back(staging: Path, output: Path, plan: dict[str, Any]) -> str:
-    """Undo a part of `_replace`, and say what became of the model that was there."""
-    try:
-        _move([name for name in reversed(plan["new"]) if not (staging / name).exists()], output, staging)
-        _move(reversed(plan["old"]), staging / REPLACED, output)
-    except BaseException as error:
-        return f"what was there is in {staging / REPLACED}, and can't be put back ({one_line(str(error))})"
-    return "what was there is as it was"
-
-
-def _finish_replacing(output: Path, *, begun: bool) -> bool:
-    """Finish what a process that ended in the middle had begun; with `begun` False, what was taken back, too."""
-    finished = False
-    for file in output.glob(f"{PREFIX}*/{PLAN_FILE}"):
-        with locked_folder(output, wait=True):
-            if not file.is_file():  # another process has finished
-                continue
-            staging, plan = file.parent, json.loads(file.read_text(encoding="utf-8"))
-            if any(Path(name).name != name for name in (*plan["old"], *plan["new"])):
-                raise ValueError(f"{file} names files outside of {output}; remove {staging}")
-            is_begun = not all((staging / name).exists() for name in plan["new"]) or any(
-                staging.glob(f"{REPLACED}/*")
-            )
-            if is_begun or not begun:
-                if not is_begun:
-                    _refuse_model(output, plan["force"], f"; the new one is in {staging}")
-                _replace(staging, output, plan)
-                finished = True
-    return finished
+        shutil.rmtree(staging, ignore_errors=True)
+        return True

@@ -1,19 +1,22 @@
 """Saving over what is there, ended at every moment: the folder is as it was, or as it was to be."""
 
 import contextlib
+import json
 import os
 import shutil
 
 import pytest
 import torch
 from test_save import in_place, logits, with_memory
-from tiny import tiny_model
+from tiny import tiny_config, tiny_model, tiny_tokenizer
 from transformers import AutoModelForCausalLM, LlamaForCausalLM
 
 from sense_v2.engram.table import disk
+from sense_v2.hf.attach import attach_engram
 from sense_v2.hf.load import from_pretrained
 from sense_v2.hf.memory import memory_of
 from sense_v2.hf.saving import publishing
+from sense_v2.hf.saving.convert_model import convert_trained
 from sense_v2.hf.saving.save import save_pretrained
 
 
@@ -162,3 +165,38 @@ def test_shards_of_the_model_before_leave(tmp_path, models):
     save_pretrained(model, tmp_path / "plain")
     assert [path.name for path in (tmp_path / "plain").glob("model*")] == ["model.safetensors"]
     assert torch.equal(logits(from_pretrained(tmp_path / "plain")), new)
+
+
+@pytest.mark.parametrize("name", ["../victim", "/tmp/victim"])
+def test_a_plan_that_names_files_outside_of_its_folder_is_refused(tmp_path, name):
+    staging = tmp_path / "model" / ".saving-x"
+    staging.mkdir(parents=True)
+    (staging / ".publishing.json").write_text(json.dumps({"new": ["config.json"], "old": [name]}))
+    with pytest.raises(ValueError, match=r"names a file outside of its folder \('.*victim'\); remove .*\.saving-x"):
+        from_pretrained(tmp_path / "model")
+
+
+def test_a_converted_model_killed_at_every_call_is_no_model_before_it_is_whole(tmp_path, monkeypatch):
+    model = attach_engram(tiny_model("llama"), tiny_config(tmp_path / "table"), tiny_tokenizer())
+    with torch.no_grad():
+        memory_of(model).layers["1"].W_v.weight.normal_()
+    save_pretrained(model, tmp_path / "saved")
+    kinds, last, is_ended = set(), 0, True
+    while is_ended:
+        folder = tmp_path / f"converted-{last}"
+        is_ended = interrupted(
+            monkeypatch, last, True, lambda to=folder: convert_trained(tmp_path / "saved", to, "bfloat16")
+        )
+        kind = "none"
+        if (folder / "config.json").exists():
+            kind = "notice" if "moves the rest" in read(folder) else "whole"
+        assert kind != "none" or not (folder / "model.safetensors").exists()
+        if kind == "notice":
+            with pytest.raises(OSError, match=r"config\.json.*not a valid JSON"):
+                LlamaForCausalLM.from_pretrained(folder)
+        convert_trained(tmp_path / "saved", folder, "bfloat16")
+        torch.testing.assert_close(logits(from_pretrained(folder)), logits(model), atol=0.02, rtol=0)
+        kinds.add(kind)
+        shutil.rmtree(folder)
+        last += 8
+    assert kinds == {"none", "notice", "whole"}

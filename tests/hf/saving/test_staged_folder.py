@@ -10,6 +10,8 @@ import warnings
 import pytest
 
 from sense_v2.core.errors import CommandError
+from sense_v2.hf.saving.folder import check_folder
+from sense_v2.hf.saving.publishing import NOTICE, finish_interrupted
 from sense_v2.hf.saving.staged_folder import resumed_folder, staged_folder
 
 OLD = {"config.json": "old", "engram/table": "old", "model-1.safetensors": "old", "notes.txt": "mine"}
@@ -56,7 +58,7 @@ class Failing:
         monkeypatch.setattr(os, "replace", lambda *paths: self.replace(*paths, at, error, dies))
 
     def replace(self, source, target, at, error, dies):
-        if ".engram-tmp" not in str(source) and "replacing.json" not in str(target):
+        if not str(source).endswith(".json.tmp"):
             self.calls += 1
             if self.calls == at or (dies and self.calls > at):
                 raise error
@@ -110,7 +112,7 @@ def test_a_kill_at_any_rename_leaves_no_mixture_and_is_finished(output, monkeypa
     if at == 1:
         assert found == OLD
     else:
-        assert "config.json" not in found
+        assert found["config.json"] == NOTICE
     if resumes:
         with pytest.raises(CommandError, match="in its place now"), resumed_folder(output):
             pass
@@ -120,7 +122,7 @@ def test_a_kill_at_any_rename_leaves_no_mixture_and_is_finished(output, monkeypa
             warnings.simplefilter("ignore")
             train(output, {**NEW, "config.json": "newest"})
         assert content(output) == {**IN_PLACE, "config.json": "newest"}
-    assert len(list(output.glob(".*"))) == (at == 1 and not resumes)  # what never began to take its place is named
+    assert not list(output.glob(".*"))
 
 
 def test_two_that_end_at_once_give_one_of_them(output):
@@ -208,8 +210,64 @@ def test_what_a_killed_run_left_is_removed_if_nothing_could_go_on_from_it(output
 
 def test_a_run_that_was_killed_before_it_could_begin_to_replace_is_finished(tmp_path):
     write(tmp_path / "run", OLD)
-    left = {"training/checkpoint-2/stream.safetensors": "", "replacing.json.tmp": ""}
+    left = {"training/checkpoint-2/stream.safetensors": "", ".publishing.json.tmp": ""}
     write(tmp_path / "run" / ".training-whole", {**NEW, "config.yaml": "last", **left})
     with pytest.raises(CommandError, match="in its place now"), resumed_folder(tmp_path / "run"):
         pass
     assert content(tmp_path / "run") == {**IN_PLACE, "config.yaml": "last"}
+
+
+def test_a_kill_while_a_stopped_run_is_taken_out_brings_the_model_back(tmp_path, monkeypatch):
+    output, stopped = tmp_path / "run", {**OLD, "engram/engram_table.json": "{}", "training/run.json": "{}"}
+    write(output, stopped)
+    for at in (1, 2, 3):
+        with monkeypatch.context() as patch:
+            Failing(patch, at, OSError(5, "killed"), dies=True)
+            with pytest.raises(OSError, match="killed"), resumed_folder(output):
+                pass
+        assert (output / "config.json").read_text() == ("old" if at == 1 else NOTICE)
+        finish_interrupted(output)
+        assert content(output) == stopped
+        assert not list(output.glob(".*"))
+
+
+@pytest.mark.parametrize("goes_on", [False, True])
+def test_what_a_killed_run_went_on_with_comes_back_until_a_commit(tmp_path, monkeypatch, goes_on):
+    output, stopped = tmp_path / "run", {**OLD, "engram/engram_table.json": "1", "training/run.json": "{}"}
+    write(output, stopped)
+    with monkeypatch.context() as patch:
+        Failing(patch, 4, OSError(5, "killed"), dies=True)
+        run = resumed_folder(output)
+        staging = run.__enter__()
+        finish_interrupted(output)  # by whoever opens the model: the run is alive
+        assert content(output) == {"config.json": NOTICE, "model-1.safetensors": "old", "notes.txt": "mine"}
+        if goes_on:
+            (staging / "engram" / "engram_table.json").write_text("2")
+        error = OSError(5, "killed")
+        with contextlib.suppress(OSError):
+            run.__exit__(OSError, error, None)
+    finish_interrupted(output)
+    if not goes_on:
+        assert content(output) == stopped
+        return
+    with pytest.raises(ValueError, match=r"a training goes on with the model.*train --resume --output"):
+        check_folder(output)
+    with (
+        pytest.raises(CommandError, match=r"holds a model already .*; --resume goes on"),
+        staged_folder(output, force=False),
+    ):
+        pass
+    with resumed_folder(output) as staging:
+        assert (staging / "engram" / "engram_table.json").read_text() == "2"
+    del stopped["model-1.safetensors"]  # the new one has none of that name
+    assert content(output) == {**stopped, "engram/engram_table.json": "2"}
+
+
+def test_two_runs_that_could_go_on_are_named(tmp_path):
+    write(tmp_path, {**OLD, "training/run.json": "{}", ".training-resumed/training/run.json": "{}"})
+    with (
+        pytest.raises(CommandError, match=r"holds 2 runs that ended early: \.training-resumed, "),
+        resumed_folder(tmp_path),
+    ):
+        pass
+    assert (tmp_path / "config.json").read_text() == "old"
