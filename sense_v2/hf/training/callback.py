@@ -35,6 +35,7 @@ from sense_v2.hf.training.checkpoint import TABLES, restore_rows, sync_checkpoin
 
 STAND_IN = "rows"
 STAND_IN_NAME = f"engram.{STAND_IN}.gradients"
+_WAY_OUT = "pass ref_model=sense_v2.hf.from_pretrained(FOLDER) of the model as it was saved before training"
 
 
 class RowStandIn(nn.Module):
@@ -116,6 +117,7 @@ class EngramCallback(TrainerCallback):
         self._rows: RowWiseAdagrad | RowAdam | None = None
         self._group: dict[str, Any] = {}
         self._handles: list[Any] = []
+        self._reference: _WatchedReference | None = None
         self._num_ranks = 1
         self._step, self._rate = 0, 0.0
         self._gates: dict[int, list[torch.Tensor]] = {}
@@ -201,9 +203,11 @@ class EngramCallback(TrainerCallback):
                 f"{self._num_ranks} processes train, and this one has attached the table for itself: use "
                 "sense_v2.hf.training.ranks.attach_on_every_rank"
             )
-        _look_at_references(args, state, self.memory)
         self._step = state.global_step
         self._stop_listening()
+        if _has_reference(args):
+            self._reference = _WatchedReference(args, state, self.memory)
+            self._handles += self._reference.handles
         if self.writes:
             self.memory.storage.durability = self.durability
         if self._stand_in is not None:
@@ -222,6 +226,9 @@ class EngramCallback(TrainerCallback):
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, *_: Any, **more: Any) -> None:
         self._step = state.global_step
+        if self._reference is not None:
+            self._reference.settle()
+            self._reference = None
         self.memory.checkpoint = _checkpoint_folder(args, state.global_step)
         due = self.commit_steps and state.global_step % self.commit_steps == 0
         # By reference a checkpoint holds while no commit follows it.
@@ -357,7 +364,7 @@ class EngramCallback(TrainerCallback):
         for handle in self._handles:
             handle.remove()
         self._handles = []
-        self._rows = None
+        self._rows = self._reference = None
 
 
 def _refuse_fresh_weights(checkpoint: Path, model: nn.Module) -> None:
@@ -382,29 +389,47 @@ def _has_reference(args: TrainingArguments) -> bool:
     return is_trl and bool(getattr(args, "beta", 0))
 
 
-def _look_at_references(args: TrainingArguments, state: TrainerState, memory: EngramMemory) -> None:
-    """Warns of a reference without memory; raises `ValueError` where a resumed run has lost its own."""
-    if not _has_reference(args):
-        return
-    way_out = "pass ref_model=sense_v2.hf.from_pretrained(FOLDER) of the model as it was saved before training"
-    others = [other for other in living_memories() if other is not memory]
-    if state.global_step > 0:
-        lost = ValueError(
+class _WatchedReference:
+    """Sees in a Trainer's first step whether its reference has a memory: the one that is looked up in, whatever other
+    memories the process has. Trainers of TRL tell a callback nothing of their reference."""
+
+    def __init__(self, args: TrainingArguments, state: TrainerState, memory: EngramMemory) -> None:
+        is_early = getattr(args, "precompute_ref_log_probs", False)  # it was asked before the callback
+        self._is_seen = is_early or memory.reference is not None
+        self._lost = ValueError(
             f"the run goes on at step {state.global_step}, and the rows of a reference on {memory.storage.path} "
-            f"are those of that step, not those before it: {way_out}"
+            f"are those of that step, not those before it: {_WAY_OUT}"
         )
-        if memory.reference is not None:
-            memory.reference.error = lost
+        if memory.reference is not None and state.global_step > 0:
+            memory.reference.error = self._lost
+        others = [other for other in living_memories() if other is not memory]
         path = memory.table.path
-        if any(storage.table.path == path for other in others for storage in other.storages):
-            raise lost
-    elif not others and memory.reference is None and not getattr(args, "precompute_ref_log_probs", False):
-        warnings.warn(
-            "the reference of this Trainer has no memory, as it was made from the name of the model alone, so it is "
-            f"another model than the one that is trained: pass ref_model=copy.deepcopy(model), or {way_out}",
-            UserWarning,
-            stacklevel=2,
-        )
+        self._same = [o for o in others if state.global_step > 0 and any(s.table.path == path for s in o.storages)]
+        if is_early and self._same:
+            raise self._lost
+        self.handles = [layer.register_forward_pre_hook(self._hook(other)) for other in others for layer in other]
+
+    def _hook(self, other: EngramMemory) -> Any:
+        is_lost = any(other is one for one in self._same)
+
+        def hook(layer: nn.Module, inputs: Any) -> None:
+            if is_lost:
+                raise self._lost
+            self._is_seen = True
+
+        return hook
+
+    def settle(self) -> None:
+        """Warn of a reference without memory, and look no longer."""
+        for handle in self.handles:
+            handle.remove()
+        if not self._is_seen:
+            warnings.warn(
+                "the reference of this Trainer has no memory, as it was made from the name of the model alone, so it "
+                f"is another model than the one that is trained: pass ref_model=copy.deepcopy(model), or {_WAY_OUT}",
+                UserWarning,
+                stacklevel=2,
+            )
 
 
 def _choose_weights(model: Any, memory: EngramMemory, train_backbone: bool) -> None:

@@ -1,7 +1,6 @@
 """TRL's references beside a memory that trains: they stay, or the Trainer says what is wrong."""
 
 import copy
-import gc
 
 import pytest
 import torch
@@ -12,7 +11,6 @@ from test_trainer_modes import hf_tokenizer
 from transformers import TrainerCallback
 
 from sense_v2.hf.memory import memory_of
-from sense_v2.hf.training import callback
 from sense_v2.hf.training.callback import EngramCallback
 
 pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::DeprecationWarning")
@@ -24,16 +22,14 @@ def dpo(model, folder, *, ref_model=None, callbacks=(), **settings):
 
     config = DPOConfig(
         str(folder / "run"),
-        max_steps=2,
         per_device_train_batch_size=2,
         learning_rate=0.01,
         logging_steps=1,
-        save_strategy="no",
         report_to="none",
         use_cpu=True,
         bf16=False,
         disable_tqdm=True,
-        **settings,
+        **{"max_steps": 2, "save_strategy": "no", **settings},
     )
     return DPOTrainer(
         model,
@@ -41,7 +37,7 @@ def dpo(model, folder, *, ref_model=None, callbacks=(), **settings):
         args=config,
         train_dataset=Dataset.from_list(WORDS),
         processing_class=hf_tokenizer(),
-        callbacks=[EngramCallback(), *callbacks],
+        callbacks=[EngramCallback(checkpoints="stay"), *callbacks],
     )
 
 
@@ -84,24 +80,32 @@ def test_the_reference_of_an_adapter_has_the_memory_before_training(tmp_path, ad
     assert memory_of(model).reference is None
 
 
-def test_a_copy_is_a_reference_and_none_without_memory_is(tmp_path, monkeypatch):
+def test_a_copy_is_a_reference_and_none_without_memory_is(tmp_path, recwarn):
     model = with_memory(tmp_path / "table")
+    other = copy.deepcopy(model)  # lives beside, and is no reference
     trainer = dpo(model, tmp_path, ref_model=copy.deepcopy(model))
     trainer.train()
     assert first_loss(trainer) == pytest.approx(0.6931, abs=1e-4)
-    memory_of(model).storage.close()
+    assert not [one for one in recwarn if "has no memory" in str(one.message)]
     bare = type(model)(model.config)
-    del trainer, model
-    gc.collect()
+    memory_of(model).storage.close()
     model = with_memory(tmp_path / "other")
-    monkeypatch.setattr(callback, "living_memories", list)  # other tests' live on
     with pytest.warns(UserWarning, match=r"reference of this Trainer has no memory.*copy\.deepcopy\(model\)"):
         dpo(model, tmp_path, ref_model=bare).train()
+    logits(other)
+    assert not any(layer._forward_pre_hooks for layer in memory_of(other))
 
 
 def test_a_resumed_run_wants_a_reference_of_before(tmp_path):
     model = with_memory(tmp_path / "table")
-    trainer = dpo(model, tmp_path, ref_model=copy.deepcopy(model))
-    trainer.state.global_step = 1
-    with pytest.raises(ValueError, match=r"goes on at step 1.*those of that step.*from_pretrained\(FOLDER\)"):
-        trainer.callback_handler.on_train_begin(trainer.args, trainer.state, trainer.control)
+    trainer = dpo(model, tmp_path, ref_model=copy.deepcopy(model), save_strategy="steps", save_steps=2)
+    trainer.train()
+    resumed = dpo(model, tmp_path, ref_model=copy.deepcopy(model), max_steps=3)
+    with pytest.raises(ValueError, match=r"goes on at step 2.*those of that step.*from_pretrained\(FOLDER\)"):
+        resumed.train(resume_from_checkpoint=str(tmp_path / "run" / "checkpoint-2"))
+    beside, bare = copy.deepcopy(model), type(model)(model.config)  # of the same table, and no reference
+    with pytest.warns(UserWarning, match="reference of this Trainer has no memory"):
+        dpo(model, tmp_path, ref_model=bare, max_steps=3).train(
+            resume_from_checkpoint=str(tmp_path / "run" / "checkpoint-2")
+        )
+    assert memory_of(beside).table.path == memory_of(model).table.path
