@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import gc
 import mmap
 import os
 import shutil
@@ -373,10 +374,13 @@ class WriterLock:
         self._own: dict[tuple[int, int, int], int] = {}
         with self._guard:
             if any(map(self._is_own, files)):
+                # A model with hooks refers to itself, so one that nobody has any more waits for the collector.
+                gc.collect()
+            if any(map(self._is_own, files)):
                 raise BlockingIOError(
                     errno.EAGAIN,
-                    f"{what} is open for writing in this process already: close() it first, or open this one with "
-                    "mode='r'",
+                    f"{what} is open for writing in this process already: close() it first (a model has it as "
+                    "model.engram.storage), or open this one with mode='r'",
                 )
             try:
                 for file in files:

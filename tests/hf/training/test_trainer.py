@@ -507,3 +507,23 @@ def test_the_model_is_left_as_it_was(tmp_path):
     assert memory_of(model).storage.gradients() is None
     trainer.train()  # and can be trained again
     assert not any(layer.gate._forward_hooks for layer in memory_of(model))
+
+
+@pytest.mark.parametrize("kind", [EngramTrainer, Trainer])
+def test_a_second_training_in_one_process_opens_the_table_that_the_first_let_go(tmp_path, kind):
+    def train():
+        model = with_memory(tmp_path)
+        callbacks = [EngramCallback()] if kind is Trainer else []
+        trainer = kind(model, arguments(tmp_path, max_steps=1), train_dataset=blocks(), callbacks=callbacks)
+        trainer.train()
+        return trainer
+
+    gc.disable()  # so that the collector comes by when it is called, and not by chance
+    try:
+        trainer = train()
+        with pytest.raises(BlockingIOError, match=r"close\(\) it first \(a model has it as model\.engram\.storage\)"):
+            with_memory(tmp_path)
+        del trainer
+        train()
+    finally:
+        gc.enable()
