@@ -1,4 +1,4 @@
-"""Backbones from GGUF files: the weights that the file has, a plain model that can be saved, errors with a way out."""
+"""Backbones from GGUF files: a plain model with the weights of the file, which can be saved, and errors."""
 
 import importlib.util
 
