@@ -18,12 +18,14 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 from sense_v2.core.config import EngramConfig
 from sense_v2.hf.attach import attach_engram, detach_engram
+from sense_v2.hf.gguf_models import gguf_file, read_gguf
 from sense_v2.hf.memory import EngramMemory, attached_memory, memory_of
 from sense_v2.hf.overlays import add_overlay
 from sense_v2.hf.saving.backbone_facts import (
     BACKBONE_FILE,
     check_backbone,
     check_tokenizer,
+    has_weights,
     read_facts,
     tokenizer_file_differs,
 )
@@ -37,6 +39,7 @@ from sense_v2.hf.saving.folder import (
     OVERLAY_FILE,
     check_folder,
     table_of,
+    weights_in,
 )
 from sense_v2.hf.saving.model_config import MODEL_TYPE, EngramModelConfig, forget_announcement
 from sense_v2.hf.saving.weights import load_weights
@@ -103,7 +106,7 @@ def from_pretrained(
         if (folder / ADAPTER_FILE).is_file():
             backbone = _load_base_of_adapter(folder, options)
         else:
-            backbone, loading_info = _load_backbone(folder, config, options)
+            backbone, loading_info = _load_backbone(folder, config, options, facts)
         if tokenizer is None and tokenizer_file_differs(facts, folder):
             tokenizer = str(folder)
     elif attached_memory(backbone) is not None:
@@ -188,9 +191,12 @@ def _found_folder(name: str | Path, download: dict[str, Any], mode: str) -> Path
 
 
 def _load_backbone(
-    folder: Path, config: EngramModelConfig | None, options: dict[str, Any]
+    folder: Path, config: EngramModelConfig | None, options: dict[str, Any], facts: dict[str, Any]
 ) -> tuple[PreTrainedModel, Any]:
-    """Load with the class that was saved: an encoder, say, is no causal model. Also return transformers' report."""
+    """Load with the class that was saved: an encoder, say, is no causal model. Also return transformers' report.
+
+    The weights are in the folder, or where `facts` names them.
+    """
     found: Any = config
     if found is None:
         code = {name: options[name] for name in ("trust_remote_code",) if name in options}
@@ -202,6 +208,8 @@ def _load_backbone(
             setattr(found, name, options.pop(name))
     names = found.architectures or [""]
     model_class: Any = getattr(transformers, names[0], AutoModelForCausalLM)
+    if "reference" in facts and not weights_in(folder):
+        return _load_reference(folder, facts["reference"], model_class, found, options)
     options = {"local_files_only": True, "use_safetensors": True, **options}
     if _holds_fusion_weights(folder) and issubclass(model_class, PreTrainedModel):
         model, loading_info = load_weights(
@@ -211,6 +219,26 @@ def _load_backbone(
         model, loading_info = model_class.from_pretrained(
             str(folder), config=found, output_loading_info=True, **options
         )
+    return model.eval(), loading_info
+
+
+def _load_reference(
+    folder: Path, named: dict[str, Any], model_class: Any, config: Any, options: dict[str, Any]
+) -> tuple[PreTrainedModel, Any]:
+    name = named["model"]
+    way_out = "bring it back, or pass the model that the memory was trained on as backbone="
+    file = gguf_file(name)
+    if file is not None:
+        model, loading_info = read_gguf(file)[0].to(config.dtype), {}
+    elif Path(name).is_absolute() and not Path(name).exists():
+        raise FileNotFoundError(
+            f"{name}: the backbone that {folder / MEMORY_FOLDER / BACKBONE_FILE} names isn't there; {way_out}"
+        )
+    else:
+        options = {"use_safetensors": True, "revision": named.get("revision") or "main", **options}
+        model, loading_info = model_class.from_pretrained(name, config=config, output_loading_info=True, **options)
+    if not has_weights(named, model):
+        raise ValueError(f"{name} has other weights than the backbone that this memory was trained on; {way_out}")
     return model.eval(), loading_info
 
 

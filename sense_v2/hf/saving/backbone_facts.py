@@ -1,8 +1,9 @@
 """What a memory was trained on -> what differs from it where it is loaded.
 
-A saved folder records its backbone in engram/backbone.json: architecture, sizes, a digest of the weights, the
-tokenizer's tokens, the versions. Loading compares. What would give wrong answers is an error (another width, tokens
-that share compressed ids in another way); what may work is a warning, field by field.
+A saved folder records its backbone in engram/backbone.json: architecture, sizes, a digest of the weights, where they
+are if they were saved by reference, the tokenizer's tokens, the versions. Loading compares. What would give wrong
+answers is an error (another width, tokens that share compressed ids in another way); what may work is a warning,
+field by field.
 """
 
 from __future__ import annotations
@@ -44,6 +45,30 @@ def backbone_facts(model: PreTrainedModel, state_dict: Mapping[str, torch.Tensor
         "transformers": transformers.__version__,
         "sense_v2": __version__,
     }
+
+
+def backbone_reference(model: PreTrainedModel) -> dict[str, Any]:
+    """Return where a model was read from, for `save_pretrained(…, backbone=)`; call it before anything is trained.
+
+    Raises `ValueError` for a model that was made, not read.
+    """
+    name = str(model.name_or_path or "")
+    if not name:
+        raise ValueError(
+            "this model was read from no folder and no hub, so nothing names its weights: save it with them"
+        )
+    path = Path(name)
+    where = {"model": str(path.resolve())} if path.exists() else {"model": name, "revision": _revision(model)}
+    return {**where, "weights": _weights_digest(model, {})}
+
+
+def _revision(model: PreTrainedModel) -> str | None:
+    return getattr(model.config, "_commit_hash", None)
+
+
+def has_weights(named: Mapping[str, Any], model: PreTrainedModel) -> bool:
+    """True if a model's weights are those of the place that `backbone_reference` named."""
+    return named["weights"] == _weights_digest(model, {})
 
 
 def tokenizer_facts(tokenizer: Any, folder: Path) -> dict[str, Any]:

@@ -24,6 +24,7 @@ from sense_v2.hf.memory import EngramMemory, attached_memory, memory_of
 from sense_v2.hf.saving.backbone_facts import (
     BACKBONE_FILE,
     backbone_facts,
+    has_weights,
     read_facts,
     tokenizer_facts,
 )
@@ -56,6 +57,7 @@ def save_pretrained(
     *,
     tokenizer: Any = None,
     table: str = "copy",
+    backbone: Mapping[str, Any] | None = None,
     training: Mapping[str, Any] | None = None,
     evaluation: Mapping[str, Any] | None = None,
     name: str | None = None,
@@ -73,6 +75,8 @@ def save_pretrained(
         tokenizer: A `tokenizers.Tokenizer`, or a tokenizer of transformers.
         table: What is saved of a table that lies elsewhere, without its optimizer states: "copy" (a reflink where
             the file system has them), "reflink" (refused where it hasn't), or "reference", its path and commit.
+        backbone: What `backbone_reference(model)` returned before the memory was trained: the weights of a frozen
+            backbone aren't saved, but named and compared when the folder is opened. None saves them.
         training: Names and values for the model card.
         evaluation: More of them.
         name: The model card's title, by default the folder's name.
@@ -82,7 +86,7 @@ def save_pretrained(
     Raises:
         FileExistsError: A model without memory would be saved beside another's memory, or a reference beside a table.
         BlockingIOError: Another process writes to the table whose place would be taken.
-        ValueError: `table` is something else, or a PEFT adapter wraps the model.
+        ValueError: `table` is something else, a PEFT adapter wraps the model, or the backbone isn't the one named.
         OSError: There is no room, or no reflink.
     """
     folder = Path(folder)
@@ -99,8 +103,16 @@ def save_pretrained(
             "save_pretrained: this model has adapters (add_adapter), and transformers would save those alone; "
             "model.delete_adapter(…) first, or use peft.get_peft_model and save model.merge_and_unload()"
         )
-    finish_interrupted(folder)
     memory = attached_memory(model)
+    if backbone is not None:
+        if memory is None:
+            raise ValueError("save_pretrained: backbone= names the weights of a model with memory; leave it out")
+        if not has_weights(backbone, model):
+            raise ValueError(
+                f"save_pretrained: the backbone's weights have changed since {backbone['model']} was read; leave "
+                "backbone= out, and they are saved"
+            )
+    finish_interrupted(folder)
     if memory is None and target.exists():
         raise FileExistsError(
             f"{target} is another model's memory, and this one, which has none, would be loaded with it; "
@@ -128,6 +140,9 @@ def save_pretrained(
         options.setdefault("save_original_format", False)
         # The class's: the object's own is this function, while memory is attached.
         type(model).save_pretrained(model, staging, state_dict=dict(weights), **options)  # takes it apart
+        if backbone is not None:
+            for name in weights_in(staging, options.get("variant")):
+                (staging / name).unlink()
         old = weights_in(folder, options.get("variant"))
         if tokenizer is not None:
             tokenizer = _save_tokenizer(tokenizer, model, staging)
@@ -141,6 +156,8 @@ def save_pretrained(
             facts |= backbone_facts(model, weights) | (
                 tokenizer_facts(tokenizer, staging) if tokenizer is not None else {}
             )
+            if backbone is not None:
+                facts["reference"] = dict(backbone)
             describe_backbone(model, staging, facts, folder)
             fusion = {
                 name.removeprefix(FUSION_PREFIX): value
