@@ -35,6 +35,12 @@ def resume_train(output: str | Path = DEFAULT_OUTPUT, *, echo: Echo = print) -> 
 def _told(result: dict[str, Any], echo: Echo) -> dict[str, Any]:
     before, after = (wording.perplexity(result["perplexity"][when]) for when in ("before", "after"))
     echo(f"held-out perplexity {before} before, {after} after {result['steps']} steps")
+    if result["damage"] is not None:
+        lost = result["damage"]
+        echo(
+            f"damage   on {wording.count(lost['tokens'])} tokens that the model wrote before: KL "
+            f"{lost['divergence']:.2g} nats a token, and {lost['changed']:.1%} of the likeliest tokens are others"
+        )
     echo(f"saved    {result['output']}")
     return result
 
@@ -54,6 +60,15 @@ class PrintingWatcher(RunWatcher):
             f"model    {model['name']}, {model['layers']} layers of width {model['width']}, "
             f"{wording.short(model['parameters'])} parameters{'' if model['trains'] else ', frozen'}"
         )
+        trains = facts["trainable"]
+        parts = [
+            (trains["backbone"], f"of a LoRA of rank {model['lora_rank']}"),
+            (trains["fusion"], "of the fusion layers"),
+            (trains["rows"], "of rows on disk"),
+        ]
+        told = [f"{wording.short(count)} {what}" for count, what in parts if count]
+        if not model["trains"]:
+            self.echo(f"trains   weights: {wording.listing(told)}")
         if memory is not None:
             self.echo(
                 f"memory   {wording.count(memory['rows'])} rows × {memory['width']} {memory['dtype']} "

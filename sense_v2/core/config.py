@@ -320,7 +320,9 @@ class TrainConfig(_Serializable):
     max_grad_norm: float = 1.0
     """Gradients, the rows' included, are scaled down to this norm together."""
     train_backbone: bool = True
-    """False: only the memory learns."""
+    """False: only the memory learns, and the adapter of `lora_rank` if there is one."""
+    lora_rank: int = 0
+    """Rank of a LoRA (peft) on all linear layers of the backbone, whose own weights then stay; 0: none."""
     seed: int = 0
     """Decides the backbone's initial weights and the order of the batches."""
     eval_every: int = 50
@@ -346,7 +348,7 @@ class TrainConfig(_Serializable):
             "max_grad_norm",
         ):
             _require(getattr(self, name) > 0, self, name, "above 0")
-        for name in ("weight_decay", "warmup_steps", "eval_every", "commit_every"):
+        for name in ("lora_rank", "weight_decay", "warmup_steps", "eval_every", "commit_every"):
             _require(getattr(self, name) >= 0, self, name, "0 or more")
         _require(0 <= self.seed < 2**63, self, "seed", "from 0 to 2**63 - 1")
         _require(self.durability in DURABILITIES, self, "durability", f"one of {', '.join(DURABILITIES)}")

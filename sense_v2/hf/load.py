@@ -250,6 +250,9 @@ def _load_base_of_adapter(folder: Path, options: dict[str, Any]) -> PreTrainedMo
             f"{folder / ADAPTER_FILE} names no base_model_name_or_path: load the model that the adapter was trained "
             "on yourself, and pass it as backbone="
         )
+    file = gguf_file(name)
+    if file is not None:
+        return read_gguf(file)[0]
     base: PreTrainedModel = AutoModelForCausalLM.from_pretrained(name, **options)
     return base if attached_memory(base) is None else detach_engram(base)
 

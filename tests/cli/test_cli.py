@@ -261,7 +261,11 @@ def test_train_from_a_configuration_file_and_from_a_folder(run, run_json, corpus
         False,
     )
     assert (saved.engram.table_size, saved.engram.layer_indices, saved.engram.engram_dim) == (1500, [0, 1], 64)
-    assert (output / "model.safetensors").read_bytes() == (plain / "model.safetensors").read_bytes()
+    assert not (output / "model.safetensors").exists()
+    assert json.loads((output / "engram/backbone.json").read_text())["reference"]["model"] == str(plain)
+    assert re.search(r"trains +weights: [\d.]+ K of the fusion layers and [\d.]+ K of rows on disk", out), out
+    assert re.search(r"damage +on 1,024 tokens .* KL [\d.e-]+ nats a token", out), out
+    assert list(run_json("eval", output, "--corpus", corpus)["perplexity"]) == ["with_memory"]
 
     status, _, error = run("train", *settings, "--model", output, "--output", tmp_path / "more")
     assert status == 1

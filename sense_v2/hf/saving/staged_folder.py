@@ -48,6 +48,7 @@ _PARTS = (
     STATE_FOLDER,
     "corpus.json",
     "model*.safetensors*",
+    "adapter_*",
     "*tokenizer*",
     "special_tokens_map.json",
     "vocab.*",

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import dataclasses
 from pathlib import Path
 
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel
 
 from sense_v2.core.config import EngramConfig
 from sense_v2.hf.saving.folder import memory_paths
@@ -67,3 +68,14 @@ def small_memory(folder: str | Path) -> EngramConfig:
         storage_path=str(storage_path),
         shadow_map_path=str(shadow_map_path),
     )
+
+
+def memory_for(model: PreTrainedModel, config: EngramConfig) -> EngramConfig:
+    """Return `config` with layers, width and heads that suit a model which was there before: 8 heads of at most 64
+    values, before the layers at a quarter and at two thirds of its depth (measured: benchmarks/LOG.md)."""
+    text = model.config.get_text_config()
+    depth, width = int(text.num_hidden_layers), int(text.hidden_size)
+    layers = {min(depth - 1, max(1, round(depth * share))) for share in (0.27, 0.67)}
+    row_width = min(64, max(16, width // 8 // 16 * 16))
+    heads = 4 * len(config.ngram_orders)
+    return dataclasses.replace(config, layer_indices=sorted(layers), engram_dim=heads * row_width, num_heads=4)

@@ -15,7 +15,7 @@ import os
 import shutil
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -41,9 +41,11 @@ from sense_v2.hf.data.corpus_files import find_files
 from sense_v2.hf.data.held_out import absolute_paths, save_corpus
 from sense_v2.hf.data.large_corpus import open_corpus
 from sense_v2.hf.data.streaming import STREAM_FILE, PackedStream, StreamBatches, is_hub_dataset
+from sense_v2.hf.insight.damage import Damage, damage, own_samples
 from sense_v2.hf.insight.evaluation import Evaluation, evaluate
+from sense_v2.hf.insight.interventions import memory_off
 from sense_v2.hf.memory import EngramMemory, attached_memory, memory_of
-from sense_v2.hf.saving.backbone_facts import backbone_facts
+from sense_v2.hf.saving.backbone_facts import backbone_facts, backbone_reference
 from sense_v2.hf.saving.folder import memory_paths
 from sense_v2.hf.saving.model_card import CARD_FILE
 from sense_v2.hf.saving.save import save_pretrained
@@ -56,10 +58,12 @@ from sense_v2.hf.saving.staged_folder import (
     staged_folder,
 )
 from sense_v2.hf.training.fit import History, fit, resumable_checkpoint
-from sense_v2.hf.training.fresh_model import small_memory
+from sense_v2.hf.training.fresh_model import memory_for, small_memory
 from sense_v2.hf.training.settings import checked_trainer
 
 DEFAULT_OUTPUT = "runs/train"
+# Enough for the damage's first digit, in seconds.
+DAMAGE_SEQUENCES, DAMAGE_TOKENS = 16, 1024
 
 
 class RunWatcher:
@@ -87,6 +91,7 @@ class Run:
     model: str | None = None
     corpus: list[str] | None = None
     text_column: str = "text"
+    suits_model: bool = False
     weights: str | None = None
     """A digest of the backbone that it began with,"""
     text: str | None = None
@@ -112,10 +117,10 @@ class Run:
 def default_config(model: str | None) -> Config:
     """Return what a run without a configuration file uses: the demo's memory; a backbone that has learned something
     moves slower than a fresh one."""
-    return Config(
-        small_memory(DEFAULT_OUTPUT),
-        TrainConfig() if model is None else TrainConfig(learning_rate=1e-4, fusion_learning_rate=1e-3),
+    learned = TrainConfig(
+        learning_rate=1e-4, fusion_learning_rate=3e-3, value_learning_rate=3e-3, row_learning_rate=0.3
     )
+    return Config(small_memory(DEFAULT_OUTPUT), TrainConfig() if model is None else learned)
 
 
 def train_on_corpus(
@@ -126,9 +131,12 @@ def train_on_corpus(
     text_column: str = "text",
     output: str | Path = DEFAULT_OUTPUT,
     force: bool = False,
+    suits_model: bool = False,
     watcher: RunWatcher | None = None,
 ) -> dict[str, Any]:
     """Train and save.
+
+    The weights of a backbone that stays as it is (`train_backbone` False, or a LoRA) aren't saved, but named.
 
     Args:
         config: Memory and training. Its paths don't count: the memory lies in `output`.
@@ -137,6 +145,7 @@ def train_on_corpus(
         text_column: Where documents have their text.
         output: The model's folder.
         force: Whether a model that is there is replaced.
+        suits_model: Whether layers, width and heads of the memory are chosen by the model's shape (`memory_for`).
         watcher: What the run tells while it goes on, and who may stop it. A run that was stopped is saved, and one
             that was stopped, killed, or failed after a checkpoint goes on with `resume_training`.
 
@@ -148,7 +157,12 @@ def train_on_corpus(
     """
     checked_trainer(config.trainer)
     refuse_other_encodings(output, Path(output).resolve(), model)
-    run = Run(config, model, absolute_paths(corpus), text_column)
+    if config.train.lora_rank and model is None:
+        raise CommandError(
+            f"lora_rank = {config.train.lora_rank}: a fresh model has learned nothing that an adapter goes on from",
+            "name a model with --model, or leave it out",
+        )
+    run = Run(config, model, absolute_paths(corpus), text_column, suits_model=suits_model)
     with staged_folder(Path(output), force=force) as staging:
         result, memory = _train(run, staging, Path(output), watcher or RunWatcher(), resumes=False)
     return _closed(result, memory)
@@ -189,6 +203,10 @@ def _train(
     text = open_corpus(run.corpus, config.train, text_column=run.text_column)
     watcher.corpus_opened(text)
     backbone = _backbone(run.model, text, config.train)
+    is_named = run.model is not None and (not config.train.train_backbone or config.train.lora_rank > 0)
+    reference = backbone_reference(backbone.model) if is_named and config.engram.enabled else None
+    if run.suits_model:
+        config = dataclasses.replace(config, engram=memory_for(backbone.model, config.engram))
     batches, held_out_BT = _batches(text, backbone, config.train, watcher)
     config = dataclasses.replace(config, engram=_engram_config(config.engram, backbone, staging))
     began = dataclasses.replace(
@@ -208,11 +226,12 @@ def _train(
             builder.tokenizer_name = config.engram.tokenizer_name
             builder.build_mapping(config.engram.shadow_map_path)
         attach_engram(backbone.model, config.engram, backbone.tokenizer if resumes else None)
+    model = _with_lora(backbone.model, config.train)
     facts = _facts(backbone, config)
     watcher.prepared(facts)
-    if resumes and resumable_checkpoint(state_folder, backbone.model) is None:
+    if resumes and resumable_checkpoint(state_folder, model) is None:
         raise too_early
-    reserved = reserve(staging, _weight_bytes(backbone.model), output)
+    reserved = reserve(staging, _weight_bytes(model, reference is not None), output)
 
     evaluations: list[Evaluation] = []
 
@@ -220,13 +239,13 @@ def _train(
         evaluations.append(evaluate(model, held_out_BT, tokenizer=backbone.tokenizer))
         return evaluations[-1]
 
-    check(backbone.model)  # at resuming too: the memory that was just attached adds nothing yet
+    check(model)  # at resuming too: the memory that was just attached adds nothing yet
     with watcher.training(config.train) as (on_step, should_stop):
         with _explained(output, resumes):
             history = fit(
-                backbone.model,
+                model,
                 batches,
-                config.train,
+                _of_what_trains(config.train),
                 trainer=config.trainer,
                 evaluate=check,
                 on_step=on_step,
@@ -234,9 +253,11 @@ def _train(
                 folder=state_folder,
                 resumes=resumes,
             )
-        check(backbone.model)  # always: a run that is resumed at its last step has evaluated nothing on its way
+        check(model)  # always: a run that is resumed at its last step has evaluated nothing on its way
+        lost = None if reference is None else _damage(model, held_out_BT, watcher)
         reserved.unlink()
-        _save(backbone, staging, output, *_card_facts(history, config.train, text, evaluations))
+        cards = _card_facts(history, config.train, text, evaluations)
+        _save(dataclasses.replace(backbone, model=model), staging, output, reference, *cards)
     save_corpus(staging, run.corpus, run.text_column)
     _in_place(config, output).save(staging / "config.yaml")  # last, and whole: see staged_folder
     if not history.stopped:
@@ -252,9 +273,11 @@ def _train(
             "empty_documents": text.num_empty,
         },
         "memory": facts["memory"],
+        "trainable": facts["trainable"],
         **_training_facts(history, config.train),
         "perplexity": {"before": evaluations[0].perplexity, "after": evaluations[-1].perplexity},
         "bits_per_byte": {"before": evaluations[0].bits_per_byte, "after": evaluations[-1].bits_per_byte},
+        "damage": None if lost is None else dataclasses.asdict(lost),
         "seconds": time.perf_counter() - started,
     }
     return result, attached_memory(backbone.model)
@@ -292,6 +315,7 @@ def _backbone(model: str | None, text: Corpus, settings: TrainConfig) -> Backbon
             f"sequence_length = {settings.sequence_length}, but {model} takes {limit} tokens at most",
             f"--sequence-length {limit}, or less",
         )
+    torch.manual_seed(settings.seed)  # what fusion layers and an adapter begin with
     return backbone
 
 
@@ -344,24 +368,94 @@ def _engram_config(config: EngramConfig, backbone: Backbone, staging: Path) -> E
 
 
 def _save(
-    backbone: Backbone, staging: Path, output: Path, training: dict[str, Any], evaluation: dict[str, Any]
+    backbone: Backbone,
+    staging: Path,
+    output: Path,
+    reference: dict[str, Any] | None,
+    training: dict[str, Any],
+    evaluation: dict[str, Any],
 ) -> None:
     try:
         if (output / CARD_FILE).is_file():  # a person's own stays
             shutil.copyfile(output / CARD_FILE, staging / CARD_FILE)
-        save_pretrained(
-            backbone.model,
-            staging,
-            tokenizer=backbone.tokenizer,
-            training=training,
-            evaluation=evaluation,
-            name=output.resolve().name,
-        )
+        if isinstance(backbone.model, PreTrainedModel):
+            save_pretrained(
+                backbone.model,
+                staging,
+                tokenizer=backbone.tokenizer,
+                backbone=reference,
+                training=training,
+                evaluation=evaluation,
+                name=output.resolve().name,
+            )
+        else:
+            _save_adapter(backbone, staging, reference)
     except Exception as error:  # of three libraries, each with its own; the paths they name are gone by then
         raise CommandError(
             f"{output}: the trained model can't be written: {one_line(str(error))}",
             "make room there, or choose another --output, and train again",
         ) from error
+
+
+def _save_adapter(backbone: Backbone, staging: Path, reference: dict[str, Any] | None) -> None:
+    """PEFT's adapter, which names its backbone, the memory if there is one, and the tokenizer."""
+    wrapper: Any = backbone.model
+    if reference is not None:
+        wrapper.active_peft_config.base_model_name_or_path = reference["model"]
+    wrapper.save_pretrained(str(staging))
+    backbone.tokenizer.save_pretrained(staging)
+    wrapper.get_base_model().config.save_pretrained(staging)
+
+
+def _with_lora(model: PreTrainedModel, settings: TrainConfig) -> Any:
+    """The model, or a PEFT model around it, whose adapter and memory train."""
+    if not settings.lora_rank:
+        return model
+    try:
+        from peft import LoraConfig, get_peft_model
+    except ImportError as error:
+        raise CommandError("a LoRA beside the memory needs the package peft", "pip install peft") from error
+    memory = attached_memory(model)
+    trained = [parameter for parameter in memory.parameters() if parameter.requires_grad] if memory else []
+    lora = LoraConfig(
+        r=settings.lora_rank,
+        lora_alpha=2 * settings.lora_rank,
+        target_modules="all-linear",
+        exclude_modules=r"(.*\.)?engram\..*",
+        task_type="CAUSAL_LM",
+    )
+    wrapper = get_peft_model(model, lora)
+    for parameter in trained:  # which PEFT has frozen
+        parameter.requires_grad_(True)
+    return wrapper
+
+
+def _of_what_trains(settings: TrainConfig) -> TrainConfig:
+    """An adapter is what trains of the backbone, which PEFT has frozen."""
+    return dataclasses.replace(settings, train_backbone=settings.train_backbone or settings.lora_rank > 0)
+
+
+def _damage(model: Any, held_out_BT: torch.Tensor, watcher: RunWatcher) -> Damage:
+    """What the model with memory, and its adapter, lost of what the untouched one knew."""
+
+    @contextmanager
+    def untouched() -> Iterator[None]:
+        memory = attached_memory(model)
+        with ExitStack() as off:
+            if memory is not None:
+                off.enter_context(memory_off(memory))
+            if hasattr(model, "disable_adapter"):
+                # Of PEFT's own class: the one on a model with memory warns that the memory stays on.
+                off.enter_context(type(model).disable_adapter(model))
+            yield
+
+    with watcher.progress("measuring what was lost", DAMAGE_TOKENS) as advance:
+        with untouched():
+            first_ids_B = held_out_BT[:, 0].repeat(DAMAGE_SEQUENCES)[:DAMAGE_SEQUENCES]
+            samples_BT = own_samples(model, first_ids_B, num_tokens=DAMAGE_TOKENS // DAMAGE_SEQUENCES)
+        found = damage(model, untouched, samples_BT)
+        advance(found.tokens)
+    return found
 
 
 def _card_facts(
@@ -392,8 +486,14 @@ def _in_place(config: Config, output: Path) -> Config:
     return dataclasses.replace(config, engram=engram)
 
 
-def _weight_bytes(model: PreTrainedModel) -> int:
-    return sum(value.numel() * value.element_size() for value in model.state_dict().values())
+def _weight_bytes(model: Any, is_named: bool) -> int:
+    """Of what will be saved: without the weights of a backbone that is named."""
+    kept = {name for name, value in model.named_parameters() if value.requires_grad or not is_named}
+    return sum(
+        value.numel() * value.element_size()
+        for name, value in model.state_dict().items()
+        if name in kept or not is_named
+    )
 
 
 def _training_facts(history: History, settings: TrainConfig) -> dict[str, Any]:
@@ -422,15 +522,27 @@ def _facts(backbone: Backbone, config: Config) -> dict[str, Any]:
             "heads": config.engram.total_heads,
             "layers": config.engram.layer_indices,
         }
+    memory_parameters = set() if attached_memory(model) is None else set(memory_of(model).parameters())
+    trains = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    own = [parameter for parameter in trains if parameter not in memory_parameters]
+    is_trained = config.train.train_backbone or config.train.lora_rank > 0
     return {
+        "trainable": {
+            "backbone": sum(parameter.numel() for parameter in own) if is_trained else 0,
+            "fusion": sum(parameter.numel() for parameter in trains if parameter in memory_parameters),
+            "rows": 0 if memory is None else memory["rows"] * memory["width"],
+        },
         "model": {
             "name": backbone.name,
             "layers": len(decoder_layers(model)),
             "width": model.config.get_text_config().hidden_size,
             "parameters": sum(
-                value.numel() for name, value in model.named_parameters() if not name.startswith("engram.")
+                value.numel()
+                for name, value in model.named_parameters()
+                if not name.startswith("engram.") and ".lora_" not in name
             ),
-            "trains": config.train.train_backbone,
+            "trains": config.train.train_backbone and not config.train.lora_rank,
+            "lora_rank": config.train.lora_rank,
         },
         "memory": memory,
     }

@@ -27,6 +27,7 @@ from sense_v2.engram.table import disk, platform
 from sense_v2.hf import from_pretrained, push_to_hub, save_pretrained
 from sense_v2.hf.attach import detach_engram
 from sense_v2.hf.memory import attached_memory, memory_of
+from sense_v2.hf.saving.backbone_facts import backbone_reference
 
 ROOT = Path(__file__).parents[3]
 
@@ -495,3 +496,13 @@ def test_a_model_without_memory_is_pushed_too(tmp_path, hub):
     save_pretrained(tiny_model("llama"), tmp_path / "saved")
     push_to_hub(tmp_path / "saved", "someone/model")
     assert attached_memory(from_pretrained("someone/model", cache_dir=hub, local_files_only=True)) is None
+
+
+def test_a_backbone_of_this_machine_alone_is_not_pushed(tmp_path):
+    tiny_model("llama").save_pretrained(tmp_path / "plain")
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "plain")
+    reference = backbone_reference(model)
+    with_memory(tmp_path / "table", model=model)
+    save_pretrained(model, tmp_path / "saved", backbone=reference)
+    with pytest.raises(ValueError, match=r"names its backbone, .*plain, which nobody else can follow"):
+        push_to_hub(tmp_path / "saved", "me/model")

@@ -1,0 +1,110 @@
+"""A run on a model that was there before: memory that suits its shape, beside a LoRA, named and not copied."""
+
+import json
+from contextlib import nullcontext
+
+import pytest
+import torch
+from tiny import tiny_model, write_corpus
+from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
+
+from sense_v2.core.config import Config, EngramConfig, TrainConfig
+from sense_v2.core.errors import CommandError
+from sense_v2.hf.backbones import open_trained
+from sense_v2.hf.memory import memory_of
+from sense_v2.hf.training.fresh_model import memory_for, train_bpe
+from sense_v2.hf.training.run import RunWatcher, resume_training, train_on_corpus
+
+
+@pytest.fixture
+def plain(tmp_path):
+    corpus = write_corpus(tmp_path / "corpus")
+    tokenizer = train_bpe([path.read_text() for path in corpus.iterdir()])
+    model = tiny_model("llama", vocabulary=tokenizer.get_vocab_size())
+    model.save_pretrained(tmp_path / "plain")
+    PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<|endoftext|>").save_pretrained(tmp_path / "plain")
+    return tmp_path / "plain"
+
+
+def settings(**train):
+    memory = EngramConfig(table_size=4000, engram_dim=64, num_heads=2, layer_indices=[1], init_std=0.0)
+    shape = {"steps": 6, "batch_size": 2, "sequence_length": 16, "eval_sequences": 4, "warmup_steps": 1}
+    return Config(memory, TrainConfig(**{**shape, "commit_every": 2, "eval_every": 0, **train}))
+
+
+def trained(plain, config, **more):
+    output = plain.parent / "trained"
+    result = train_on_corpus(config, model=str(plain), corpus=[plain.parent / "corpus"], output=output, **more)
+    return result, output
+
+
+def test_memory_for_a_model_stands_at_a_quarter_and_at_two_thirds_of_its_depth():
+    shapes = {(30, 576): ([8, 20], 512), (2, 64): ([1], 128), (1, 64): ([0], 128), (80, 8192): ([22, 54], 512)}
+    for (layers, width), (places, dim) in shapes.items():
+        model = tiny_model("llama", layers=1)
+        model.config.num_hidden_layers, model.config.hidden_size = layers, width
+        suited = memory_for(model, EngramConfig())
+        assert (suited.layer_indices, suited.engram_dim, suited.num_heads) == (places, dim, 4)
+
+
+def test_a_frozen_backbone_is_named_and_its_damage_told(plain):
+    config = settings(train_backbone=False, row_learning_rate=0.5)
+    result, output = trained(plain, config, suits_model=True)
+    assert not list(output.glob("model*"))
+    assert json.loads((output / "engram/backbone.json").read_text())["reference"]["model"] == str(plain)
+    model, _ = open_trained(output)
+    assert memory_of(model).config.layer_indices == [1, 2]
+    assert result["damage"]["tokens"] > 0 < result["damage"]["divergence"]
+    fusion = sum(parameter.numel() for parameter in memory_of(model).parameters())
+    assert result["trainable"] == {"backbone": 0, "fusion": fusion, "rows": result["memory"]["rows"] * 16}
+    state = AutoModelForCausalLM.from_pretrained(plain).state_dict()
+    assert all(torch.equal(model.state_dict()[name], value) for name, value in state.items())
+
+
+def test_a_trained_backbone_is_saved_whole(plain):
+    result, output = trained(plain, settings())
+    assert (output / "model.safetensors").is_file()
+    assert result["damage"] is None
+    assert result["trainable"]["backbone"] == tiny_model_size(plain)
+
+
+def tiny_model_size(plain):
+    return AutoModelForCausalLM.from_pretrained(plain).num_parameters()
+
+
+def test_a_lora_trains_beside_the_memory_and_is_opened_with_it(plain):
+    result, output = trained(plain, settings(train_backbone=False, lora_rank=2, learning_rate=1e-2))
+    assert (output / "adapter_config.json").is_file()
+    assert not list(output.glob("model*"))
+    model, _ = open_trained(output)
+    lora = [value for name, value in model.named_parameters() if "lora_B" in name]
+    assert lora
+    assert all(value.any() for value in lora)
+    assert memory_of(model).storage.weight.any()
+    assert result["perplexity"]["after"] < result["perplexity"]["before"]
+    assert result["damage"]["divergence"] > 0
+    assert result["trainable"]["backbone"] == sum(value.numel() for value in lora) * 2
+
+
+class Stops(RunWatcher):
+    def training(self, settings):
+        taken = []
+        return nullcontext((lambda history: taken.append(history.steps[-1]), lambda: 4 in taken))
+
+
+@pytest.mark.filterwarnings("ignore:.*a writer ended between two commits")
+def test_a_run_with_a_lora_resumes_bit_for_bit(plain):
+    config = settings(train_backbone=False, lora_rank=2, learning_rate=1e-2)
+    whole, output = trained(plain, config)
+    output.rename(plain.parent / "whole")
+    stopped, output = trained(plain, config, watcher=Stops())
+    assert stopped["stopped"]
+    result = resume_training(output)
+    assert result["train_loss"] == whole["train_loss"]
+    for name in ("adapter_model.safetensors", "engram/engram_table.dat", "engram/fusion.safetensors"):
+        assert (output / name).read_bytes() == (plain.parent / "whole" / name).read_bytes(), name
+
+
+def test_a_lora_of_a_fresh_model_is_refused(tmp_path):
+    with pytest.raises(CommandError, match=r"lora_rank.*--model"):
+        train_on_corpus(settings(lora_rank=2), corpus=[write_corpus(tmp_path / "corpus")], output=tmp_path / "out")
