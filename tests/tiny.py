@@ -145,6 +145,23 @@ def wake(memory, scale: float = 0.3) -> None:
         memory.storage.weight.mul_(50)
 
 
+def save_base_and_taught(folder):
+    """Two folders of one model, `base` and `taught`: four rows differ."""
+    from sense_v2.hf.attach import attach_engram
+    from sense_v2.hf.saving.save import save_pretrained
+
+    (folder / "table").mkdir()
+    model = attach_engram(tiny_model("llama"), tiny_config(folder / "table"), tiny_tokenizer())
+    for layer in model.engram:
+        torch.nn.init.normal_(layer.W_v.weight, std=0.3)
+    save_pretrained(model, folder / "base", tokenizer=tiny_tokenizer())
+    storage = model.engram.storage
+    storage.write(torch.tensor([1, 2, 700, 1499]), torch.ones(4, 8))
+    storage.commit(step=5)
+    save_pretrained(model, folder / "taught")
+    storage.close()
+
+
 def write_corpus(folder, files: int = 12):
     """Programs that say much the same, so that a few steps learn something and the BPE stays small."""
     folder.mkdir(parents=True)

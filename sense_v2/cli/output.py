@@ -26,10 +26,10 @@ from sense_v2.core.progress import Progress
 _OBEYED = re.compile("[\x00-\x08\x0a-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069\ud800-\udfff]")
 
 
-def visible(text: str) -> str:
+def spell_out(text: str) -> str:
     """Return one line with its control characters spelt out. Bytes of a path that aren't UTF-8 are spelt out, too.
 
-    >>> print(visible("a\\x1b]0;b\\x07"), visible("c\\udce9.txt"))
+    >>> print(spell_out("a\\x1b]0;b\\x07"), spell_out("c\\udce9.txt"))
     a\\x1b]0;b\\x07 c\\xe9.txt
     """
 
@@ -43,7 +43,7 @@ def visible(text: str) -> str:
 
 def tell(*lines: str, file: TextIO | None = None) -> None:
     """Print lines for a person: to stdout, or to `file`."""
-    print(*map(visible, lines), sep="\n", file=file, flush=True)
+    print(*map(spell_out, lines), sep="\n", file=file, flush=True)
 
 
 def print_text(text: str) -> None:

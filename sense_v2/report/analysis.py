@@ -183,7 +183,7 @@ def coloured(text: dict[str, Any]) -> Markup:
 
 def _ngram_facts(ngram: dict[str, Any]) -> list[tuple[str, str]]:
     others = ngram["others"]
-    text = wording.visible(ngram["text"], inline=True)
+    text = wording.show_spaces(ngram["text"], inline=True)
     return [
         (f"{ngram['order']}-gram", f"{text}, counted {count(ngram['counted'])}"),
         ("adds", f"{percent(ngram['share'])} of the hidden state’s length"),

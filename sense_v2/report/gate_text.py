@@ -122,8 +122,8 @@ def token_span(text: str, facts: Facts, *, css_class: str = "", breaks: bool = T
         breaks: False to show its line breaks without breaking the line.
     """
     rows = Markup("").join(Markup("<span>{}</span><span>{}</span>").format(label, value) for label, value in facts)
-    shown = wording.visible(text, inline=True)
+    shown = wording.show_spaces(text, inline=True)
     tip = Markup('<span class="tip" role="tooltip"><b>{}</b>{}</span>').format(shown, rows)
     return Markup('<span class="{}" tabindex="0">{}{}</span>').format(
-        css_class, tip, wording.visible(text) if breaks else shown
+        css_class, tip, wording.show_spaces(text) if breaks else shown
     )

@@ -53,7 +53,7 @@ def inspection(found: dict[str, Any]) -> str:
             ("token id", f"{found['token_ids'][place]}"),
             ("compressed id", f"{found['compressed_ids'][place]}"),
             *(
-                (f"{order}-gram", wording.visible(found["ngrams"][order][place], inline=True))
+                (f"{order}-gram", wording.show_spaces(found["ngrams"][order][place], inline=True))
                 for order in orders
                 if place + 1 >= order
             ),
@@ -111,7 +111,7 @@ def comparison(found: dict[str, Any]) -> str:
                     (label.lower(), wording.chance(probability)),
                     (other_label.lower(), wording.chance(other)),
                     *(
-                        (f"{number}. {wording.visible(token, inline=True)}", wording.chance(p))
+                        (f"{number}. {wording.show_spaces(token, inline=True)}", wording.chance(p))
                         for number, (token, p) in enumerate(candidates, 1)
                     ),
                 ],
@@ -165,7 +165,7 @@ def parting(found: dict[str, Any]) -> str:
     if place == length:
         return f"One of them ends after {length} tokens; up to there they are the same. {often}"
     chosen = [
-        f"{label} “{wording.visible(side['tokens'][place], inline=True)}” "
+        f"{label} “{wording.show_spaces(side['tokens'][place], inline=True)}” "
         f"({wording.chance(side['probabilities'][place])})"
         for label, side in (("with memory", remembering), ("without", plain))
     ]

@@ -200,13 +200,13 @@ def listing(names: list[str]) -> str:
     return " and ".join([", ".join(names[:-1]), names[-1]] if len(names) > 1 else names)
 
 
-def visible(text: str, inline: bool = False) -> str:
+def show_spaces(text: str, inline: bool = False) -> str:
     """A token's text with its white space made visible. Running text keeps its spaces and breaks its lines behind
     the arrow; `inline` gives a single line, for a token that stands alone.
 
-    >>> visible("):\\n"), visible("    "), visible("\\t"), visible(" foo"), visible("")
+    >>> show_spaces("):\\n"), show_spaces("    "), show_spaces("\\t"), show_spaces(" foo"), show_spaces("")
     ('):↵\\n', '····', '⇥\\t', ' foo', '∅')
-    >>> visible(" foo\\n", inline=True)
+    >>> show_spaces(" foo\\n", inline=True)
     '·foo↵'
     """
     if not text:

@@ -5,13 +5,10 @@ import shutil
 
 import pytest
 import torch
-from tiny import tiny_config, tiny_model, tiny_tokenizer
+from tiny import save_base_and_taught
 
 from sense_v2.cli.main import main
 from sense_v2.engram.delta.delta_file import Source, read_delta, write_delta
-from sense_v2.hf.attach import attach_engram
-from sense_v2.hf.memory import memory_of
-from sense_v2.hf.saving.save import save_pretrained
 
 
 @pytest.fixture
@@ -27,18 +24,8 @@ def run(capfd):
 
 @pytest.fixture(scope="module")
 def saved(tmp_path_factory):
-    """Folders of a model, and of the same one with four rows changed."""
     folder = tmp_path_factory.mktemp("models")
-    (folder / "table").mkdir()
-    model = attach_engram(tiny_model("llama"), tiny_config(folder / "table"), tiny_tokenizer())
-    for layer in memory_of(model):
-        torch.nn.init.normal_(layer.W_v.weight, std=0.3)
-    save_pretrained(model, folder / "base", tokenizer=tiny_tokenizer())
-    storage = memory_of(model).storage
-    storage.write(torch.tensor([1, 2, 700, 1499]), torch.ones(4, 8))
-    storage.commit(step=5)
-    save_pretrained(model, folder / "taught")
-    storage.close()
+    save_base_and_taught(folder)
     return folder
 
 

@@ -14,26 +14,22 @@ import sys
 from pathlib import Path
 
 import pytest
-import torch
-from tiny import tiny_config, tiny_model, tiny_tokenizer
+from tiny import save_base_and_taught, tiny_tokenizer
 
 from sense_v2.cli.main import main
-from sense_v2.hf.attach import attach_engram
-from sense_v2.hf.memory import memory_of
 from sense_v2.hf.saving.publishing import is_notice
-from sense_v2.hf.saving.save import save_pretrained
 from sense_v2.hf.training.run import default_config
 
 CHANGES = {"os.rename", "os.remove", "os.mkdir", "os.rmdir", "os.truncate", "os.link"}
 TABLE = ("--table-size", 2000, "--engram-dim", 32, "--num-heads", 2)
 COMMANDS = {
     "setup": ("setup", "--tokenizer", "tokenizer.json", "--output", "out/map.npy"),
-    "create": ("create", "--shadow-map", "model/engram/shadow_map.npy", "--storage-path", "out/t.dat", *TABLE),
-    "convert": ("convert", "model", "--dtype", "int8", "--output", "out"),
+    "create": ("create", "--shadow-map", "base/engram/shadow_map.npy", "--storage-path", "out/t.dat", *TABLE),
+    "convert": ("convert", "base", "--dtype", "int8", "--output", "out"),
     "tokenize": ("tokenize", "--corpus", "corpus", "--tokenizer", "tokenizer.json", "--output", "out"),
-    "profile": ("profile", "model", "--corpus", "corpus", "--output", "out/hot.npy"),
-    "export": ("delta", "export", "taught", "--base", "model", "--output", "out/delta.safetensors"),
-    "apply": ("delta", "apply", "delta.safetensors", "model"),
+    "profile": ("profile", "base", "--corpus", "corpus", "--output", "out/hot.npy"),
+    "export": ("delta", "export", "taught", "--base", "base", "--output", "out/delta.safetensors"),
+    "apply": ("delta", "apply", "delta.safetensors", "base"),
     "revert": ("delta", "revert", "applied"),
 }
 # What these say once they are done; they can't be done twice.
@@ -47,14 +43,7 @@ EVER_NEW = ("engram_table.json", "t.json", "engram_table.journal")
 def original(tmp_path_factory):
     """What the commands read: a tokenizer, texts, a model, the same taught, a delta between the two, and applied."""
     folder = tmp_path_factory.mktemp("killed")
-    (folder / "table").mkdir()
-    model = attach_engram(tiny_model("llama"), tiny_config(folder / "table"), tiny_tokenizer())
-    save_pretrained(model, folder / "model", tokenizer=tiny_tokenizer())
-    storage = memory_of(model).storage
-    storage.write(torch.tensor([1, 2, 700, 1499]), torch.ones(4, 8))
-    storage.commit(step=5)
-    save_pretrained(model, folder / "taught")
-    storage.close()
+    save_base_and_taught(folder)
     shutil.rmtree(folder / "table")
     tiny_tokenizer().save(str(folder / "tokenizer.json"))
     (folder / "corpus").mkdir()
@@ -62,8 +51,8 @@ def original(tmp_path_factory):
         words = [f"word{(number * 7 + place) % 30}" for place in range(300)]
         (folder / "corpus" / f"{number}.txt").write_text(" ".join(words))
     delta, applied = str(folder / "delta.safetensors"), str(folder / "applied")
-    assert main(["delta", "export", str(folder / "taught"), "--base", str(folder / "model"), "--output", delta]) == 0
-    shutil.copytree(folder / "model", applied)
+    assert main(["delta", "export", str(folder / "taught"), "--base", str(folder / "base"), "--output", delta]) == 0
+    shutil.copytree(folder / "base", applied)
     assert main(["delta", "apply", delta, applied]) == 0
     for name in ("tokenize", "profile", "setup"):  # what the children need is imported by then
         words = [str(folder / word) if (folder / word).exists() else word for word in COMMANDS[name][:-1]]

@@ -22,7 +22,7 @@ from sense_v2.cli.options import (
     SequencesOption,
     TextColumnOption,
 )
-from sense_v2.cli.output import lines_to, print_json, progress_to, report_paths, require_plots, visible, write_json
+from sense_v2.cli.output import lines_to, print_json, progress_to, report_paths, require_plots, spell_out, write_json
 
 if TYPE_CHECKING:
     from sense_v2.hf.data.held_out import Blocks
@@ -155,7 +155,7 @@ def ablate(
 
 def _results(folder: Path, blocks: Blocks, started: float, measured: dict[str, Any]) -> dict[str, Any]:
     return {
-        "model": visible(str(folder)),
+        "model": spell_out(str(folder)),
         "created": datetime.now(timezone.utc).isoformat(timespec="seconds"),
         "corpus": blocks.description(),
         "sequences": len(blocks.token_ids_BT),

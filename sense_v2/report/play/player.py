@@ -154,7 +154,8 @@ class Player:
         with self._turn(notebook):
             notebook.facts[-1].taught.undo()
             fact = notebook.facts.pop()
-        said = f"“{wording.visible(fact.text, inline=True)}” is taken back: its rows are what they were, bit for bit."
+        text = wording.show_spaces(fact.text, inline=True)
+        said = f"“{text}” is taken back: its rows are what they were, bit for bit."
         return playground.note(said), self.facts(notebook), notebook
 
     def facts(self, notebook: Notebook | None) -> str:

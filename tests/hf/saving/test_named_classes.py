@@ -7,7 +7,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from test_copies import IDS, logits, train
-from test_trainer import arguments, blocks, crashed, outcome, run
+from test_trainer import arguments, blocks, check_resumes_bit_for_bit
 from tiny import tiny_config, tiny_model, tiny_tokenizer, wake
 from transformers import (
     AutoModelForCausalLM,
@@ -92,12 +92,7 @@ def test_experts_are_resumed_bit_for_bit(tmp_path, monkeypatch):
     def attached(folder, **_):
         return attach_engram(experts("qwen2_moe"), tiny_config(folder), tiny_tokenizer())
 
-    monkeypatch.setattr("test_trainer.with_memory", attached)
-    for name in ("whole", "cut"):
-        (tmp_path / name).mkdir()
-    expected = outcome(run(tmp_path / "whole"))
-    crashed(tmp_path / "cut", 5)
-    assert outcome(run(tmp_path / "cut", resume=True)) == expected
+    check_resumes_bit_for_bit(tmp_path, monkeypatch, attached)
 
 
 def test_a_checkpoint_whose_weights_a_trainer_cant_find_is_refused(tmp_path):

@@ -341,6 +341,16 @@ def outcome(trainer):
     }
 
 
+def check_resumes_bit_for_bit(folder, monkeypatch, attached):
+    """A run of what `attached(folder, …)` gives, cut off and resumed, ends as an undisturbed one."""
+    monkeypatch.setattr("test_trainer.with_memory", attached)
+    for name in ("whole", "cut"):
+        (folder / name).mkdir()
+    expected = outcome(run(folder / "whole"))
+    crashed(folder / "cut", 5)
+    assert outcome(run(folder / "cut", resume=True)) == expected
+
+
 @pytest.fixture(scope="module")
 def undisturbed(tmp_path_factory):
     return outcome(run(tmp_path_factory.mktemp("undisturbed")))

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
-from test_trainer import InOrder, arguments, blocks, crashed, history, outcome, run, table_on_disk, with_memory
+from test_trainer import InOrder, arguments, blocks, check_resumes_bit_for_bit, history, table_on_disk, with_memory
 from tiny import VOCABULARY, tiny_config, tiny_model, tiny_tokenizer
 from transformers import DataCollatorWithFlattening, PreTrainedTokenizerFast, Trainer
 from transformers.integrations import TensorBoardCallback
@@ -189,12 +189,7 @@ def test_detaching_from_under_an_adapter(tmp_path):
 
 @pytest.mark.filterwarnings("ignore:.*a writer ended between two commits")
 def test_a_run_with_a_lora_resumes_bit_for_bit(tmp_path, monkeypatch):
-    monkeypatch.setattr("test_trainer.with_memory", lambda folder, **_: adapted_after(folder))
-    for name in ("whole", "cut"):
-        (tmp_path / name).mkdir()
-    expected = outcome(run(tmp_path / "whole"))
-    crashed(tmp_path / "cut", 5)
-    assert outcome(run(tmp_path / "cut", resume=True)) == expected
+    check_resumes_bit_for_bit(tmp_path, monkeypatch, lambda folder, **_: adapted_after(folder))
 
 
 def test_an_adapter_that_reaches_into_the_memory_is_refused(tmp_path):
