@@ -54,7 +54,7 @@ ranks: $(INSTALLED) ## kill one of 2 to 4 ranks 60 times, at random moments and 
 	SENSE_RANK_KILLS=$${SENSE_RANK_KILLS:-15} OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(JOBS) --dist loadscope $(ARGS) tests/engram/ranks/test_global_commit.py tests/engram/ranks/test_hosts.py
 
 # Only packages are downloaded, and the site loads nothing from elsewhere: scripts/check_site.py checks it.
-test-peers: $(INSTALLED) ## transformers' own model tests, bare and with memory (ARGS="llama opt" for some; half an hour)
+test-peers: $(INSTALLED) ## transformers' and PEFT's own model tests, bare and with memory (ARGS="llama peft" for some; 45 minutes)
 	OMP_NUM_THREADS=1 $(BIN)/python scripts/test_peers.py $(ARGS)
 
 docs: $(INSTALLED) ## the site of docs/, in site/index.html

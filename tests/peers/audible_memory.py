@@ -31,18 +31,21 @@ def memory_in_every_model(request, monkeypatch):
         monkeypatch.setattr(model_class, "__init__", _attaching(model_class, model_class.__init__))
 
 
+def attach_audible(model):
+    """A memory that shows in the model's outputs, the same for each model; its table goes when the model does."""
+    folder = tempfile.TemporaryDirectory()
+    weakref.finalize(model, folder.cleanup)
+    text = model.config.get_text_config()
+    layer = min(1, text.num_hidden_layers - 1)
+    attach_engram(model, tiny_config(Path(folder.name), layer_indices=[layer]), tiny_tokenizer(text.vocab_size))
+    wake(model.engram)
+
+
 def _attaching(model_class, init):
     def init_and_attach(model, *args, **kwargs):
         init(model, *args, **kwargs)
         if type(model) is model_class and not model.get_input_embeddings().weight.is_meta:
-            folder = tempfile.TemporaryDirectory()
-            weakref.finalize(model, folder.cleanup)
-            text = model.config.get_text_config()
-            layer = min(1, text.num_hidden_layers - 1)
-            attach_engram(
-                model, tiny_config(Path(folder.name), layer_indices=[layer]), tiny_tokenizer(text.vocab_size)
-            )
-            wake(model.engram)
+            attach_audible(model)
 
     return init_and_attach
 
