@@ -326,6 +326,8 @@ class TokenRows:
     positions_BT: torch.Tensor | None
     num_past: int
     """P."""
+    places_T: torch.Tensor | None = None
+    """Where these tokens are among the Q positions, if not behind the P of the past."""
 
     def to_remember(self) -> torch.Tensor:
         """Make what a cache keeps of these tokens, [B, T, 3] int64: COMPRESSED_ID, VALID, POSITION."""

@@ -353,6 +353,7 @@ class EngramFusionLayer(nn.Module):
         valid_BT: torch.Tensor | None = None,
         documents_BQ: torch.Tensor | None = None,
         remember: Callable[[torch.Tensor], torch.Tensor] | None = None,
+        places_T: torch.Tensor | None = None,
     ) -> torch.Tensor:
         """Add the memory to hidden states: hidden + α·V + conv(α·V).
 
@@ -375,6 +376,7 @@ class EngramFusionLayer(nn.Module):
             documents_BQ: The packed document of each position that the convolution reads.
             remember: Called with what the convolution reads of these positions, [B, T, X], if a sequence comes in
                 parts. Keeps it, and returns that of all Q positions that these can reach. Without it Q is T.
+            places_T: Where these positions are among the Q; the last T if not given.
 
         Returns:
             Fused hidden states, of the shape and dtype of `hidden_states`.
@@ -413,7 +415,7 @@ class EngramFusionLayer(nn.Module):
             gated_BTSC = gated_BTSC * valid_BT[..., None, None]
         delta_BTSC = gated_BTSC
         if self.conv is not None:
-            delta_BTSC = gated_BTSC + self._mixed(gated_BTSC, self.conv, valid_BT, documents_BQ, remember)
+            delta_BTSC = gated_BTSC + self._mixed(gated_BTSC, self.conv, valid_BT, documents_BQ, remember, places_T)
         return hidden_states + delta_BTSC.reshape(hidden_states.shape).to(hidden_states.dtype)
 
     def _mixed(
@@ -423,6 +425,7 @@ class EngramFusionLayer(nn.Module):
         valid_BT: torch.Tensor | None,
         documents_BQ: torch.Tensor | None,
         remember: Callable[[torch.Tensor], torch.Tensor] | None,
+        places_T: torch.Tensor | None,
     ) -> torch.Tensor:
         """Compute conv(α·V), [B, T, S, C]; see `forward`."""
         mixed_BTSC = gated_BTSC
@@ -433,7 +436,8 @@ class EngramFusionLayer(nn.Module):
             inputs_BQX = remember(inputs_BQX)
         mixed_BXQ = conv(inputs_BQX.transpose(1, 2), documents_BQ)
         num_past = inputs_BQX.shape[1] - gated_BTSC.shape[1]
-        mixed_BTX = mixed_BXQ[..., num_past:].transpose(1, 2)
+        mixed_BXT = mixed_BXQ[..., num_past:] if places_T is None else mixed_BXQ[..., places_T]
+        mixed_BTX = mixed_BXT.transpose(1, 2)
         mixed_BTSC = mixed_BTX.unflatten(-1, (self.num_streams, self.hidden_size))
         if self.conv_norm is not None:
             mixed_BTSC = F.silu(mixed_BTSC)

@@ -28,6 +28,7 @@ from transformers import Cache
 from sense_v2.engram.hashing import TokenRows, token_rows
 from sense_v2.hf.cache import EngramState, state_in
 from sense_v2.hf.memory import EngramMemory
+from sense_v2.hf.serving.continuous_batching import PagedCall, paged_call
 
 # The keyword argument that carries `EngramInputs` from the base model's hook through transformers' **kwargs.
 CARRIER = "engram_inputs"
@@ -44,7 +45,7 @@ class EngramInputs:
     """What the memory layers need of one forward call."""
 
     rows: TokenRows
-    state: EngramState | None
+    state: EngramState | PagedCall | None
     is_kept: bool = False
     """True if the cache has these tokens already: the first layer that has the cache puts them there."""
 
@@ -88,7 +89,28 @@ def carry_inputs(
             f"the vocabulary was resized from {num_embeddings} to {current} after memory was attached; "
             "detach_engram, make a shadow map of the new tokenizer, attach again"
         )
-    mask = arguments.get("attention_mask") if given_mask is None else given_mask
+    paged = paged_call(memory, arguments)
+    if paged is None:
+        mask = arguments.get("attention_mask") if given_mask is None else given_mask
+        inputs = _with_cache(memory, fusions, token_ids_BT, mask, arguments)
+    else:
+        inputs = EngramInputs(paged.rows(memory, token_ids_BT), paged)
+    memory.begin_rows(inputs.rows.row_ids_LBTH, inputs.rows.valid_BT)
+    if hands_down:
+        kwargs[CARRIER] = inputs
+    else:
+        _call.set(inputs)
+    return args, kwargs
+
+
+def _with_cache(
+    memory: EngramMemory,
+    fusions: nn.ModuleDict,
+    token_ids_BT: torch.Tensor,
+    mask: Any,
+    arguments: dict[str, Any],
+) -> EngramInputs:
+    """Find the rows of a call's tokens, and what a cache of transformers keeps of those before them."""
     if mask is not None and not is_plain_mask(mask):
         shape = tuple(mask.shape) if isinstance(mask, torch.Tensor) else type(mask).__name__
         raise ValueError(
@@ -110,13 +132,7 @@ def carry_inputs(
         num_before=length,
         handle=memory.handle,
     )
-    memory.begin_rows(rows.row_ids_LBTH, rows.valid_BT)
-    inputs = EngramInputs(rows, state)
-    if hands_down:
-        kwargs[CARRIER] = inputs
-    else:
-        _call.set(inputs)
-    return args, kwargs
+    return EngramInputs(rows, state)
 
 
 def note_given(model: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
@@ -143,13 +159,13 @@ def add_memory(
     carried = kwargs.pop(CARRIER, None)
     if carried is None:
         carried = _call.get()
-    cache = None if carried is None else _kept_in(carried, args, kwargs, memory)
+    state = None if carried is None else _kept_in(carried, args, kwargs, memory)
     if str(layer_id) not in fusions:
         return args, kwargs
     if carried is None:
         raise ValueError(f"layer {layer_id} was called without token ids: call the model, not its layers")
     rows = carried.rows
-    if cache is None and rows.num_past > 0:
+    if state is None and rows.num_past > 0:
         raise ValueError(
             "the model was given a cache that holds tokens but its layers weren't (gradient checkpointing leaves "
             "it out): call with use_cache=False and the whole sequence"
@@ -159,7 +175,8 @@ def add_memory(
         row_ids_BTH=rows.row_ids_LBTH[list(fusions).index(str(layer_id))],
         valid_BT=rows.valid_BT,
         documents_BQ=rows.documents_BQ,
-        remember=None if cache is None else partial(carried.state.remember, layer_id),
+        remember=None if state is None else partial(state.remember, layer_id),
+        places_T=rows.places_T,
     )
     if args:
         return (fused, *args[1:]), kwargs
@@ -168,9 +185,12 @@ def add_memory(
 
 def _kept_in(
     carried: EngramInputs, args: tuple[Any, ...], kwargs: dict[str, Any], memory: EngramMemory
-) -> Cache | None:
-    """The layer's cache, if it has one. The first layer to have it keeps the tokens: those before the first memory
-    may be all that run (`assistant_early_exit`). A cache that the model made itself is first seen here, and empty."""
+) -> EngramState | PagedCall | None:
+    """The state in the layer's cache, if it has one. The first layer to have it keeps the tokens: those before the
+    first memory may be all that run (`assistant_early_exit`). A cache that the model made itself is first seen here,
+    and empty."""
+    if isinstance(carried.state, PagedCall):
+        return carried.state
     cache = next((value for value in (*args, *kwargs.values()) if isinstance(value, Cache)), None)
     if cache is None:
         return None
@@ -179,7 +199,7 @@ def _kept_in(
     if not carried.is_kept:
         carried.state.append_tokens(carried.rows.to_remember())
         carried.is_kept = True
-    return cache
+    return carried.state
 
 
 def _state_in(cache: Cache, memory: EngramMemory, *, is_new: bool = False) -> EngramState:

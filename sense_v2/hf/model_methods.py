@@ -3,11 +3,12 @@
     prepare_inputs_for_generation    generate's inputs come with ids and mask for the memory
     save_pretrained                  saves the memory as well, so that whatever calls it (`push_to_hub`, a Trainer's
                                      save_model) loses nothing
-    init_continuous_batching         refused
+    init_continuous_batching         its paged cache has a place for the memory
 
 The class and its other objects stay as they are. Transformers has no extension point for these. The first would go
 if generate handed its own ids and mask on to the model beside `inputs_embeds` and prepared masks, the second with a
-hook of `save_pretrained` for files that belong to a model, the third with a way to say which caches a model takes.
+hook of `save_pretrained` for files that belong to a model, the third with a way to say what a model's paged
+cache holds beside keys and values.
 """
 
 from __future__ import annotations
@@ -23,6 +24,7 @@ from transformers import PreTrainedModel
 
 from sense_v2.hf.forward_hooks import IDS_ARGUMENT, MASK_ARGUMENT, is_plain_mask
 from sense_v2.hf.memory import memory_of, refuse_other_rows
+from sense_v2.hf.serving.continuous_batching import manager_with_memory
 
 
 class OwnMethod:
@@ -57,7 +59,7 @@ def replace_methods(model: PreTrainedModel) -> list[Any]:
             for name, function in (
                 ("prepare_inputs_for_generation", _prepare_inputs_with_memory),
                 ("save_pretrained", _save_with_memory),
-                ("init_continuous_batching", _refuse_continuous_batching),
+                ("init_continuous_batching", manager_with_memory),
             )
             if hasattr(model, name)
         ),
@@ -142,11 +144,3 @@ def _save_with_memory(
     save_pretrained(model, save_directory, state_dict=state_dict, **saved)
     options.setdefault("token", saved.get("token"))
     push(save_directory, options.pop("repo_id", Path(save_directory).name), **options)
-
-
-def _refuse_continuous_batching(model: Any, *args: Any, **kwargs: Any) -> Any:
-    """Before it starts: an error in its thread would only be logged, and every answer empty."""
-    raise ValueError(
-        "continuous batching keeps tokens in a paged cache, which has no place for what the memory must know of "
-        "earlier ones: use model.generate, a batch at a time, or detach_engram(model)"
-    )

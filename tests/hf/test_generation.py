@@ -723,12 +723,6 @@ def test_a_mask_that_covers_half_of_the_past_is_refused():
         forward(model, cache, some_ids(2, 2), attention_mask=torch.ones(2, 5))
 
 
-def test_continuous_batching_is_refused():
-    model = remembering("llama")
-    with pytest.raises(ValueError, match=r"paged cache.*use model\.generate, a batch at a time"):
-        model.generate_batch(inputs=[[5, 6, 7], [8, 9]], max_new_tokens=2)
-
-
 @pytest.mark.parametrize("name", [CACHE, "past_key_values", "state"])
 def test_a_state_of_earlier_tokens_that_is_no_cache_is_refused(name):
     class PagedAttentionCache:
