@@ -77,6 +77,23 @@ def serve(
         list[str] | None,
         typer.Option(metavar="NAME", help="Answer requests to this name, too, as behind a proxy; repeatable."),
     ] = None,
+    continuous_batching: Annotated[
+        bool,
+        typer.Option(
+            "--continuous-batching/--one-by-one",
+            help="Answer requests in batches that they join and leave, where the model can, or one after the other.",
+        ),
+    ] = True,
+    cache_tokens: Annotated[
+        int, typer.Option(min=64, help="Tokens of all requests that a batch's cache holds at once.")
+    ] = 16_384,
+    max_waiting: Annotated[
+        int, typer.Option(min=1, help="Requests in work or waiting; what comes beyond gets a 503.")
+    ] = 256,
+    api_key: Annotated[
+        str | None,
+        typer.Option(envvar="SENSE_ENGRAM_API_KEY", help="What requests must bear; without it anyone may ask."),
+    ] = None,
     as_json: JsonOption = False,
 ) -> None:
     """Serve a trained model with transformers' OpenAI-compatible server.
@@ -86,7 +103,18 @@ def serve(
     from sense_v2.hf.serving.openai_server import openai_server
 
     folder, url = Path(model), f"http://{host}:{port}/v1"
-    server = openai_server(folder, host=host, port=port, device=device, dtype=dtype, names=allow_name or ())
+    server = openai_server(
+        folder,
+        host=host,
+        port=port,
+        device=device,
+        dtype=dtype,
+        names=allow_name or (),
+        batched=continuous_batching,
+        cache_tokens=cache_tokens,
+        max_waiting=max_waiting,
+        api_key=api_key,
+    )
     lines_to(as_json)(
         f"model    {folder}, by this name; `curl {url}/models` lists it", f"serving  {url} until Ctrl-C"
     )

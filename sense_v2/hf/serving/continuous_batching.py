@@ -25,7 +25,7 @@ from typing import Any
 import torch
 
 from sense_v2.engram.hashing import TokenRows
-from sense_v2.hf.memory import EngramMemory, memory_of
+from sense_v2.hf.memory import EngramMemory, attached_memory, memory_of
 from sense_v2.hf.serving import paged_state
 
 _ID = torch.int32
@@ -87,6 +87,22 @@ def manager_with_memory(
     return type(model).init_continuous_batching(
         shown, generation_config, replace(given, use_cuda_graph=False), workload_hints
     )
+
+
+def why_not_batched(model: Any) -> str | None:
+    """Say why continuous batching can't run a model, with memory or without; None if it can."""
+    config, memory = model.config.get_text_config(), attached_memory(model)
+    kinds = set(getattr(config, "layer_types", None) or [])
+    if getattr(model, "_is_stateful", False) or kinds - {"full_attention", "sliding_attention"}:
+        return f"{type(model).__name__} has layers that are no attention, for which transformers has no paged cache"
+    if not (hasattr(model, "init_continuous_batching") and getattr(model, "_supports_attention_backend", False)):
+        return f"{type(model).__name__} doesn't take transformers' paged attention"
+    try:
+        if memory is not None:
+            _refuse(model, memory, config)
+    except ValueError as error:
+        return str(error)
+    return None
 
 
 def _refuse(model: Any, memory: EngramMemory, config: Any) -> None:

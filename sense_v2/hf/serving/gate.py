@@ -13,6 +13,7 @@ import ipaddress
 import json
 import socket
 from collections.abc import Awaitable, Callable, Collection
+from contextvars import ContextVar
 from typing import Any
 from urllib.parse import urlsplit
 
@@ -23,6 +24,9 @@ MAX_STOPS = 16
 TEXTS = {"/v1/completions": "prompt", "/v1/chat/completions": "messages", "/v1/responses": "input"}
 _COUNTS = ("max_tokens", "max_completion_tokens", "max_output_tokens")
 _RANGES = {"temperature": (0, 2), "top_p": (0, 1), "frequency_penalty": (-0.99, 2), "presence_penalty": (-2, 2)}
+
+asked: ContextVar[dict[str, Any]] = ContextVar("asked", default={})  # noqa: B039  # never changed in place
+"""The request that is answered, as it came: an app's handlers may hand on a part of it."""
 
 Message = dict[str, Any]
 Receive = Callable[[], Awaitable[Message]]
@@ -150,11 +154,13 @@ class OneModel:
             if method != "POST":
                 raise Refused(405, f"{path} takes POST")
             body = await _body(receive)
-            self._check(path, _parsed(body))
+            request = _parsed(body)
+            self._check(path, request)
         except Refused as refused:
             error = {"message": refused.what, "type": "invalid_request_error", "param": None, "code": refused.status}
             await _answer(send, refused.status, "application/json", json.dumps({"error": error}))
             return
+        asked.set(request)
         told = False
 
         async def receive_again() -> Message:

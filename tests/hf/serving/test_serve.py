@@ -2,6 +2,8 @@
 
 import json
 import os
+import re
+import signal
 import socket
 import subprocess
 import sys
@@ -21,7 +23,9 @@ from sense_v2.hf import from_pretrained, save_pretrained
 from sense_v2.hf.attach import detach_engram
 
 openai = pytest.importorskip("openai")
+httpx = pytest.importorskip("httpx")
 ROOT = Path(__file__).parents[3]
+KEY = "secret"
 PROMPTS = [f"word{number} WORD{number + 1} word{number + 2}" for number in range(6)]
 
 
@@ -47,7 +51,9 @@ def client(saved):
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
     command = [sys.executable, "-m", "sense_v2.cli.main", "serve", str(saved), "--port", str(port), "--json"]
+    command += ["--max-waiting", "40", "--cache-tokens", "4096"]
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
+    environment["SENSE_ENGRAM_API_KEY"] = KEY
     with open(saved.parent / "log", "w+") as log, open(saved.parent / "out", "w") as out:
         server = subprocess.Popen(command, stdout=out, stderr=log, env=environment)
         try:
@@ -60,10 +66,13 @@ def client(saved):
                     break
                 except OSError:
                     time.sleep(0.1)
-            yield openai.OpenAI(base_url=f"http://127.0.0.1:{port}/v1", api_key="none", max_retries=0)
+            client = openai.OpenAI(base_url=f"http://127.0.0.1:{port}/v1", api_key=KEY, max_retries=0)
+            client.server = server
+            yield client
         finally:
-            server.terminate()
-            server.wait(timeout=20)
+            if server.poll() is None:
+                server.terminate()
+                server.wait(timeout=20)
 
 
 def expected(model, prompt: str, max_tokens: int) -> str:
@@ -123,6 +132,53 @@ def test_several_at_once_some_of_them_streaming(client, saved):
     assert found == [expected(model, prompt, 12) for prompt in PROMPTS]
 
 
+def test_32_at_once_and_some_that_leave_in_the_middle(client, saved):
+    prompts = [f"word{n % 30} {'Word3 ' * (n % 7)}WORD{n % 29}" for n in range(32)]
+
+    def ask(number: int) -> str | None:
+        if number % 8 == 3:
+            request = {"model": str(saved), "prompt": prompts[number], "max_tokens": 100, "temperature": 0}
+            with client.completions.create(**request, stream=True) as stream:
+                next(iter(stream))
+            return None
+        answer = client.completions.create(
+            model=str(saved), prompt=prompts[number], max_tokens=6 + number % 5, temperature=0
+        )
+        return answer.choices[0].text
+
+    with ThreadPoolExecutor(32) as pool:
+        found = list(pool.map(ask, range(32)))
+    model = from_pretrained(saved)
+    for number, text in enumerate(found):
+        assert text is None or text == expected(model, prompts[number], 6 + number % 5)
+
+
+def test_a_penalty_which_batches_dont_know(client, saved):
+    """It is answered by itself."""
+    answer = client.completions.create(
+        model=str(saved), prompt=PROMPTS[0], max_tokens=8, temperature=0, frequency_penalty=2
+    )
+    model = from_pretrained(saved)
+    model.generation_config.repetition_penalty = 3.0
+    assert answer.choices[0].text == expected(model, PROMPTS[0], 8)
+
+
+def test_the_key_health_and_metrics(client, saved):
+    other = openai.OpenAI(base_url=str(client.base_url), api_key="other", max_retries=0)
+    with pytest.raises(openai.AuthenticationError, match="another key"):
+        other.completions.create(model=str(saved), prompt=PROMPTS[0])
+    root = str(client.base_url).removesuffix("/v1/")
+    assert httpx.get(f"{root}/health").json() == {"status": "ok"}
+    assert httpx.get(f"{root}/metrics").status_code == 401
+    client.completions.create(model=str(saved), prompt=PROMPTS[0], max_tokens=5, temperature=0)
+    text = httpx.get(f"{root}/metrics", headers={"Authorization": f"Bearer {KEY}"}).text
+    found = dict(line.rsplit(" ", 1) for line in text.splitlines() if not line.startswith("#"))
+    assert int(found['sense_engram_tokens_total{kind="generated"}']) >= 5
+    assert int(found["sense_engram_engine_requests"]) == 0
+    log = (saved.parent / "log").read_text()
+    assert re.search(r"POST /v1/completions 200 [\d.]+ s, first [\d.]+ s, tokens: 3 prompt, 5 generated\n", log)
+
+
 def test_what_would_fail_or_load_another_model_is_refused(client, saved):
     """By the server as it runs; all cases are in test_gate.py."""
     for refused in ({"max_tokens": 0}, {"prompt": ""}, {"prompt": PROMPTS[0] * 1000}, {"temperature": 9}):
@@ -134,6 +190,19 @@ def test_what_would_fail_or_load_another_model_is_refused(client, saved):
         client.models.list(extra_headers={"Host": "evil.example"})
     with pytest.raises(openai.NotFoundError):
         client.post("/../reset", cast_to=object)
+
+
+def test_a_server_that_is_stopped_ends_what_it_began(client, saved):
+    """The last test of this server."""
+    request = {"model": str(saved), "prompt": PROMPTS[1], "max_tokens": 60, "temperature": 0}
+    with client.completions.create(**request, stream=True) as stream:
+        parts = [next(iter(stream)).choices[0].text]
+        client.server.terminate()
+        parts += [chunk.choices[0].text for chunk in stream if chunk.choices]
+    assert "".join(parts) == expected(from_pretrained(saved), PROMPTS[1], 60)
+    assert client.server.wait(timeout=20) in (0, -signal.SIGTERM)
+    with pytest.raises(openai.APIConnectionError):
+        client.models.list()
 
 
 @pytest.mark.parametrize(
