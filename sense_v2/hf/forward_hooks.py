@@ -28,7 +28,8 @@ from transformers import Cache
 from sense_v2.engram.hashing import TokenRows, token_rows
 from sense_v2.hf.cache import EngramState, state_in
 from sense_v2.hf.memory import EngramMemory
-from sense_v2.hf.serving.continuous_batching import PagedCall, paged_call
+from sense_v2.hf.serving.continuous_batching import paged_call
+from sense_v2.hf.serving.paged_call import PagedCall
 
 # The keyword argument that carries `EngramInputs` from the base model's hook through transformers' **kwargs.
 CARRIER = "engram_inputs"

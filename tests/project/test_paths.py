@@ -41,7 +41,7 @@ NOT_OURS = {
     # The system's.
     "linux/fs.h",
 }
-OWN_FOLDERS = {"project", "attacks", "fuzz", "contract"}
+OWN_FOLDERS = {"project", "attacks", "fuzz", "contract", "vllm"}
 """Folders of tests/ that have no counterpart in sense_v2/."""
 
 

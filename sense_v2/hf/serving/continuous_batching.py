@@ -13,8 +13,7 @@ one. `sense_v2.hf.serving.paged_state` says how a step's positions lie.
 `layer_to_allocator` and `update` of the cache. It could go if a model could say what its paged cache holds beside
 keys and values.)
 
-N sequences, T new tokens, P positions of past, Q = T + N·P, E further layers, X channels, L layers with memory,
-H rows a position.
+N sequences, T new tokens, P positions of past, Q = T + N·P, E further layers, X channels.
 """
 
 from __future__ import annotations
@@ -24,12 +23,9 @@ from typing import Any
 
 import torch
 
-from sense_v2.engram.hashing import TokenRows
 from sense_v2.hf.memory import EngramMemory, attached_memory, memory_of
 from sense_v2.hf.serving import paged_state
-
-_ID = torch.int32
-"""Compressed ids in the cache: a vocabulary has fewer."""
+from sense_v2.hf.serving.paged_call import ID_DTYPE, PagedCall
 
 
 class _Seen:
@@ -145,7 +141,7 @@ def _layer_words(config: Any) -> int:
 
 def _fields(memory: EngramMemory, cache_dtype: torch.dtype) -> list[tuple[int | None, int, int]]:
     """What is kept of a token: (layer, or None for its compressed id; words in the cache; values)."""
-    fields: list[tuple[int | None, int, int]] = [(None, paged_state.words_of(_ID, 1, cache_dtype), 1)]
+    fields: list[tuple[int | None, int, int]] = [(None, paged_state.words_of(ID_DTYPE, 1, cache_dtype), 1)]
     for fusion in memory:
         if fusion.conv is not None:
             channels, dtype = fusion.conv.in_channels, fusion.conv.weight.dtype
@@ -153,8 +149,8 @@ def _fields(memory: EngramMemory, cache_dtype: torch.dtype) -> list[tuple[int | 
     return fields
 
 
-class PagedCall:
-    """One step of an engine: reads of its cache what the memory must know, and keeps there what it must know next."""
+class CacheCall(PagedCall):
+    """A step of transformers' manager, whose paged cache has layers for the memory."""
 
     def __init__(self, memory: EngramMemory, arguments: dict[str, Any]) -> None:
         cache = self.cache = arguments["cache"]
@@ -189,7 +185,7 @@ class PagedCall:
             self.slots_NP = slots_NP.masked_fill(~self.step.known_NP, allocator.read_trash_index)
 
     def exchange(self, layer_id: int | None, values_TX: torch.Tensor) -> torch.Tensor:
-        """Keep values of the new tokens; return them in their places behind those of the pasts, [Q, X]."""
+        """See `PagedCall.exchange`."""
         layers = self.layers[layer_id]
         heads, dim = self.allocator.num_key_value_heads, self.allocator.head_dim
         kept = paged_state.as_words(values_TX, self.cache.dtype, len(layers) * 2 * heads * dim)
@@ -207,28 +203,8 @@ class PagedCall:
             past_NPX = past.view(*self.slots_NP.shape, -1)
         return self.step.interleave(past_NPX, values_TX)
 
-    def rows(self, memory: EngramMemory, token_ids_BT: torch.Tensor) -> TokenRows:
-        """Find the rows of the step's tokens [1, T], by their own sequences' pasts."""
-        compressed_BT = memory.tokenizer(token_ids_BT)
-        ids_1Q = self.exchange(None, compressed_BT[0, :, None].to(_ID))[None, :, 0].long()
-        masks = {"attention_mask": self.step.known()[None], "sequence_ids": self.step.documents_Q[None]}
-        row_ids_LBQH = torch.stack([fusion.hasher(ids_1Q, **masks) for fusion in memory])
-        return TokenRows(
-            row_ids_LBTH=row_ids_LBQH[:, :, self.step.places_T],
-            valid_BT=None,
-            documents_BQ=self.step.documents_Q[None],
-            compressed_BT=compressed_BT,
-            positions_BT=None,
-            num_past=0,
-            places_T=self.step.places_T,
-        )
 
-    def remember(self, layer_id: int, inputs_BTX: torch.Tensor) -> torch.Tensor:
-        """Do what `EngramState.remember` does, for Q positions."""
-        return self.exchange(layer_id, inputs_BTX[0])[None]
-
-
-def paged_call(memory: EngramMemory, arguments: dict[str, Any]) -> PagedCall | None:
+def paged_call(memory: EngramMemory, arguments: dict[str, Any]) -> CacheCall | None:
     """The call's step, if its cache has a place for the memory: `manager_with_memory` saw to it."""
     has_place = isinstance(getattr(arguments.get("cache"), "config", None), _Seen)
-    return PagedCall(memory, arguments) if has_place else None
+    return CacheCall(memory, arguments) if has_place else None
