@@ -21,6 +21,7 @@ from typing import Any, Protocol, TypeVar
 
 import torch
 
+from sense_v2.engram.reading.read_stats import ReadStats
 from sense_v2.engram.table.format import Manifest
 from sense_v2.engram.table_identity import Origin, TableIdentity
 
@@ -130,6 +131,10 @@ class RowSource(Protocol):
     @property
     def reads_the_disk(self) -> bool:
         """True if lookups met the disk lately, so that `prefetch` pays. At first that isn't known: True."""
+
+    def stats(self) -> ReadStats:
+        """What this process has read of the file since it was opened. Of a table across ranks: of this rank's own
+        file; of an overlay: of what lies under it."""
 
     def close(self) -> None:
         """Lets go of files and threads. Rows that were looked up stay valid; any other use is a `RuntimeError`."""

@@ -36,6 +36,7 @@ from sense_v2.engram.reading import devices
 from sense_v2.engram.reading.cold_policy import NoSmallReads
 from sense_v2.engram.reading.earlier_rows import EarlierRows, file_id, put_aside
 from sense_v2.engram.reading.gather import shared_tensor
+from sense_v2.engram.reading.read_stats import ReadStats
 from sense_v2.engram.reading.reader import RowReader, map_rows
 from sense_v2.engram.table import disk, opening
 from sense_v2.engram.table.checksums import from_hex, to_hex
@@ -251,6 +252,9 @@ class MMapEmbeddingStorage(TableModule):
         if not self._small.prefetch(row_ids):
             self._refuse_unusable(row_ids)
             self._opened_reader().prefetch(row_ids.detach().cpu())
+
+    def stats(self) -> ReadStats:
+        return self._opened_reader().stats()
 
     @property
     def reads_the_disk(self) -> bool:

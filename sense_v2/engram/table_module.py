@@ -27,6 +27,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from sense_v2.engram.reading.cold_policy import NoSmallReads, SmallReads
+from sense_v2.engram.reading.read_stats import ReadStats
 from sense_v2.engram.row_source import OptimizerT, RowSource
 from sense_v2.engram.table.format import Manifest
 from sense_v2.engram.table.row_dtypes import stochastic_bfloat16
@@ -161,6 +162,9 @@ class TableModule(nn.Module, abc.ABC):
 
     @abc.abstractmethod
     def prefetch(self, row_ids: torch.Tensor) -> None: ...
+
+    @abc.abstractmethod
+    def stats(self) -> ReadStats: ...
 
     @abc.abstractmethod
     def close(self) -> None: ...

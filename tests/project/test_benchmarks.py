@@ -48,3 +48,11 @@ def test_fill(tmp_path, monkeypatch, capsys):
     found = last_line("fill", f"--megabytes 2 --rounds 1 --folder {tmp_path}", monkeypatch, capsys)
     assert found["median_seconds"].keys() == {"dd", "numpy", "ours"}
     assert not [*tmp_path.iterdir()]
+
+
+def test_serving(monkeypatch, capsys):
+    found = last_line("serving", "--tiny", monkeypatch, capsys)
+    assert found["clients"].keys() == {"1", "8", "32"}
+    for of in found["clients"].values():
+        assert all(of[name]["tokens_per_second"] > 0 for name in ("bare", "with memory"))
+        assert of["ratio"]["median"] > 0

@@ -35,6 +35,7 @@ import torch
 
 from sense_v2.engram.delta.delta_file import Delta, DeltaInfo, Source, read_delta, write_delta
 from sense_v2.engram.reading import devices
+from sense_v2.engram.reading.read_stats import ReadStats
 from sense_v2.engram.row_source import RowSource
 from sense_v2.engram.table.disk import WriterLock
 from sense_v2.engram.table.format import LOCK_SUFFIX, Manifest, as_json_object, row_dtype
@@ -228,6 +229,10 @@ class OverlayStorage(TableModule):
         """Begins to read the base's rows of `row_ids` [...] and returns at once. Raises as `forward`."""
         self._refuse_closed()
         self.base.prefetch(row_ids)
+
+    def stats(self) -> ReadStats:
+        self._refuse_closed()
+        return self.base.stats()
 
     @property
     def reads_the_disk(self) -> bool:

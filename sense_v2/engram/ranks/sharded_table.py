@@ -55,6 +55,7 @@ from sense_v2.engram.ranks.tree_sum import (
     row_squares,
     total_of,
 )
+from sense_v2.engram.reading.read_stats import ReadStats
 from sense_v2.engram.row_source import OptimizerT
 from sense_v2.engram.storage import MMapEmbeddingStorage, RowState
 from sense_v2.engram.table.format import Manifest
@@ -303,6 +304,9 @@ class ShardedTable(TableModule):
         ids = RowIds(self._checked_ids(row_ids))
         if not self._moves_rows:
             self._own.prefetch(self.own_file.to_local(ids))
+
+    def stats(self) -> ReadStats:
+        return self._own.stats()
 
     @property
     def reads_the_disk(self) -> bool:

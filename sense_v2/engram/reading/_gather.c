@@ -24,6 +24,9 @@
        the pages of these rows that aren't in memory; after that all of a small batch is taken to be. False for what
        `read` has None for.
 
+   Lookup.counts() -> lookups of `read`, their rows, how many of them asked, the slow ones by how long they took (below
+       1 us, 2, 4, …), and the nanoseconds of these.
+
    gather(table, num_rows, row_bytes, ids, num_ids, id_bytes, out, num_threads) -> -1, or the position of the first id
        outside, in which case nothing is copied. table and ids are addresses that the caller has checked; `out` is a
        writable buffer of that many rows.
@@ -47,12 +50,14 @@
 #include "_results.h"
 
 enum {
-    INTERFACE = 3,                            /* one more with each change of what this file offers */
+    INTERFACE = 4,                            /* one more with each change of what this file offers */
     SMALL_IDS = 1023, SMALL_BYTES = 1 << 20,  /* of a batch that is read without a look at anything else */
     LOOK_NS = 1000000,                        /* between two looks at the file's size */
     SAMPLES = 4, ASKED_IDS = 64,
     PAGES_OF_A_ROW = 64,
 };
+
+enum { WAIT_BUCKETS = 24 };  /* below 1 us, 2, 4, …: those of read_stats.py */
 
 typedef struct {
     PyObject_HEAD
@@ -63,6 +68,7 @@ typedef struct {
     DLType dtype;
     int fd, batches_to_ask, batches_after_cold;
     char slow;
+    long long calls, rows_read, asked, waits[WAIT_BUCKETS], waited_ns;
 } Lookup;
 
 static int64_t now_ns(void) {
@@ -166,10 +172,18 @@ static PyObject *lookup_read(Lookup *self, PyObject *row_ids) {
     copy.out = result->memory;
     PyObject *rows = as_tensor(self, result);
     if (!rows) return NULL;
+    int64_t took;
     Py_BEGIN_ALLOW_THREADS
     copy_rows(&copy, 0);
-    if (!asked && now_ns() - started > self->slow_ns + self->slow_ns_per_row * copy.num_ids) self->slow = 1;
+    took = now_ns() - started;
     Py_END_ALLOW_THREADS
+    self->calls++, self->rows_read += copy.num_ids, self->asked += asked != 0;
+    if (took > self->slow_ns + self->slow_ns_per_row * copy.num_ids) {
+        if (!asked) self->slow = 1;
+        int bucket = 0;
+        while (bucket < WAIT_BUCKETS - 1 && took >= INT64_C(1000) << bucket) bucket++;
+        self->waits[bucket]++, self->waited_ns += took;
+    }
     return rows;
 }
 
@@ -266,7 +280,19 @@ static void lookup_dealloc(Lookup *self) {
     Py_DECREF(type);
 }
 
+static PyObject *lookup_counts(Lookup *self, PyObject *ignored) {
+    (void)ignored;
+    PyObject *waits = PyTuple_New(WAIT_BUCKETS);
+    for (int k = 0; waits && k < WAIT_BUCKETS; k++) {
+        PyObject *count = PyLong_FromLongLong(self->waits[k]);
+        if (!count) Py_CLEAR(waits);
+        else PyTuple_SET_ITEM(waits, k, count);
+    }
+    return waits ? Py_BuildValue("LLLNL", self->calls, self->rows_read, self->asked, waits, self->waited_ns) : NULL;
+}
+
 static PyMethodDef lookup_methods[] = {
+    {"counts", (PyCFunction)(void (*)(void))lookup_counts, METH_NOARGS, NULL},
     {"read", (PyCFunction)(void (*)(void))lookup_read, METH_O, NULL},
     {"gather", (PyCFunction)(void (*)(void))lookup_gather, METH_FASTCALL, NULL},
     {"looks_cold", (PyCFunction)(void (*)(void))lookup_looks_cold, METH_O, NULL},

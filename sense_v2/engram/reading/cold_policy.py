@@ -21,6 +21,7 @@ from typing import Any, Protocol, TypeVar
 import numpy as np
 import torch
 
+from sense_v2.engram.reading.read_stats import NUM_BUCKETS, ReadStats
 from sense_v2.engram.table.platform import disk_reads
 
 # Rows in memory take well under 2 us each; a page from the disk takes 50 or more, or 10 with many in flight.
@@ -60,6 +61,10 @@ class SmallReads(Protocol):
 
     def looks_cold(self, row_ids: torch.Tensor, /) -> bool | None: ...
 
+    def counts(self) -> tuple[int, int, int, Sequence[int], int]:
+        """Lookups, rows, lookups that asked, slow ones by how long they took, and their nanoseconds; see
+        `ReadStats`."""
+
 
 class NoSmallReads:
     """Where small batches have no way of their own: without the extension, of compact rows, within a budget."""
@@ -77,6 +82,9 @@ class NoSmallReads:
 
     def looks_cold(self, row_ids: torch.Tensor) -> None:
         return None
+
+    def counts(self) -> tuple[int, int, int, Sequence[int], int]:
+        return 0, 0, 0, [0] * NUM_BUCKETS, 0
 
 
 class ColdPolicy:
@@ -99,6 +107,7 @@ class ColdPolicy:
         self.small.batches_to_ask = 1
         self.disk_reads = disk_reads() or 0
         self._places, self.tells = places, tells
+        self._stats = ReadStats()
         self._pool: ThreadPoolExecutor | None = None
         self._process = os.getpid()
 
@@ -110,9 +119,16 @@ class ColdPolicy:
             self.small.batches_to_ask = max(0, self.small.batches_to_ask - 1)
         started = time.perf_counter_ns()
         rows = gather()
-        if time.perf_counter_ns() - started > SLOW_NS + num_ids * SLOW_NS_PER_ROW:
+        took = time.perf_counter_ns() - started
+        is_slow = took > SLOW_NS + num_ids * SLOW_NS_PER_ROW
+        if is_slow:
             self._look_after_slow(asked)
+        self._stats.note(num_ids, took, asked=asked, slow=is_slow)
         return rows
+
+    def stats(self, row_bytes: int) -> ReadStats:
+        """What was read so far, small batches too."""
+        return self._stats.plus(self.small.counts(), row_bytes)
 
     def prefetch(self, row_ids: torch.Tensor) -> None:
         """Begins to read these rows' pages and returns at once; does nothing where reads find them in memory."""

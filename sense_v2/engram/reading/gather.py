@@ -25,7 +25,7 @@ from sense_v2.engram.table.compact_rows import decode, split
 from sense_v2.engram.table.format import RAW_BYTES, RowDtype
 
 # Of `_gather.c`: what it offers this version of the library.
-INTERFACE = 3
+INTERFACE = 4
 
 
 def _load_compiled() -> Any:

@@ -29,6 +29,7 @@ from sense_v2.engram.reading.cold_policy import (
 )
 from sense_v2.engram.reading.gather import CompactGather, OutOfRangeError, RowGather, lookup_of
 from sense_v2.engram.reading.pages import Pages, RowPages, read_no_others
+from sense_v2.engram.reading.read_stats import ReadStats
 from sense_v2.engram.table import platform
 from sense_v2.engram.table.format import RowDtype
 
@@ -120,6 +121,10 @@ class RowReader:
         if outside.any():
             raise self._out_of_range(int(ids[np.argmax(outside)]))
         self._cold.prefetch(row_ids)
+
+    def stats(self) -> ReadStats:
+        """What was read since the table was opened."""
+        return self._cold.stats(self._gather.row_bytes)
 
     def trim(self) -> None:
         """Lets go of the mapping's pages where they are more than the budget allows; after stores."""

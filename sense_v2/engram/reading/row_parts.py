@@ -24,6 +24,7 @@ import torch
 from sense_v2.engram.reading.cold_policy import ColdPolicy
 from sense_v2.engram.reading.gather import RowGather
 from sense_v2.engram.reading.pages import Pages, RowPages, read_no_others
+from sense_v2.engram.reading.read_stats import ReadStats
 from sense_v2.engram.reading.safetensors_headers import TensorSpan
 from sense_v2.engram.table.disk import has_holes
 from sense_v2.engram.table.format import RAW_BYTES
@@ -126,6 +127,10 @@ class PartsReader:
     def reads_the_disk(self) -> bool:
         """True if batches came from the disk lately. At first that isn't known: True."""
         return self._cold.reads_the_disk
+
+    def stats(self) -> ReadStats:
+        """What was read since the table was opened."""
+        return self._cold.stats(sum(tensor.row_bytes for tensor in self.tensors))
 
     def close(self) -> None:
         """Ends the thread. Rows that were read stay valid."""

@@ -25,6 +25,7 @@ import torch
 
 from sense_v2.core.config import EngramConfig
 from sense_v2.engram.reading import devices
+from sense_v2.engram.reading.read_stats import ReadStats
 from sense_v2.engram.reading.row_parts import MappedFiles, PartsReader, RowParts
 from sense_v2.engram.released.find_tables import ReleasedTensors, find_released_table, warn_unchecked
 from sense_v2.engram.table.compact_rows import BLOCK_VALUES, decode
@@ -95,6 +96,10 @@ class ReleasedTable(TableModule):
 
     def prefetch(self, row_ids: torch.Tensor) -> None:
         self._reader.prefetch(self._checked_ids(row_ids))
+
+    def stats(self) -> ReadStats:
+        self._refuse_closed()
+        return self._reader.stats()
 
     @property
     def reads_the_disk(self) -> bool:

@@ -24,6 +24,7 @@ import torch
 from transformers import ContinuousBatchingConfig, GenerationConfig
 from transformers.cli.serving.utils import BaseGenerateManager, CBStreamer, GenerateManager, GenerationState
 
+from sense_v2.hf.memory import attached_memory
 from sense_v2.hf.serving.continuous_batching import why_not_batched
 from sense_v2.hf.serving.gate import asked
 
@@ -45,14 +46,14 @@ class Engines(BaseGenerateManager):
         self.batched: dict[bool, Any] = {}
         """Managers of continuous batching, by whether they sample."""
         self.alone = GenerateManager()
-        self._model: Any = None
+        self.model: Any = None
         self._turn = threading.Lock()
         self._hooks: list[Any] = []
 
     def init_cb(self, model: Any, gen_config: Any) -> None:
         """Take the model; what transformers' handlers call first."""
-        if self._model is None:
-            self._model = model
+        if self.model is None:
+            self.model = model
             self._hooks = [
                 model.register_forward_pre_hook(lambda *_: self._turn.acquire() and None, prepend=True),
                 model.register_forward_hook(lambda *_: self._turn.release(), always_call=True),
@@ -140,7 +141,7 @@ class Engines(BaseGenerateManager):
         if samples not in self.batched:
             # Processors are made for what isn't neutral; a request then has its own value.
             settings = {"temperature": 0.5, "top_k": 50, "top_p": 0.5} if samples else {}
-            engine = self._model.init_continuous_batching(
+            engine = self.model.init_continuous_batching(
                 generation_config=GenerationConfig(
                     do_sample=samples,
                     eos_token_id=gen_config.eos_token_id,
@@ -161,7 +162,7 @@ class Engines(BaseGenerateManager):
     def _add(self, engine: Any, inputs: Any, gen_config: Any, request_id: str, *, streaming: bool) -> None:
         own = {}
         if gen_config.do_sample:
-            top_k = gen_config.top_k or self._model.config.get_text_config().vocab_size
+            top_k = gen_config.top_k or self.model.config.get_text_config().vocab_size
             own = {
                 "temperature": float(gen_config.temperature or 1),
                 "top_k": int(top_k),
@@ -207,6 +208,23 @@ class State(GenerationState):
     def metrics(self) -> Any:
         """What the operator sees of the engines (see `operations.Sample`)."""
         yield "engine_requests", "gauge", "Requests in the engines of batches.", {"": self.engines.num_waiting}
+        memory = None if self.engines.model is None else attached_memory(self.engines.model)
+        tables = {} if memory is None else {f'table="{n}"': s.stats() for n, s in enumerate(memory.storages)}
+        for name, what in (
+            ("calls", "Lookups of the memory's table."),
+            ("rows", "Rows that were looked up."),
+            ("bytes", "Bytes of these rows."),
+            ("asked", "Lookups with rows that weren't in memory, asked for first."),
+            ("slow", "Lookups that took longer than rows in memory can."),
+            ("wait_seconds", "Seconds of these."),
+        ):
+            yield f"memory_{name}_total", "counter", what, {at: getattr(found, name) for at, found in tables.items()}
+        waits = {
+            f'{at},quantile="{share}"': found.wait_percentile(share)
+            for at, found in tables.items()
+            for share in (0.5, 0.9, 0.99)
+        }
+        yield "memory_wait_seconds", "gauge", "Seconds of a slow lookup, to a factor of two.", waits
 
     def shutdown(self) -> None:
         """Stop what generates."""
