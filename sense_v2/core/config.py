@@ -335,6 +335,11 @@ class TrainConfig(_Serializable):
     """What a commit survives: process (the death of the process) or power (a power cut as well, for more syncs). The
     one at the end survives both."""
 
+    @property
+    def trains_beside_memory(self) -> bool:
+        """True if the backbone's weights, or an adapter on them, are trained."""
+        return self.train_backbone or self.lora_rank > 0
+
     def validate(self) -> None:
         super().validate()
         for name in ("steps", "batch_size", "eval_sequences"):

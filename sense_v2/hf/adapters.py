@@ -1,5 +1,6 @@
 """PEFT around a model with memory: its adapter is saved with the memory, and what can't work is refused.
 
+    with_lora(model, rank)         a LoRA on the backbone, as `train --lora-rank` trains it
     get_peft_model(model, …)       model.save_pretrained(folder) saves the memory beside the adapter; with the
                                    adapter off, the memory stays on, and a warning says so once it was trained,
                                    or, for TRL's references, is what it was before training
@@ -24,8 +25,35 @@ from torch import nn
 from torch.nn.modules.module import register_module_module_registration_hook
 from transformers import PreTrainedModel
 
+from sense_v2.core.errors import CommandError
 from sense_v2.hf.memory import EngramMemory, attached_memory, memory_of
 from sense_v2.hf.model_methods import OwnMethod
+
+
+def with_lora(model: PreTrainedModel, rank: int) -> Any:
+    """Return a PEFT model around `model`, with a LoRA on each linear layer of the backbone, to train beside the
+    memory; `model` itself for rank 0. Raises `CommandError` where peft isn't installed."""
+    if not rank:
+        return model
+    try:
+        from peft import LoraConfig, get_peft_model
+    except ImportError as error:
+        raise CommandError("a LoRA needs the package peft", "pip install peft") from error
+    memory = attached_memory(model)
+    trained = [parameter for parameter in memory.parameters() if parameter.requires_grad] if memory else []
+    wrapper = get_peft_model(
+        model,
+        LoraConfig(
+            r=rank,
+            lora_alpha=2 * rank,
+            target_modules="all-linear",
+            exclude_modules=r"(.*\.)?engram\..*",
+            task_type="CAUSAL_LM",
+        ),
+    )
+    for parameter in trained:  # which PEFT has frozen
+        parameter.requires_grad_(True)
+    return wrapper
 
 
 def watch_wrappers() -> None:

@@ -7,8 +7,11 @@ import sys
 from pathlib import Path
 
 import pytest
+from tiny import tiny_model
+from transformers import PreTrainedTokenizerFast
 
 from sense_v2.engram.reading import gather
+from sense_v2.hf.training.fresh_model import train_bpe
 
 FOLDER = Path(__file__).parents[2] / "benchmarks"
 needs_compiler = pytest.mark.skipif(
@@ -56,3 +59,18 @@ def test_serving(monkeypatch, capsys):
     for of in found["clients"].values():
         assert all(of[name]["tokens_per_second"] > 0 for name in ("bare", "with memory"))
         assert of["ratio"]["median"] > 0
+
+
+@pytest.mark.slow
+def test_retrofit(tmp_path, monkeypatch, capsys):
+    tokenizer = train_bpe(["def function(value):\n    return value\n"] * 9)
+    tiny_model("llama", vocabulary=tokenizer.get_vocab_size(), max_position_embeddings=128).save_pretrained(tmp_path)
+    PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<|endoftext|>").save_pretrained(tmp_path)
+    ways = "memory,lora8"
+    arguments = f"--model {tmp_path} --folder {tmp_path / 'kept'} --steps 2 --texts 8 --ways {ways}"
+    results = last_line("retrofit", arguments, monkeypatch, capsys)["results"]
+    assert [one["way"] for one in results] == ["memory", "lora8", "lora8"]
+    for one in results:
+        assert one["interval"][0] <= one["held_out"] <= one["interval"][1]
+        assert one["kl_own"] > 0 < one["trained"]
+    assert {path.name for path in (tmp_path / "kept").iterdir()} == {"tokens.npz", "samples.pt"}

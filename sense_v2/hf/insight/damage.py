@@ -8,8 +8,8 @@ B batch, T sequence, V tokens of the vocabulary.
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from contextlib import AbstractContextManager
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,6 +17,8 @@ import torch
 from transformers import PreTrainedModel
 
 from sense_v2.hf.insight.evaluation import evaluating
+from sense_v2.hf.insight.interventions import memory_off
+from sense_v2.hf.memory import attached_memory
 
 
 @dataclass
@@ -28,6 +30,19 @@ class Damage:
     changed: float
     """The share of positions whose likeliest next token is another one."""
     tokens: int
+
+
+@contextmanager
+def untouched(model: Any) -> Iterator[None]:
+    """Let a model compute as it did before its memory, and its PEFT adapter if it has one, were trained."""
+    memory = attached_memory(model)
+    with ExitStack() as off:
+        if memory is not None:
+            off.enter_context(memory_off(memory))
+        if hasattr(model, "disable_adapter"):
+            # Of PEFT's own class: the one on a model with memory warns that the memory stays on.
+            off.enter_context(type(model).disable_adapter(model))
+        yield
 
 
 def own_samples(model: PreTrainedModel, first_ids_B: torch.Tensor, *, num_tokens: int, seed: int = 0) -> torch.Tensor:
@@ -51,16 +66,16 @@ def own_samples(model: PreTrainedModel, first_ids_B: torch.Tensor, *, num_tokens
 
 def damage(
     model: PreTrainedModel,
-    untouched: Callable[[], AbstractContextManager[Any]],
+    before: Callable[[], AbstractContextManager[Any]],
     token_ids_BT: torch.Tensor,
     *,
     batch_size: int = 4,
 ) -> Damage:
-    """Compare a model with what it is inside of `untouched()`, on blocks of tokens, each on its own."""
+    """Compare a model with what it is inside of `before()`, on blocks of tokens, each on its own."""
     divergence, changed, tokens = 0.0, 0, 0
     with evaluating(model):
         for block_BT in token_ids_BT.to(model.device).split(batch_size):
-            with untouched():
+            with before():
                 before_BTV = _log_probabilities(model, block_BT)
             now_BTV = _log_probabilities(model, block_BT)
             divergence += float((before_BTV.exp() * (before_BTV - now_BTV)).sum(-1).double().sum())

@@ -172,6 +172,16 @@ def save_pretrained(
             publish(staging, folder, files_in(staging), old)
 
 
+def save_adapter(wrapper: Any, folder: Path, tokenizer: Any, backbone: Mapping[str, Any] | None) -> None:
+    """Save a PEFT model's adapter, the memory if there is one, the tokenizer and the backbone's configuration. The
+    adapter names its backbone: `backbone`, as `backbone_reference` returned it, or where the model was read from."""
+    if backbone is not None:
+        wrapper.active_peft_config.base_model_name_or_path = backbone["model"]
+    wrapper.save_pretrained(str(folder))
+    tokenizer.save_pretrained(folder)
+    wrapper.get_base_model().config.save_pretrained(folder)
+
+
 def save_beside_adapter(model: PreTrainedModel, folder: Path, save_adapter: Callable[[Path], Any]) -> None:
     """Save a PEFT model: its adapters, by the call that writes them to a folder, and the memory of `model` inside."""
     memory, table = memory_of(model), folder / MEMORY_FOLDER / TABLE_FILE

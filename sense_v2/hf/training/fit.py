@@ -174,7 +174,7 @@ def fit(
                     checkpoints="stay" if folder is not None and not best else "copy",
                     commit_steps=config.commit_every,
                     durability=config.durability,
-                    train_backbone=config.train_backbone,
+                    train_backbone=config.trains_beside_memory,
                 )
                 shared["callbacks"].insert(0, rows)
                 fitting = _EngramFit(
@@ -214,11 +214,11 @@ def _refuse_nothing(model: PreTrainedModel, memory: EngramMemory | None, config:
     trained = [
         parameter
         for parameter in model.parameters()
-        if parameter.requires_grad and (config.train_backbone or parameter in fusion)
+        if parameter.requires_grad and (config.trains_beside_memory or parameter in fusion)
     ]
     if trained or (memory is not None and memory.storage.rows_require_grad):
         return
-    frozen = "" if config.train_backbone else ": TrainConfig.train_backbone is False"
+    frozen = "" if config.trains_beside_memory else ": TrainConfig.train_backbone is False"
     found = "no memory is attached" if memory is None else "its memory is frozen"
     raise ValueError(f"nothing to train{frozen}, the model's other weights are frozen and {found}")
 

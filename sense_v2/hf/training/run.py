@@ -15,7 +15,7 @@ import os
 import shutil
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +27,7 @@ from sense_v2.core.errors import CommandError, one_line
 from sense_v2.core.folders import refuse_other_encodings
 from sense_v2.core.progress import Progress, no_progress
 from sense_v2.engram.tokenizer import EngramTokenizerBuilder
+from sense_v2.hf.adapters import with_lora
 from sense_v2.hf.attach import attach_engram, decoder_layers
 from sense_v2.hf.backbones import (
     Backbone,
@@ -41,14 +42,13 @@ from sense_v2.hf.data.corpus_files import find_files
 from sense_v2.hf.data.held_out import absolute_paths, save_corpus
 from sense_v2.hf.data.large_corpus import open_corpus
 from sense_v2.hf.data.streaming import STREAM_FILE, PackedStream, StreamBatches, is_hub_dataset
-from sense_v2.hf.insight.damage import Damage, damage, own_samples
+from sense_v2.hf.insight.damage import Damage, damage, own_samples, untouched
 from sense_v2.hf.insight.evaluation import Evaluation, evaluate
-from sense_v2.hf.insight.interventions import memory_off
 from sense_v2.hf.memory import EngramMemory, attached_memory, memory_of
 from sense_v2.hf.saving.backbone_facts import backbone_facts, backbone_reference
 from sense_v2.hf.saving.folder import memory_paths
 from sense_v2.hf.saving.model_card import CARD_FILE
-from sense_v2.hf.saving.save import save_pretrained
+from sense_v2.hf.saving.save import save_adapter, save_pretrained
 from sense_v2.hf.saving.staged_folder import (
     RUN_FILE,
     STATE_FOLDER,
@@ -226,7 +226,7 @@ def _train(
             builder.tokenizer_name = config.engram.tokenizer_name
             builder.build_mapping(config.engram.shadow_map_path)
         attach_engram(backbone.model, config.engram, backbone.tokenizer if resumes else None)
-    model = _with_lora(backbone.model, config.train)
+    model = with_lora(backbone.model, config.train.lora_rank)
     facts = _facts(backbone, config)
     watcher.prepared(facts)
     if resumes and resumable_checkpoint(state_folder, model) is None:
@@ -245,7 +245,7 @@ def _train(
             history = fit(
                 model,
                 batches,
-                _of_what_trains(config.train),
+                config.train,
                 trainer=config.trainer,
                 evaluate=check,
                 on_step=on_step,
@@ -389,7 +389,7 @@ def _save(
                 name=output.resolve().name,
             )
         else:
-            _save_adapter(backbone, staging, reference)
+            save_adapter(backbone.model, staging, backbone.tokenizer, reference)
     except Exception as error:  # of three libraries, each with its own; the paths they name are gone by then
         raise CommandError(
             f"{output}: the trained model can't be written: {one_line(str(error))}",
@@ -397,63 +397,13 @@ def _save(
         ) from error
 
 
-def _save_adapter(backbone: Backbone, staging: Path, reference: dict[str, Any] | None) -> None:
-    """PEFT's adapter, which names its backbone, the memory if there is one, and the tokenizer."""
-    wrapper: Any = backbone.model
-    if reference is not None:
-        wrapper.active_peft_config.base_model_name_or_path = reference["model"]
-    wrapper.save_pretrained(str(staging))
-    backbone.tokenizer.save_pretrained(staging)
-    wrapper.get_base_model().config.save_pretrained(staging)
-
-
-def _with_lora(model: PreTrainedModel, settings: TrainConfig) -> Any:
-    """The model, or a PEFT model around it, whose adapter and memory train."""
-    if not settings.lora_rank:
-        return model
-    try:
-        from peft import LoraConfig, get_peft_model
-    except ImportError as error:
-        raise CommandError("a LoRA beside the memory needs the package peft", "pip install peft") from error
-    memory = attached_memory(model)
-    trained = [parameter for parameter in memory.parameters() if parameter.requires_grad] if memory else []
-    lora = LoraConfig(
-        r=settings.lora_rank,
-        lora_alpha=2 * settings.lora_rank,
-        target_modules="all-linear",
-        exclude_modules=r"(.*\.)?engram\..*",
-        task_type="CAUSAL_LM",
-    )
-    wrapper = get_peft_model(model, lora)
-    for parameter in trained:  # which PEFT has frozen
-        parameter.requires_grad_(True)
-    return wrapper
-
-
-def _of_what_trains(settings: TrainConfig) -> TrainConfig:
-    """An adapter is what trains of the backbone, which PEFT has frozen."""
-    return dataclasses.replace(settings, train_backbone=settings.train_backbone or settings.lora_rank > 0)
-
-
 def _damage(model: Any, held_out_BT: torch.Tensor, watcher: RunWatcher) -> Damage:
     """What the model with memory, and its adapter, lost of what the untouched one knew."""
-
-    @contextmanager
-    def untouched() -> Iterator[None]:
-        memory = attached_memory(model)
-        with ExitStack() as off:
-            if memory is not None:
-                off.enter_context(memory_off(memory))
-            if hasattr(model, "disable_adapter"):
-                # Of PEFT's own class: the one on a model with memory warns that the memory stays on.
-                off.enter_context(type(model).disable_adapter(model))
-            yield
-
     with watcher.progress("measuring what was lost", DAMAGE_TOKENS) as advance:
-        with untouched():
-            first_ids_B = held_out_BT[:, 0].repeat(DAMAGE_SEQUENCES)[:DAMAGE_SEQUENCES]
+        first_ids_B = held_out_BT[:, 0].repeat(DAMAGE_SEQUENCES)[:DAMAGE_SEQUENCES]
+        with untouched(model):
             samples_BT = own_samples(model, first_ids_B, num_tokens=DAMAGE_TOKENS // DAMAGE_SEQUENCES)
-        found = damage(model, untouched, samples_BT)
+        found = damage(model, lambda: untouched(model), samples_BT)
         advance(found.tokens)
     return found
 
