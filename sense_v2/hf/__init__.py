@@ -21,6 +21,7 @@ _HOME = {
     "remove_overlay": "overlays",
     "save_pretrained": "saving.save",
     "teach": "training.teaching",
+    "teach_facts": "facts.teach_facts",
 }
 
 __all__ = sorted(_HOME)

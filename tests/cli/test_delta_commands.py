@@ -150,3 +150,31 @@ def test_what_cant_be_done_is_two_lines(folder, run, monkeypatch, arguments, wha
     first, second = error.splitlines()
     assert what in first
     assert way_out in second
+
+
+def test_facts_of_a_file_are_taught_and_the_exit_status_says_what_was_not_learned(saved, run, tmp_path):
+    delta, facts, page = (tmp_path / name for name in ("facts.safetensors", "facts.jsonl", "facts.html"))
+    (tmp_path / "words.txt").write_text("word3 {subject}\nword6 word7 {subject}\n")
+    (tmp_path / "asked.txt").write_text("word8 {subject}\n")
+    (tmp_path / "neutral.txt").write_text("word3 word5 word7\n")
+    facts.write_text(json.dumps({"subject": "word20 word21 word22", "answer": "word1"}) + "\n")
+    teach = ("teach", saved / "base", "--facts", facts, "--output", delta, "--neutral", tmp_path / "neutral.txt")
+    teach = (*teach, "--hold-out", tmp_path / "asked.txt")
+    status, _, error = run(*teach)
+    assert status == 1
+    assert "line 1, field 'wordings': there are none" in error
+    assert not delta.exists()
+    teach = (*teach, "--wordings", tmp_path / "words.txt", "--lr", 0.3)
+    status, out, error = run(*teach, "--steps", 1)
+    assert status == 1
+    assert "error: not learned: 1 of 1 facts (word20 word21 word22 → word1)" in error
+    status, out, error = run(*teach, "--steps", 300, "--report", page, "--json")
+    assert status == 0, error
+    result = json.loads(out)
+    assert result["success"]["held_out"]["after"] == 1.0
+    assert result["rows_in_all"] == len(read_delta(delta).row_ids_U) == result["rows"]
+    assert "word8 {subject}" in page.read_text()
+    assert json.loads(page.with_suffix(".json").read_text())["not_learned"] == []
+    status, _, error = run("teach", saved / "base", "a", "--facts", facts, "--output", delta)
+    assert status == 2
+    assert "either a text (and a prompt), or --facts FILE" in error

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from sense_v2.cli.options import DeviceOption, FolderArgument, JsonOption, choice, table_path_of
-from sense_v2.cli.output import lines_to, print_json
+from sense_v2.cli.output import lines_to, print_json, progress_to, report_paths, write_json
 from sense_v2.core.errors import CommandError
 from sense_v2.report import wording
 
@@ -31,26 +31,57 @@ TableArgument = Annotated[
 
 def teach(
     folder: FolderArgument,
-    text: Annotated[str, typer.Argument(help="What the model is to say; mind the space that it begins with.")],
     output: Annotated[
         Path, typer.Option(metavar="FILE", help="The delta, NAME.safetensors; one that is there learns it as well.")
     ],
+    text: Annotated[
+        str | None, typer.Argument(help="What the model is to say; mind the space that it begins with.")
+    ] = None,
     prompt: Annotated[str, typer.Option(help="After what.")] = "",
+    facts: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="Many facts, one a line, in place of a text (docs/delta.md).")
+    ] = None,
+    wordings: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="Templates with {subject} that facts are taught in.")
+    ] = None,
+    hold_out: Annotated[
+        Path | None, typer.Option("--hold-out", metavar="FILE", help="Templates that are asked and never taught.")
+    ] = None,
+    neutral: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="Other texts, one a line, to measure the damage on.")
+    ] = None,
+    report: Annotated[
+        Path | None,
+        typer.Option(metavar="PAGE.html", help="Of facts: what came of them, and as JSON beside it."),
+    ] = None,
+    kl_weight: Annotated[
+        float | None, typer.Option("--kl-weight", min=0, help="Of facts: how much neutral texts are held in place.")
+    ] = None,
+    max_rows: Annotated[
+        int | None, typer.Option("--max-rows", min=1, help="Of facts: at most so many rows are learned.")
+    ] = None,
     steps: Annotated[int | None, typer.Option(min=1, help="At most so many.")] = None,
     lr: Annotated[float | None, typer.Option(help="How far a row moves in a step.")] = None,
     device: DeviceOption = "auto",
     as_json: JsonOption = False,
 ) -> None:
-    """Teach a model a short text, in the rows of its n-grams alone; they go to a small file, the model stays.
+    """Teach a model a short text, or a file of facts, in the rows of their n-grams alone; they go to a small file.
 
     Example: sense-engram delta teach runs/demo/model " Lutz." --prompt "The capital is" --output facts.safetensors
     """
-    from sense_v2.hf.training.teaching import teach_delta
-
     if not (folder / "engram").is_dir():
         raise CommandError(f"{folder} is no folder of a model with memory", "name what train, or demo, has saved")
     given = {name: value for name, value in (("steps", steps), ("lr", lr)) if value is not None}
-    result = teach_delta(folder, text, output, prompt=prompt, device=device, **given)
+    of_facts = {"wordings": wordings, "hold_out": hold_out, "neutral": neutral, "kl_weight": kl_weight}
+    of_facts = {name: value for name, value in {**of_facts, "max_rows": max_rows}.items() if value is not None}
+    if (text is None) == (facts is None) or (facts is None and (of_facts or report)) or (facts and prompt):
+        raise typer.BadParameter("give either a text (and a prompt), or --facts FILE (and its options)")
+    if facts is not None:
+        return _teach_facts(folder, facts, output, report, as_json, device=device, **given, **of_facts)
+
+    from sense_v2.hf.training.teaching import teach_delta
+
+    result = teach_delta(folder, str(text), output, prompt=prompt, device=device, **given)
     before, after = (wording.decimals(loss, 2) for loss in result["loss"])
     lines = [
         f"taught   {text!r} after {prompt!r}: loss {before} before, {after} now, {result['steps']} steps in "
@@ -199,6 +230,36 @@ def show(
         raise CommandError("--verify reads the base, and none is named", "add --base TABLE")
     if as_json:
         print_json(result)
+
+
+def _teach_facts(folder: Path, facts: Path, output: Path, page: Path | None, as_json: bool, **options: Any) -> None:
+    from sense_v2.hf.facts.teach_facts import teach_facts_delta
+    from sense_v2.report.facts import lines, write_report
+
+    echo = lines_to(as_json)
+    paths = None if page is None else report_paths(page)
+    result = teach_facts_delta(
+        folder,
+        facts,
+        output,
+        progress=progress_to(echo),
+        tell=lambda line: echo(f"note     {line}"),
+        **options,
+    )
+    if paths is not None:
+        write_report(result, paths[0])
+        write_json(result, paths[1])
+    echo(*lines(result), *([f"report   {page}"] if page else []))
+    if as_json:
+        print_json(result)
+    if result["not_learned"]:
+        named = "; ".join(f"{fact['subject']} → {fact['answer']}" for fact in result["not_learned"][:10])
+        more = "; …" * (len(result["not_learned"]) > 10)
+        raise CommandError(
+            f"not learned: {wording.count(len(result['not_learned']))} of {wording.count(result['facts'])} facts "
+            f"({named}{more}); {output} has the others",
+            "more --steps, another --lr or more wordings may do it; the report says which wordings failed",
+        )
 
 
 # What is printed

@@ -19,7 +19,7 @@ U rows of the text, D row width, T tokens.
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -94,14 +94,10 @@ def teach(
         FloatingPointError: The loss isn't finite; the rows are what they were.
     """
     memory = memory_of(model)
-    if not any(bool(layer.W_v.weight.any()) for layer in memory):
-        raise ValueError(
-            "this memory was never trained: W_v is zero in each of its layers, so whatever its rows hold isn't "
-            "heard. Train the memory first"
-        )
+    refuse_unheard(memory)
     token_ids_1T, labels_1T = _tokens(model, tokenizer, prompt, text)
     overlay = overlay_of(model) or add_overlay(model)
-    with _rows_alone(model, memory, overlay):
+    with rows_alone(model, overlay):
         learned_T = labels_1T[0, 1:] != -100  # whose next token is learned
         row_ids_LBTH = memory.hash_tokens(token_ids_1T)[1]
         row_ids_U = row_ids_LBTH[:, 0, :-1][:, learned_T.to(row_ids_LBTH.device)].unique().cpu()
@@ -197,6 +193,25 @@ def _descend(
         overlay.write(row_ids_U, before_UD)
         overlay.forget(row_ids_U[~were_changed_U])
         raise
+    return moved(overlay, row_ids_U, before_UD, were_changed_U, losses)
+
+
+def moved(
+    overlay: OverlayStorage,
+    row_ids_U: torch.Tensor,
+    before_UD: torch.Tensor,
+    were_changed_U: torch.Tensor,
+    losses: list[float],
+) -> Taught:
+    """Say which of these rows are others than before; the overlay forgets those that aren't.
+
+    Args:
+        overlay: Has them as they are now.
+        row_ids_U: Ascending.
+        before_UD: As they were.
+        were_changed_U: Which of them the overlay had already.
+        losses: Before, and after each step.
+    """
     after_UD = overlay(row_ids_U).detach()
     distances_U = (after_UD.float() - before_UD.float()).norm(dim=1)
     moved_U = ~_same_rows(before_UD, after_UD)
@@ -210,6 +225,15 @@ def _descend(
         after_UD[moved_U],
         were_changed_U[moved_U],
     )
+
+
+def refuse_unheard(memory: EngramMemory) -> None:
+    """Raises `ValueError` where nothing that rows hold reaches the model."""
+    if not any(bool(layer.W_v.weight.any()) for layer in memory):
+        raise ValueError(
+            "this memory was never trained: W_v is zero in each of its layers, so whatever its rows hold isn't "
+            "heard. Train the memory first"
+        )
 
 
 def _loss(model: PreTrainedModel, token_ids_1T: torch.Tensor, labels_1T: torch.Tensor) -> float:
@@ -243,13 +267,18 @@ def _tokens(model: PreTrainedModel, tokenizer: Any, prompt: str, text: str) -> t
 
 
 @contextmanager
-def _rows_alone(model: PreTrainedModel, memory: EngramMemory, overlay: OverlayStorage) -> Iterator[None]:
-    """While it lasts, rows ask for a gradient, weights don't, and dropout is off. No gradient is left at its end."""
+def rows_alone(
+    model: PreTrainedModel, overlay: OverlayStorage, also: Sequence[torch.nn.Parameter] = ()
+) -> Iterator[None]:
+    """While it lasts, rows ask for a gradient, of the weights only those of `also` do, and dropout is off. No
+    gradient is left at its end."""
     asked = [parameter for parameter in model.parameters() if parameter.requires_grad]
     were_training = [module for module in model.modules() if module.training]
     rows_asked = overlay.rows_require_grad
     for parameter in asked:
         parameter.requires_grad_(False)
+    for parameter in also:
+        parameter.requires_grad_(True)
     model.eval()
     overlay.train().requires_grad_()
     overlay.clear_gradients()
@@ -262,6 +291,9 @@ def _rows_alone(model: PreTrainedModel, memory: EngramMemory, overlay: OverlaySt
         model.eval()
         for module in were_training:
             module.training = True
+        for parameter in also:
+            parameter.requires_grad_(False)
+            parameter.grad = None
         for parameter in asked:
             parameter.requires_grad_(True)
 

@@ -1,0 +1,168 @@
+"""Facts are taught together in the rows of their subjects, asked in other words, and taken back bit for bit."""
+
+import pytest
+import torch
+from tiny import tiny_config, tiny_model, tiny_tokenizer, wake
+
+from sense_v2.hf.attach import attach_engram, detach_engram
+from sense_v2.hf.facts.facts_file import Fact
+from sense_v2.hf.facts.teach_facts import Descent, teach_facts
+from sense_v2.hf.facts.wordings import questions_of, subject_rows
+from sense_v2.hf.memory import memory_of
+
+TAUGHT = ("word3 {subject} word4", "{subject} word6 word7", "word8 word9 {subject} word5")
+ASKED = ("word10 {subject} word11",)
+FACTS = [
+    Fact("word20 word21 word22", "word1", TAUGHT, ASKED, 1),
+    Fact("word23 word24 word25", "word2", TAUGHT, ASKED, 2),
+]
+IDS = torch.tensor([[16, 19, 10, 4, 26, 10]])
+
+
+@pytest.fixture
+def model(tmp_path):
+    """Memory of 8,000 rows that was trained, its table only read."""
+    config = tiny_config(tmp_path, table_size=8_000)
+    model = attach_engram(tiny_model("llama"), config, tiny_tokenizer())
+    wake(memory_of(model))
+    memory_of(model).storage.write(torch.tensor([0]), torch.zeros(1, 8))
+    weights = memory_of(model).layers.state_dict()
+    detach_engram(model)
+    model = attach_engram(tiny_model("llama"), config, mode="r")
+    memory_of(model).layers.load_state_dict(weights)
+    return model
+
+
+def logits(model):
+    with torch.no_grad():
+        return model(IDS).logits
+
+
+def taught(model, facts=FACTS, **changes):
+    settings = {"neutral": [IDS[0].tolist()], "lr": 0.3, "steps": 200, **changes}
+    return teach_facts(model, tiny_tokenizer(), facts, **settings)
+
+
+def test_rows_are_those_of_n_grams_within_the_subject(model):
+    memory = memory_of(model)
+    questions = questions_of(FACTS[:1], tiny_tokenizer())
+    assert [(one.held_out, list(one.subject)) for one in questions] == [
+        (False, [1, 2, 3]),
+        (False, [0, 1, 2]),
+        (False, [2, 3, 4]),
+        (True, [1, 2, 3]),
+    ]
+    rows = subject_rows(memory, questions)
+    # Two heads of 2-grams at the second and third token, two of 3-grams at the third; the same in each wording.
+    row_ids_TH = memory.hash_tokens(torch.tensor([questions[0].prompt_ids]))[1][0, 0]
+    expected = {*row_ids_TH[2, :2].tolist(), *row_ids_TH[3].tolist()}
+    assert set(rows.row_ids_U.tolist()) == expected
+    fewer = subject_rows(memory, questions, max_rows=2)
+    assert set(fewer.row_ids_U.tolist()) == set(row_ids_TH[3, 2:].tolist())  # 3-grams at the end
+    assert fewer.left_out == 4
+    # Of a subject of one token, the n-grams that end in it.
+    alone = subject_rows(memory, questions_of([Fact("word20", "word1", TAUGHT[:1])], tiny_tokenizer()))
+    assert len(alone.row_ids_U) == 4
+
+
+def test_facts_are_learned_in_words_that_were_never_taught_and_nothing_else_moves(model, tmp_path):
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    table, untouched = (tmp_path / "engram_table.dat").read_bytes(), logits(model)
+    done = taught(model)
+    report = done.report
+    assert done.not_learned == []
+    assert report["success"]["taught"] == {"asked": 6, "before": 0.0, "after": 1.0}
+    assert report["success"]["held_out"] == {"asked": 2, "before": 0.0, "after": 1.0}
+    assert [one["wording"] for one in report["success"]["by_wording"] if one["held_out"]] == list(ASKED)
+    assert report["success"]["by_place"] == [{"place": 1, "asked": 8, "before": 0.0, "after": 1.0}]
+    assert report["damage"]["texts_changed"] == 0
+    assert torch.equal(logits(model), untouched)  # not one of the subjects' n-grams stands in it
+    rows = subject_rows(memory_of(model), questions_of(FACTS, tiny_tokenizer())).row_ids_U
+    assert torch.equal(done.taught.row_ids_U, rows)
+    after = model.state_dict()
+    assert {name for name in after if not torch.equal(before[name], after[name])} == {"engram._extra_state"}
+    assert (tmp_path / "engram_table.dat").read_bytes() == table
+    assert all(parameter.requires_grad and parameter.grad is None for parameter in model.parameters())
+    done.undo()
+    assert len(done.taught.overlay.changed_ids) == 0
+    assert torch.equal(logits(model), untouched)
+
+
+def test_damage_names_the_text_and_the_row_that_it_shares(model):
+    shared = questions_of(FACTS[:1], tiny_tokenizer())[0].prompt_ids
+    report = taught(model, neutral=[IDS[0].tolist(), shared], steps=60).report["damage"]
+    assert report["texts"] == 2
+    assert report["texts_changed"] == 1
+    assert report["kl"] > 0
+    (changed,) = report["changed"]
+    assert changed["kl"] == pytest.approx(2 * report["kl"])
+    assert {name for row in changed["rows"] for name in row["facts"]} == {FACTS[0].name()}
+    assert "word21 word22" in {row["ngram"] for row in changed["rows"]}
+
+
+def test_a_kl_term_keeps_what_shares_rows_nearer(model):
+    shared = [questions_of(FACTS[:1], tiny_tokenizer())[3].prompt_ids]
+    plain = taught(model, neutral=shared, steps=40)
+    harm = plain.report["damage"]["kl"]
+    plain.undo()
+    assert taught(model, neutral=shared, steps=40, kl_weight=10.0).report["damage"]["kl"] < 0.7 * harm
+
+
+def test_the_rate_is_found_and_a_fact_that_isnt_learned_is_named(model):
+    done = taught(model, lr=None, steps=1)
+    assert done.report["lr"] in (0.03, 0.1, 0.3)
+    assert done.report["steps"] == 1
+    assert [fact["subject"] for fact in done.not_learned] == [fact.subject for fact in FACTS]
+
+
+def test_facts_that_share_rows_are_named_before_the_training(model):
+    told = []
+    both = [FACTS[0], Fact("Word20 word21 word22", "word1", TAUGHT[:1], (), 2)]
+    report = taught(model, both, steps=1, tell=told.append).report
+    assert told[
+        0
+    ] == "line 1: word20 word21 word22 → word1 shares all of its rows with other facts, and may not be " + (
+        "told from them"
+    )
+    assert report["sharing"] == [{"facts": [fact.name() for fact in both], "rows": 6}]
+
+
+def test_what_ends_the_training_leaves_the_rows_as_they_were(model, monkeypatch):
+    asked = questions_of(FACTS, tiny_tokenizer())[0].prompt_ids
+
+    def expected():
+        with torch.no_grad():
+            return model(torch.tensor([asked])).logits
+
+    untouched = expected()
+    with pytest.raises(FloatingPointError, match="lower lr"):
+        taught(model, lr=float("nan"))
+    step = Descent.step
+
+    def interrupted(descent, *arguments):
+        step(descent, *arguments)
+        if len(descent.losses) == 3:
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(Descent, "step", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        taught(model)
+    assert len(memory_of(model).storage.changed_ids) == 0
+    assert torch.equal(expected(), untouched)
+
+
+def test_what_cant_be_taught_is_refused_before_anything_is_taught(model):
+    with pytest.raises(ValueError, match="another fact says otherwise"):
+        taught(model, [FACTS[0], Fact(FACTS[0].subject, "word9", TAUGHT)])
+    with pytest.raises(ValueError, match="this tokenizer isn't the memory's"):
+        teach_facts(model, tiny_tokenizer(90), FACTS)
+    for layer in memory_of(model):
+        torch.nn.init.zeros_(layer.W_v.weight)
+    with pytest.raises(ValueError, match="never trained: W_v is zero"):
+        taught(model)
+
+
+def test_without_neutral_texts_the_model_writes_some(model):
+    report = taught(model, neutral=None, steps=1).report["damage"]
+    assert report["sampled"]
+    assert report["texts"] > 10
