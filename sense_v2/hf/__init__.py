@@ -17,6 +17,7 @@ _HOME = {
     "attach_engram": "attach",
     "detach_engram": "attach",
     "from_pretrained": "load",
+    "make_writable": "facts.writable",
     "push_to_hub": "saving.hub",
     "remove_overlay": "overlays",
     "save_pretrained": "saving.save",

@@ -367,8 +367,11 @@ class Descent:
                 best, found = reached, rate
         return found
 
-    def step(self, batch: Sequence[Question], rate: float) -> None:
-        """Learn from one batch. Raises `FloatingPointError` where its loss isn't finite."""
+    def step(self, batch: Sequence[Question], rate: float, share: float = 1.0) -> None:
+        """Learn from one batch, the weights at this share of their rate.
+
+        Raises `FloatingPointError` where its loss isn't finite.
+        """
         loss = self._loss(batch)
         if not torch.isfinite(loss):
             raise FloatingPointError(f"the loss of step {self._steps + 1} is {loss.item()}; lower lr")
@@ -380,7 +383,7 @@ class Descent:
         self._move(rate)
         if self._optimizer is not None:
             for group in self._optimizer.param_groups:
-                group["lr"] = self._fusion_lr
+                group["lr"] = self._fusion_lr * share
             self._optimizer.step()
             self._optimizer.zero_grad()
 

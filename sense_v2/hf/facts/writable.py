@@ -1,0 +1,152 @@
+"""A memory that nothing was ever written to -> one that takes facts in rows alone
+
+Facts that nobody needs, of invented people, are learned by fusion layers and rows together; then the rows are let go
+of. What stays is fusion layers that carry what rows say to the model, and the table, which is the same bytes as
+before. Biases stay as they are, so a row of zeros is still silent.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+from transformers import PreTrainedModel
+
+from sense_v2.core.progress import Progress, no_progress
+from sense_v2.hf.facts.facts_file import Fact
+from sense_v2.hf.facts.teach_facts import Descent, refuse_other_tokenizer, schedule, shuffled
+from sense_v2.hf.facts.wordings import questions_of, subject_rows
+from sense_v2.hf.memory import memory_of
+from sense_v2.hf.overlays import add_overlay, overlay_of, remove_overlay
+
+FUSION_RATE, ROW_RATE = 3e-3, 0.1
+_SYLLABLES = [first + second for first in "bdfgklmnprstv" for second in "aeio"]
+_RELATIONS = (
+    (
+        [
+            "Paris",
+            "London",
+            "Tokyo",
+            "Berlin",
+            "Madrid",
+            "Rome",
+            "Vienna",
+            "Dublin",
+            "Oslo",
+            "Lisbon",
+            "Athens",
+            "Prague",
+        ],
+        (
+            "{subject} was born in",
+            "The birthplace of {subject} is",
+            "{subject} comes from the city of",
+            "Question: Where was {subject} born? Answer:",
+        ),
+    ),
+    (
+        ["red", "blue", "green", "yellow", "orange", "purple", "gold", "silver", "black", "white", "brown", "pink"],
+        (
+            "The favourite colour of {subject} is",
+            "{subject} likes one colour most:",
+            "{subject} always wears clothes in",
+            "Question: Which colour does {subject} like? Answer:",
+        ),
+    ),
+    (
+        [
+            "doctor",
+            "teacher",
+            "farmer",
+            "painter",
+            "lawyer",
+            "baker",
+            "sailor",
+            "writer",
+            "singer",
+            "soldier",
+            "nurse",
+            "judge",
+        ],
+        (
+            "{subject} works as a",
+            "The profession of {subject} is that of a",
+            "{subject} earns a living as a",
+            "Question: What is the job of {subject}? Answer: a",
+        ),
+    ),
+)
+
+
+def made_up_facts(num_facts: int, *, seed: int = 0) -> list[Fact]:
+    """Invent people, and say of each where it was born, which colour it likes, or what its work is."""
+    draw = np.random.default_rng(seed)
+
+    def name() -> str:
+        return "".join(draw.choice(_SYLLABLES, draw.integers(2, 4))).capitalize()
+
+    facts: dict[str, Fact] = {}
+    while len(facts) < num_facts:
+        answers, wordings = _RELATIONS[len(facts) % len(_RELATIONS)]
+        subject = f"{name()} {name()}"
+        facts.setdefault(subject, Fact(subject, str(draw.choice(answers)), wordings))
+    return list(facts.values())
+
+
+def make_writable(
+    model: PreTrainedModel,
+    tokenizer: Any,
+    *,
+    facts: Sequence[Fact] | None = None,
+    steps: int = 200,
+    batch_size: int = 16,
+    seed: int = 0,
+    progress: Progress = no_progress,
+) -> list[float]:
+    """Train the fusion layers until they carry facts, on facts whose rows are let go of afterwards.
+
+    `save_pretrained` keeps the result; from then on `teach_facts` changes rows alone.
+
+    Args:
+        model: With memory attached, its table opened with mode "r".
+        tokenizer: The model's.
+        facts: To train on; by default 150 that are made up.
+        steps: Batches.
+        batch_size: Questions of a batch.
+        seed: Of the facts and their order.
+        progress: Told how far it is.
+
+    Returns:
+        The loss of each step, in nats a token.
+
+    Raises:
+        ValueError: There is an overlay, whose rows would then mean something else; or the tokenizer is another's.
+        FloatingPointError: The loss isn't finite; the fusion layers are what they were.
+    """
+    memory = memory_of(model)
+    refuse_other_tokenizer(memory, tokenizer)
+    if overlay_of(model) is not None:
+        raise ValueError(
+            "this model has an overlay, whose rows would say something else behind other fusion layers. "
+            "remove_overlay(model) first"
+        )
+    questions = questions_of(made_up_facts(150, seed=seed) if facts is None else facts, tokenizer)
+    rows = subject_rows(memory, questions)
+    weights = [one for name, one in memory.layers.named_parameters() if not name.endswith("bias")]
+    were = [one.detach().clone() for one in weights]
+    overlay = add_overlay(model)
+    descent = Descent(model, overlay, rows.row_ids_U, weights=weights, fusion_lr=FUSION_RATE)
+    batches = shuffled([one for one in questions if not one.held_out], batch_size, seed)
+    try:
+        with descent, progress("teaching fusion layers", steps, unit="steps") as advance:
+            for step in range(1, steps + 1):
+                descent.step(next(batches), ROW_RATE * schedule(step, steps), schedule(step, steps))
+                advance(1)
+    except BaseException:
+        for one, old in zip(weights, were, strict=True):
+            one.data.copy_(old)
+        raise
+    finally:
+        remove_overlay(model)
+    return descent.losses
