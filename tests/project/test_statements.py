@@ -15,6 +15,7 @@ from transformers.models.auto.configuration_auto import CONFIG_MAPPING_NAMES
 from sense_v2.core.config import TrainConfig
 from sense_v2.engram.ranks.collectives import start_ranks
 from sense_v2.hf.training.callback import EngramCallback
+from sense_v2.hf.training.run import default_config
 from sense_v2.hf.training.trainer import EngramTrainer
 
 ROOT = Path(__file__).parents[2]
@@ -125,11 +126,12 @@ def resident_mib() -> int:
     return int(mib)
 
 
-def test_a_models_own_rate_is_a_thousandth_of_the_rows() -> None:
-    (rate,) = re.findall(r"TrainConfig\(learning_rate=([\d.e-]+)", SOURCE)
-    times = re.search(
-        r"([\d,]+) times that of a model that you bring with `--model` \(([\d.e-]+)\)", PAGES["corpus.md"]
+def test_the_rates_with_a_model_are_those_that_are_said() -> None:
+    said = re.search(
+        r"With `--model` it is ([\d.]+), which is ([\d,]+) times that of a model that you bring .* \(([\d.e-]+)\)",
+        PAGES["corpus.md"],
     )
-    assert times is not None
-    assert float(times[2]) == float(rate)
-    assert float(times[1].replace(",", "")) == round(TrainConfig().row_learning_rate / float(rate))
+    assert said is not None
+    rates = default_config("some/model").train
+    assert (float(said[1]), float(said[3])) == (rates.row_learning_rate, rates.learning_rate)
+    assert float(said[2].replace(",", "")) == round(rates.row_learning_rate / rates.learning_rate)
