@@ -53,6 +53,7 @@ def test_fill(tmp_path, monkeypatch, capsys):
     assert not [*tmp_path.iterdir()]
 
 
+@pytest.mark.slow
 def test_serving(monkeypatch, capsys):
     found = last_line("serving", "--tiny", monkeypatch, capsys)
     assert found["clients"].keys() == {"1", "8", "32"}
