@@ -47,7 +47,7 @@ def with_lora(model: PreTrainedModel, rank: int) -> Any:
             r=rank,
             lora_alpha=2 * rank,
             target_modules="all-linear",
-            exclude_modules=r"(.*\.)?engram\..*",
+            exclude_modules=r"(.*\.)?engram\..*" if memory else None,
             task_type="CAUSAL_LM",
         ),
     )

@@ -139,7 +139,7 @@ def train(
             "lora_rank": lora_rank,
             "seed": seed,
         }
-        settings = settings_of(config, default_config(model), engram, train)
+        settings = settings_of(config, default_config(model, lora_rank or 0), engram, train)
         settings.trainer |= parse_set(trainer or [])
         if tokens is not None:
             settings.train.steps = math.ceil(tokens / (settings.train.batch_size * settings.train.sequence_length))

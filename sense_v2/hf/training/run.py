@@ -114,11 +114,14 @@ class Run:
             ) from error
 
 
-def default_config(model: str | None) -> Config:
+def default_config(model: str | None, lora_rank: int = 0) -> Config:
     """Return what a run without a configuration file uses: the demo's memory; a backbone that has learned something
-    moves slower than a fresh one."""
+    moves slower than a fresh one, and slower than an adapter."""
     learned = TrainConfig(
-        learning_rate=1e-4, fusion_learning_rate=3e-3, value_learning_rate=3e-3, row_learning_rate=0.3
+        learning_rate=3e-3 if lora_rank else 1e-4,
+        fusion_learning_rate=3e-3,
+        value_learning_rate=3e-3,
+        row_learning_rate=0.3,
     )
     return Config(small_memory(DEFAULT_OUTPUT), TrainConfig() if model is None else learned)
 
@@ -204,7 +207,7 @@ def _train(
     watcher.corpus_opened(text)
     backbone = _backbone(run.model, text, config.train)
     is_named = run.model is not None and (not config.train.train_backbone or config.train.lora_rank > 0)
-    reference = backbone_reference(backbone.model) if is_named and config.engram.enabled else None
+    reference = backbone_reference(backbone.model) if is_named else None
     if run.suits_model:
         config = dataclasses.replace(config, engram=memory_for(backbone.model, config.engram))
     batches, held_out_BT = _batches(text, backbone, config.train, watcher)

@@ -13,7 +13,7 @@ from sense_v2.core.errors import CommandError
 from sense_v2.hf.backbones import open_trained
 from sense_v2.hf.memory import memory_of
 from sense_v2.hf.training.fresh_model import memory_for, train_bpe
-from sense_v2.hf.training.run import RunWatcher, resume_training, train_on_corpus
+from sense_v2.hf.training.run import RunWatcher, default_config, resume_training, train_on_corpus
 
 
 @pytest.fixture
@@ -36,6 +36,11 @@ def trained(plain, config, **more):
     output = plain.parent / "trained"
     result = train_on_corpus(config, model=str(plain), corpus=[plain.parent / "corpus"], output=output, **more)
     return result, output
+
+
+def test_an_adapter_learns_faster_than_a_backbone():
+    rates = [default_config("some/model", rank).train.learning_rate for rank in (0, 8)]
+    assert rates == [1e-4, 3e-3]
 
 
 def test_memory_for_a_model_stands_at_a_quarter_and_at_two_thirds_of_its_depth():
@@ -103,6 +108,17 @@ def test_a_run_with_a_lora_resumes_bit_for_bit(plain):
     assert result["train_loss"] == whole["train_loss"]
     for name in ("adapter_model.safetensors", "engram/engram_table.dat", "engram/fusion.safetensors"):
         assert (output / name).read_bytes() == (plain.parent / "whole" / name).read_bytes(), name
+
+
+def test_a_lora_without_memory_trains_to_be_compared_with(plain):
+    config = settings(train_backbone=False, lora_rank=2, learning_rate=1e-2)
+    config.engram.enabled = False
+    result, output = trained(plain, config)
+    assert result["memory"] is None
+    assert result["damage"]["divergence"] > 0
+    model, tokenizer = open_trained(output)
+    assert any("lora_B" in name for name, _ in model.named_parameters())
+    assert len(tokenizer) == model.config.vocab_size
 
 
 def test_a_lora_of_a_fresh_model_is_refused(tmp_path):
