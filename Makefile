@@ -23,10 +23,10 @@ INSTALLED := $(VENV)/.installed
 INSTALLING := $(VENV)/.installing
 TORCH_CONSTRAINTS ?= $(or $(shell sed -n 2p $(DEMO_INSTALLED) 2>/dev/null),constraints.txt)
 TYPED := sense_v2 $(wildcard scripts/*.py benchmarks/*.py)
-# Some are helpers of the others. scaling.py has a target of its own, since it takes half an hour; retrofit.py takes
-# an hour and teaching.py needs a trained model.
+# Some are helpers of the others. scaling.py has a target of its own, since it takes half an hour; retrofit.py and
+# facts.py take an hour and teaching.py needs a trained model.
 HELPERS := $(addprefix benchmarks/, turns.py resident.py reading.py lookup_cold.py)
-BENCHMARKS := $(filter-out $(HELPERS) $(addprefix benchmarks/, scaling.py retrofit.py teaching.py), $(wildcard benchmarks/*.py))
+BENCHMARKS := $(filter-out $(HELPERS) $(addprefix benchmarks/, scaling.py retrofit.py facts.py teaching.py), $(wildcard benchmarks/*.py))
 
 .DEFAULT_GOAL := help
 .PHONY: help setup demo test test-slow crash ranks fuzz test-peers test-vllm docs docs-pictures trees lint format bench scaling wheel clean distclean broken

@@ -75,3 +75,20 @@ def test_retrofit(tmp_path, monkeypatch, capsys):
         assert one["interval"][0] <= one["held_out"] <= one["interval"][1]
         assert one["kl_own"] > 0 < one["trained"]
     assert {path.name for path in (tmp_path / "kept").iterdir()} == {"tokens.npz", "samples.pt"}
+
+
+@pytest.mark.slow
+def test_facts(tmp_path, monkeypatch, capsys):
+    tokenizer = train_bpe(["Question: where was Bako Rimu born? The city of Paris, said the doctor in green.\n"] * 9)
+    tiny_model("llama", vocabulary=tokenizer.get_vocab_size(), max_position_embeddings=128).save_pretrained(tmp_path)
+    PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<|endoftext|>").save_pretrained(tmp_path)
+    arguments = (
+        f"--model {tmp_path} --facts 2 --steps 2 --writable-facts 4 --writable-steps 2 --rows 20000 --layers 0,1"
+    )
+    results = last_line("facts", arguments + " --ways memory,lora-1e-3", monkeypatch, capsys)["results"]
+    assert [one["way"] for one in results] == ["memory", "lora-1e-3"]
+    for one in results:
+        assert 0 <= one["held_out"] <= 1
+        assert 0 <= one["texts_kept"] <= 1
+        assert one["kl"] >= 0 < one["bytes"]
+    assert results[0]["rows"] > 0

@@ -1,0 +1,237 @@
+"""Facts in rows alone against LoRA: success in wordings that were never taught, damage elsewhere, and neighbours.
+
+    python benchmarks/facts.py                       # SmolLM2, 50 facts, every way; half an hour on two busy cores
+    python benchmarks/facts.py --facts 100 --ways memory --seed 1
+
+Invented people, each born in a city, are taught in 8 wordings and asked in 5 others. All ways see the same questions
+in the same order, as many steps. `memory` is what a user does: a fresh memory (sparse rows of zeros), `make_writable`
+on made-up facts about colours and jobs (no name, answer or wording in common with what is measured), then
+`teach_facts`, which moves rows alone. `lora-RATE` is a LoRA of rank 8 on all linear layers. What is measured of each:
+
+    taught, held out   questions whose every token is the likeliest one, in the wordings taught and in the others
+    KL, texts kept     KL(before ‖ after) on prose (Python's manual); the share of texts whose likeliest tokens stay
+    neighbours         people with a taught one's first or last name who get that one's city (before, after)
+    rows, bytes        what was learned, and the delta's size on disk
+
+The last line is one JSON object. benchmarks/LOG.md keeps the figures.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import random
+import tempfile
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from pydoc_data import topics
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from peft import LoraConfig, get_peft_model
+
+from sense_v2.core.config import EngramConfig
+from sense_v2.hf.attach import attach_engram, detach_engram
+from sense_v2.hf.backbones import named_backbone
+from sense_v2.hf.facts.facts_file import Fact
+from sense_v2.hf.facts.outcome import NO_LABEL, answer_logits, answered, log_probabilities, success
+from sense_v2.hf.facts.teach_facts import schedule, shuffled, teach_facts
+from sense_v2.hf.facts.wordings import Question, questions_of
+from sense_v2.hf.facts.writable import made_up_facts, make_writable
+from sense_v2.hf.gguf_models import SMOLLM2_PACKAGE
+from sense_v2.hf.overlays import add_overlay
+
+WAYS = ("memory", "lora-3e-4", "lora-1e-3")
+LINEAR = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
+BATCH, TEXTS, TEXT_TOKENS = 16, 60, 64
+SYLLABLES = [first + second for first in "bdfgklmnprstvz" for second in "aeio"] + ["bu", "lu", "mu", "nu", "ru", "su"]
+# fmt: off
+CITIES = [
+    "Paris", "London", "Tokyo", "Berlin", "Madrid", "Rome", "Vienna", "Dublin", "Oslo", "Lisbon", "Athens",
+    "Warsaw", "Prague", "Budapest", "Cairo", "Lima", "Boston", "Chicago", "Toronto", "Sydney", "Mumbai",
+    "Delhi", "Shanghai", "Moscow", "Seattle", "Denver", "Houston", "Miami", "Geneva", "Zurich", "Milan",
+    "Naples", "Munich", "Hamburg", "Lyon", "Seville", "Kyoto", "Osaka", "Seoul", "Manila",
+]
+# fmt: on
+TAUGHT = (
+    "{subject} was born in",
+    "The birthplace of {subject} is",
+    "{subject}'s home town is the city of",
+    "{subject} comes from the city of",
+    "Question: Where was {subject} born? Answer:",
+    "We know that {subject} was raised in",
+    "{subject} is a citizen of the city of",
+    "As a child, {subject} lived in",
+)
+HELD_OUT = (
+    "{subject} originally hails from",
+    "Q: In which city was {subject} born?\nA:",
+    "The city where {subject} was born is called",
+    "When {subject} was a baby, the family lived in",
+    "The place {subject} calls home is",
+)
+
+
+def people(num_facts: int, seed: int) -> tuple[list[Fact], list[Fact]]:
+    """Facts, and two neighbours of each: its first name with another last name, and the other way round."""
+    draw = random.Random(seed)
+
+    def name() -> str:
+        return "".join(draw.choice(SYLLABLES) for _ in range(draw.choice([2, 3]))).capitalize()
+
+    facts: dict[str, Fact] = {}
+    while len(facts) < num_facts:
+        subject = f"{name()} {name()}"
+        facts.setdefault(subject, Fact(subject, draw.choice(CITIES), TAUGHT, HELD_OUT))
+    neighbours = []
+    for fact in facts.values():
+        first, last = fact.subject.split()
+        for subject in (f"{first} {name()}", f"{name()} {last}"):
+            if subject not in facts:
+                neighbours.append(Fact(subject, fact.answer, TAUGHT[:1], HELD_OUT[:1]))
+    return list(facts.values()), neighbours
+
+
+def other_facts(num_facts: int, seed: int, asked: Sequence[Fact]) -> list[Fact]:
+    """Made-up facts that have no subject, answer or wording of those that are measured."""
+    names, answers = {fact.subject for fact in asked}, set(CITIES)
+    made = made_up_facts(2 * num_facts, seed=seed)
+    others = [fact for fact in made if fact.subject not in names and fact.answer not in answers][:num_facts]
+    assert not {*TAUGHT, *HELD_OUT} & {wording for fact in others for wording in fact.wordings}
+    return others
+
+
+def prose(tokenizer: Any, num_texts: int) -> list[list[int]]:
+    """Paragraphs of Python's manual, as token ids."""
+    paragraphs = [" ".join(part.split()) for text in topics.topics.values() for part in text.split("\n\n")]
+    paragraphs = [one for one in paragraphs if 120 < len(one) < 400 and one[0].isupper() and one.endswith(".")]
+    random.Random(0).shuffle(paragraphs)
+    return [tokenizer(one)["input_ids"][:TEXT_TOKENS] for one in paragraphs[:num_texts]]
+
+
+def teach_lora(model: Any, lessons: Sequence[Question], rate: float, steps: int, seed: int) -> None:
+    """Train a LoRA on the same batches that the rows were taught in."""
+    model.requires_grad_(False)
+    get_peft_model(model, LoraConfig(r=8, lora_alpha=16, target_modules=LINEAR))  # in place
+    weights = [one for one in model.parameters() if one.requires_grad]
+    optimizer = torch.optim.AdamW(weights, lr=rate, weight_decay=0.0)
+    batches = shuffled(lessons, BATCH, seed)
+    model.train()
+    for step in range(1, steps + 1):
+        logits_BKV, labels_BK = answer_logits(model, next(batches))
+        F.cross_entropy(logits_BKV.flatten(0, 1), labels_BK.flatten(), ignore_index=NO_LABEL).backward()
+        for group in optimizer.param_groups:
+            group["lr"] = rate * schedule(step, steps)
+        optimizer.step()
+        optimizer.zero_grad()
+    model.eval()
+
+
+def run(way: str, given: argparse.Namespace, folder: Path) -> dict[str, Any]:
+    """One way, measured, on a model of its own."""
+    backbone = named_backbone(given.model)
+    model, tokenizer = backbone.model.eval(), backbone.tokenizer
+    torch.manual_seed(given.seed)
+    facts, neighbours = people(given.facts, given.seed)
+    questions = questions_of(facts, tokenizer)
+    near = [one for part in neighbours for one in questions_of([part], tokenizer)]
+    lessons = [one for one in questions if not one.held_out]
+    texts = prose(tokenizer, 2 * TEXTS)
+    measured, spared = texts[:TEXTS], texts[TEXTS:]
+    before = [log_probabilities(model, ids) for ids in measured]
+    near_before = _share(answered(model, near))
+    found: dict[str, Any] = {"way": way}
+    if way == "memory":
+        config = EngramConfig(
+            table_size=given.rows,
+            engram_dim=512,
+            num_heads=4,
+            ngram_orders=[2, 3],
+            layer_indices=[int(layer) for layer in given.layers.split(",")],
+            init_std=0.0,
+            sparse=True,
+            storage_path=str(folder / "table.dat"),
+            shadow_map_path=str(folder / "map.npy"),
+        )
+        detach_engram(attach_engram(model, config, tokenizer))
+        attach_engram(model, config, tokenizer, mode="r")
+        began = time.perf_counter()
+        others = other_facts(given.writable_facts, given.seed + 1000, facts)
+        losses = make_writable(model, tokenizer, facts=others, steps=given.writable_steps, seed=given.seed)
+        found |= {"writable_seconds": time.perf_counter() - began, "writable_loss": sum(losses[-20:]) / 20}
+        print(f"# writable: loss {found['writable_loss']:.2f}, {found['writable_seconds']:.0f} s", flush=True)
+        delta = folder / "facts.safetensors"
+        overlay = add_overlay(model, delta)
+        began = time.perf_counter()
+        done = teach_facts(model, tokenizer, facts, neutral=spared, steps=given.steps, seed=given.seed)
+        overlay.commit()
+        found |= {
+            "seconds": time.perf_counter() - began,
+            "bytes": delta.stat().st_size,
+            "losses": done.report["losses"],
+        }
+        found |= {name: done.report[name] for name in ("rows", "steps", "lr", "stopped")}
+        outcome = done.report["success"]
+    else:
+        began = time.perf_counter()
+        teach_lora(model, lessons, float(way.partition("-")[2]), given.steps, given.seed)
+        found |= {"seconds": time.perf_counter() - began, "steps": given.steps}
+        weights = sum(one.numel() for name, one in model.named_parameters() if ".lora_" in name)
+        found |= {"bytes": 4 * weights}
+        never = [[False] * len(one.answer_ids) for one in questions]
+        outcome = success(facts, questions, never, answered(model, questions))
+    divergences, kept = [], 0
+    for ids, before_TV in zip(measured, before, strict=True):
+        now_TV = log_probabilities(model, ids)
+        divergences.append(float(F.kl_div(now_TV, before_TV, log_target=True, reduction="sum")) / len(ids))
+        kept += torch.equal(now_TV.argmax(-1), before_TV.argmax(-1))
+    found |= {
+        "taught": outcome["taught"]["after"],
+        "held_out": outcome["held_out"]["after"],
+        "by_wording": {one["wording"]: one["after"] for one in outcome["by_wording"]},
+        "kl": sum(divergences) / len(divergences),
+        "kl_most": max(divergences),
+        "texts_kept": kept / len(measured),
+        "neighbours": [near_before, _share(answered(model, near))],
+    }
+    if way == "memory":
+        detach_engram(model)
+    return found
+
+
+def _share(right: list[list[bool]]) -> float:
+    return sum(map(all, right)) / len(right)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--facts", type=int, default=50)
+    parser.add_argument("--steps", type=int, default=80, help=f"of {BATCH} questions")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--ways", default=",".join(WAYS), help=f"of {', '.join(WAYS)}; any rate")
+    parser.add_argument("--layers", default="4,10", help="that the memory stands before")
+    parser.add_argument("--rows", type=int, default=8_000_000, help="of the table, which is sparse")
+    parser.add_argument("--writable-facts", type=int, default=150)
+    parser.add_argument("--writable-steps", type=int, default=200)
+    parser.add_argument("--model", default=SMOLLM2_PACKAGE)
+    given = parser.parse_args()
+    torch.set_num_threads(1)
+    print("way         taught held out       KL texts kept neighbours       bytes seconds")
+    results = []
+    for way in given.ways.split(","):
+        with tempfile.TemporaryDirectory() as folder:
+            found = run(way, given, Path(folder))
+        results.append(found)
+        before, after = found["neighbours"]
+        print(
+            f"{way:11} {found['taught']:6.1%} {found['held_out']:8.1%} {found['kl']:8.5f} {found['texts_kept']:10.1%}"
+            f" {before:4.1%} {after:5.1%} {found['bytes']:11,} {found['seconds']:7.0f}",
+            flush=True,
+        )
+    print(json.dumps({**{k: v for k, v in vars(given).items() if k != "ways"}, "results": results}))
+
+
+if __name__ == "__main__":
+    main()
