@@ -58,6 +58,7 @@ COMMANDS: dict[str, dict[str, Callable[..., None]]] = {
     },
     "Change rows in small files, and take it back: git for memory": {
         "delta teach": deltas.teach,
+        "delta make-writable": deltas.make_writable,
         "delta export": deltas.export,
         "delta apply": deltas.apply,
         "delta revert": deltas.revert,
@@ -71,7 +72,8 @@ COMMANDS: dict[str, dict[str, Callable[..., None]]] = {
 }
 GROUPS = {
     "delta": typer.Typer(
-        help="Rows that were changed in a table, as small files: teach, export, apply, revert, merge, show."
+        help="Rows that were changed in a table, as small files: teach, make-writable, export, apply, revert, merge, "
+        "show."
     )
 }
 

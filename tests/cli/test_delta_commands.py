@@ -5,10 +5,15 @@ import shutil
 
 import pytest
 import torch
-from tiny import save_base_and_taught
+from tiny import save_base_and_taught, tiny_config, tiny_model, tiny_tokenizer
+from transformers import AutoModelForCausalLM
 
 from sense_v2.cli.main import main
 from sense_v2.engram.delta.delta_file import Source, read_delta, write_delta
+from sense_v2.hf.attach import attach_engram, detach_engram
+from sense_v2.hf.saving.backbone_facts import backbone_reference
+from sense_v2.hf.saving.folder import FUSION_FILE
+from sense_v2.hf.saving.save import save_pretrained
 
 
 @pytest.fixture
@@ -178,3 +183,47 @@ def test_facts_of_a_file_are_taught_and_the_exit_status_says_what_was_not_learne
     status, _, error = run("teach", saved / "base", "a", "--facts", facts, "--output", delta)
     assert status == 2
     assert "either a text (and a prompt), or --facts FILE" in error
+
+
+def test_a_memory_is_made_writable_in_a_new_folder(saved, run, tmp_path):
+    facts, output = tmp_path / "facts.jsonl", tmp_path / "writable"
+    fact = {"subject": "word20 word21 word22", "answer": "word1", "wordings": ["word3 {subject}"]}
+    facts.write_text(json.dumps(fact) + "\n")
+    before = {path: path.read_bytes() for path in (saved / "base").rglob("*") if path.is_file()}
+    call = ("make-writable", saved / "base", "--output", output, "--facts", facts, "--steps", 20)
+    status, out, error = run(*call, "--json")
+    assert status == 0, error
+    result = json.loads(out)
+    assert result["loss"][1] < result["loss"][0]
+    assert result["steps"] == 20
+    assert {path: path.read_bytes() for path in before} == before
+    assert table_bytes(output) == table_bytes(saved / "base")
+    fusion = f"engram/{FUSION_FILE}"
+    assert (output / fusion).read_bytes() != (saved / "base" / fusion).read_bytes()
+    status, _, error = run(*call)
+    assert status == 1
+    assert "is there already" in error
+    teach = ("teach", output, "--facts", facts, "--output", tmp_path / "d.safetensors", "--lr", 0.3)
+    status, _, error = run(*teach)
+    assert status == 0, error
+    (tmp_path / "none").mkdir()
+    status, _, error = run("make-writable", tmp_path / "none", "--output", tmp_path / "x")
+    assert status == 1
+    assert "no folder of a model with memory" in error
+
+
+def test_what_made_the_backbone_is_still_named(run, tmp_path):
+    """As `train --model … --freeze-backbone` saves it: the weights aren't copied, and the memory was trained."""
+    base = tiny_model("llama")
+    base.save_pretrained(tmp_path / "base")
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "base")
+    named = backbone_reference(model)
+    (tmp_path / "table").mkdir()
+    attach_engram(model, tiny_config(tmp_path / "table"), tiny_tokenizer())
+    save_pretrained(model, tmp_path / "trained", tokenizer=tiny_tokenizer(), backbone=named)
+    detach_engram(model)
+    output = tmp_path / "writable"
+    status, _, error = run("make-writable", tmp_path / "trained", "--output", output, "--steps", 1)
+    assert status == 0, error
+    assert not list(output.glob("*.safetensors"))
+    assert json.loads((output / "engram" / "backbone.json").read_text())["reference"] == named

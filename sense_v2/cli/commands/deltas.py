@@ -1,4 +1,4 @@
-"""Commands for rows that were changed in a table: delta teach, export, apply, revert, merge, show."""
+"""Commands for rows that were changed in a table: delta teach, make-writable, export, apply, revert, merge, show."""
 
 from __future__ import annotations
 
@@ -93,6 +93,41 @@ def teach(
         *lines,
         f"delta    {output}: {wording.count(result['rows'])} rows of this text, "
         f"{wording.count(result['rows_in_all'])} in all, {wording.size(result['bytes'])}",
+    )
+    if as_json:
+        print_json(result)
+
+
+def make_writable(
+    folder: FolderArgument,
+    output: Annotated[Path, typer.Option(metavar="FOLDER", help="The new folder; the first one stays as it is.")],
+    facts: Annotated[
+        Path | None,
+        typer.Option(metavar="FILE", help="To train on, each with its own wordings, in place of made-up ones."),
+    ] = None,
+    steps: Annotated[int, typer.Option(min=1, help="Batches of 16 questions.")] = 200,
+    seed: Annotated[int, typer.Option(help="Of the made-up facts and their order.")] = 0,
+    device: DeviceOption = "auto",
+    as_json: JsonOption = False,
+) -> None:
+    """Train the fusion layers of a memory until they carry facts, once, so that `delta teach` writes in rows alone.
+
+    Example: sense-engram delta make-writable runs/train --output runs/writable
+    """
+    if not (folder / "engram").is_dir():
+        raise CommandError(f"{folder} is no folder of a model with memory", "name what train, or demo, has saved")
+
+    from sense_v2.hf.facts.writable import make_folder_writable
+
+    echo = lines_to(as_json)
+    result = make_folder_writable(
+        folder, output, facts_file=facts, steps=steps, seed=seed, device=device, progress=progress_to(echo)
+    )
+    first, last = (wording.decimals(loss, 2) for loss in result["loss"])
+    echo(
+        f"taught   fusion layers {wording.listing(list(map(str, result['layers'])))}: loss {first} before, {last} "
+        f"now, {wording.count(result['steps'])} steps in {wording.duration(result['seconds'])}",
+        f"saved    {output}, its rows as they were; sense-engram delta teach {output} --facts FILE",
     )
     if as_json:
         print_json(result)

@@ -7,18 +7,27 @@ before. Biases stay as they are, so a row of zeros is still silent.
 
 from __future__ import annotations
 
+import time
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 from transformers import PreTrainedModel
 
 from sense_v2.core.progress import Progress, no_progress
-from sense_v2.hf.facts.facts_file import Fact
+from sense_v2.hf.attach import detach_engram
+from sense_v2.hf.backbones import device_of, saved_tokenizer
+from sense_v2.hf.facts.facts_file import Fact, read_facts
 from sense_v2.hf.facts.teach_facts import Descent, refuse_other_tokenizer, schedule, shuffled
 from sense_v2.hf.facts.wordings import questions_of, subject_rows
+from sense_v2.hf.load import from_pretrained
 from sense_v2.hf.memory import memory_of
 from sense_v2.hf.overlays import add_overlay, overlay_of, remove_overlay
+from sense_v2.hf.saving.backbone_facts import BACKBONE_FILE
+from sense_v2.hf.saving.backbone_facts import read_facts as read_backbone_facts
+from sense_v2.hf.saving.folder import MEMORY_FOLDER
+from sense_v2.hf.saving.save import save_pretrained
 
 FUSION_RATE, ROW_RATE = 3e-3, 0.1
 _SYLLABLES = [first + second for first in "bdfgklmnprstv" for second in "aeio"]
@@ -150,3 +159,53 @@ def make_writable(
     finally:
         remove_overlay(model)
     return descent.losses
+
+
+def make_folder_writable(
+    folder: str | Path,
+    output: str | Path,
+    *,
+    facts_file: str | Path | None = None,
+    device: str = "cpu",
+    **options: Any,
+) -> dict[str, Any]:
+    """Save a model again with fusion layers that carry facts; the first folder stays as it is.
+
+    Args:
+        folder: The model's.
+        output: A new folder. The table is copied to it (a reflink where the file system has them).
+        facts_file: To train on, as `read_facts` reads it, in place of made-up ones.
+        device: Where the model runs, as `device_of` takes it.
+        **options: Those of `make_writable`.
+
+    Returns:
+        What JSON can hold: "model", "output", "layers", "steps", "loss" (first, and the mean of the last ten) and
+        "seconds".
+
+    Raises:
+        FileExistsError: `output` is there.
+        ValueError: As `read_facts`, `from_pretrained` and `make_writable`.
+    """
+    started = time.perf_counter()
+    folder, output = Path(folder), Path(output)
+    if output.exists():
+        raise FileExistsError(f"{output} is there already. Choose a new folder")
+    facts = None if facts_file is None else read_facts(facts_file)
+    place = device_of(device)
+    model = from_pretrained(folder)
+    try:
+        model.to(place)
+        tokenizer = saved_tokenizer(folder)
+        losses = make_writable(model, tokenizer, facts=facts, **options)
+        reference = read_backbone_facts(folder / MEMORY_FOLDER / BACKBONE_FILE).get("reference")
+        save_pretrained(model, output, tokenizer=tokenizer, backbone=reference)
+        return {
+            "model": str(folder),
+            "output": str(output),
+            "layers": [fusion.layer_id for fusion in memory_of(model)],
+            "steps": len(losses),
+            "loss": [losses[0], float(np.mean(losses[-10:]))],
+            "seconds": time.perf_counter() - started,
+        }
+    finally:
+        detach_engram(model)

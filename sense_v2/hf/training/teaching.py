@@ -232,7 +232,8 @@ def refuse_unheard(memory: EngramMemory) -> None:
     if not any(bool(layer.W_v.weight.any()) for layer in memory):
         raise ValueError(
             "this memory was never trained: W_v is zero in each of its layers, so whatever its rows hold isn't "
-            "heard. Train the memory first, or make it writable: sense_v2.hf.make_writable(model, tokenizer)"
+            "heard. Train the memory first, or make it writable: sense-engram delta make-writable FOLDER --output "
+            "NEW, or sense_v2.hf.make_writable(model, tokenizer)"
         )
 
 
