@@ -117,13 +117,11 @@ class Run:
 def default_config(model: str | None, lora_rank: int = 0) -> Config:
     """Return what a run without a configuration file uses: the demo's memory; a backbone that has learned something
     moves slower than a fresh one, and slower than an adapter."""
-    learned = TrainConfig(
-        learning_rate=3e-3 if lora_rank else 1e-4,
-        fusion_learning_rate=3e-3,
-        value_learning_rate=3e-3,
-        row_learning_rate=0.3,
-    )
-    return Config(small_memory(DEFAULT_OUTPUT), TrainConfig() if model is None else learned)
+    if model is None:
+        return Config(small_memory(DEFAULT_OUTPUT), TrainConfig())
+    rates: dict[str, Any] = dict.fromkeys(("fusion_learning_rate", "value_learning_rate"), 3e-3)
+    rates |= {"learning_rate": 3e-3 if lora_rank else 1e-4, "row_learning_rate": 0.3}
+    return Config(small_memory(DEFAULT_OUTPUT), TrainConfig(**rates))
 
 
 def train_on_corpus(
