@@ -22,6 +22,7 @@ from transformers import PreTrainedModel
 from sense_v2.hf.data.corpus import encode
 from sense_v2.hf.facts.facts_file import Fact, text_lines
 from sense_v2.hf.facts.wordings import Question, SubjectRows, ngrams_of_rows
+from sense_v2.hf.insight.damage import log_probabilities as log_probabilities_of_blocks
 from sense_v2.hf.insight.evaluation import evaluating
 from sense_v2.hf.memory import memory_of
 
@@ -241,5 +242,4 @@ def log_probabilities(model: PreTrainedModel, token_ids: Sequence[int]) -> torch
     """What the model expects after each token of a text, [T, V] in float32."""
     ids_1T = torch.tensor([list(token_ids)], device=model.device)
     with evaluating(model):
-        logits_TV: torch.Tensor = model(input_ids=ids_1T, use_cache=False).logits[0]
-    return logits_TV.float().log_softmax(dim=-1)
+        return log_probabilities_of_blocks(model, ids_1T)[0]

@@ -76,14 +76,15 @@ def damage(
     with evaluating(model):
         for block_BT in token_ids_BT.to(model.device).split(batch_size):
             with before():
-                before_BTV = _log_probabilities(model, block_BT)
-            now_BTV = _log_probabilities(model, block_BT)
+                before_BTV = log_probabilities(model, block_BT)
+            now_BTV = log_probabilities(model, block_BT)
             divergence += float((before_BTV.exp() * (before_BTV - now_BTV)).sum(-1).double().sum())
             changed += int((before_BTV.argmax(-1) != now_BTV.argmax(-1)).sum())
             tokens += block_BT.numel()
     return Damage(divergence / tokens, changed / tokens, tokens)
 
 
-def _log_probabilities(model: PreTrainedModel, token_ids_BT: torch.Tensor) -> torch.Tensor:
+def log_probabilities(model: PreTrainedModel, token_ids_BT: torch.Tensor) -> torch.Tensor:
+    """What a model expects after each token, [B, T, V] in float32."""
     logits_BTV: torch.Tensor = model(input_ids=token_ids_BT, use_cache=False).logits
     return logits_BTV.float().log_softmax(-1)
