@@ -65,7 +65,8 @@ def lines(results: dict[str, Any]) -> list[str]:
 def headline(results: dict[str, Any]) -> str:
     """How many facts are learned."""
     learned = results["facts"] - len(results["not_learned"])
-    return f"{wording.count(learned)} of {wording.number_of(results['facts'], 'fact')} are learned."
+    verb = "is" if results["facts"] == 1 else "are"
+    return f"{wording.count(learned)} of {wording.number_of(results['facts'], 'fact')} {verb} learned."
 
 
 def sentences(results: dict[str, Any]) -> list[str]:
