@@ -15,6 +15,7 @@ _HOME = {
     "EngramTrainer": "training.trainer",
     "add_overlay": "overlays",
     "attach_engram": "attach",
+    "backbone_reference": "saving.backbone_facts",
     "detach_engram": "attach",
     "from_pretrained": "load",
     "make_writable": "facts.writable",
