@@ -37,9 +37,9 @@ from typing import Any
 import numpy as np
 import torch
 import transformers
-from peft import LoraConfig, get_peft_model
 
 from sense_v2.core.config import TrainConfig
+from sense_v2.hf.adapters import with_lora
 from sense_v2.hf.attach import attach_engram, detach_engram
 from sense_v2.hf.backbones import named_backbone, token_stream
 from sense_v2.hf.data.corpus import Batches
@@ -54,7 +54,6 @@ from sense_v2.hf.training.run import default_config
 
 BATCH, LENGTH = 4, 128
 HELD_OUT_BLOCKS, PROSE_BLOCKS, SAMPLES = 32, 16, 32
-LINEAR = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 # The rate of each way, the best of those that LOG.md lists; a memory's own rates are the defaults of `train --model`.
 RATES = {"lora8": 3e-3, "lora64": 1e-3, "all": 1e-4, "memory+lora8": 3e-3}
 WAYS = ("none", "memory", "lora8", "lora64", "all", "memory+lora8", "random", "shuffled")
@@ -112,9 +111,7 @@ def run(
                 permute_rows(memory_of(model), seed)
         if "lora" in way:
             rank = int(way.rpartition("lora")[2])
-            get_peft_model(model, LoraConfig(r=rank, lora_alpha=2 * rank, target_modules=LINEAR))  # in place
-            if has_memory:
-                memory_of(model).requires_grad_(True)
+            with_lora(model, rank)  # in place
         began = time.process_time()
         if way != "none":
             fit(model, Batches(ids["train"], **blocks, seed=seed), settings)

@@ -10,6 +10,7 @@ import warnings
 from pathlib import Path
 from typing import Any
 
+import torch
 import transformers
 from huggingface_hub import snapshot_download
 from safetensors import SafetensorError, safe_open
@@ -25,7 +26,7 @@ from sense_v2.hf.saving.backbone_facts import (
     BACKBONE_FILE,
     check_backbone,
     check_tokenizer,
-    has_weights,
+    may_have_weights,
     read_facts,
     tokenizer_file_differs,
 )
@@ -229,7 +230,7 @@ def _load_reference(
     way_out = "bring it back, or pass the model that the memory was trained on as backbone="
     file = gguf_file(name)
     if file is not None:
-        model, loading_info = read_gguf(file)[0].to(config.dtype), {}
+        model, loading_info = read_gguf(file)[0], {}
     elif Path(name).is_absolute() and not Path(name).exists():
         raise FileNotFoundError(
             f"{name}: the backbone that {folder / MEMORY_FOLDER / BACKBONE_FILE} names isn't there; {way_out}"
@@ -237,9 +238,19 @@ def _load_reference(
     else:
         options = {"use_safetensors": True, "revision": named.get("revision") or "main", **options}
         model, loading_info = model_class.from_pretrained(name, config=config, output_loading_info=True, **options)
-    if not has_weights(named, model):
+    if not may_have_weights(named, model):
         raise ValueError(f"{name} has other weights than the backbone that this memory was trained on; {way_out}")
+    if file is not None:  # compared as it is in the file
+        model = _in_type(model, options.get("dtype", config.dtype))
     return model.eval(), loading_info
+
+
+def _in_type(model: PreTrainedModel, dtype: Any) -> PreTrainedModel:
+    """`model` in a type as transformers takes it: a torch.dtype, its name, or "auto" for that of the file."""
+    dtype = getattr(torch, dtype) if isinstance(dtype, str) and dtype != "auto" else dtype
+    to: Any = model.to  # transformers wraps it in a way that mypy takes for a function of two
+    moved: PreTrainedModel = to(dtype) if isinstance(dtype, torch.dtype) else model
+    return moved
 
 
 def _load_base_of_adapter(folder: Path, options: dict[str, Any]) -> PreTrainedModel:
@@ -252,7 +263,7 @@ def _load_base_of_adapter(folder: Path, options: dict[str, Any]) -> PreTrainedMo
         )
     file = gguf_file(name)
     if file is not None:
-        return read_gguf(file)[0]
+        return _in_type(read_gguf(file)[0], options.get("dtype"))
     base: PreTrainedModel = AutoModelForCausalLM.from_pretrained(name, **options)
     return base if attached_memory(base) is None else detach_engram(base)
 

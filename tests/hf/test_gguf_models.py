@@ -5,10 +5,11 @@ import importlib.util
 import pytest
 import torch
 from gguf import GGUFWriter
-from tiny import tiny_model
+from tiny import tiny_config, tiny_model
 from transformers import AutoModelForCausalLM
 
 from sense_v2.core.errors import CommandError
+from sense_v2.hf import attach_engram, backbone_reference, from_pretrained, save_pretrained
 from sense_v2.hf.backbones import named_backbone
 from sense_v2.hf.gguf_models import SMOLLM2_PACKAGE, gguf_file
 
@@ -85,6 +86,16 @@ def test_the_model_of_a_gguf_file_is_a_plain_one_with_its_weights(written, names
     backbone.model.save_pretrained(tmp_path / "plain")  # what transformers reads from GGUF refuses to be saved
     again = AutoModelForCausalLM.from_pretrained(tmp_path / "plain")
     assert torch.equal(again.state_dict()["model.norm.weight"], state["model.norm.weight"])
+
+
+def test_a_named_gguf_backbone_opens_in_the_type_that_is_asked_for(written, tmp_path):
+    backbone = named_backbone(str(written[0] / "tiny.gguf"))
+    reference = backbone_reference(backbone.model)
+    attach_engram(backbone.model, tiny_config(tmp_path), backbone.tokenizer)
+    save_pretrained(backbone.model, tmp_path / "saved", backbone=reference)
+    assert from_pretrained(tmp_path / "saved").dtype == torch.float32
+    for dtype in (torch.bfloat16, "bfloat16"):
+        assert from_pretrained(tmp_path / "saved", dtype=dtype).dtype == torch.bfloat16
 
 
 def test_a_folder_of_several_files_says_which_to_name(written):

@@ -50,7 +50,7 @@ def backbone_facts(model: PreTrainedModel, state_dict: Mapping[str, torch.Tensor
 def backbone_reference(model: PreTrainedModel) -> dict[str, Any]:
     """Return where a model was read from, for `save_pretrained(…, backbone=)`; call it before anything is trained.
 
-    Raises `ValueError` for a model that was made, not read.
+    Raises `ValueError` for a model that was made, not read, and for one whose weights nothing identifies.
     """
     name = str(model.name_or_path or "")
     if not name:
@@ -59,7 +59,12 @@ def backbone_reference(model: PreTrainedModel) -> dict[str, Any]:
         )
     path = Path(name)
     where = {"model": str(path.resolve())} if path.exists() else {"model": name, "revision": _revision(model)}
-    return {**where, "weights": _weights_digest(model, {})}
+    weights = _weights_digest(model, {})
+    if weights is None:
+        raise ValueError(
+            "this model is quantized, adapted or not in memory, so nothing identifies its weights: save it with them"
+        )
+    return {**where, "weights": weights, "dtype": str(model.dtype).removeprefix("torch.")}
 
 
 def _revision(model: PreTrainedModel) -> str | None:
@@ -67,8 +72,14 @@ def _revision(model: PreTrainedModel) -> str | None:
 
 
 def has_weights(named: Mapping[str, Any], model: PreTrainedModel) -> bool:
-    """True if a model's weights are those of the place that `backbone_reference` named."""
+    """True if a model's weights are those of the place that `backbone_reference` named, bit for bit."""
     return named["weights"] == _weights_digest(model, {})
+
+
+def may_have_weights(named: Mapping[str, Any], model: PreTrainedModel) -> bool:
+    """True also where it can't be told: rounded to another type, quantized, or not in memory."""
+    is_rounded = str(model.dtype).removeprefix("torch.") != named["dtype"]
+    return is_rounded or _weights_digest(model, {}) in (None, named["weights"])
 
 
 def tokenizer_facts(tokenizer: Any, folder: Path) -> dict[str, Any]:
