@@ -21,7 +21,7 @@ import torch
 from turns import machine
 
 from sense_v2.engram.table.compact_rows import FLOAT8, INT8, decode, encode, join, split
-from sense_v2.hf.training.step_times import spread
+from sense_v2.hf.experiments.step_times import spread
 
 
 def main() -> None:

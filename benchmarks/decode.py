@@ -41,8 +41,8 @@ from turns import Text, drop_from_cache, machine, memory_limit, prepare_text
 
 from sense_v2.core.config import EngramConfig
 from sense_v2.hf.attach import attach_engram
+from sense_v2.hf.experiments.step_times import spread
 from sense_v2.hf.memory import memory_of
-from sense_v2.hf.training.step_times import spread
 
 ROW_BYTES, HEADS, LAYERS_WITH_MEMORY = 256, 16, 2
 PROMPT = 8

@@ -16,7 +16,7 @@ import torch
 from reading import PAGE_BYTES, Probe, Scale, Ways, cold, in_turns, open_rows, random_ids, ratio, reads_of, say
 
 from sense_v2.engram.storage import MMapEmbeddingStorage
-from sense_v2.hf.training.step_times import spread
+from sense_v2.hf.experiments.step_times import spread
 
 
 def cold_part(probe: Probe, path: Path, scale: Scale) -> dict[str, Any]:

@@ -26,7 +26,7 @@ import torch
 from turns import drop_from_cache
 
 from sense_v2.engram.storage import MMapEmbeddingStorage
-from sense_v2.hf.training.step_times import spread
+from sense_v2.hf.experiments.step_times import spread
 
 PAGE_BYTES = 4096
 Ways = dict[str, Callable[[int], Any]]

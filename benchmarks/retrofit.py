@@ -43,11 +43,11 @@ from sense_v2.hf.adapters import with_lora
 from sense_v2.hf.attach import attach_engram, detach_engram
 from sense_v2.hf.backbones import named_backbone, token_stream
 from sense_v2.hf.data.corpus import Batches
+from sense_v2.hf.experiments.controls import freeze_rows, permute_rows
 from sense_v2.hf.gguf_models import SMOLLM2_PACKAGE
 from sense_v2.hf.insight.damage import damage, own_samples
 from sense_v2.hf.insight.evaluation import token_losses
 from sense_v2.hf.memory import memory_of
-from sense_v2.hf.training.controls import freeze_rows, permute_rows
 from sense_v2.hf.training.fit import fit
 from sense_v2.hf.training.fresh_model import memory_for
 from sense_v2.hf.training.run import default_config

@@ -36,10 +36,10 @@ from matplotlib.figure import Figure
 from turns import MemoryPeak, ProcessorClock, Text, Turn, machine, prepare_text, take_turns
 
 from sense_v2.core.config import TrainConfig
+from sense_v2.hf.experiments.step_times import spread
 from sense_v2.hf.insight.evaluation import evaluate
 from sense_v2.hf.memory import memory_of
 from sense_v2.hf.training.fit import History, fit
-from sense_v2.hf.training.step_times import spread
 from sense_v2.report.plots import PALETTE, style
 
 PLAIN = 0

@@ -70,9 +70,9 @@ from sense_v2.engram.hashing import NgramHasher
 from sense_v2.engram.model import EngramFusionLayer, compressed_pad_id
 from sense_v2.engram.optim import RowWiseAdagrad, clip_grad_norm_
 from sense_v2.engram.storage import MMapEmbeddingStorage
+from sense_v2.hf.experiments.step_times import spread
 from sense_v2.hf.memory import attached_memory, memory_of
 from sense_v2.hf.training.fit import History, fit
-from sense_v2.hf.training.step_times import spread
 
 WIDTH = 64
 """D. Rows of 256 bytes, sixteen to a page."""

@@ -1,4 +1,4 @@
-"""`sense-engram demo`: what it prints and writes; the experiment is library code."""
+"""`sense-engram demo`: what it prints and writes; the experiments are library code."""
 
 from __future__ import annotations
 
@@ -12,7 +12,9 @@ from sense_v2.cli.output import progress_to
 from sense_v2.cli.progress import TrainingProgress
 from sense_v2.core.config import Config, TrainConfig
 from sense_v2.hf.data.corpus import Corpus
-from sense_v2.hf.training.experiment import Watcher, demo_config, run_experiment
+from sense_v2.hf.experiments.from_scratch import Watcher, demo_config, run_experiment
+from sense_v2.hf.experiments.pretrained import run_pretrained
+from sense_v2.report import pretrained
 from sense_v2.report.training import terminal_table, write_picture, write_report
 
 
@@ -37,13 +39,53 @@ def run_demo(
     )
     write_report(results, output / "report.html")
     write_picture(results, output / "perplexity.png")
-    (output / "metrics.json").write_text(json.dumps(metrics(results), indent=2) + "\n", encoding="utf-8")
-    echo("")
-    for line in terminal_table(results).splitlines():
-        echo(line)
-    echo("")
-    echo(f"report: {output / 'report.html'}   numbers: {output / 'metrics.json'}   model: {output / 'model'}")
+    _tell(output, metrics(results), terminal_table(results), echo)
     return results
+
+
+def run_pretrained_demo(
+    model: str,
+    corpus: str | Path | None = None,
+    output: str | Path = "runs/demo-pretrained",
+    *,
+    quick: bool = False,
+    text_column: str = "text",
+    echo: Callable[[str], Any] = print,
+) -> dict[str, Any]:
+    """Compare memory with a LoRA on a pretrained model, `quick` without both together and without the control, and
+    write the report; returns the results."""
+    output = Path(output)
+    results = run_pretrained(
+        model,
+        None if corpus is None else [corpus],
+        output,
+        controls=not quick,
+        watcher=_PrintingWatcher(echo),
+        text_column=text_column,
+    )
+    pretrained.write_report(results, output / "report.html")
+    pretrained.write_picture(results, output / "learned-and-lost.png")
+    _tell(output, pretrained_metrics(results), pretrained.terminal_table(results), echo)
+    return results
+
+
+def _tell(output: Path, numbers: dict[str, Any], table: str, echo: Callable[[str], Any]) -> None:
+    (output / "metrics.json").write_text(json.dumps(numbers, indent=2) + "\n", encoding="utf-8")
+    for line in ("", *table.splitlines(), ""):
+        echo(line)
+    echo(f"report: {output / 'report.html'}   numbers: {output / 'metrics.json'}   model: {output / 'model'}")
+
+
+def pretrained_metrics(results: dict[str, Any]) -> dict[str, Any]:
+    """The few numbers that a script wants."""
+    names = ("loss", "perplexity", "bits_per_byte", "damage", "steps", "trained")
+    return {
+        "runs": {way: {name: run[name] for name in names} for way, run in results["runs"].items()},
+        "changes": results["changes"],
+        "random_rows_keep": results["random_rows_keep"],
+        "step_times": results["step_times"],
+        "seconds": results["seconds"],
+    }
 
 
 def metrics(results: dict[str, Any]) -> dict[str, Any]:

@@ -41,16 +41,17 @@ def with_lora(model: PreTrainedModel, rank: int) -> Any:
         raise CommandError("a LoRA needs the package peft", "pip install peft") from error
     memory = attached_memory(model)
     trained = [parameter for parameter in memory.parameters() if parameter.requires_grad] if memory else []
-    wrapper = get_peft_model(
-        model,
-        LoraConfig(
-            r=rank,
-            lora_alpha=2 * rank,
-            target_modules="all-linear",
-            exclude_modules=r"(.*\.)?engram\..*" if memory else None,
-            task_type="CAUSAL_LM",
-        ),
+    config = LoraConfig(
+        r=rank,
+        lora_alpha=2 * rank,
+        target_modules="all-linear",
+        exclude_modules=r"(.*\.)?engram\..*" if memory else None,
+        task_type="CAUSAL_LM",
     )
+    with warnings.catch_warnings():
+        # PEFT 0.21 asks transformers 5.24 for a name that it deprecates, which is nothing a user can mend.
+        warnings.simplefilter("ignore", FutureWarning)
+        wrapper = get_peft_model(model, config)
     for parameter in trained:  # which PEFT has frozen
         parameter.requires_grad_(True)
     return wrapper

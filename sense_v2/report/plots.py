@@ -24,7 +24,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import FixedLocator, FuncFormatter, MaxNLocator, NullLocator
 
-from sense_v2.hf.training.step_times import is_clear
+from sense_v2.hf.experiments.step_times import is_clear
 from sense_v2.report import verdict, wording
 
 PALETTE = {

@@ -16,7 +16,7 @@ draws. The results are one dictionary that JSON can hold:
       "table": {"rows", "width", "dtype", "bytes"}, "fusion_parameters": int,
       "runs": {"plain": RUN, "engram": RUN, "random_rows": RUN (optional), "shuffled": RUN (optional)},
       "step_times": how long a step of "engram" takes as against "plain", measured in turns, and
-      "equal_time": both runs after equal training time, or None, as sense_v2.hf.training.step_times gives them,
+      "equal_time": both runs after equal training time, or None, as sense_v2.hf.experiments.step_times gives them,
       "controls": {"random_rows": kept, "shuffled": kept}: share of the loss gain that a control keeps; may be empty,
       "gates": [{"layer", "tokens": [str, ...], "gates": [float, ...]}]: may be empty,
       "rows_touched": [{"layer", "order", "head", "rows", "touched"}]: may be empty,

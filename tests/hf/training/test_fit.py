@@ -15,10 +15,10 @@ from sense_v2.core.config import TrainConfig
 from sense_v2.engram.storage import MMapEmbeddingStorage
 from sense_v2.hf.attach import attach_engram, detach_engram
 from sense_v2.hf.data.corpus import Batches
+from sense_v2.hf.experiments.controls import freeze_rows
 from sense_v2.hf.insight.evaluation import Evaluation
 from sense_v2.hf.memory import memory_of
 from sense_v2.hf.training import fit as fit_module
-from sense_v2.hf.training.controls import freeze_rows
 from sense_v2.hf.training.fit import History, fit, rate_factor, row_rate_factor
 
 

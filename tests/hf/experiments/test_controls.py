@@ -8,9 +8,9 @@ from tiny import VOCABULARY, tiny_config, tiny_model, tiny_tokenizer, wake
 from sense_v2.core.config import TrainConfig
 from sense_v2.hf.attach import attach_engram
 from sense_v2.hf.data.corpus import Batches
+from sense_v2.hf.experiments.controls import freeze_rows, permute_rows
 from sense_v2.hf.insight.evaluation import rows_touched
 from sense_v2.hf.memory import memory_of
-from sense_v2.hf.training.controls import freeze_rows, permute_rows
 from sense_v2.hf.training.fit import fit
 
 SETTINGS = TrainConfig(steps=30, batch_size=2, sequence_length=12, warmup_steps=2, learning_rate=5e-3)

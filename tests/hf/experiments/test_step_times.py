@@ -6,7 +6,7 @@ import math
 import numpy as np
 import pytest
 
-from sense_v2.hf.training.step_times import at_equal_time, compare, is_clear, median_interval, take_turns
+from sense_v2.hf.experiments.step_times import at_equal_time, compare, is_clear, median_interval, take_turns
 
 TRUE_RATIO = 1.3
 SECONDS = {"plain": 0.2, "engram": 0.2 * TRUE_RATIO}

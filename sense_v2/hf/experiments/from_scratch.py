@@ -13,8 +13,8 @@ import platform
 import shutil
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from datetime import datetime, timezone
 from itertools import islice
 from pathlib import Path
@@ -35,15 +35,15 @@ from sense_v2.hf.attach import attach_engram, detach_engram
 from sense_v2.hf.backbones import token_stream
 from sense_v2.hf.data.corpus import Batches, Corpus, read_corpus
 from sense_v2.hf.data.held_out import save_corpus
-from sense_v2.hf.insight.evaluation import Evaluation, evaluate, gate_strengths, rows_touched
+from sense_v2.hf.experiments.controls import freeze_rows, permute_rows
+from sense_v2.hf.experiments.step_times import at_equal_time, compare, take_turns
+from sense_v2.hf.insight.evaluation import Evaluation, evaluate, evaluating, gate_strengths, rows_touched
 from sense_v2.hf.memory import memory_of
 from sense_v2.hf.saving.folder import memory_paths
 from sense_v2.hf.saving.save import save_pretrained
 from sense_v2.hf.saving.staged_folder import staged_folder
-from sense_v2.hf.training.controls import freeze_rows, permute_rows
 from sense_v2.hf.training.fit import History, fit
 from sense_v2.hf.training.fresh_model import fresh_backbone, small_memory, train_bpe
-from sense_v2.hf.training.step_times import at_equal_time, compare, take_turns
 
 # More text than this takes longer to tokenise than to train on.
 MAX_CORPUS_BYTES = 16 * 2**20
@@ -314,21 +314,40 @@ def measure_step_times(
         settings: The rates and the clipping.
 
     Returns:
-        What `sense_v2.hf.training.step_times.compare` returns, for "plain" and "engram".
+        What `sense_v2.hf.experiments.step_times.compare` returns, for "plain" and "engram".
     """
     with torch.random.fork_rng():
         models = {"plain": copy.deepcopy(plain), "engram": attach_engram(copy.deepcopy(plain), memory)}
         try:
-            with (
-                one_step(models["plain"], batches, settings) as without,
-                one_step(models["engram"], batches, settings) as with_memory,
-            ):
-                steps = {"plain": without, "engram": with_memory}
-                seconds = take_turns(steps, rounds=STEP_TIME_ROUNDS, block_steps=BLOCK_STEPS)
+            return compare_steps(
+                models,
+                batches,
+                settings,
+                rounds=STEP_TIME_ROUNDS,
+                block_steps=BLOCK_STEPS,
+                base="plain",
+                other="engram",
+            )
         finally:
             detach_engram(models["engram"])
             shutil.rmtree(Path(memory.storage_path).parent)
-    return compare(seconds, base="plain", other="engram")
+
+
+def compare_steps(
+    models: Mapping[str, PreTrainedModel],
+    batches: Batches,
+    settings: TrainConfig,
+    *,
+    rounds: int,
+    block_steps: int,
+    base: str,
+    other: str,
+) -> dict[str, Any]:
+    """Train two models in turns, and return what `sense_v2.hf.experiments.step_times.compare` does for them."""
+    with ExitStack() as all_steps:
+        steps = {name: all_steps.enter_context(one_step(model, batches, settings)) for name, model in models.items()}
+        seconds = take_turns(steps, rounds=rounds, block_steps=block_steps)
+    return compare(seconds, base=base, other=other)
 
 
 @contextmanager
@@ -386,24 +405,32 @@ def _gates(model: PreTrainedModel, token_ids_T: torch.Tensor, tokenizer: Tokeniz
     return [{"layer": layer, "tokens": texts, "gates": gates} for layer, gates in found.items()]
 
 
-def _generations(
-    plain: PreTrainedModel, remembering: PreTrainedModel, held_out_BT: torch.Tensor, tokenizer: Tokenizer
-) -> list[dict[str, str]]:
-    """Both models' continuations of the same held-out beginnings, sampled with the same seed."""
-    found = []
-    for index in np.linspace(0, len(held_out_BT) - 1, GENERATIONS).astype(int):
-        prompt_1T = held_out_BT[index : index + 1, :PROMPT_TOKENS].to(plain.device)
-        texts = {}
-        for name, model in (("plain", plain), ("engram", remembering)):
+def continuations(model: Any, prompts_BT: torch.Tensor, tokenizer: Any) -> list[str]:
+    """How a model goes on from each prompt, sampled with one seed."""
+    texts = []
+    with evaluating(model):
+        for prompt_T in prompts_BT.to(model.device):
             torch.manual_seed(0)
-            out = model.eval().generate(
-                prompt_1T,
-                attention_mask=torch.ones_like(prompt_1T),
+            out = model.generate(
+                prompt_T[None],
+                attention_mask=torch.ones_like(prompt_T[None]),
                 max_new_tokens=NEW_TOKENS,
                 do_sample=True,
                 temperature=0.7,
                 top_k=20,
             )
-            texts[name] = tokenizer.decode(out[0, PROMPT_TOKENS:].tolist())
-        found.append({"prompt": tokenizer.decode(prompt_1T[0].tolist()), **texts})
-    return found
+            texts.append(tokenizer.decode(out[0, len(prompt_T) :].tolist()))
+    return texts
+
+
+def _generations(
+    plain: PreTrainedModel, remembering: PreTrainedModel, held_out_BT: torch.Tensor, tokenizer: Tokenizer
+) -> list[dict[str, str]]:
+    """Both models' continuations of the same held-out beginnings."""
+    prompts_BT = held_out_BT[np.linspace(0, len(held_out_BT) - 1, GENERATIONS).astype(int), :PROMPT_TOKENS]
+    texts = {"prompt": [tokenizer.decode(prompt_T) for prompt_T in prompts_BT.tolist()]}
+    texts |= {
+        name: continuations(model, prompts_BT, tokenizer)
+        for name, model in (("plain", plain), ("engram", remembering))
+    }
+    return [dict(zip(texts, together, strict=True)) for together in zip(*texts.values(), strict=True)]

@@ -8,7 +8,7 @@ from sense_v2.core.config import TrainConfig
 from sense_v2.engram.tokenizer import EngramTokenizerBuilder
 from sense_v2.hf.attach import attach_engram
 from sense_v2.hf.data.corpus import Batches, encode, read_corpus
-from sense_v2.hf.training import experiment as demo
+from sense_v2.hf.experiments import from_scratch as demo
 from sense_v2.hf.training.fresh_model import fresh_backbone, train_bpe
 
 

@@ -1,0 +1,1 @@
+"""Experiments: models trained side by side, to see what the memory did"""
