@@ -1,10 +1,11 @@
-/* Rows of a table, copied one after the other into a result. No Python in here.
+/* Rows of a table, copied or decoded one after the other into a result. No Python in here.
 
    A random row is a miss of the cache and of the TLB, so what counts is how many lines are on their way at once. Short
    rows are copied one by one, the lines of the next ones asked for ahead. Of a long row the processor would fetch the
    next lines by itself, but only along one row at a time: four are copied side by side, a line of each in turn. A
    result too large for the cache is stored past it, long rows then two by two: stores past the cache to four places
-   half a page apart, or a page, wait for each other on some processors (3.6 times as long on an AMD EPYC).
+   half a page apart, or a page, wait for each other on some processors (3.6 times as long on an AMD EPYC). Rows of
+   blocks (`_blocks.h`) are short, and decoded one by one as short rows are copied.
 
    Large results are shared out over PyTorch's own threads, through the OpenMP library that it brings: the others are
    still spinning after its last operation, and a thread of ours would wait for their processors. Where there is no
@@ -21,6 +22,8 @@
 #include <emmintrin.h>
 #endif
 
+#include "_blocks.h"
+
 enum {
     LINE_BYTES = 64,
     AHEAD_BYTES = 2048, AHEAD_ROWS_MIN = 8, AHEAD_ROWS_MAX = 32,  /* of short rows, asked for before they are copied */
@@ -36,6 +39,8 @@ typedef struct {
     char *out;
     int64_t row_bytes, num_ids;
     int id_bytes;
+    int64_t out_bytes;  /* of a row in the result */
+    DecodeRow decode;   /* NULL for rows that are copied as they are */
 } Copy;
 
 static inline int64_t id_at(const Copy *copy, int64_t k) {
@@ -91,7 +96,10 @@ static void copy_short_rows(const Copy *copy) {
     for (int64_t k = 0; k < ahead && k < num_ids; k++) fetch(row_at(copy, k), row_bytes);
     for (int64_t k = 0; k < num_ids; k++) {
         if (k + ahead < num_ids) fetch(row_at(copy, k + ahead), row_bytes);
-        copy_row(copy->out + k * row_bytes, row_at(copy, k), row_bytes);
+        char *out = copy->out + k * copy->out_bytes;
+        if (copy->decode)
+            copy->decode((const uint8_t *)row_at(copy, k), (float *)out, copy->out_bytes / (int64_t)sizeof(float));
+        else copy_row(out, row_at(copy, k), row_bytes);
     }
 }
 
@@ -115,7 +123,7 @@ static inline void copy_long_rows(const Copy *copy, int stream, int beside) {
 }
 
 static void copy_rows(const Copy *copy, int stream) {
-    if (copy->row_bytes < LONG_ROW_BYTES) {
+    if (copy->row_bytes < LONG_ROW_BYTES || copy->decode) {
         copy_short_rows(copy);
     } else if (stream) {
         if (copy->row_bytes < APART_BYTES) copy_long_rows(copy, 1, BESIDE);
@@ -153,13 +161,13 @@ static void copy_share(void *argument) {
     Copy part = shared->copy;
     const int64_t first = part.num_ids * number / count, end = part.num_ids * (number + 1) / count;
     part.ids += first * part.id_bytes;
-    part.out += first * part.row_bytes;
+    part.out += first * part.out_bytes;
     part.num_ids = end - first;
     copy_rows(&part, shared->stream);
 }
 
 static void copy_all(Copy copy, long max_threads) {
-    const int64_t num_bytes = copy.num_ids * copy.row_bytes;
+    const int64_t num_bytes = copy.num_ids * copy.out_bytes;
     const int64_t shares = num_bytes / SHARE_BYTES;
     const long num_threads = shares < max_threads ? (long)shares : max_threads;
     const int stream = num_bytes >= STREAM_BYTES && copy.row_bytes % LINE_BYTES == 0 &&

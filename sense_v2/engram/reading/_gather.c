@@ -2,9 +2,11 @@
 
    What `sense_v2.engram.reading.gather` does, and what `reader` and `pages` do for a small batch.
 
-   Lookup(rows, num_rows, width, type_code, type_bits, exchange, tensor_class, fd, file_bytes, slow_ns, slow_ns_per_row)
+   Lookup(rows, num_rows, width, type_code, type_bits, exchange, tensor_class, fd, file_bytes, slow_ns, slow_ns_per_row,
+          blocks)
        Of a table in memory. `rows` is its buffer, which stays alive as long as this does; `exchange` is PyTorch's table
-       of DLPack functions; fd is that of the mapped file, or -1.
+       of DLPack functions; fd is that of the mapped file, or -1. `blocks` is 0, or the number of the blocks that rows
+       have (`_blocks.h`): results are then of 32-bit floats.
 
    Lookup.read(row_ids) -> rows, or None
        A small batch in one call: 16 warm rows take about as long as a few calls of Python functions. While
@@ -27,9 +29,9 @@
    Lookup.counts() -> lookups of `read`, their rows, how many of them asked, the slow ones by how long they took (below
        1 us, 2, 4, …), and the nanoseconds of these.
 
-   gather(table, num_rows, row_bytes, ids, num_ids, id_bytes, out, num_threads) -> -1, or the position of the first id
-       outside, in which case nothing is copied. table and ids are addresses that the caller has checked; `out` is a
-       writable buffer of that many rows.
+   gather(table, num_rows, row_bytes, ids, num_ids, id_bytes, out, num_threads, width, blocks) -> -1, or the position of
+       the first id outside, in which case nothing is copied. table and ids are addresses that the caller has checked;
+       `out` is a writable buffer of that many rows: of the table's bytes, or, of rows of blocks, of `width` floats.
 
    will_need(table, runs) -> 0, or the first error number. `runs` is a buffer of pairs of int64, (offset, length) in
        bytes from the table's beginning, whole pages: the kernel begins to read them.
@@ -50,7 +52,7 @@
 #include "_results.h"
 
 enum {
-    INTERFACE = 4,                            /* one more with each change of what this file offers */
+    INTERFACE = 5,                            /* one more with each change of what this file offers */
     SMALL_IDS = 1023, SMALL_BYTES = 1 << 20,  /* of a batch that is read without a look at anything else */
     LOOK_NS = 1000000,                        /* between two looks at the file's size */
     SAMPLES = 4, ASKED_IDS = 64,
@@ -64,7 +66,8 @@ typedef struct {
     Py_buffer rows;
     PyTypeObject *tensor_class;
     const DLExchange *exchange;
-    int64_t num_rows, row_bytes, width, file_bytes, slow_ns, slow_ns_per_row, looked_ns;
+    int64_t num_rows, row_bytes, out_bytes, width, file_bytes, slow_ns, slow_ns_per_row, looked_ns;
+    DecodeRow decode;
     DLType dtype;
     int fd, batches_to_ask, batches_after_cold;
     char slow;
@@ -102,7 +105,8 @@ static int view_ids(const Lookup *self, PyObject *row_ids, DLTensor *ids, Copy *
         num_ids *= ids->shape[dim];
     }
     *copy = (Copy){.table = self->rows.buf, .ids = (const char *)ids->data + ids->byte_offset,
-                   .row_bytes = self->row_bytes, .num_ids = num_ids, .id_bytes = ids->dtype.bits / 8};
+                   .row_bytes = self->row_bytes, .num_ids = num_ids, .id_bytes = ids->dtype.bits / 8,
+                   .out_bytes = self->out_bytes, .decode = self->decode};
     return 1;
 }
 
@@ -151,7 +155,7 @@ static PyObject *lookup_read(Lookup *self, PyObject *row_ids) {
     DLTensor ids;
     Copy copy;
     if (self->slow || !view_ids(self, row_ids, &ids, &copy)) Py_RETURN_NONE;
-    if (copy.num_ids > SMALL_IDS || copy.num_ids * copy.row_bytes > SMALL_BYTES) Py_RETURN_NONE;
+    if (copy.num_ids > SMALL_IDS || copy.num_ids * copy.out_bytes > SMALL_BYTES) Py_RETURN_NONE;
     if (self->batches_to_ask && (copy.num_ids > ASKED_IDS || !self->batches_after_cold)) Py_RETURN_NONE;
     if (first_outside(&copy, self->num_rows) >= 0) Py_RETURN_NONE;
     const int64_t started = now_ns();
@@ -166,7 +170,7 @@ static PyObject *lookup_read(Lookup *self, PyObject *row_ids) {
         else if (self->batches_to_ask > 0) self->batches_to_ask--;  /* another thread may have been here, too */
     }
     fetch_first_rows(&copy);  /* they come while the tensor is made */
-    Result *result = take_result(copy.num_ids * copy.row_bytes);
+    Result *result = take_result(copy.num_ids * copy.out_bytes);
     if (!result) Py_RETURN_NONE;
     shape_result(result, &ids, self->width, self->dtype);
     copy.out = result->memory;
@@ -199,7 +203,7 @@ static PyObject *lookup_gather(Lookup *self, PyObject *const *arguments, Py_ssiz
     outside = first_outside(&copy, self->num_rows);
     Py_END_ALLOW_THREADS
     if (outside >= 0) return PyLong_FromLongLong(outside);
-    Result *result = take_result(copy.num_ids * copy.row_bytes);
+    Result *result = take_result(copy.num_ids * copy.out_bytes);
     if (!result) Py_RETURN_NONE;
     shape_result(result, &ids, self->width, self->dtype);
     copy.out = result->memory;
@@ -239,14 +243,29 @@ static PyObject *lookup_prefetch(Lookup *self, PyObject *row_ids) {
     return PyBool_FromLong(asked >= 0);
 }
 
+/* Bytes of a row of `width` values in such blocks, the last of which may have values too many. */
+static int64_t bytes_in_blocks(int64_t width, const Blocks *blocks) {
+    return (width / blocks->block_values + (width % blocks->block_values != 0)) * blocks->block_bytes;
+}
+
+/* The blocks of that number, NULL for 0, or an error. */
+static int find_blocks(long number, const Blocks **blocks) {
+    *blocks = blocks_of(number);
+    if (number == 0 || *blocks) return 1;
+    PyErr_Format(PyExc_ValueError, "there are no blocks of number %ld", number);
+    return 0;
+}
+
 static PyObject *lookup_new(PyTypeObject *type, PyObject *arguments, PyObject *keywords) {
     if (keywords && PyDict_GET_SIZE(keywords)) return PyErr_Format(PyExc_TypeError, "Lookup takes no keywords");
     PyObject *rows, *exchange_capsule, *tensor_class;
     long long num_rows, width, file_bytes, slow_ns, slow_ns_per_row;
-    int code, bits, fd;
-    if (!PyArg_ParseTuple(arguments, "OLLiiOO!iLLL", &rows, &num_rows, &width, &code, &bits, &exchange_capsule,
-                          &PyType_Type, &tensor_class, &fd, &file_bytes, &slow_ns, &slow_ns_per_row))
+    int code, bits, fd, number;
+    const Blocks *blocks;
+    if (!PyArg_ParseTuple(arguments, "OLLiiOO!iLLLi", &rows, &num_rows, &width, &code, &bits, &exchange_capsule,
+                          &PyType_Type, &tensor_class, &fd, &file_bytes, &slow_ns, &slow_ns_per_row, &number))
         return NULL;
+    if (!find_blocks(number, &blocks)) return NULL;
     const DLExchange *exchange = PyCapsule_GetPointer(exchange_capsule, "dlpack_exchange_api");
     if (!exchange) return NULL;
     if (exchange->version.major != DL_MAJOR || !exchange->view || !exchange->to_object)
@@ -260,7 +279,9 @@ static PyObject *lookup_new(PyTypeObject *type, PyObject *arguments, PyObject *k
     self->tensor_class = (PyTypeObject *)Py_NewRef(tensor_class);
     self->exchange = exchange;
     self->dtype = (DLType){(uint8_t)code, (uint8_t)bits, 1};
-    self->num_rows = num_rows, self->width = width, self->row_bytes = width * bits / 8;
+    self->num_rows = num_rows, self->width = width, self->out_bytes = width * bits / 8;
+    self->row_bytes = blocks ? bytes_in_blocks(width, blocks) : self->out_bytes;
+    self->decode = blocks ? blocks->decode : NULL;
     self->fd = fd, self->file_bytes = file_bytes;
     self->slow_ns = slow_ns, self->slow_ns_per_row = slow_ns_per_row;
     if (num_rows < 0 || self->rows.len != num_rows * self->row_bytes) {
@@ -318,18 +339,28 @@ static PyType_Spec lookup_spec = {"sense_v2.engram.reading._gather.Lookup", size
 
 static PyObject *gather(PyObject *module, PyObject *const *arguments, Py_ssize_t num_arguments) {
     (void)module;
-    if (num_arguments != 8) return PyErr_Format(PyExc_TypeError, "gather takes 8 arguments, not %zd", num_arguments);
+    if (num_arguments != 10) return PyErr_Format(PyExc_TypeError, "gather takes 10 arguments, not %zd", num_arguments);
     Copy copy = {.table = PyLong_AsVoidPtr(arguments[0]), .ids = PyLong_AsVoidPtr(arguments[3]),
                  .row_bytes = PyLong_AsLongLong(arguments[2]), .num_ids = PyLong_AsLongLong(arguments[4]),
                  .id_bytes = (int)PyLong_AsLong(arguments[5])};
     const int64_t num_rows = PyLong_AsLongLong(arguments[1]);
-    const long max_threads = PyLong_AsLong(arguments[7]);
-    if (PyErr_Occurred()) return NULL;
+    const long max_threads = PyLong_AsLong(arguments[7]), number = PyLong_AsLong(arguments[9]);
+    const int64_t width = PyLong_AsLongLong(arguments[8]);
+    const Blocks *blocks;
+    if (PyErr_Occurred() || !find_blocks(number, &blocks)) return NULL;
+    copy.out_bytes = copy.row_bytes;
+    if (blocks) {
+        if (copy.row_bytes != bytes_in_blocks(width, blocks))
+            return PyErr_Format(PyExc_ValueError, "rows of %lld values don't have %lld bytes", (long long)width,
+                                (long long)copy.row_bytes);
+        copy.decode = blocks->decode;
+        copy.out_bytes = width * (int64_t)sizeof(float);
+    }
     Py_buffer out;
     if (PyObject_GetBuffer(arguments[6], &out, PyBUF_CONTIG) < 0) return NULL;
-    if (out.len != copy.num_ids * copy.row_bytes) {
+    if (out.len != copy.num_ids * copy.out_bytes) {
         PyErr_Format(PyExc_ValueError, "out has %zd bytes, not %lld rows of %lld", out.len, (long long)copy.num_ids,
-                     (long long)copy.row_bytes);
+                     (long long)copy.out_bytes);
         PyBuffer_Release(&out);
         return NULL;
     }

@@ -1,4 +1,4 @@
-"""Row ids -> rows of an array in memory: one copy a row, bounds checked.
+"""Row ids -> rows of an array in memory: one copy a row, or one row decoded, bounds checked.
 
 The array is usually a mapped file whose pages are in memory. A small call is dominated by what Python does around
 it, a large one by memory: page faults of a fresh result cost more than the copies.
@@ -21,11 +21,12 @@ from typing import Any
 import numpy as np
 import torch
 
+from sense_v2.engram.reading.block_rows import BlockFormat, decode_blocks
 from sense_v2.engram.table.compact_rows import decode, split
-from sense_v2.engram.table.format import RAW_BYTES, RowDtype
+from sense_v2.engram.table.format import RAW_BYTES, ROW_DTYPES, RowDtype
 
 # Of `_gather.c`: what it offers this version of the library.
-INTERFACE = 4
+INTERFACE = 5
 
 
 def _load_compiled() -> Any:
@@ -59,18 +60,21 @@ def lookup_of(
     rows_ND: np.ndarray[Any, Any],
     dtype: torch.dtype,
     *,
+    width: int | None = None,
+    blocks: BlockFormat | None = None,
     fd: int = -1,
     file_bytes: int = 0,
     slow_ns: int = 0,
     slow_ns_per_row: int = 0,
 ) -> Any:
-    """`_gather.c`'s Lookup of an array whose rows are of `dtype`; None where it can't be made: no extension, an older
-    PyTorch, or another DLPack."""
+    """`_gather.c`'s Lookup of an array whose rows are looked up as `dtype`; rows of blocks have `width` values. None
+    where it can't be made: no extension, an older PyTorch, or another DLPack."""
     if compiled is None or _exchange is None or dtype not in _DLPACK_CODES:
         return None
-    of_rows = (rows_ND, *rows_ND.shape, _DLPACK_CODES[dtype], 8 * dtype.itemsize)
+    of_rows = (rows_ND, len(rows_ND), width or rows_ND.shape[1], _DLPACK_CODES[dtype], 8 * dtype.itemsize)
+    waits = (fd, file_bytes, slow_ns, slow_ns_per_row)
     try:
-        return compiled.Lookup(*of_rows, _exchange, torch.Tensor, fd, file_bytes, slow_ns, slow_ns_per_row)
+        return compiled.Lookup(*of_rows, _exchange, torch.Tensor, *waits, blocks.number if blocks else 0)
     except NotImplementedError:
         return None
 
@@ -86,15 +90,17 @@ class OutOfRangeError(IndexError):
 class RowGather:
     """Gathers rows of `rows_ND`, a C-contiguous array whose rows are of `dtype`; keeps the array alive."""
 
-    def __init__(self, rows_ND: np.ndarray[Any, Any], dtype: RowDtype) -> None:
+    blocks: BlockFormat | None = None
+
+    def __init__(self, rows_ND: np.ndarray[Any, Any], dtype: RowDtype, width: int | None = None) -> None:
         # Not the memmap class: its indexing runs Python code for every result.
         self._rows_ND = np.ndarray(rows_ND.shape, rows_ND.dtype, buffer=rows_ND)
         self._tensor_ND = shared_tensor(rows_ND)
-        self.num_rows, self.width = rows_ND.shape
-        self.row_bytes = self.width * rows_ND.itemsize
+        self.num_rows, self.width = len(rows_ND), width or rows_ND.shape[1]
+        self.row_bytes = rows_ND.shape[1] * rows_ND.itemsize
         self.address = int(rows_ND.ctypes.data)
-        self._torch = dtype.torch
-        self._lookup = lookup_of(rows_ND, dtype.torch)
+        self._dtype = dtype
+        self._lookup = lookup_of(rows_ND, dtype.torch, width=self.width, blocks=self.blocks)
 
     def __call__(self, row_ids: torch.Tensor, *, out: torch.Tensor | None = None) -> torch.Tensor:
         """row_ids [...] of int64 or int32, on the CPU -> rows [..., D].
@@ -112,8 +118,10 @@ class RowGather:
                 return found
             if found is not None:
                 raise self._out_of_range(row_ids, found)
-        rows = torch.empty((*row_ids.shape, self.width), dtype=self._torch, device="cpu") if out is None else out
-        array = rows.detach().view(self._tensor_ND.dtype).numpy()
+        rows = (
+            torch.empty((*row_ids.shape, self.width), dtype=self._dtype.torch, device="cpu") if out is None else out
+        )
+        array = self._as_array(rows)
         if compiled is None:
             self._plain(row_ids, array, num_ids)
         else:
@@ -126,6 +134,8 @@ class RowGather:
                 _ID_BYTES[row_ids.dtype],
                 array,
                 num_threads,
+                self.width,
+                self.blocks.number if self.blocks else 0,
             )
             if bad >= 0:
                 raise self._out_of_range(row_ids, bad)
@@ -134,6 +144,11 @@ class RowGather:
     def _out_of_range(self, row_ids: torch.Tensor, position: int) -> OutOfRangeError:
         return OutOfRangeError(int(row_ids.reshape(-1)[position]), self.num_rows)
 
+    def _as_array(self, rows: torch.Tensor) -> np.ndarray[Any, Any]:
+        """The same memory. For bfloat16, which NumPy lacks, as the table's array has it."""
+        array: np.ndarray[Any, Any] = rows.detach().view(self._tensor_ND.dtype).numpy()
+        return array
+
     def _plain(self, row_ids: torch.Tensor, array: np.ndarray[Any, Any], num_ids: int) -> None:
         ids = row_ids.reshape(-1)
         numbers = ids.numpy()
@@ -141,12 +156,33 @@ class RowGather:
         unsigned = numbers.view(np.uint64 if numbers.itemsize == 8 else np.uint32)
         if num_ids and np.maximum.reduce(unsigned) >= self.num_rows:
             raise OutOfRangeError(int(numbers[np.argmax(unsigned >= self.num_rows)]), self.num_rows)
-        flat = array.reshape(num_ids, self.width)
+        self._take(ids, array.reshape(num_ids, self.width))
+
+    def _take(self, ids: torch.Tensor, flat: np.ndarray[Any, Any]) -> None:
+        """Without the extension: copies rows of ids that the table has."""
+        num_ids, numbers = len(ids), ids.numpy()
         if num_ids < MANY_IDS:
             # "raise", the default, would gather into memory of its own first and copy.
             self._rows_ND.take(numbers, 0, flat, "clip")
         else:
             torch.index_select(self._tensor_ND, 0, ids, out=torch.from_numpy(flat))
+
+
+class BlockGather(RowGather):
+    """As `RowGather`, of `rows_NB`, uint8, rows of blocks, decoded to float32 as they are gathered. `width` is given
+    where a row has fewer values than its blocks have room for."""
+
+    def __init__(self, rows_NB: np.ndarray[Any, Any], blocks: BlockFormat, width: int | None = None) -> None:
+        self.blocks = blocks
+        super().__init__(rows_NB, ROW_DTYPES["float32"], width or blocks.width(rows_NB.shape[1]))
+
+    def _as_array(self, rows: torch.Tensor) -> np.ndarray[Any, Any]:
+        array: np.ndarray[Any, Any] = rows.detach().numpy()
+        return array
+
+    def _take(self, ids: torch.Tensor, flat: np.ndarray[Any, Any]) -> None:
+        assert self.blocks is not None
+        flat[:] = decode_blocks(self._rows_ND[ids.numpy()], self.blocks)[:, : self.width]
 
 
 class CompactGather:

@@ -25,6 +25,8 @@ FLOAT8, INT8 = COMPACT_DTYPES
 # Values that share a scale in float8 rows.
 BLOCK_VALUES = 32
 FLOAT8_MAX, INT8_MAX = 448.0, 127.0
+# What a code of four bits stands for, before its scale. Finer near zero, where most values are.
+INT4_LEVELS = (-127, -104, -83, -65, -49, -35, -22, -10, 1, 13, 25, 38, 53, 69, 89, 113)
 # Values decoded at a time: what is between two passes over them stays in the second-level cache, and there are enough
 # for torch to hand to several threads.
 TILE_VALUES = 1 << 20

@@ -247,9 +247,14 @@ def test_what_a_lookup_is_made_of_is_checked():
     assert gather.lookup_of(rows_ND, torch.int64) is None
     make, capsule = gather.compiled.Lookup, gather._exchange
     with pytest.raises(ValueError, match="64 bytes aren't 5 rows of 16"):
-        make(rows_ND, 5, 4, 2, 32, capsule, torch.Tensor, -1, 0, 0, 0)
+        make(rows_ND, 5, 4, 2, 32, capsule, torch.Tensor, -1, 0, 0, 0, 0)
+    with pytest.raises(ValueError, match="64 bytes aren't 4 rows of 18"):
+        make(rows_ND, 4, 4, 2, 32, capsule, torch.Tensor, -1, 0, 0, 0, 2)
+    for number in (4, -1, 2**30):
+        with pytest.raises(ValueError, match=f"no blocks of number {number}"):
+            make(rows_ND, 4, 4, 2, 32, capsule, torch.Tensor, -1, 0, 0, 0, number)
     with pytest.raises((TypeError, ValueError)):
-        make(rows_ND, 4, 4, 2, 32, object(), torch.Tensor, -1, 0, 0, 0)
+        make(rows_ND, 4, 4, 2, 32, object(), torch.Tensor, -1, 0, 0, 0, 0)
     lookup = gather.lookup_of(rows_ND, torch.float32)
     assert lookup.gather(torch.tensor([0, 4]), 1) == 1
     assert lookup.gather(torch.tensor([0.0]), 1) is None
