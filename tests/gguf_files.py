@@ -11,8 +11,8 @@ import gguf
 import numpy as np
 from gguf import GGMLQuantizationType, GGUFValueType, GGUFWriter
 
-# name -> (type as gguf spells it, shape [rows, width], content): all bytes, or {row: its bytes} with holes between, or
-# None for holes alone.
+# name -> (type as gguf spells it, shape [rows, width], content): all bytes, or {row: its bytes} with holes between,
+# or None for holes alone.
 Tensors = Mapping[str, tuple[str, Sequence[int], "bytes | Mapping[int, bytes] | None"]]
 
 DEEPSEEK, QWEN = "blk.{layer}.engram_embd.weight", "per_layer_token_embd.weight"

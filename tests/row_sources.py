@@ -1,7 +1,8 @@
 """The tables that tests/contract runs over, and what their files hold, read without the code under test.
 
 `KINDS` are names; `open_kind(name, folder)` makes such a table's files there where there are none, and opens it;
-`rows_in_files(name, folder)` are its rows as float32 [N, D], from the raw bytes: NumPy, JSON, torch's own float8.
+`rows_in_files(name, folder)` are its rows as float32 [N, D], from the raw bytes: NumPy, JSON, torch's own float8, the
+package gguf.
 """
 
 from __future__ import annotations
@@ -12,9 +13,11 @@ import warnings
 from pathlib import Path
 from typing import Any
 
+import gguf
 import numpy as np
 import torch
 from checkpoints import deepseek_rows, slow_deepseek_rows, write_shard
+from gguf_files import DEEPSEEK, rows_of, slow_rows, write_gguf
 from tables import D, N, make, on_disk
 
 from sense_v2.engram.delta.overlay import OverlayStorage
@@ -26,8 +29,9 @@ from sense_v2.engram.upkeep.convert import convert_table
 
 MAPPED = ("float32", "float16", "bfloat16")
 COMPACT = ("int8", "float8_e4m3fn")
-RELEASED = ("deepseek", "qwen bfloat16", "qwen float8")
-OVERLAYS = tuple(f"overlay on {base}" for base in ("float32", "bfloat16", "int8", "deepseek"))
+GGUF = {"gguf Q8_0": 64, "gguf Q4_K": 256, "gguf BF16": 16}
+RELEASED = ("deepseek", "qwen bfloat16", "qwen float8", *GGUF)
+OVERLAYS = tuple(f"overlay on {base}" for base in ("float32", "bfloat16", "int8", "deepseek", "gguf Q8_0"))
 SHARDED = ("ranks, one file", "ranks, shards")
 TRAINABLE = (*MAPPED, *OVERLAYS, *SHARDED)
 READ_ONLY = (*(f"{dtype}, read-only" for dtype in MAPPED), "overlay on float32, read-only", *COMPACT, *RELEASED)
@@ -35,7 +39,7 @@ KINDS = (*TRAINABLE, *READ_ONLY)
 
 CHANGED = (40, 3)
 """What an overlay's first commit changes: to 1, 2, 3, …"""
-WIDTHS = {"deepseek": 256, "qwen bfloat16": 16, "qwen float8": 16}
+WIDTHS = {"deepseek": 256, "qwen bfloat16": 16, "qwen float8": 16, **GGUF}
 QWEN_SCALE = 0.3
 
 
@@ -45,7 +49,8 @@ def width_of(kind: str) -> int:
 
 def type_of(kind: str) -> torch.dtype:
     """Of the rows that are looked up."""
-    types = {"int8": torch.float32, "float8_e4m3fn": torch.bfloat16, "qwen float8": torch.float32}
+    floats = ("int8", "qwen float8", "gguf Q8_0", "gguf Q4_K")
+    types = {**dict.fromkeys(floats, torch.float32), "float8_e4m3fn": torch.bfloat16}
     return types.get(_base(kind)) or getattr(torch, _base(kind), None) or _type_of_others(kind)
 
 
@@ -81,7 +86,7 @@ def _open_table(kind: str, folder: Path, *, mode: str, is_base: bool = False, **
     folder.mkdir(exist_ok=True)
     path = folder / "engram_table.dat"
     if kind in RELEASED:
-        path = folder / "model.safetensors"
+        path = folder / ("model.gguf" if kind in GGUF else "model.safetensors")
         if not path.exists():
             _write_released(kind, path)
         with warnings.catch_warnings():
@@ -98,6 +103,10 @@ def _open_table(kind: str, folder: Path, *, mode: str, is_base: bool = False, **
 
 
 def _write_released(kind: str, path: Path) -> None:
+    if kind in GGUF:
+        name, width = kind.removeprefix("gguf "), GGUF[kind]
+        write_gguf(path, {DEEPSEEK.format(layer=1): (name, (N, width), rows_of(name, N, width).tobytes())})
+        return
     if kind == "deepseek":
         codes, scales = deepseek_rows(N)
         name = "layers.1.engram.embed"
@@ -126,6 +135,9 @@ def rows_in_files(kind: str, folder: Path) -> np.ndarray[Any, Any]:
         rows = on_disk(path, base)
     elif base in COMPACT:
         rows = _compact_rows(base, path)
+    elif base in GGUF:
+        (tensor,) = gguf.GGUFReader(folder / "model.gguf").tensors
+        rows = slow_rows(tensor.data, tensor.tensor_type.name)
     elif base in RELEASED:
         rows = _released_rows(base, folder / "model.safetensors")
     else:

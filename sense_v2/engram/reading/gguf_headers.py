@@ -38,8 +38,17 @@ _SPLIT_NAME = re.compile(r"(?P<stem>.+)-(?P<number>\d{5})-of-(?P<count>\d{5})\.g
 
 UINT32, STRING, ARRAY, UINT64 = 4, 8, 9, 10
 _NUMBERS = {
-    **{0: "<u1", 1: "<i1", 2: "<u2", 3: "<i2", UINT32: "<u4", 5: "<i4"},
-    **{6: "<f4", 7: "?", UINT64: "<u8", 11: "<i8", 12: "<f8"},
+    0: "<u1",
+    1: "<i1",
+    2: "<u2",
+    3: "<i2",
+    UINT32: "<u4",
+    5: "<i4",
+    6: "<f4",
+    7: "?",
+    UINT64: "<u8",
+    11: "<i8",
+    12: "<f8",
 }
 
 # Number of a tensor's type -> name, values of a block, bytes of a block.
@@ -47,11 +56,25 @@ PLAIN_TYPES = {0: ("F32", 1, 4), 1: ("F16", 1, 2), 30: ("BF16", 1, 2)}
 TENSOR_TYPES = {
     **PLAIN_TYPES,
     **{blocks.number: (blocks.name, blocks.block_values, blocks.block_bytes) for blocks in BLOCK_FORMATS.values()},
-    **{24: ("I8", 1, 1), 25: ("I16", 1, 2), 26: ("I32", 1, 4), 27: ("I64", 1, 8), 28: ("F64", 1, 8)},
-    **{16: ("IQ2_XXS", 256, 66), 17: ("IQ2_XS", 256, 74), 22: ("IQ2_S", 256, 82), 18: ("IQ3_XXS", 256, 98)},
-    **{21: ("IQ3_S", 256, 110), 19: ("IQ1_S", 256, 50), 29: ("IQ1_M", 256, 56), 23: ("IQ4_XS", 256, 136)},
-    **{15: ("Q8_K", 256, 292), 34: ("TQ1_0", 256, 54), 35: ("TQ2_0", 256, 66), 41: ("Q1_0", 128, 18)},
-    **{39: ("MXFP4", 32, 17), 40: ("NVFP4", 64, 36)},
+    24: ("I8", 1, 1),
+    25: ("I16", 1, 2),
+    26: ("I32", 1, 4),
+    27: ("I64", 1, 8),
+    28: ("F64", 1, 8),
+    16: ("IQ2_XXS", 256, 66),
+    17: ("IQ2_XS", 256, 74),
+    22: ("IQ2_S", 256, 82),
+    18: ("IQ3_XXS", 256, 98),
+    21: ("IQ3_S", 256, 110),
+    19: ("IQ1_S", 256, 50),
+    29: ("IQ1_M", 256, 56),
+    23: ("IQ4_XS", 256, 136),
+    15: ("Q8_K", 256, 292),
+    34: ("TQ1_0", 256, 54),
+    35: ("TQ2_0", 256, 66),
+    41: ("Q1_0", 128, 18),
+    39: ("MXFP4", 32, 17),
+    40: ("NVFP4", 64, 36),
 }
 
 
@@ -130,7 +153,9 @@ def _parts(path: Path) -> list[Path]:
     missing = [file.name for file in files if not file.exists()]
     if missing:
         listed = ", ".join(missing[:8]) + (", …" if len(missing) > 8 else "")
-        raise FileNotFoundError(f"{path.parent}: {path.name} is one of {count} parts, and {listed} isn't there. Fetch it")
+        raise FileNotFoundError(
+            f"{path.parent}: {path.name} is one of {count} parts, and {listed} isn't there. Fetch it"
+        )
     return files
 
 
@@ -197,9 +222,7 @@ class _Described:
         return cls(name, tuple(reversed(sizes)), kind, offset)
 
 
-def _spans(
-    path: Path, described: list[_Described], start: int, alignment: int, total: int
-) -> dict[str, TensorSpan]:
+def _spans(path: Path, described: list[_Described], start: int, alignment: int, total: int) -> dict[str, TensorSpan]:
     """Where the tensors lie. What one of a type that isn't known here takes isn't known either: it is then asked of
     the one behind it only that it begins later."""
     spans: dict[str, TensorSpan] = {}

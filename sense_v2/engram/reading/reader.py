@@ -78,8 +78,8 @@ class RowReader:
         self.small: SmallReads = NoSmallReads()
         """Reads small batches of a warm table, and has None for all others: the first to be asked."""
         if max_resident_bytes is None and not dtype.is_compact:
-            file = {"fd": self._fd, "file_bytes": rows_ND.nbytes}
-            slow = {"slow_ns": SLOW_NS, "slow_ns_per_row": SLOW_NS_PER_ROW}
+            file: dict[str, Any] = {"fd": self._fd, "file_bytes": rows_ND.nbytes}
+            slow: dict[str, Any] = {"slow_ns": SLOW_NS, "slow_ns_per_row": SLOW_NS_PER_ROW}
             self.small = lookup_of(rows_ND, dtype.torch, **file, **slow) or self.small
         self.small.batches_after_cold = ASKED_BATCHES if tells and self._pages.can_ask else 0
         self._cold = ColdPolicy([self._row_pages], self.small, tells=tells)

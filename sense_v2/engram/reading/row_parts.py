@@ -1,9 +1,9 @@
-"""Row ids -> bytes of rows that lie in parts, anywhere in files of somebody else's.
+"""Row ids -> rows that lie in parts, anywhere in files of somebody else's: bytes, or the values of their blocks.
 
 A table of our own is one file that begins with row 0 (`sense_v2.engram.reading.reader`). Rows of a released
 checkpoint begin at any byte of a file, with other tensors around them, and their codes, their scales and the rows'
 first and last thousand may be in different files. Each file is mapped once, read-only, and nothing is copied or
-converted: a gather takes the rows' bytes from where they are.
+converted: a gather takes the rows' bytes from where they are, and decodes those of blocks at once.
 
 All pages of a cold batch, in all parts, are asked for before the first is touched
 (`sense_v2.engram.reading.cold_policy`).
@@ -21,8 +21,9 @@ from typing import Any
 import numpy as np
 import torch
 
+from sense_v2.engram.reading.block_rows import BlockFormat
 from sense_v2.engram.reading.cold_policy import ColdPolicy
-from sense_v2.engram.reading.gather import RowGather
+from sense_v2.engram.reading.gather import BlockGather, RowGather
 from sense_v2.engram.reading.pages import Pages, RowPages, read_no_others
 from sense_v2.engram.reading.read_stats import ReadStats
 from sense_v2.engram.reading.safetensors_headers import TensorSpan
@@ -52,12 +53,14 @@ class MappedFiles:
 class _Part:
     """The rows of one span: row `first` of the table and those behind it."""
 
-    def __init__(self, span: TensorSpan, first: int, row_bytes: int, files: MappedFiles) -> None:
+    def __init__(
+        self, span: TensorSpan, first: int, row_bytes: int, files: MappedFiles, blocks: BlockFormat | None
+    ) -> None:
         self.first = first
         whole, pages = files.map(span.path)
         self.pages = RowPages(pages, span.path, span.shape[0], row_bytes, first_byte=span.offset)
         rows_NB = whole[span.offset : span.offset + span.num_bytes].reshape(span.shape[0], row_bytes)
-        self._gather = RowGather(rows_NB, RAW_BYTES)
+        self._gather = BlockGather(rows_NB, blocks) if blocks else RowGather(rows_NB, RAW_BYTES)
 
     def gather(self, ids_U: torch.Tensor, out: torch.Tensor | None = None) -> torch.Tensor:
         self.pages.refuse_cut_file("Fetch it again and open the table again")
@@ -65,25 +68,28 @@ class _Part:
 
 
 class RowParts:
-    """One tensor [N, …] of `spans` in their order, read as rows of bytes."""
+    """One tensor [N, …] of `spans` in their order, read as rows of bytes; with `blocks`, as the values of these."""
 
-    def __init__(self, spans: Sequence[TensorSpan], row_bytes: int, files: MappedFiles) -> None:
+    def __init__(
+        self, spans: Sequence[TensorSpan], row_bytes: int, files: MappedFiles, blocks: BlockFormat | None = None
+    ) -> None:
         self.row_bytes = row_bytes
+        self._width, self._dtype = (blocks.width(row_bytes), torch.float32) if blocks else (row_bytes, torch.uint8)
         spans = [span for span in spans if span.shape[0]]
         firsts = np.concatenate([[0], np.cumsum([span.shape[0] for span in spans])])
         self.num_rows = int(firsts[-1])
         self._parts = [
-            _Part(span, int(first), row_bytes, files) for span, first in zip(spans, firsts[:-1], strict=True)
+            _Part(span, int(first), row_bytes, files, blocks) for span, first in zip(spans, firsts[:-1], strict=True)
         ]
         self._starts = firsts[1:-1]
 
     def gather(self, ids_U: torch.Tensor) -> torch.Tensor:
-        """ids_U, int64, all of them from 0 to N - 1 -> [U, row_bytes] of uint8."""
+        """ids_U, int64, all of them from 0 to N - 1 -> [U, row_bytes] of uint8, or [U, width] of float32."""
         if len(self._parts) == 1:
             return self._parts[0].gather(ids_U)
         order_U = torch.argsort(ids_U)
         sorted_U = ids_U[order_U]
-        sorted_UB = torch.empty(len(ids_U), self.row_bytes, dtype=torch.uint8, device="cpu")
+        sorted_UB = torch.empty(len(ids_U), self._width, dtype=self._dtype, device="cpu")
         for part, start, end in self._runs(sorted_U.numpy()):
             part.gather(sorted_U[start:end] - part.first, out=sorted_UB[start:end])
         return torch.empty_like(sorted_UB).index_copy_(0, order_U, sorted_UB)
@@ -116,7 +122,7 @@ class PartsReader:
         self._cold = ColdPolicy(self.tensors)
 
     def read(self, ids_U: torch.Tensor) -> list[torch.Tensor]:
-        """ids_U, int64, all of them from 0 to N - 1 -> [U, bytes of a row] of each tensor."""
+        """ids_U, int64, all of them from 0 to N - 1 -> the rows of each tensor, as `RowParts.gather`."""
         return self._cold.read(ids_U, lambda: [tensor.gather(ids_U) for tensor in self.tensors])
 
     def prefetch(self, ids_U: torch.Tensor) -> None:

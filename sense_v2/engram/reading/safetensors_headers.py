@@ -62,7 +62,9 @@ class Checkpoint:
     tensors: dict[str, list[TensorSpan]]
     """More than one span where each rank's file has a share of the rows; in the ranks' order."""
     config: dict[str, Any] | None
-    """config.json, where there is one."""
+    """config.json, where there is one; of a GGUF file, what its keys come to in the same words."""
+    is_gguf: bool = False
+    """True if types are spelled as GGUF has them."""
 
 
 def find_tensors(place: str | os.PathLike[str], wanted: Callable[[str], bool]) -> Checkpoint:

@@ -1,4 +1,4 @@
-"""Finds the tables of a released checkpoint, and checks them, before any row is read.
+"""Finds the tables of a released checkpoint, in safetensors or GGUF files, and checks them, before any row is read.
 
 Everything that can be known is checked: types, shapes, bytes, that the parts are all there, and, against the
 checkpoint's config.json or what the caller passes, the layout (`HeadLayout`), the number of rows and the tokenizer's
@@ -26,13 +26,13 @@ import torch
 
 from sense_v2.core.config import EngramConfig
 from sense_v2.engram.head_layout import HeadLayout, round_up
-from sense_v2.engram.reading.safetensors_headers import Checkpoint, TensorSpan, find_tensors
+from sense_v2.engram.reading.block_rows import BLOCK_FORMATS
+from sense_v2.engram.reading.gguf_headers import PLAIN_TYPES, is_gguf
+from sense_v2.engram.reading.safetensors_headers import ITEM_BYTES, Checkpoint, TensorSpan, find_tensors
+from sense_v2.engram.released.gguf_tables import MAX_HEADS, MAX_ORDER, gguf_checkpoint
 from sense_v2.engram.table.compact_rows import BLOCK_VALUES
 from sense_v2.engram.tokenizer import EngramTokenizer, map_sha256
 from sense_v2.engram.variants import VARIANTS, variant_config
-
-MAX_ORDER, MAX_HEADS = 16, 1024
-"""Of a config.json; the layout of more heads would be computed for long."""
 
 
 @dataclass(frozen=True)
@@ -63,7 +63,9 @@ _NAMES = {
         "table",
     ),
 }
-_TORCH = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32}
+# Of a table in a GGUF file, whatever its variant.
+_GGUF_DTYPES = (*(name for name, *_ in PLAIN_TYPES.values()), *BLOCK_FORMATS)
+TORCH_TYPES = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32}
 # Two tokenizers of one size can map differently. That of the released DeepSeek-V4.1 tables, over little-endian int64.
 _RELEASED_MAPS = {
     ("deepseek_v41", 99_092): "26b9be2936d236a124ba318a998c417bc7032e3e92a3107fe98deee49f1dc496",
@@ -79,7 +81,7 @@ class TableFacts:
     num_rows: int
     width: int
     dtype: str
-    """Of the codes, as safetensors spells it."""
+    """Of the codes, as safetensors, or GGUF, spells it."""
     num_parts: int
     num_bytes: int
     """Of codes and scales, in the files."""
@@ -116,7 +118,7 @@ def find_released_table(
     tokenizer: EngramTokenizer | None = None,
 ) -> ReleasedTensors:
     """Where the table that `open_released_table` opens lies, and what is known of it, checked in the same way."""
-    checkpoint = find_tensors(place, lambda name: any(names.tensor.fullmatch(name) for names in _NAMES.values()))
+    checkpoint = find_checkpoint(place)
     tables = _tables(checkpoint)
     found = [key for key in tables if key[1] == layer and variant in (None, key[0])]
     if len(found) != 1:
@@ -130,6 +132,22 @@ def find_released_table(
     if tensors.scales and _NAMES[tensors.facts.variant].scale_kind == "table":
         tensors.scale = _read_number(tensors.scales[0])
     return tensors
+
+
+def find_checkpoint(place: str | os.PathLike[str]) -> Checkpoint:
+    """Find the tensors of a checkpoint's tables, in its safetensors files or in a GGUF model, and its configuration.
+    Raises `FileNotFoundError` or `ValueError` naming the file."""
+    if is_gguf(place):
+        return gguf_checkpoint(place)
+    return find_tensors(place, lambda name: any(names.tensor.fullmatch(name) for names in _NAMES.values()))
+
+
+def row_bytes(facts: TableFacts) -> int:
+    """Bytes that a row has in the tensors of its codes."""
+    blocks = BLOCK_FORMATS.get(facts.dtype)
+    if blocks is not None:
+        return facts.width // blocks.block_values * blocks.block_bytes
+    return facts.width * ITEM_BYTES[facts.dtype]
 
 
 def warn_unchecked(tensors: ReleasedTensors, *, stacklevel: int) -> None:
@@ -147,7 +165,7 @@ def warn_unchecked(tensors: ReleasedTensors, *, stacklevel: int) -> None:
 
 def released_tables(place: str | os.PathLike[str]) -> list[TableFacts]:
     """What released tables a checkpoint has, checked as `open_released_table` checks them; nothing is mapped."""
-    checkpoint = find_tensors(place, lambda name: any(names.tensor.fullmatch(name) for names in _NAMES.values()))
+    checkpoint = find_checkpoint(place)
     found = []
     for (variant, layer), tensors in sorted(_tables(checkpoint).items()):
         one = _checked_tensors(checkpoint, variant, layer, tensors)
@@ -228,9 +246,10 @@ def _checked_tensors(
     if not weights:
         raise ValueError(f"{where}: {', '.join(tensors)}, and no weight. Fetch the rest of the checkpoint")
     first = weights[0]
+    dtypes = _GGUF_DTYPES if checkpoint.is_gguf else names.weight_dtypes
     for span in weights:
-        if span.dtype not in names.weight_dtypes or span.dtype != first.dtype:
-            allowed = " or ".join(names.weight_dtypes)
+        if span.dtype not in dtypes or span.dtype != first.dtype:
+            allowed = " or ".join(dtypes)
             raise ValueError(f"{span.path}: {span.name} is {span.dtype}; expected {allowed}, in all parts alike")
         if len(span.shape) != 2 or span.shape[1:] != first.shape[1:] or span.shape[1] < 1:
             raise ValueError(
@@ -242,14 +261,14 @@ def _checked_tensors(
         raise ValueError(f"{first.path}: {first.name} has no rows")
     if first.dtype == "F8_E4M3" and not scales:
         raise ValueError(f"{first.path}: {first.name} is F8_E4M3, and its scale isn't there. Fetch the rest")
-    if names.scale_kind == "block":
+    if names.scale_kind == "block" and not checkpoint.is_gguf:
         _check_block_scales(scales, num_rows, width)
     elif first.dtype == "F8_E4M3":
         one = scales[0]
-        if len(scales) != 1 or one.dtype not in _TORCH or one.shape not in ((), (1,)):
+        if len(scales) != 1 or one.dtype not in TORCH_TYPES or one.shape not in ((), (1,)):
             raise ValueError(
                 f"{one.path}: {one.name} is {one.dtype} {list(one.shape)}, {len(scales)} in all; expected one number "
-                f"({', '.join(_TORCH)}) for the whole table, as transformers has it"
+                f"({', '.join(TORCH_TYPES)}) for the whole table, as transformers has it"
             )
     elif scales:
         raise ValueError(f"{scales[0].path}: {scales[0].name} beside {first.dtype} rows, which have no scale")
@@ -308,7 +327,8 @@ def _check_layout(
     theirs = checkpoint.config or {}
     text = theirs.get("text_config") or theirs
     said = released_config(theirs)
-    for source, layout_config in (("config.json", said), ("the configuration passed", config)):
+    of_file = "its metadata" if checkpoint.is_gguf else "config.json"
+    for source, layout_config in ((of_file, said), ("the configuration passed", config)):
         if layout_config is not None:
             multiple = text.get("make_ngram_vocab_size_divisible_by") if facts.variant == "qwen_ple" else None
             facts.layout = _fitting_layout(facts, where, source, layout_config, multiple)
@@ -317,6 +337,9 @@ def _check_layout(
         facts.unchecked.append("the number of rows against the layout")
     else:
         facts.checked.append("rows against the layout")
+    if checkpoint.is_gguf:
+        has_hash = "seed" in text or "engram_tokenizer_map" in text
+        (facts.checked if has_hash else facts.unchecked).append("the hash's multipliers")
     declared = text.get("engram_num_embeddings")
     if declared is not None and said is not None:
         place = said.layer_indices.index(facts.layer)
@@ -387,7 +410,7 @@ def _check_map(
 def _read_number(span: TensorSpan) -> torch.Tensor:
     with open(span.path, "rb") as file:
         file.seek(span.offset)
-        number = torch.frombuffer(bytearray(file.read(span.num_bytes)), dtype=_TORCH[span.dtype])
+        number = torch.frombuffer(bytearray(file.read(span.num_bytes)), dtype=TORCH_TYPES[span.dtype])
     if not bool(number.isfinite().all()):
         raise ValueError(f"{span.path}: {span.name} is {number.item()}. Fetch the file again")
     return number

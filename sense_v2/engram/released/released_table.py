@@ -3,10 +3,12 @@
     deepseek_v41   layers.{i}.engram.embed.weight  F8_E4M3 [N, D], .scale  F8_E8M0 [N, D/32]: looked up as bfloat16
     qwen_ple       layers.{i}.ple.ple_embedding.ngram_embedding.weight  BF16 [N, D], looked up as such; or F8_E4M3,
                    with one .weight_scale [1] for the whole table, looked up in that scale's type
+    GGUF           either one's table as llama.cpp has it (`gguf_tables.py`): F32, F16, BF16, or blocks
+                   (`sense_v2.engram.reading.block_rows`), looked up as float32
 
 A table may be cut into parts along its rows: `.shard_{k}` in a name, as transformers saves Qwen's, or one file a rank
 (`model{r}-mp{n}.safetensors`). Nothing is copied, converted or written to; a lookup takes a row's bytes from the
-safetensors files and decodes these (`row_parts.py`, `compact_rows.py`). `find_tables.py` has checked them before.
+files and decodes these (`row_parts.py`, `compact_rows.py`). `find_tables.py` has checked them before.
 
 Rows are held against tests/golden/deepseek_v41_rows_expected.safetensors.
 
@@ -25,9 +27,16 @@ import torch
 
 from sense_v2.core.config import EngramConfig
 from sense_v2.engram.reading import devices
+from sense_v2.engram.reading.block_rows import BLOCK_FORMATS
 from sense_v2.engram.reading.read_stats import ReadStats
 from sense_v2.engram.reading.row_parts import MappedFiles, PartsReader, RowParts
-from sense_v2.engram.released.find_tables import ReleasedTensors, find_released_table, warn_unchecked
+from sense_v2.engram.released.find_tables import (
+    TORCH_TYPES,
+    ReleasedTensors,
+    find_released_table,
+    row_bytes,
+    warn_unchecked,
+)
 from sense_v2.engram.table.compact_rows import BLOCK_VALUES, decode
 from sense_v2.engram.table.format import Manifest
 from sense_v2.engram.table_identity import SAMPLED_ROWS, Origin, TableIdentity
@@ -49,7 +58,7 @@ class ReleasedTable(TableModule):
         self.rows_require_grad = False
         self._reader = reader
         self._scale = None if tensors.scale is None else tensors.scale.clone()
-        self.dtype = torch.bfloat16 if self._scale is None else self._scale.dtype
+        self.dtype = _looked_up_as(tensors)
         """Of the rows that are looked up."""
 
     @property
@@ -131,6 +140,8 @@ class ReleasedTable(TableModule):
 
     def _decoded(self, parts: list[torch.Tensor], dtype: torch.dtype) -> torch.Tensor:
         codes_UB, *scales_UK = parts
+        if self.facts.dtype in BLOCK_FORMATS:
+            return codes_UB.to(dtype)
         if not len(codes_UB):
             return torch.empty(0, self.embedding_dim, dtype=dtype, device="cpu")
         if scales_UK:
@@ -143,6 +154,14 @@ class ReleasedTable(TableModule):
         return codes_UB.view(self.dtype).to(dtype)
 
 
+def _looked_up_as(tensors: ReleasedTensors) -> torch.dtype:
+    if tensors.scale is not None:
+        return tensors.scale.dtype
+    if tensors.facts.dtype == "F8_E4M3":
+        return torch.bfloat16
+    return torch.float32 if tensors.facts.dtype in BLOCK_FORMATS else TORCH_TYPES[tensors.facts.dtype]
+
+
 def open_released_table(
     place: str | os.PathLike[str],
     layer: int,
@@ -151,7 +170,8 @@ def open_released_table(
     config: EngramConfig | None = None,
     tokenizer: EngramTokenizer | None = None,
 ) -> ReleasedTable:
-    """The table of decoder layer `layer`, counted from 0, of a checkpoint: its folder, index or one safetensors file.
+    """The table of decoder layer `layer`, counted from 0, of a checkpoint: its folder, index or one safetensors file;
+    or of a GGUF file, of which other parts are found beside it.
 
     `config` and `tokenizer` (the shadow map) are compared with what the checkpoint says of itself; where it has no
     config.json, `config` says which layout the rows must have. `variant` is needed only where a checkpoint has tables
@@ -164,7 +184,7 @@ def open_released_table(
     facts, files = tensors.facts, MappedFiles()
     warn_unchecked(tensors, stacklevel=3)
     width = facts.width
-    parts = [RowParts(tensors.weights, width * (2 if facts.dtype == "BF16" else 1), files)]
+    parts = [RowParts(tensors.weights, row_bytes(facts), files, BLOCK_FORMATS.get(facts.dtype))]
     if tensors.scale is None and tensors.scales:
         parts.append(RowParts(tensors.scales, width // BLOCK_VALUES, files))
     return ReleasedTable(tensors, PartsReader(parts))

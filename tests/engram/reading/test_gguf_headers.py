@@ -112,7 +112,9 @@ def test_parts_under_other_names_are_refused(tmp_path):
     os.rename(files[0], tmp_path / "x")
     os.rename(files[1], files[0])
     os.rename(tmp_path / "x", files[1])
-    with pytest.raises(ValueError, match=r"by its name it is part 1 of 3, and by its header part 1 \(counted from 0\)"):
+    with pytest.raises(
+        ValueError, match=r"by its name it is part 1 of 3, and by its header part 1 \(counted from 0\)"
+    ):
         find_gguf(files[0])
     os.rename(files[0], tmp_path / "renamed.gguf")
     with pytest.raises(ValueError, match=r"by its name it is part 1 of 1, and by its header part 1 .* of 3"):
@@ -270,7 +272,8 @@ def read_or_refused(path: Path, raw: bytes) -> None:
     try:
         _, spans = read_gguf_header(path)
     except ValueError as error:
-        assert str(path) in str(error)
+        if str(path) not in str(error):
+            raise
         return
     if not {span.dtype for span in spans.values()} <= {name for name, *_ in TENSOR_TYPES.values()}:
         return  # a type that the package doesn't know either, and stops at
