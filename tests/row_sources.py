@@ -28,7 +28,7 @@ from sense_v2.engram.storage import MMapEmbeddingStorage
 from sense_v2.engram.upkeep.convert import convert_table
 
 MAPPED = ("float32", "float16", "bfloat16")
-COMPACT = ("int8", "float8_e4m3fn")
+COMPACT = ("int8", "float8_e4m3fn", "int4")
 GGUF = {"gguf Q8_0": 64, "gguf Q4_K": 256, "gguf BF16": 16}
 RELEASED = ("deepseek", "qwen bfloat16", "qwen float8", *GGUF)
 OVERLAYS = tuple(f"overlay on {base}" for base in ("float32", "bfloat16", "int8", "deepseek", "gguf Q8_0"))
@@ -49,7 +49,7 @@ def width_of(kind: str) -> int:
 
 def type_of(kind: str) -> torch.dtype:
     """Of the rows that are looked up."""
-    floats = ("int8", "qwen float8", "gguf Q8_0", "gguf Q4_K")
+    floats = ("int8", "int4", "qwen float8", "gguf Q8_0", "gguf Q4_K")
     types = {**dict.fromkeys(floats, torch.float32), "float8_e4m3fn": torch.bfloat16}
     return types.get(_base(kind)) or getattr(torch, _base(kind), None) or _type_of_others(kind)
 
@@ -152,6 +152,8 @@ def rows_in_files(kind: str, folder: Path) -> np.ndarray[Any, Any]:
 
 def _compact_rows(kind: str, path: Path) -> np.ndarray[Any, Any]:
     raw = np.fromfile(path, np.uint8).reshape(N, -1)
+    if kind == "int4":
+        return gguf.dequantize(raw, gguf.GGMLQuantizationType.IQ4_NL)[:, :D]
     codes, scales = np.ascontiguousarray(raw[:, :D]), np.ascontiguousarray(raw[:, D:])
     if kind == "int8":
         return codes.view(np.int8).astype(np.float32) * scales.view("<f4")

@@ -29,7 +29,7 @@ import yaml
 VARIANT_NAMES = ("sense", "paper", "deepseek_v41", "qwen_ple")
 NORMALIZATIONS = ("nfkc", "deepseek")
 ROW_DTYPES = ("float32", "float16", "bfloat16")
-COMPACT_DTYPES = ("float8_e4m3fn", "int8")
+COMPACT_DTYPES = ("float8_e4m3fn", "int8", "int4")
 ROW_OPTIMIZERS = ("adagrad", "adam")
 DURABILITIES = ("process", "power")
 

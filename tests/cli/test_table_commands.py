@@ -26,7 +26,7 @@ def trained(trained):
 # convert
 
 
-@pytest.mark.parametrize("dtype", ["int8", "float8_e4m3fn"])
+@pytest.mark.parametrize("dtype", ["int8", "float8_e4m3fn", "int4"])
 def test_a_converted_model_is_a_model(run, run_json, trained, corpus, tmp_path, dtype):
     before = content(trained)
     output = tmp_path / "runs" / "compact"

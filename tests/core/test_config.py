@@ -172,7 +172,7 @@ REFUSED: list[tuple[type, dict[str, Any], str]] = [
     (
         EngramConfig,
         {"dtype": "float64"},
-        "dtype = 'float64': must be one of float32, float16, bfloat16, float8_e4m3fn, int8",
+        "dtype = 'float64': must be one of float32, float16, bfloat16, float8_e4m3fn, int8, int4",
     ),
     (TrainConfig, {"value_learning_rate": 0.0}, "value_learning_rate = 0.0: must be above 0"),
     (EngramConfig, {"sparse": 1}, "sparse = 1: must be of type bool"),

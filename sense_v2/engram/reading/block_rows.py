@@ -20,7 +20,8 @@ from typing import Any
 
 import numpy as np
 
-from sense_v2.engram.table.compact_rows import INT4_LEVELS
+from sense_v2.engram.table.compact_rows import INT4, decode_int4
+from sense_v2.engram.table.format import RowDtype
 
 Array = np.ndarray[Any, Any]
 
@@ -100,10 +101,6 @@ def _q8_0(b: Array) -> Array:
     return _half(b, 0) * b[:, 2:].view(np.int8).astype(np.float32)
 
 
-def _iq4_nl(b: Array) -> Array:
-    return _half(b, 0) * np.array(INT4_LEVELS, np.float32)[_fields(b[:, 2:], 16, 4)]
-
-
 def _q2_k(b: Array) -> Array:
     scales_RG, minima_RG = _half(b, 80) * _float(b[:, :16] & 15), _half(b, 82) * _float(b[:, :16] >> 4)
     return _of_groups(_float(_fields(b[:, 16:80], 32, 2)), scales_RG) - minima_RG[:, :, None]
@@ -154,6 +151,11 @@ BLOCK_FORMATS = {
         BlockFormat("Q4_K", 12, 256, 144, _q4_k),
         BlockFormat("Q5_K", 13, 256, 176, _q5_k),
         BlockFormat("Q6_K", 14, 256, 210, _q6_k),
-        BlockFormat("IQ4_NL", 20, 32, 18, _iq4_nl),
+        BlockFormat("IQ4_NL", 20, 32, 18, decode_int4),
     )
 }
+
+
+def blocks_of(dtype: RowDtype) -> BlockFormat | None:
+    """The blocks that rows of our own dtype are; None for the others."""
+    return BLOCK_FORMATS["IQ4_NL"] if dtype.name == INT4 else None

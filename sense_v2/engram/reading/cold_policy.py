@@ -67,7 +67,7 @@ class SmallReads(Protocol):
 
 
 class NoSmallReads:
-    """Where small batches have no way of their own: without the extension, of compact rows, within a budget."""
+    """Where small batches have no way of their own: without the extension, of rows of 8 bits, within a budget."""
 
     batches_to_ask = 0
     batches_after_cold = 0

@@ -21,7 +21,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from sense_v2.engram.reading.block_rows import BlockFormat, decode_blocks
+from sense_v2.engram.reading.block_rows import BlockFormat, blocks_of, decode_blocks
 from sense_v2.engram.table.compact_rows import decode, split
 from sense_v2.engram.table.format import RAW_BYTES, ROW_DTYPES, RowDtype
 
@@ -200,6 +200,17 @@ class CompactGather:
             out = torch.empty((*row_ids.shape, self.width), dtype=self._dtype.torch, device="cpu")
         decode(*split(raw_UB, self.width, self._dtype.name), out.detach().view(-1, self.width))
         return out
+
+
+def gather_of(
+    rows_ND: np.ndarray[Any, Any], dtype: RowDtype, width: int | None
+) -> RowGather | BlockGather | CompactGather:
+    """What gathers rows of that dtype; compact ones, of bytes, have `width` values."""
+    if not dtype.is_compact:
+        return RowGather(rows_ND, dtype)
+    assert width is not None, "bytes don't say how many values a compact row has"
+    blocks = blocks_of(dtype)
+    return CompactGather(rows_ND, dtype, width) if blocks is None else BlockGather(rows_ND, blocks, width)
 
 
 class _Memory:

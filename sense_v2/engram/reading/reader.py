@@ -19,6 +19,7 @@ import numpy as np
 import torch
 
 from sense_v2.engram.reading import devices
+from sense_v2.engram.reading.block_rows import blocks_of
 from sense_v2.engram.reading.cold_policy import (
     ASKED_BATCHES,
     SLOW_NS,
@@ -27,7 +28,7 @@ from sense_v2.engram.reading.cold_policy import (
     NoSmallReads,
     SmallReads,
 )
-from sense_v2.engram.reading.gather import CompactGather, OutOfRangeError, RowGather, lookup_of
+from sense_v2.engram.reading.gather import OutOfRangeError, gather_of, lookup_of
 from sense_v2.engram.reading.pages import Pages, RowPages, read_no_others
 from sense_v2.engram.reading.read_stats import ReadStats
 from sense_v2.engram.table import platform
@@ -67,8 +68,7 @@ class RowReader:
             )
         self.path = path
         self._dtype = dtype
-        assert not dtype.is_compact or width is not None, "bytes don't say how many values a compact row has"
-        self._gather = CompactGather(rows_ND, dtype, width or 0) if dtype.is_compact else RowGather(rows_ND, dtype)
+        self._gather = gather_of(rows_ND, dtype, width)
         self._mapping: mmap.mmap = rows_ND._mmap  # type: ignore[attr-defined]  # NumPy's own name for the mapping
         tells = platform.tells_what_is_in_memory(path)
         self._pages = Pages(self._mapping, self._gather.address, rows_ND.nbytes, tells=tells)
@@ -77,10 +77,12 @@ class RowReader:
         self._close_fd = weakref.finalize(self, os.close, self._fd)
         self.small: SmallReads = NoSmallReads()
         """Reads small batches of a warm table, and has None for all others: the first to be asked."""
-        if max_resident_bytes is None and not dtype.is_compact:
+        blocks = blocks_of(dtype)
+        if max_resident_bytes is None and (blocks is not None or not dtype.is_compact):
             file: dict[str, Any] = {"fd": self._fd, "file_bytes": rows_ND.nbytes}
             slow: dict[str, Any] = {"slow_ns": SLOW_NS, "slow_ns_per_row": SLOW_NS_PER_ROW}
-            self.small = lookup_of(rows_ND, dtype.torch, **file, **slow) or self.small
+            of_rows: dict[str, Any] = {"width": self._gather.width, "blocks": blocks}
+            self.small = lookup_of(rows_ND, dtype.torch, **of_rows, **file, **slow) or self.small
         self.small.batches_after_cold = ASKED_BATCHES if tells and self._pages.can_ask else 0
         self._cold = ColdPolicy([self._row_pages], self.small, tells=tells)
         self._budget = None if max_resident_bytes is None else _Budget(max_resident_bytes, self._pages)

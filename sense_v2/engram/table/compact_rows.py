@@ -1,32 +1,40 @@
-"""Rows of 32-bit values <-> rows of one byte a value with scales (docs/format.md).
+"""Rows of 32-bit values <-> rows of 8 or 4 bits a value with scales (docs/format.md).
 
     float8_e4m3fn   a scale byte for each 32 values, which stands for 2^(byte - 127), as in DeepSeek-V4.1's tables
     int8            a float32 scale for the whole row
+    int4            blocks of 32 values: a float16 scale, and a code for one of 16 levels; GGUF's IQ4_NL
 
-A row is a quarter of its float32 size, and is only read: an update smaller than a step of 8 bits would be lost.
+A row is a quarter of its float32 size, or a seventh, and is only read: an update smaller than a step of its codes
+would be lost.
 
-`encode` and `decode` work on values and scales as two tensors, which is how released checkpoints have them; on our
-disk a row's scales lie behind its values (`join`, `split`), so that a cold row is one read. Decoding goes through
+`encode_rows` and `decode_rows` are the whole way. Of the types of 8 bits, `encode` and `decode` work on values and
+scales as two tensors, which is how released checkpoints have them; on our disk a row's scales lie behind its values
+(`join`, `split`), so that a cold row is one read. Decoding goes through
 buffers that stay in the processor's cache, a few rows at a time. What torch's own `copy_` does a value at a time for
 float8 is done here on the bits: shifted left by seven, with bit 14 cleared, a code is a float16 of 1/256 the value.
 The two codes for NaN would come out as ±480: where a tile holds one, a carry from 0x7F sets the exponent's last bit.
 
-U rows, D row width, K scales of a row, B bytes of a row.
+U rows, D row width, K scales of a row, B bytes of a row, R blocks.
 """
 
 from __future__ import annotations
+
+from typing import Any
 
 import numpy as np
 import torch
 
 from sense_v2.core.config import COMPACT_DTYPES
 
-FLOAT8, INT8 = COMPACT_DTYPES
-# Values that share a scale in float8 rows.
+FLOAT8, INT8, INT4 = COMPACT_DTYPES
+# Values that share a scale in float8 and int4 rows.
 BLOCK_VALUES = 32
 FLOAT8_MAX, INT8_MAX = 448.0, 127.0
 # What a code of four bits stands for, before its scale. Finer near zero, where most values are.
 INT4_LEVELS = (-127, -104, -83, -65, -49, -35, -22, -10, 1, 13, 25, 38, 53, 69, 89, 113)
+INT4_BLOCK_BYTES = 18
+# The largest value of which some scale, at most the largest float16, reaches the nearest level.
+INT4_MAX = 65504.0 * INT4_LEVELS[-1]
 # Values decoded at a time: what is between two passes over them stays in the second-level cache, and there are enough
 # for torch to hand to several threads.
 TILE_VALUES = 1 << 20
@@ -41,13 +49,72 @@ _FROM_HALF = _SCALES.double().mul(256).float()
 _LAST_FROM_HALF = 247
 
 
+# For each whole number from -128 on, the code of the nearest level.
+_NEAREST_CODE = np.abs(np.arange(-128, 128)[:, None] - np.array(INT4_LEVELS)).argmin(axis=1).astype(np.uint8)
+# The scale is tried that makes a block's largest value one of these: where the levels end, and a little beyond, which
+# makes all steps smaller. Each is then fitted once to the codes that it gave.
+_INT4_EXTREMES = (-127.0, 113.0, -140.0, 125.0)
+
+
 def num_scales(width: int, dtype: str) -> int:
     """K, of a row of `width` values.
 
-    >>> num_scales(256, "float8_e4m3fn"), num_scales(40, "float8_e4m3fn"), num_scales(40, "int8")
+    >>> num_scales(256, "float8_e4m3fn"), num_scales(40, "int4"), num_scales(40, "int8")
     (8, 2, 1)
     """
-    return -(-width // BLOCK_VALUES) if dtype == FLOAT8 else 1
+    return 1 if dtype == INT8 else -(-width // BLOCK_VALUES)
+
+
+def encode_rows(values_UD: torch.Tensor, dtype: str) -> torch.Tensor:
+    """float32 rows -> rows as they lie on disk, uint8 [U, B]. Raises `ValueError` as `encode`."""
+    if dtype != INT4:
+        return join(*encode(values_UD, dtype))
+    _refuse_not_finite(values_UD, dtype)
+    padded = torch.nn.functional.pad(values_UD, (0, -values_UD.shape[1] % BLOCK_VALUES))
+    blocks_RB = _encode_int4(padded.numpy().reshape(-1, BLOCK_VALUES))
+    return torch.from_numpy(blocks_RB).view(len(values_UD), num_scales(values_UD.shape[1], dtype) * INT4_BLOCK_BYTES)
+
+
+def _encode_int4(values_RV: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
+    """[R, 32] -> [R, 18]: of a few scales for each block the one with the least error."""
+    extreme_R1 = np.take_along_axis(values_RV, np.abs(values_RV).argmax(axis=1, keepdims=True), axis=1)
+    best_R1 = np.full((len(values_RV), 1), np.inf, np.float32)
+    scales_R1, codes_RV = np.zeros((len(values_RV), 1), np.float16), np.zeros(values_RV.shape, np.uint8)
+    levels = np.array(INT4_LEVELS, np.float32)
+    # Of scales that overflow the error is infinite or NaN, and never the least.
+    with np.errstate(all="ignore"):
+        for multiple in _INT4_EXTREMES:
+            tried_R1 = (extreme_R1 / np.float32(multiple)).astype(np.float16)
+            for _ in range(2):
+                scale_R1 = tried_R1.astype(np.float32)
+                steps_RV = np.nan_to_num(np.rint(values_RV / scale_R1).clip(-128, 127))
+                near_RV = _NEAREST_CODE[steps_RV.astype(np.int16) + 128]
+                levels_RV = levels[near_RV]
+                error_R1 = np.square(levels_RV * scale_R1 - values_RV).sum(axis=1, keepdims=True)
+                is_better_R1 = (error_R1 < best_R1) & (scale_R1 != 0)
+                best_R1 = np.where(is_better_R1, error_R1, best_R1)
+                scales_R1 = np.where(is_better_R1, tried_R1, scales_R1)
+                codes_RV = np.where(is_better_R1, near_RV, codes_RV)
+                # The scale with the least error for these codes.
+                fitted_R1 = (values_RV * levels_RV).sum(axis=1, keepdims=True)
+                tried_R1 = (fitted_R1 / np.square(levels_RV).sum(axis=1, keepdims=True)).astype(np.float16)
+    halves = codes_RV.reshape(-1, 2, BLOCK_VALUES // 2)
+    return np.concatenate([scales_R1.view(np.uint8), halves[:, 0] | halves[:, 1] << np.uint8(4)], axis=1)
+
+
+def decode_int4(blocks_RB: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
+    """Blocks, uint8 [R, 18] -> float32 [R, 32]."""
+    scales_R1 = np.ascontiguousarray(blocks_RB[:, :2]).view("<f2").astype(np.float32)
+    codes_RV = np.concatenate([blocks_RB[:, 2:] & 15, blocks_RB[:, 2:] >> 4], axis=1)
+    values_RV: np.ndarray[Any, Any] = scales_R1 * np.array(INT4_LEVELS, np.float32)[codes_RV]
+    return values_RV
+
+
+def _refuse_not_finite(values_UD: torch.Tensor, dtype: str) -> None:
+    finite_U = values_UD.isfinite().all(dim=1)
+    if not finite_U.all():
+        row = int(finite_U.logical_not().nonzero()[0])
+        raise ValueError(f"row {row} holds NaN or an infinity, for which {dtype} rows have no scale")
 
 
 def encode(values_UD: torch.Tensor, dtype: str) -> tuple[torch.Tensor, torch.Tensor]:
@@ -59,10 +126,7 @@ def encode(values_UD: torch.Tensor, dtype: str) -> tuple[torch.Tensor, torch.Ten
 
     Raises `ValueError` naming the first row with a value that is no finite number.
     """
-    finite_U = values_UD.isfinite().all(dim=1)
-    if not finite_U.all():
-        row = int(finite_U.logical_not().nonzero()[0])
-        raise ValueError(f"row {row} holds NaN or an infinity, for which {dtype} rows have no scale")
+    _refuse_not_finite(values_UD, dtype)
     return _encode_float8(values_UD) if dtype == FLOAT8 else _encode_int8(values_UD)
 
 
@@ -169,5 +233,11 @@ def decode_rows(
     rows_UB: torch.Tensor, width: int, dtype: str, *, as_type: torch.dtype = torch.float32
 ) -> torch.Tensor:
     """Rows as they lie on disk -> their values in memory of their own, [U, D]."""
+    if dtype == INT4:
+        blocks_RB = rows_UB.contiguous().numpy().reshape(-1, INT4_BLOCK_BYTES)
+        whole_UD = torch.from_numpy(decode_int4(blocks_RB)).view(
+            len(rows_UB), num_scales(width, dtype) * BLOCK_VALUES
+        )
+        return whole_UD[:, :width].to(as_type).contiguous()
     values_UD = torch.empty(len(rows_UB), width, dtype=as_type, device="cpu")
     return decode(*split(rows_UB, width, dtype), values_UD)

@@ -30,7 +30,7 @@ import numpy as np
 import torch
 
 from sense_v2.engram.table.checksums import HASH_VERSION, num_blocks
-from sense_v2.engram.table.compact_rows import FLOAT8, INT8, num_scales
+from sense_v2.engram.table.compact_rows import FLOAT8, INT4, INT4_BLOCK_BYTES, INT8, num_scales
 
 FORMAT_VERSION = HASH_VERSION
 READABLE_VERSIONS = (1, 2, 3)
@@ -63,6 +63,8 @@ class RowDtype:
     """What rows are looked up as."""
     scale_bytes: int = 0
     """Of each of a compact row's scales, which lie behind its values; `numpy` is then a byte of either."""
+    block_bytes: int = 0
+    """Of 32 values and their scale, of rows that are such blocks."""
 
     @property
     def is_compact(self) -> bool:
@@ -72,7 +74,11 @@ class RowDtype:
         """
         >>> row_dtype("float32").row_bytes(256), row_dtype("float8_e4m3fn").row_bytes(256)
         (1024, 264)
+        >>> row_dtype("int4").row_bytes(256), row_dtype("int4").row_bytes(40)
+        (144, 36)
         """
+        if self.block_bytes:
+            return num_scales(width, self.name) * self.block_bytes
         scale_bytes = self.scale_bytes * num_scales(width, self.name) if self.is_compact else 0
         return width * self.item_bytes + scale_bytes
 
@@ -90,6 +96,7 @@ ROW_DTYPES = {
 COMPACT_DTYPES = {
     FLOAT8: RowDtype(FLOAT8, 1, np.dtype("u1"), torch.bfloat16, scale_bytes=1),
     INT8: RowDtype(INT8, 1, np.dtype("u1"), torch.float32, scale_bytes=4),
+    INT4: RowDtype(INT4, 1, np.dtype("u1"), torch.float32, scale_bytes=2, block_bytes=INT4_BLOCK_BYTES),
 }
 # A row's bytes as they lie on disk, whatever they stand for.
 RAW_BYTES = RowDtype("uint8", 1, np.dtype("u1"), torch.uint8)

@@ -66,7 +66,10 @@ class DtypeCoding:
     def encode(self, values_UD: torch.Tensor) -> np.ndarray[Any, Any]:
         refuse_not_finite(values_UD, "holds NaN or an infinity")
         if self.dtype.is_compact:
-            return compact_rows.join(*compact_rows.encode(values_UD, self.name)).numpy()
+            if self.name == compact_rows.INT4:
+                _refuse(values_UD.abs() <= compact_rows.INT4_MAX, f"holds a value too large for {self.name}")
+            rows_UB: np.ndarray[Any, Any] = compact_rows.encode_rows(values_UD, self.name).numpy()
+            return rows_UB
         new_UD = values_UD.to(self.dtype.torch)
         refuse_not_finite(new_UD, f"holds a value too large for {self.name}")
         new_UB: np.ndarray[Any, Any] = new_UD.view(torch.uint8).numpy()
@@ -74,9 +77,14 @@ class DtypeCoding:
 
 
 def refuse_not_finite(values_UD: torch.Tensor, what: str) -> None:
-    finite_U = values_UD.isfinite().all(dim=1)
-    if not finite_U.all():
-        raise NotRepresentableError(int(finite_U.logical_not().nonzero()[0]), what)
+    _refuse(values_UD.isfinite(), what)
+
+
+def _refuse(fits_UD: torch.Tensor, what: str) -> None:
+    """Raises `NotRepresentableError` for the first row with a value that doesn't fit."""
+    fits_U = fits_UD.all(dim=1)
+    if not fits_U.all():
+        raise NotRepresentableError(int(fits_U.logical_not().nonzero()[0]), what)
 
 
 @dataclass(frozen=True)
