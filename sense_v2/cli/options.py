@@ -80,7 +80,10 @@ ConvertedDtypeOption = Annotated[
     ),
 ]
 LayoutOption = Annotated[
-    str | None, choice(("deepseek_v41", "qwen_ple"), "Write a released checkpoint's layout, for serving engines.")
+    str | None,
+    choice(
+        ("deepseek_v41", "qwen_ple", "gguf"), "Write a released checkpoint's layout, or a GGUF file of the table."
+    ),
 ]
 VariantOption = Annotated[str | None, choice(VARIANT_NAMES, "Which architecture.")]
 FoldersVariantOption = Annotated[str | None, choice(VARIANT_NAMES, "Which architecture; else the folder's.")]

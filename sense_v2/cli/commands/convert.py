@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -32,7 +33,8 @@ DTYPES = (*ROW_DTYPES, *COMPACT_DTYPES)
 
 def convert(
     source: Annotated[
-        Path, typer.Argument(help="A table, the folder of a model with memory, or a released checkpoint.")
+        Path,
+        typer.Argument(help="A table, the folder of a model with memory, a released checkpoint, or a GGUF file."),
     ],
     output: Annotated[
         Path, typer.Option(metavar="PATH", help="The new table, the new model's folder, or the new checkpoint's.")
@@ -50,8 +52,8 @@ def convert(
 ) -> None:
     """Make a table with rows of another type, or of a released checkpoint's layout, and say what that costs.
 
-    Between our tables and the layouts of DeepSeek-V4.1 and Qwen PLE, both ways. Ended early, the same command
-    goes on.
+    Between our tables and the layouts of DeepSeek-V4.1 and Qwen PLE, and GGUF files of these, both ways. Ended
+    early, the same command goes on.
 
     Example: sense-engram convert runs/train --dtype int8 --output runs/train-int8 --corpus my_texts/
     """
@@ -61,7 +63,8 @@ def convert(
     if to is not None:
         _refuse_options("--to", {"--layer": layer, "--tokenizer": tokenizer, "--corpus": corpus})
         is_folder = source.is_dir() or not source.exists()
-        result = _export(source if is_folder else table_path(source), output, to, dtype, echo)
+        export = _export_gguf if to == "gguf" else partial(_export, variant=to)
+        result = export(source if is_folder else table_path(source), output, dtype=dtype, echo=echo)
     elif is_checkpoint(source):
         _refuse_options("a released checkpoint", {"--corpus": corpus})
         result = _import(source, output, dtype, layer, tokenizer, echo)
@@ -222,13 +225,46 @@ def _imported(done: Imported) -> dict[str, Any]:
 # To a released layout
 
 
-def _export(source: Path, output: Path, variant: str, dtype: str | None, echo: Callable[..., Any]) -> dict[str, Any]:
+def _export_gguf(source: Path, output: Path, *, dtype: str | None, echo: Callable[..., Any]) -> dict[str, Any]:
+    from sense_v2.hf.saving.released_form import export_to_gguf
+
+    started = time.perf_counter()
+    _refuse_dtype(dtype)
+    table, done = export_to_gguf(source, output, dtype=dtype, progress=progress_to(echo))
+    seconds = time.perf_counter() - started
+    error = {
+        name: done.errors.get(of) for name, of in (("max", "max_error"), ("rms", "rms_error"), ("values_rms", "rms"))
+    }
+    echo(
+        *(f"note: {note}" for note in done.notes),
+        f"file     {done.path}{_again(done.resumed_rows)}",
+        f"rows     {wording.count(done.num_rows)} {done.dtype} in {done.tensor}, {wording.size(done.num_bytes)}",
+        f"check    {wording.count(done.num_rows)} rows read back: what was written, of a table that didn't change",
+        f"error    {_error_line(error)}",
+        f"seconds  {seconds:.2f}",
+    )
+    return {
+        "path": str(done.path),
+        "source": str(table),
+        "tensor": done.tensor,
+        "rows": done.num_rows,
+        "dtype": done.dtype,
+        "bytes": done.num_bytes,
+        "resumed_rows": done.resumed_rows,
+        "error": error,
+        "seconds": seconds,
+    }
+
+
+def _export(
+    source: Path, output: Path, *, variant: str, dtype: str | None, echo: Callable[..., Any]
+) -> dict[str, Any]:
     from sense_v2.engram.released.layouts import LAYOUTS
     from sense_v2.hf.saving.released_form import export_released
 
     started = time.perf_counter()
     if variant not in LAYOUTS:
-        raise CommandError(f"--to {variant}: no released layout", f"one of {', '.join(LAYOUTS)}")
+        raise CommandError(f"--to {variant}: no released layout", f"one of {', '.join(LAYOUTS)}, or gguf")
     allowed = LAYOUTS[variant].dtypes
     if dtype not in (None, *allowed):
         raise CommandError(f"--dtype {dtype}: the layout of {variant} has no such rows", f"{' or '.join(allowed)}")

@@ -17,7 +17,9 @@ if TYPE_CHECKING:
 
 
 def inspect(
-    folder: Annotated[Path, typer.Argument(help="A released checkpoint: its folder, index or a safetensors file.")],
+    folder: Annotated[
+        Path, typer.Argument(help="A released checkpoint: its folder, index or file, safetensors or GGUF.")
+    ],
     as_json: JsonOption = False,
 ) -> None:
     """Say what released tables a checkpoint has (DeepSeek-V4.1, Qwen PLE), and check them. Reads no row.
@@ -29,8 +31,8 @@ def inspect(
     found = released_tables(folder)
     if not found:
         raise CommandError(
-            f"{folder}: no released table of DeepSeek-V4.1 or Qwen PLE in its safetensors files",
-            "name a checkpoint's folder, index or shard; sense-engram verify looks at this project's own tables",
+            f"{folder}: no released table of DeepSeek-V4.1 or Qwen PLE in its safetensors or GGUF files",
+            "name a checkpoint's folder, index or file; sense-engram verify looks at this project's own tables",
         )
     tables = [_facts(facts) for facts in found]
     for table in tables:

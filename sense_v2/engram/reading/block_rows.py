@@ -19,6 +19,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+import torch
 
 from sense_v2.engram.table.compact_rows import INT4, decode_int4
 from sense_v2.engram.table.format import RowDtype
@@ -154,6 +155,23 @@ BLOCK_FORMATS = {
         BlockFormat("IQ4_NL", 20, 32, 18, decode_int4),
     )
 }
+
+
+@dataclass(frozen=True)
+class BlockCoding:
+    """Rows of blocks, as a conversion reads them."""
+
+    blocks: BlockFormat
+
+    @property
+    def name(self) -> str:
+        return self.blocks.name
+
+    def row_bytes(self, width: int) -> int:
+        return width // self.blocks.block_values * self.blocks.block_bytes
+
+    def decode(self, rows_US: Array, width: int) -> torch.Tensor:
+        return torch.from_numpy(decode_blocks(rows_US, self.blocks))
 
 
 def blocks_of(dtype: RowDtype) -> BlockFormat | None:

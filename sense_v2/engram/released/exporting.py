@@ -50,7 +50,7 @@ from sense_v2.engram.table.opening import TableFiles, read_manifest
 from sense_v2.engram.table.row_dtypes import Coding, DtypeCoding, ScaledCodes
 from sense_v2.engram.table.row_files import RowFiles
 from sense_v2.engram.upkeep.convert import identity_of, progress_path, readable_manifest, table_side, temporary
-from sense_v2.engram.upkeep.transfer import ERRORS, PART_VALUES, NewFile, Side, Transfer, is_made
+from sense_v2.engram.upkeep.transfer import ERRORS, PART_VALUES, NewFile, Target, Transfer, is_made
 from sense_v2.engram.variants import VARIANTS
 
 
@@ -107,7 +107,9 @@ def export_tables(
     name = row_dtype(dtype or allowed[0]).name
     if name not in allowed:
         raise ValueError(f"rows of {name}: the released layout {variant} has {' or '.join(allowed)}")
-    described = sorted((_described(Path(path), variant, config) for path in tables), key=lambda table: table.layer)
+    described = sorted(
+        (described_table(Path(path), variant, config) for path in tables), key=lambda table: table.layer
+    )
     _refuse_strangers(described)
     if fusion and set(fusion) != {table.layer for table in described}:
         raise ValueError(f"fusion weights of layers {sorted(fusion)} beside tables of {[t.layer for t in described]}")
@@ -199,7 +201,7 @@ def _export_rows(
     manifest_path = TableFiles(table.path).manifest
     transfer = Transfer(
         table_side(table.path, table.manifest),
-        Side(path, shard.columns, coding),
+        Target(path, shard.columns, coding),
         num_rows=table.manifest.rows,
         width=table.manifest.width,
         files=[made],
@@ -225,8 +227,8 @@ def _export_rows(
     done.errors[table.layer] = transfer.errors()
 
 
-def _described(path: Path, variant: str, config: EngramConfig | None) -> DescribedTable:
-    """Return what is known of a table. Raises `ValueError` if the layout can't express it."""
+def described_table(path: Path, variant: str, config: EngramConfig | None) -> DescribedTable:
+    """Return what is known of a table of ours. Raises `ValueError` if the layout can't express it."""
     manifest = readable_manifest(path)
     known = dict(manifest.provenance)
     if config is not None:

@@ -146,8 +146,11 @@ def _qwen_config(model: GgufModel, layer: int) -> dict[str, Any]:
     primes = _primes(keys, "ple.head_vocab_sizes", num_heads, [QWEN_TENSOR])
     config = _memory("qwen_ple", [layer], largest, heads, width, primes)
     _check_heads(keys, config, "ple.head_vocab_sizes", "ple.head_offsets")
-    tokens = model.metadata.get("tokenizer.ggml.tokens")
-    size = tokens.count if isinstance(tokens, StringArray) and tokens.count else VARIANTS["qwen_ple"].vocab_size
+    tokens, size = model.metadata.get("tokenizer.ggml.tokens"), VARIANTS["qwen_ple"].vocab_size
+    if isinstance(tokens, StringArray) and tokens.count:  # filled up to the model's vocab_size by the converter
+        size = tokens.count
+    elif "vocab_size" in keys:
+        size = keys.number("vocab_size", 1, MAX_TOKENS)
     assert size is not None
     _check_hash(keys, "ple.layer_multipliers", config, size)
     return {

@@ -3,7 +3,7 @@
 Streamed, taken up again after a kill, read back and compared (`sense_v2.engram.upkeep.transfer`); checked before as
 `open_released_table` checks (`sense_v2.engram.released.released_table`). Where no other dtype is asked for, a row's
 bytes stay what they are: our float8_e4m3fn has DeepSeek's codes with their scales behind them, our bfloat16 Qwen's
-values.
+values, our int4 the blocks of GGUF's IQ4_NL.
 
 The manifest says which rows they are: variant, layer, layout, the tokenizer map's checksum. The fusion weights that
 the checkpoint has for the layer lie beside the table, under our names (`sense_v2.engram.released.fusion_names`).
@@ -26,11 +26,19 @@ from safetensors.torch import save as to_safetensors
 from sense_v2.core.config import EngramConfig
 from sense_v2.core.errors import CommandError
 from sense_v2.core.progress import Progress, no_progress
+from sense_v2.engram.reading.block_rows import BLOCK_FORMATS, BlockCoding
+from sense_v2.engram.reading.gguf_headers import is_gguf
 from sense_v2.engram.reading.safetensors_headers import TensorSpan, find_tensors
-from sense_v2.engram.released.find_tables import ReleasedTensors, find_released_table, released_tables, warn_unchecked
+from sense_v2.engram.released.find_tables import (
+    ReleasedTensors,
+    find_released_table,
+    released_tables,
+    row_bytes,
+    warn_unchecked,
+)
 from sense_v2.engram.released.fusion_names import FUSION_NAMES, Tensors, ours_from_theirs, scale_name
 from sense_v2.engram.table import disk
-from sense_v2.engram.table.compact_rows import BLOCK_VALUES, FLOAT8
+from sense_v2.engram.table.compact_rows import BLOCK_VALUES, FLOAT8, INT4
 from sense_v2.engram.table.disk import new_file
 from sense_v2.engram.table.format import Manifest, as_json_object, file_bytes, row_dtype
 from sense_v2.engram.table.row_dtypes import DtypeCoding, ScaledCodes
@@ -42,6 +50,8 @@ from sense_v2.engram.upkeep.transfer import Side
 from sense_v2.engram.variants import VARIANTS
 
 FUSION_SUFFIX = ".fusion.safetensors"
+# A released type -> the row type of ours with the same bytes.
+OUR_DTYPES = {"F8_E4M3": FLOAT8, "BF16": "bfloat16", "F16": "float16", "F32": "float32", "IQ4_NL": INT4}
 
 
 @dataclass
@@ -71,7 +81,7 @@ def import_tables(
     """Convert a checkpoint's tables one after another; yield what each conversion did.
 
     Args:
-        place: The checkpoint's folder, index or file.
+        place: The checkpoint's folder, index or file; or a GGUF file, whose fusion weights stay where they are.
         output: A table's file, or a folder for layer_1.dat, ….
         dtype: Of the new rows; without it their bytes stay what they are.
         layer: Only this layer's table.
@@ -98,8 +108,8 @@ def import_tables(
             builder = EngramTokenizerBuilder(tokenizer, str(rules.defaults["normalization"]))
             shadow_map = stack.enter_context(temporary_shadow_map(builder))
         for facts in tables:
-            wanted = dtype or ("bfloat16" if facts.dtype == "BF16" else FLOAT8)
-            new_bytes = file_bytes(facts.num_rows, facts.width, wanted)
+            # Without a dtype of ours for them, import_table asks for one.
+            new_bytes = file_bytes(facts.num_rows, facts.width, dtype or OUR_DTYPES.get(facts.dtype, FLOAT8))
             with progress(f"layer {facts.layer}", facts.num_bytes + new_bytes) as advance:
                 done = import_table(
                     place,
@@ -131,7 +141,7 @@ def import_table(
     `EngramFusionLayer.load_state_dict`.
 
     Args:
-        place: The checkpoint's folder, index or file.
+        place: The checkpoint's folder, index or file; or a GGUF file, whose fusion weights stay where they are.
         layer: Whose table.
         output: The new table's file.
         dtype: Of the rows; without it their bytes stay what they are, else they are widened or coded anew.
@@ -145,7 +155,12 @@ def import_table(
     found = find_released_table(place, layer, variant=variant, config=config, tokenizer=tokenizer)
     warn_unchecked(found, stacklevel=3)
     coding = _coding_of(found)
-    if dtype is None and not isinstance(coding, DtypeCoding):
+    if dtype is None and isinstance(coding, BlockCoding):
+        raise ValueError(
+            f"{found.path}, layer {layer}: rows of {coding.name} are no row type of ours. dtype='float32' keeps "
+            "every value as it is looked up, 'int8' and 'int4' code them anew"
+        )
+    if dtype is None and isinstance(coding, ScaledCodes):
         raise ValueError(
             f"{found.path}, layer {layer}: float8 codes with one scale ({coding.scale}) for the whole table are no "
             "row type of ours. dtype='bfloat16' keeps every value as it is looked up, 'float8_e4m3fn' codes them anew"
@@ -172,17 +187,17 @@ def import_table(
     return Imported(done, found, fusion_path)
 
 
-def _coding_of(found: ReleasedTensors) -> DtypeCoding | ScaledCodes:
+def _coding_of(found: ReleasedTensors) -> DtypeCoding | ScaledCodes | BlockCoding:
     if found.scale is not None:
         return ScaledCodes(float(found.scale), found.scale.dtype)
-    return DtypeCoding(row_dtype("bfloat16" if found.facts.dtype == "BF16" else FLOAT8))
+    name = OUR_DTYPES.get(found.facts.dtype)
+    return BlockCoding(BLOCK_FORMATS[found.facts.dtype]) if name is None else DtypeCoding(row_dtype(name))
 
 
 def _columns(found: ReleasedTensors) -> list[Column]:
-    width = found.facts.width
-    columns = [_column(found.weights, width * (2 if found.facts.dtype == "BF16" else 1))]
+    columns = [_column(found.weights, row_bytes(found.facts))]
     if found.scales and found.scale is None:
-        columns.append(_column(found.scales, width // BLOCK_VALUES))
+        columns.append(_column(found.scales, found.facts.width // BLOCK_VALUES))
     return columns
 
 
@@ -215,6 +230,8 @@ def _provenance(found: ReleasedTensors, tokenizer: EngramTokenizer | None) -> di
 
 
 def _released_fusion(place: str | os.PathLike[str], variant: str, layer: int) -> Tensors:
+    if is_gguf(place):  # quantized, and under other names
+        return {}
     names = [name.theirs for name in FUSION_NAMES[variant]]
     names += [scale_name(name.theirs) for name in FUSION_NAMES[variant] if name.blocks]
     of_layer = re.compile(rf"(?:model\.)?(?:language_model\.)?layers\.{layer}\.({'|'.join(map(re.escape, names))})")

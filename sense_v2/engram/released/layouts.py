@@ -194,23 +194,28 @@ def config_json(
     return settings
 
 
-def hash_buffers(layer: int, table: DescribedTable) -> Tensors:
-    """Return what transformers keeps of the hash in a checkpoint."""
+def hasher_of(layer: int, table: DescribedTable) -> NgramHasher:
+    """Return the hash of a layer of the table's memory, for its multipliers: they don't depend on the pad id."""
     known, layout = table.known, table.layout
-    place = layout.layer_ids.index(layer)
-    hasher = NgramHasher(
-        "qwen_ple",
+    return NgramHasher(
+        known["variant"],
         layer_id=layer,
         layer_ids=layout.layer_ids,
         ngram_orders=layout.ngram_orders,
         num_heads=layout.num_heads,
         table_size=known["table_size"],
         compressed_vocab_size=known["compressed_vocab_size"],
-        pad_id=known["pad_token_id"],
+        pad_id=0,
         seed=known["seed"],
     )
+
+
+def hash_buffers(layer: int, table: DescribedTable) -> Tensors:
+    """Return what transformers keeps of the hash in a checkpoint."""
+    layout = table.layout
+    place = layout.layer_ids.index(layer)
     return {
-        "layer_multipliers": torch.from_numpy(hasher.multipliers.copy()),
+        "layer_multipliers": torch.from_numpy(hasher_of(layer, table).multipliers.copy()),
         "ngram_heads_vocab_sizes": torch.tensor(layout.primes_LH[place]),
         "ngram_heads_offsets": torch.tensor(layout.offsets_LH[place]),
     }

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import json
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +12,7 @@ from sense_v2.core.errors import CommandError
 from sense_v2.engram.hashing import NgramHasher
 from sense_v2.engram.model import compressed_pad_id
 from sense_v2.engram.pretrained_tokenizer import load_tokenizer
-from sense_v2.engram.released.find_tables import released_config, released_tables
+from sense_v2.engram.released.find_tables import find_checkpoint, released_config, released_tables
 from sense_v2.engram.released.released_table import open_released_table
 from sense_v2.engram.tokenizer import EngramTokenizerBuilder
 from sense_v2.engram.upkeep.shadow_map_setup import temporary_shadow_map
@@ -27,7 +26,7 @@ def look_up_text(
 
     Args:
         text: At least one token of it.
-        folder: The checkpoint; None to see row ids alone.
+        folder: The checkpoint, or a GGUF file; None to see row ids alone.
         variant: Which architecture; by default the checkpoint's.
         tokenizer: The name of the model's tokenizer.
 
@@ -94,10 +93,7 @@ def _checkpoint(folder: str | Path | None, variant: str | None) -> tuple[list[in
     if len(variants) != 1:
         of = "" if variant is None else f" of variant {variant}"
         raise CommandError(f"{folder}: no released table{of}", "sense-engram inspect FOLDER says what is there")
-    place = Path(folder)
-    file = (place if place.is_dir() else place.parent) / "config.json"
-    theirs = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
-    return [facts.layer for facts in tables], theirs, variants[0]
+    return [facts.layer for facts in tables], find_checkpoint(folder).config or {}, variants[0]
 
 
 def _encode(loaded: Any, text: str) -> list[int]:

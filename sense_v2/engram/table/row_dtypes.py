@@ -2,6 +2,7 @@
 
     DtypeCoding    a row type of our own tables; float8_e4m3fn has the bytes of DeepSeek-V4.1's codes and scales
     ScaledCodes    float8 codes with one scale for the whole table, as transformers has Qwen's
+    BlockCoding    blocks of a GGUF file, which are only read (`sense_v2.engram.reading.block_rows`)
 
 `stochastic_bfloat16` rounds trained rows so that small updates aren't lost, on average.
 
@@ -21,8 +22,8 @@ from sense_v2.engram.table.compact_rows import FLOAT8_MAX
 from sense_v2.engram.table.format import RowDtype
 
 
-class Coding(Protocol):
-    """How values are rows of bytes."""
+class ReadCoding(Protocol):
+    """How rows of bytes are values."""
 
     @property
     def name(self) -> str: ...
@@ -31,6 +32,10 @@ class Coding(Protocol):
 
     def decode(self, rows_UB: np.ndarray[Any, Any], width: int) -> torch.Tensor:
         """Rows as bytes, uint8 [U, B] -> float32 [U, D]."""
+
+
+class Coding(ReadCoding, Protocol):
+    """How values are rows of bytes, both ways."""
 
     def encode(self, values_UD: torch.Tensor) -> np.ndarray[Any, Any]:
         """float32 [U, D] -> rows as bytes, uint8 [U, B]. Raises `NotRepresentableError`."""

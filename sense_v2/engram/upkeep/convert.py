@@ -33,7 +33,7 @@ from sense_v2.engram.table.opening import (
 )
 from sense_v2.engram.table.row_dtypes import DtypeCoding
 from sense_v2.engram.table.row_files import Column, Piece
-from sense_v2.engram.upkeep.transfer import ERRORS, NewFile, Side, Transfer
+from sense_v2.engram.upkeep.transfer import ERRORS, NewFile, Side, Target, Transfer
 
 CONVERTED_FROM = "converted_from"
 
@@ -203,11 +203,11 @@ def identity_of(manifest: Manifest) -> dict[str, Any]:
     return {**{name: getattr(manifest, name) for name in names}, "checksums_sha256": digest}
 
 
-def table_side(path: Path, manifest: Manifest) -> Side:
-    """Our table at `path`, as a side of a transfer: one column of one file."""
+def table_side(path: Path, manifest: Manifest) -> Target:
+    """Our table at `path`, as either side of a transfer: one column of one file."""
     dtype = row_dtype(manifest.dtype)
     column = Column(dtype.row_bytes(manifest.width), (Piece(path, 0, manifest.rows),))
-    return Side(path, [column], DtypeCoding(dtype))
+    return Target(path, [column], DtypeCoding(dtype))
 
 
 def temporary(path: Path) -> Path:

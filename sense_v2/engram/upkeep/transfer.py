@@ -31,7 +31,7 @@ import torch
 from sense_v2.engram.table import disk, platform
 from sense_v2.engram.table.checksums import HASH_VERSION, add_rows, from_hex, num_blocks, to_hex
 from sense_v2.engram.table.disk import allocate, open_own
-from sense_v2.engram.table.row_dtypes import Coding, NotRepresentableError
+from sense_v2.engram.table.row_dtypes import Coding, NotRepresentableError, ReadCoding
 from sense_v2.engram.table.row_files import Column, RowFiles, are_sparse, paths_of
 
 ERRORS = ("max_error", "rms_error", "rms")
@@ -42,11 +42,18 @@ SAVE_BYTES = 1 << 28
 
 @dataclass(frozen=True)
 class Side:
-    """Where rows are, or go to, and how they are coded there."""
+    """Where rows are, and how they are coded there."""
 
     path: Path
     """What errors name."""
     columns: Sequence[Column]
+    coding: ReadCoding
+
+
+@dataclass(frozen=True)
+class Target(Side):
+    """Where rows go to."""
+
     coding: Coding
 
 
@@ -101,7 +108,7 @@ class Transfer:
     def __init__(
         self,
         source: Side,
-        target: Side,
+        target: Target,
         *,
         num_rows: int,
         width: int,

@@ -1,4 +1,4 @@
-"""A saved model, or tables of ours -> a checkpoint in a released layout."""
+"""A saved model, or tables of ours -> a checkpoint in a released layout, or a GGUF file."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from safetensors.torch import load_file
 from sense_v2.core.errors import CommandError
 from sense_v2.core.progress import Progress, no_progress
 from sense_v2.engram.released.exporting import Exported, export_tables
+from sense_v2.engram.released.gguf_exporting import ExportedGguf, export_gguf
 from sense_v2.engram.released.importing import FUSION_SUFFIX
 from sense_v2.engram.released.layouts import LAYOUTS
 from sense_v2.engram.table.compact_rows import FLOAT8
@@ -19,10 +20,11 @@ from sense_v2.hf.saving.folder import MEMORY_FOLDER, memory_parts
 
 
 def is_checkpoint(source: Path) -> bool:
-    """True for a released checkpoint's folder, index or file; False for a table or a model of ours."""
+    """True for a released checkpoint's folder, index or file, or a GGUF one; False for a table or a model of ours."""
     if source.is_dir():
-        return not (source / MEMORY_FOLDER).is_dir() and any(source.glob("*.safetensors")) and not _tables_in(source)
-    return source.name.endswith((".safetensors", ".safetensors.index.json"))
+        has_theirs = any(source.glob("*.safetensors")) or any(source.glob("*.gguf"))
+        return not (source / MEMORY_FOLDER).is_dir() and has_theirs and not _tables_in(source)
+    return source.name.endswith((".safetensors", ".safetensors.index.json", ".gguf"))
 
 
 def export_released(
@@ -61,6 +63,38 @@ def export_released(
     with progress("converting", sum(m.table_bytes for m in manifests) + new_bytes) as advance:
         done = export_tables(tables, output, variant, dtype=dtype, fusion=fusion, config=config, advance=advance)
     return tables, done
+
+
+def export_to_gguf(
+    source: Path, output: Path, *, dtype: str | None = None, progress: Progress = no_progress
+) -> tuple[Path, ExportedGguf]:
+    """Write a memory's table as a GGUF file.
+
+    Args:
+        source: The folder of a model with one table, a folder with one, or a table.
+        output: The new file.
+        dtype: Of the rows, by default the table's.
+        progress: Is told how many bytes are read and written.
+
+    Returns:
+        The table that was written, and what that did.
+
+    Raises:
+        CommandError: There is no table, or there are several.
+        ValueError: As `export_gguf`.
+    """
+    config, tables = None, [source]
+    if (source / MEMORY_FOLDER).is_dir():
+        config, table, _ = memory_parts(source)
+        tables = [table]
+    elif source.is_dir():
+        tables = _tables_in(source)
+    if len(tables) != 1:
+        raise CommandError(f"{source} has {len(tables)} tables, and a GGUF file of ours has one", "name a table")
+    manifest = read_manifest(TableFiles(tables[0]).manifest)
+    new_bytes = manifest.rows * row_dtype(dtype or manifest.dtype).row_bytes(manifest.width)
+    with progress("converting", manifest.table_bytes + new_bytes) as advance:
+        return tables[0], export_gguf(tables[0], output, dtype=dtype, config=config, advance=advance)
 
 
 def _tables_in(folder: Path) -> list[Path]:
