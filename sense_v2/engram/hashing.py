@@ -41,7 +41,7 @@ Ids = TypeVar("Ids", np.ndarray, torch.Tensor)
 # Marks a position of `history` that no n-gram may reach across (padding, or before the sequence).
 NO_TOKEN = -1
 # What `TokenRows.to_remember` says of each token, in this order.
-COMPRESSED_ID, VALID, POSITION = range(3)
+COMPRESSED_ID, VALID, POSITION, OVERLAY = range(4)
 
 
 def hash_multipliers(layer_id: int, *, largest_order: int, compressed_vocab_size: int, seed: int) -> np.ndarray:
@@ -328,15 +328,20 @@ class TokenRows:
     """P."""
     places_T: torch.Tensor | None = None
     """Where these tokens are among the Q positions, if not behind the P of the past."""
+    overlays_B: torch.Tensor | None = None
+    """The number of each sequence's overlay; None if no sequence has one."""
 
     def to_remember(self) -> torch.Tensor:
-        """Make what a cache keeps of these tokens, [B, T, 3] int64: COMPRESSED_ID, VALID, POSITION."""
+        """Make what a cache keeps of these tokens, [B, T, 4] int64: COMPRESSED_ID, VALID, POSITION, OVERLAY."""
         valid_BT, positions_BT = self.valid_BT, self.positions_BT
         if valid_BT is None:
             valid_BT = torch.ones_like(self.compressed_BT)
         if positions_BT is None:
             positions_BT = counted_positions(self.compressed_BT, 0)
-        return torch.stack([self.compressed_BT, valid_BT.long(), positions_BT.long()], dim=-1)
+        overlays_BT = torch.zeros_like(self.compressed_BT)
+        if self.overlays_B is not None:
+            overlays_BT = self.overlays_B[:, None].expand_as(self.compressed_BT)
+        return torch.stack([self.compressed_BT, valid_BT.long(), positions_BT.long(), overlays_BT], dim=-1)
 
 
 def token_rows(
@@ -346,7 +351,7 @@ def token_rows(
     attention_mask: torch.Tensor | None = None,
     position_ids: torch.Tensor | None = None,
     *,
-    past_BP3: torch.Tensor | None = None,
+    past_BP4: torch.Tensor | None = None,
     num_before: int | torch.Tensor = 0,
     handle: int,
 ) -> TokenRows:
@@ -362,7 +367,7 @@ def token_rows(
         attention_mask: [B, T], 0 at padding.
         position_ids: [B, T] or [1, T], or of several kinds [3 or 4, B, T]; without them positions count on from
             `num_before`.
-        past_BP3: What `TokenRows.to_remember` made of the last P tokens before these.
+        past_BP4: What `TokenRows.to_remember` made of the last P tokens before these.
         num_before: How many tokens came before these.
         handle: Who answers `operators.hash_tokens` in a compiled graph.
 
@@ -390,21 +395,21 @@ def token_rows(
                 f"position_ids have shape {tuple(position_ids.shape)}; expected that of input_ids, {shape}"
             )
         positions_BT = position_ids.to(device).expand_as(token_ids_BT)
-    if past_BP3 is None:
+    if past_BP4 is None:
         if positions_BT is not None:
             documents_BQ = documents_BT = packed_documents(positions_BT)
     else:
-        if past_BP3.shape[0] != shape[0]:
-            raise ValueError(f"the cache holds {past_BP3.shape[0]} sequences, input_ids have {shape[0]}")
-        past_BP3 = past_BP3.to(device)
+        if past_BP4.shape[0] != shape[0]:
+            raise ValueError(f"the cache holds {past_BP4.shape[0]} sequences, input_ids have {shape[0]}")
+        past_BP4 = past_BP4.to(device)
         if positions_BT is None:
             positions_BT = counted_positions(token_ids_BT, num_before)
-        reachable_BP = past_BP3[..., VALID] != 0
-        documents_BQ = packed_documents(torch.cat([past_BP3[..., POSITION], positions_BT], dim=1))
+        reachable_BP = past_BP4[..., VALID] != 0
+        documents_BQ = packed_documents(torch.cat([past_BP4[..., POSITION], positions_BT], dim=1))
         if documents_BQ is not None:
-            documents_BT = documents_BQ[:, past_BP3.shape[1] :]
-            reachable_BP = reachable_BP & (documents_BQ[:, : past_BP3.shape[1]] == documents_BT[:, :1])
-        history_BP = past_BP3[..., COMPRESSED_ID].masked_fill(~reachable_BP, NO_TOKEN)
+            documents_BT = documents_BQ[:, past_BP4.shape[1] :]
+            reachable_BP = reachable_BP & (documents_BQ[:, : past_BP4.shape[1]] == documents_BT[:, :1])
+        history_BP = past_BP4[..., COMPRESSED_ID].masked_fill(~reachable_BP, NO_TOKEN)
     if torch.compiler.is_compiling():
         layout = hashers[0].layout
         sizes = len(hashers), layout.num_heads * len(layout.ngram_orders)
@@ -415,7 +420,7 @@ def token_rows(
         compressed_BT, row_ids_LBTH = hash_tokens(
             tokenizer, hashers, token_ids_BT, history_BP, valid_BT, documents_BT
         )
-    num_past = 0 if past_BP3 is None else past_BP3.shape[1]
+    num_past = 0 if past_BP4 is None else past_BP4.shape[1]
     return TokenRows(row_ids_LBTH, valid_BT, documents_BQ, compressed_BT, positions_BT, num_past)
 
 

@@ -250,6 +250,8 @@ class EngramFusionLayer(nn.Module):
         self.conv = (
             ShortConv(channels, rules.conv_kernel, dilation, causal=config.causal) if rules.conv_kernel else None
         )
+        self.overlays: Callable[[torch.Tensor, RowSource], torch.Tensor] | None = None
+        """Looks up, in the table, row ids that say which of several overlays they go through, if there are any."""
         self.use_storage(self.storage)
         self.reset_parameters()
 
@@ -326,13 +328,16 @@ class EngramFusionLayer(nn.Module):
                 "unfreeze W_v, or freeze the rows too (storage.requires_grad_(False))"
             )
         if valid_BT is None or bool(valid_BT.all()):
-            rows_BTHD = self.storage(row_ids_BTH)
+            rows_BTHD = self._rows(row_ids_BTH)
         else:
             rows_BTHD = torch.zeros(
                 *row_ids_BTH.shape, self.storage.embedding_dim, dtype=self.storage.dtype, device=row_ids_BTH.device
             )
-            rows_BTHD = rows_BTHD.index_put((valid_BT,), self.storage(row_ids_BTH[valid_BT]))
+            rows_BTHD = rows_BTHD.index_put((valid_BT,), self._rows(row_ids_BTH[valid_BT]))
         return rows_BTHD.flatten(-2)
+
+    def _rows(self, row_ids: torch.Tensor) -> torch.Tensor:
+        return self.storage(row_ids) if self.overlays is None else self.overlays(row_ids, self.storage)
 
     # A graph knows nothing of the storage, which the rows' gradient goes to.
     _read_outside_of_the_graph = torch.compiler.disable(read_rows)

@@ -18,12 +18,14 @@ _HOME = {
     "backbone_reference": "saving.backbone_facts",
     "detach_engram": "attach",
     "from_pretrained": "load",
+    "load_overlay": "overlays",
     "make_writable": "facts.writable",
     "push_to_hub": "saving.hub",
     "remove_overlay": "overlays",
     "save_pretrained": "saving.save",
     "teach": "training.teaching",
     "teach_facts": "facts.teach_facts",
+    "unload_overlay": "overlays",
 }
 
 __all__ = sorted(_HOME)

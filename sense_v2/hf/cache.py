@@ -1,8 +1,8 @@
 """What the memory needs to know of the tokens before a call, kept in the model's own KV cache.
 
     cache.engram = EngramState
-    EngramState  = compressed id, validity and position of each token so far, and the convolution's inputs of each
-                   layer with memory
+    EngramState  = compressed id, validity, position and overlay of each token so far, and the convolution's inputs
+                   of each layer with memory
 
 An n-gram reaches back over the tokens before, and the convolution over what the gate let through at them. Both belong
 to a sequence, not to the model. So they follow everything that happens to its cache: beam search reorders it,
@@ -158,11 +158,11 @@ class EngramState:
         return 0 if self.tokens.length is None else self.tokens.length
 
     def recent_tokens(self) -> torch.Tensor | None:
-        """[B, P, 3] of the last positions, up to `reach`; one that is not valid may be before the sequence."""
+        """[B, P, 4] of the last positions, up to `reach`; one that is not valid may be before the sequence."""
         return self.tokens.recent(self.reach)
 
-    def append_tokens(self, tokens_BT3: torch.Tensor) -> None:
-        self.tokens.append(tokens_BT3, trim=not self.record_past)
+    def append_tokens(self, tokens_BT4: torch.Tensor) -> None:
+        self.tokens.append(tokens_BT4, trim=not self.record_past)
 
     def remember(self, layer_id: int, inputs_BTX: torch.Tensor) -> torch.Tensor:
         """Keeps what a layer's convolution reads of these positions; returns it behind what it reads of the past."""

@@ -25,9 +25,11 @@ import torch
 from torch import nn
 from transformers import Cache
 
-from sense_v2.engram.hashing import TokenRows, token_rows
+from sense_v2.engram.delta.chosen_rows import numbered
+from sense_v2.engram.hashing import OVERLAY, TokenRows, token_rows
 from sense_v2.hf.cache import EngramState, state_in
 from sense_v2.hf.memory import EngramMemory
+from sense_v2.hf.overlays import chosen_numbers, overlay_names
 from sense_v2.hf.serving.continuous_batching import paged_call
 from sense_v2.hf.serving.paged_call import PagedCall
 
@@ -37,6 +39,9 @@ CARRIER = "engram_inputs"
 IDS_ARGUMENT = "engram_input_ids"
 # A mask [B, T] beside an attention mask that was prepared already.
 MASK_ARGUMENT = "engram_attention_mask"
+# The overlay of each sequence: names and None, or one name for all.
+OVERLAY_ARGUMENT = "overlay"
+_OF_MEMORY = (IDS_ARGUMENT, MASK_ARGUMENT, OVERLAY_ARGUMENT)
 # What models call the state of the tokens before. 5.24 renamed past_key_values.
 CACHE_ARGUMENTS = ("cache", "past_key_values", "cache_params", "state", "mems", "past_buckets_states")
 
@@ -76,7 +81,7 @@ def carry_inputs(
         memory.refuse_adapters()
     given = kwargs if hands_down else {**_given.get(), **kwargs}
     given_ids_BT, given_mask = given.get(IDS_ARGUMENT), given.get(MASK_ARGUMENT)
-    kwargs = {name: value for name, value in kwargs.items() if name not in (IDS_ARGUMENT, MASK_ARGUMENT)}
+    kwargs = {name: value for name, value in kwargs.items() if name not in _OF_MEMORY}
     arguments = {**dict(zip(names, args, strict=False)), **kwargs}
     token_ids_BT = arguments.get("input_ids") if given_ids_BT is None else given_ids_BT
     if token_ids_BT is None:
@@ -93,7 +98,7 @@ def carry_inputs(
     paged = paged_call(memory, arguments)
     if paged is None:
         mask = arguments.get("attention_mask") if given_mask is None else given_mask
-        inputs = _with_cache(memory, fusions, token_ids_BT, mask, arguments)
+        inputs = _with_cache(memory, fusions, token_ids_BT, mask, arguments, given.get(OVERLAY_ARGUMENT))
     else:
         inputs = EngramInputs(paged.rows(memory, token_ids_BT), paged)
     memory.begin_rows(inputs.rows.row_ids_LBTH, inputs.rows.valid_BT)
@@ -110,6 +115,7 @@ def _with_cache(
     token_ids_BT: torch.Tensor,
     mask: Any,
     arguments: dict[str, Any],
+    overlay: Any,
 ) -> EngramInputs:
     """Find the rows of a call's tokens, and what a cache of transformers keeps of those before them."""
     if mask is not None and not is_plain_mask(mask):
@@ -129,16 +135,44 @@ def _with_cache(
         token_ids_BT,
         mask,
         arguments.get("position_ids"),
-        past_BP3=None if state is None else state.recent_tokens(),
+        past_BP4=None if state is None else state.recent_tokens(),
         num_before=length,
         handle=memory.handle,
     )
+    rows.overlays_B = _overlays(memory, overlay, token_ids_BT, state)
+    if rows.overlays_B is not None:
+        rows.row_ids_LBTH = numbered(rows.row_ids_LBTH, rows.overlays_B[:, None, None])
     return EngramInputs(rows, state)
 
 
-def note_given(model: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+def _overlays(
+    memory: EngramMemory, overlay: Any, token_ids_BT: torch.Tensor, state: EngramState | None
+) -> torch.Tensor | None:
+    """Find the number of each sequence's overlay [B]: the call's choice, or what the cache was begun with."""
+    if overlay is None and memory.last_overlay == 0:
+        return None
+    chosen_B = None if overlay is None else chosen_numbers(memory, overlay, token_ids_BT)
+    past_BP4 = None if state is None else state.recent_tokens()
+    if state is None or past_BP4 is None or past_BP4.shape[0] != token_ids_BT.shape[0]:
+        return chosen_B
+    past_B = past_BP4[:, -1, OVERLAY].to(token_ids_BT.device)
+    if torch.compiler.is_compiling():
+        return past_B if chosen_B is None else chosen_B
+    if int(state.length) == 0:
+        return chosen_B
+    names = overlay_names(memory, past_B)
+    if chosen_B is not None and not torch.equal(chosen_B, past_B):
+        raise ValueError(
+            f"the cache was begun with other overlays: {names}; this call chooses "
+            f"{overlay_names(memory, chosen_B)}. Start with a new cache"
+        )
+    return past_B
+
+
+def note_given(model: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
     """Keep the memory's arguments of a call of a model that hands nothing down, also from its base model."""
-    _given.set({name: kwargs[name] for name in (IDS_ARGUMENT, MASK_ARGUMENT) if name in kwargs})
+    _given.set({name: kwargs[name] for name in _OF_MEMORY if name in kwargs})
+    return args, {name: value for name, value in kwargs.items() if name != OVERLAY_ARGUMENT}
 
 
 def forget_call(*_: Any) -> None:

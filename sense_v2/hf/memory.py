@@ -19,6 +19,7 @@ from torch import nn
 
 from sense_v2.core.config import EngramConfig
 from sense_v2.engram import operators
+from sense_v2.engram.delta.chosen_rows import ChosenRows, plain
 from sense_v2.engram.hashing import hash_tokens
 from sense_v2.engram.model import EngramFusionLayer, open_table
 from sense_v2.engram.row_source import RowSource, TrainableRows
@@ -72,6 +73,12 @@ class EngramMemory(nn.Module):
         """The folder of a Trainer's checkpoint that is about to be saved, to which its callback adds the memory."""
         self.reference: Any = None
         """A `MemoryOfReference`, while TRL trains an adapter against the model without it."""
+        self.overlay_numbers: dict[str, int] = {}
+        """Overlays that sequences may choose (`load_overlay`), and how row ids name them."""
+        self.chosen_rows: list[ChosenRows] = []
+        """Their rows, for each of `storages`; empty until there are any."""
+        self.last_overlay = 0
+        """The largest number so far; none is given twice, as caches remember them."""
         self.undo: list[Any] = []
         self.handle = operators.handle_of(self, self._hashes)
         _living.add(self)
@@ -184,7 +191,7 @@ class EngramMemory(nn.Module):
         if not table.needs_all_ranks:
             self.prefetch_rows(row_ids_LBTH)
         elif not torch.compiler.is_compiling():
-            table.begin(row_ids_LBTH if valid_BT is None else row_ids_LBTH[:, valid_BT])
+            table.begin(plain(row_ids_LBTH if valid_BT is None else row_ids_LBTH[:, valid_BT]))
 
     def prefetch(self, token_ids_BT: torch.Tensor) -> None:
         """Begins to read the rows of these token ids [B, T], the first layer's first, and returns at once. Does
@@ -200,7 +207,7 @@ class EngramMemory(nn.Module):
         for fusion, row_ids_BTH in zip(self, row_ids_LBTH, strict=True):
             storage = fusion.storage if one is None else one
             if storage.reads_the_disk:
-                storage.prefetch(row_ids_BTH)
+                storage.prefetch(plain(row_ids_BTH))
 
     def __iter__(self) -> Iterator[EngramFusionLayer]:
         return iter(self.layers.values())  # type: ignore[arg-type]  # a ModuleDict doesn't know its modules' type

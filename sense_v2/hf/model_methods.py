@@ -1,6 +1,7 @@
 """Methods of transformers' models that must know of the memory, put on the one object while it is attached.
 
-    prepare_inputs_for_generation    generate's inputs come with ids and mask for the memory
+    generate                         takes the overlay of each prompt
+    prepare_inputs_for_generation    its inputs come with ids, mask and overlays for the memory
     save_pretrained                  saves the memory as well, so that whatever calls it (`push_to_hub`, a Trainer's
                                      save_model) loses nothing
     init_continuous_batching         its paged cache has a place for the memory
@@ -22,8 +23,9 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel
 
-from sense_v2.hf.forward_hooks import IDS_ARGUMENT, MASK_ARGUMENT, is_plain_mask
+from sense_v2.hf.forward_hooks import IDS_ARGUMENT, MASK_ARGUMENT, OVERLAY_ARGUMENT, is_plain_mask
 from sense_v2.hf.memory import memory_of, refuse_other_rows
+from sense_v2.hf.overlays import overlay_numbers
 from sense_v2.hf.serving.continuous_batching import manager_with_memory
 
 
@@ -57,6 +59,7 @@ def replace_methods(model: PreTrainedModel) -> list[Any]:
         *(
             OwnMethod(model, name, function)
             for name, function in (
+                ("generate", _generate_with_overlays),
                 ("prepare_inputs_for_generation", _prepare_inputs_with_memory),
                 ("save_pretrained", _save_with_memory),
                 ("init_continuous_batching", manager_with_memory),
@@ -66,16 +69,29 @@ def replace_methods(model: PreTrainedModel) -> list[Any]:
     ]
 
 
+def _generate_with_overlays(model: Any, *args: Any, overlay: Any = None, **kwargs: Any) -> Any:
+    """Do what the class's own does. Overlays go as a tensor, which it repeats for the beams of a prompt."""
+    if overlay is not None:
+        numbers = overlay_numbers(memory_of(model), overlay)
+        kwargs[OVERLAY_ARGUMENT] = (
+            torch.tensor(numbers, device=model.device) if isinstance(numbers, list) else overlay
+        )
+    return type(model).generate(model, *args, **kwargs)
+
+
 def _prepare_inputs_with_memory(
     model: Any,
     input_ids: Any,
     *args: Any,
     engram_input_ids: Any = None,
     engram_attention_mask: Any = None,
+    overlay: Any = None,
     **kwargs: Any,
 ) -> dict[str, Any]:
-    """Make what generate calls the model with: the class's own, and ids and mask if it leaves them out."""
+    """Make what generate calls the model with: the class's own, overlays, and ids and mask if it leaves them out."""
     inputs = type(model).prepare_inputs_for_generation(model, input_ids, *args, **kwargs)
+    if overlay is not None:
+        inputs[OVERLAY_ARGUMENT] = overlay
     embeds = inputs.get("inputs_embeds")
     if embeds is not None and inputs.get("input_ids") is None:
         ids_BT = input_ids if engram_input_ids is None else engram_input_ids

@@ -1,20 +1,31 @@
-"""An overlay on the table of a model with memory: a small file changes, the table never.
+"""Overlays on the table of a model with memory: small files change, the table never.
 
-    add_overlay(model, "facts.safetensors")   from here on the model looks up, and trains, through the overlay
-    remove_overlay(model)                     and without it again, bit for bit
+    add_overlay(model, "facts.safetensors")     from here on the model looks up, and trains, through the overlay
+    remove_overlay(model)                       and without it again, bit for bit
 
-(`sense_v2.engram.delta.overlay` is the storage.) Backbone and fusion layers stay as they are; whether they are
-trained meanwhile is for who trains to say. A delta holds rows alone, and means what it meant behind the same weights.
+    load_overlay(model, "a", "facts.safetensors")   one of several, for the sequences that choose it
+    model(token_ids, overlay=["a", None, "b"])      each sequence through its own; None: through none of these
+    unload_overlay(model, "a")
+
+(`sense_v2.engram.delta.overlay` is the storage of the first, `chosen_rows` there of the second.) Backbone and fusion
+layers stay as they are; whether they are trained meanwhile is for who trains to say. A delta holds rows alone, and
+means what it meant behind the same weights.
 """
 
 from __future__ import annotations
 
 import os
+from collections.abc import Sequence
+from typing import Any
 
+import torch
 from transformers import PreTrainedModel
 
-from sense_v2.engram.delta.overlay import OverlayStorage
-from sense_v2.hf.memory import memory_of
+from sense_v2.engram.delta.chosen_rows import ChosenRows
+from sense_v2.engram.delta.delta_file import Delta, read_delta
+from sense_v2.engram.delta.overlay import OverlayStorage, refuse_other_base
+from sense_v2.engram.row_source import RowSource
+from sense_v2.hf.memory import EngramMemory, memory_of
 
 
 def overlay_of(model: PreTrainedModel) -> OverlayStorage | None:
@@ -58,3 +69,97 @@ def remove_overlay(model: PreTrainedModel) -> None:
     if overlay is None:
         raise ValueError("this model has no overlay. add_overlay(model) puts one on")
     memory_of(model).use_storage(overlay.release())
+
+
+def load_overlay(model: PreTrainedModel, name: str, *paths: str | os.PathLike[str]) -> None:
+    """Read a delta into memory, for the sequences of a batch that choose it.
+
+    Until a call chooses it (`overlay=`), nothing changes. It lies on top of what the model looks up otherwise. What
+    becomes of the file later is no matter.
+
+    Args:
+        model: With memory attached.
+        name: What calls name it by.
+        *paths: The delta, made on the model's table; where layers have tables of their own, one for each that it
+            changes.
+
+    Raises:
+        FileNotFoundError: There is no such file.
+        ValueError: A file is damaged, or made on another table; or there is an overlay of that name.
+    """
+    memory = memory_of(model)
+    if name in memory.overlay_numbers:
+        raise ValueError(f"an overlay {name!r} is loaded already; unload_overlay(model, {name!r}) first")
+    deltas = [read_delta(path) for path in paths]
+    places = [_place_of(delta, memory.storages) for delta in deltas]
+    if len(set(places)) < len(places) or not places:
+        raise ValueError(f"{len(paths)} deltas for {len(set(places))} tables: name one for each table that changes")
+    if not memory.chosen_rows:
+        memory.chosen_rows = [ChosenRows() for _ in memory.storages]
+        for fusion in memory:
+            fusion.overlays = memory.chosen_rows[_index(memory.storages, fusion.storage)]
+    number = memory.last_overlay + 1
+    for delta, place in zip(deltas, places, strict=True):
+        memory.chosen_rows[place].add(number, delta)
+    memory.overlay_numbers[name] = memory.last_overlay = number
+
+
+def unload_overlay(model: PreTrainedModel, name: str) -> None:
+    """Let go of an overlay; caches that were begun with it are refused. Raises `ValueError` where there is none."""
+    memory = memory_of(model)
+    number = _number(memory, name)
+    del memory.overlay_numbers[name]
+    for chosen in memory.chosen_rows:
+        chosen.remove(number)
+
+
+def _place_of(delta: Delta, storages: Sequence[RowSource]) -> int:
+    """Find the table that a delta was made on. Raises `ValueError` if it is none of these."""
+    identities = [storage.identity() for storage in storages]
+    place = next((n for n, identity in enumerate(identities) if identity.digest == delta.info.base.digest), 0)
+    refuse_other_base(delta, storages[place].table, identities[place])
+    return place
+
+
+def _index(storages: Sequence[RowSource], storage: RowSource) -> int:
+    return next(place for place, one in enumerate(storages) if one is storage)
+
+
+def chosen_numbers(memory: EngramMemory, overlay: Any, token_ids_BT: torch.Tensor) -> torch.Tensor:
+    """Find the numbers [B] of what a call names. Raises `ValueError` for what it can't name."""
+    batch, device = token_ids_BT.shape[0], token_ids_BT.device
+    numbers = torch.as_tensor(overlay_numbers(memory, overlay), device=device)
+    if numbers.dim() == 1 and len(numbers) != batch:
+        raise ValueError(f"overlay names {len(numbers)} overlays for {batch} sequences; expected one for each")
+    return numbers.expand(batch)
+
+
+def overlay_numbers(memory: EngramMemory, overlay: Any) -> Any:
+    """Find the number of a name, or those of a list of names and None; numbers in a tensor are known already."""
+    if isinstance(overlay, torch.Tensor):
+        return overlay
+    if isinstance(overlay, str):
+        return _number(memory, overlay)
+    if not (isinstance(overlay, Sequence) and all(one is None or isinstance(one, str) for one in overlay)):
+        raise ValueError(f"overlay is a name, or a list of names and None, one for each sequence; not {overlay!r}")
+    return [0 if one is None else _number(memory, one) for one in overlay]
+
+
+def overlay_names(memory: EngramMemory, numbers_B: torch.Tensor) -> str:
+    """Name overlays for a message. Raises `ValueError` where one isn't loaded any more."""
+    names = {0: "none", **{number: name for name, number in memory.overlay_numbers.items()}}
+    numbers = numbers_B.tolist()
+    if not names.keys() >= set(numbers):
+        raise ValueError(
+            "the cache holds a sequence of an overlay that was unloaded: load it again and start with a new cache"
+        )
+    return ", ".join(names[number] for number in numbers)
+
+
+def _number(memory: EngramMemory, name: str) -> int:
+    if name not in memory.overlay_numbers:
+        loaded = ", ".join(memory.overlay_numbers) or "none"
+        raise ValueError(
+            f"no overlay {name!r} is loaded (loaded: {loaded}). load_overlay(model, {name!r}, FILE) does it"
+        )
+    return memory.overlay_numbers[name]

@@ -177,21 +177,13 @@ class OverlayStorage(TableModule):
         try:
             if self.path is not None and (mode == "r" or self.path.exists()):
                 self._kept = read_delta(self.path)
-                self._refuse_delta(self._kept)
+                refuse_other_base(self._kept, base, self._base_identity)
         except BaseException:
             self._let_go()
             raise
         self._info = DeltaInfo(self._base_identity) if self._kept is None else self._kept.info
         self._updates = self._info.updates
         self._recent = RecentRows(self.embedding_dim, self.dtype)
-
-    def _refuse_delta(self, delta: Delta) -> None:
-        delta.info.base.refuse_other(self._base_identity, delta.path, self.base.path)
-        if delta.rows_UD.dtype != self.dtype:
-            raise ValueError(
-                f"{delta.path} has rows of {delta.rows_UD.dtype}, and those of {self.base.path} are looked up as "
-                f"{self.dtype}. Make the delta anew"
-            )
 
     # What it is
 
@@ -353,7 +345,7 @@ class OverlayStorage(TableModule):
         `ValueError` where it is damaged or of another base; nothing has changed then."""
         self._refuse_no_writer("restore rows")
         delta = read_delta(path)
-        self._refuse_delta(delta)
+        refuse_other_base(delta, self.base, self._base_identity)
         for name, values_UW in delta.states.items():
             if name in self._states and self._states[name].width != values_UW.shape[1]:
                 width = self._states[name].width
@@ -458,6 +450,16 @@ class OverlayStorage(TableModule):
 
     def extra_repr(self) -> str:
         return f"{self.path}, {len(self._changed_ids())} rows changed of {self.num_embeddings}, mode={self.mode!r}"
+
+
+def refuse_other_base(delta: Delta, base: RowSource, identity: TableIdentity) -> None:
+    """Raises `ValueError` where a delta wasn't made on `base`, which `identity` names."""
+    delta.info.base.refuse_other(identity, delta.path, base.path)
+    if delta.rows_UD.dtype != base.dtype:
+        raise ValueError(
+            f"{delta.path} has rows of {delta.rows_UD.dtype}, and those of {base.path} are looked up as {base.dtype}. "
+            "Make the delta anew"
+        )
 
 
 def _unpickled(
