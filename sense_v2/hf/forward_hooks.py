@@ -100,7 +100,13 @@ def carry_inputs(
         mask = arguments.get("attention_mask") if given_mask is None else given_mask
         inputs = _with_cache(memory, fusions, token_ids_BT, mask, arguments, given.get(OVERLAY_ARGUMENT))
     else:
-        inputs = EngramInputs(paged.rows(memory, token_ids_BT), paged)
+        overlays_BT = None
+        if memory.last_overlay:  # the prompts' ids say them (`ids_with_overlay`)
+            overlays_BT, token_ids_BT = token_ids_BT // num_embeddings, token_ids_BT % num_embeddings
+            args = tuple(token_ids_BT if name == "input_ids" else one for name, one in zip(names, args, strict=False))
+            if "input_ids" in kwargs:
+                kwargs["input_ids"] = token_ids_BT
+        inputs = EngramInputs(paged.rows(memory, token_ids_BT, overlays_BT), paged)
     memory.begin_rows(inputs.rows.row_ids_LBTH, inputs.rows.valid_BT)
     if hands_down:
         kwargs[CARRIER] = inputs

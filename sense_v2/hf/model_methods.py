@@ -1,6 +1,6 @@
 """Methods of transformers' models that must know of the memory, put on the one object while it is attached.
 
-    generate                         takes the overlay of each prompt
+    generate, generate_batch         take the overlay of each prompt
     prepare_inputs_for_generation    its inputs come with ids, mask and overlays for the memory
     save_pretrained                  saves the memory as well, so that whatever calls it (`push_to_hub`, a Trainer's
                                      save_model) loses nothing
@@ -25,7 +25,7 @@ from transformers import PreTrainedModel
 
 from sense_v2.hf.forward_hooks import IDS_ARGUMENT, MASK_ARGUMENT, OVERLAY_ARGUMENT, is_plain_mask
 from sense_v2.hf.memory import memory_of, refuse_other_rows
-from sense_v2.hf.overlays import overlay_numbers
+from sense_v2.hf.overlays import ids_with_overlay, overlay_numbers
 from sense_v2.hf.serving.continuous_batching import manager_with_memory
 
 
@@ -60,6 +60,7 @@ def replace_methods(model: PreTrainedModel) -> list[Any]:
             OwnMethod(model, name, function)
             for name, function in (
                 ("generate", _generate_with_overlays),
+                ("generate_batch", _generate_batch_with_overlays),
                 ("prepare_inputs_for_generation", _prepare_inputs_with_memory),
                 ("save_pretrained", _save_with_memory),
                 ("init_continuous_batching", manager_with_memory),
@@ -77,6 +78,23 @@ def _generate_with_overlays(model: Any, *args: Any, overlay: Any = None, **kwarg
             torch.tensor(numbers, device=model.device) if isinstance(numbers, list) else overlay
         )
     return type(model).generate(model, *args, **kwargs)
+
+
+def _generate_batch_with_overlays(
+    model: Any, inputs: Any, *args: Any, overlay: Any = None, **kwargs: Any
+) -> dict[str, Any]:
+    """Do what the class's own does, with prompts that say their overlays."""
+    if overlay is None:
+        return dict(type(model).generate_batch(model, inputs, *args, **kwargs))
+    overlays = [overlay] * len(inputs) if isinstance(overlay, str) else overlay
+    if len(overlays) != len(inputs):
+        raise ValueError(f"overlay names {len(overlays)} overlays for {len(inputs)} sequences; expected one for each")
+    prompts = [ids_with_overlay(model, ids, one) for ids, one in zip(inputs, overlays, strict=True)]
+    found = dict(type(model).generate_batch(model, prompts, *args, **kwargs))
+    num_embeddings = len(model.get_input_embeddings().weight)
+    for one in found.values():
+        one.prompt_ids = [token_id % num_embeddings for token_id in one.prompt_ids]
+    return found
 
 
 def _prepare_inputs_with_memory(

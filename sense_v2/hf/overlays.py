@@ -15,7 +15,7 @@ means what it meant behind the same weights.
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
@@ -111,6 +111,19 @@ def unload_overlay(model: PreTrainedModel, name: str) -> None:
     del memory.overlay_numbers[name]
     for chosen in memory.chosen_rows:
         chosen.remove(number)
+
+
+def ids_with_overlay(model: PreTrainedModel, token_ids: Iterable[int], overlay: str | None) -> list[int]:
+    """Make the prompt of a request say its overlay, for `add_request` of a manager of continuous batching.
+
+    The overlay's number stands above all token ids, so an engine that shares what requests have in common shares
+    nothing between overlays. Raises `ValueError` where there is no such overlay.
+    """
+    memory, num_embeddings = memory_of(model), len(model.get_input_embeddings().weight)  # type: ignore[arg-type]
+    number = 0 if overlay is None else _number(memory, overlay)
+    if (number + 1) * num_embeddings > 2**31:  # engines keep token ids as int32
+        raise ValueError(f"{number} overlays were loaded, more than a prompt can name: load the model again")
+    return [int(token_id) + number * num_embeddings for token_id in token_ids]
 
 
 def _place_of(delta: Delta, storages: Sequence[RowSource]) -> int:

@@ -24,6 +24,7 @@ from sense_v2.hf.memory import memory_of
 
 CHOSEN = ["a", None, "b", "a"]
 NEW = 6
+SLIDING = {"mistral": {"sliding_window": 12}, "gemma3": {"sliding_window": 12}}
 _FOLDER = tempfile.TemporaryDirectory()
 
 
@@ -31,7 +32,7 @@ _FOLDER = tempfile.TemporaryDirectory()
 def saved(name):
     """A folder with a model, and with deltas a and b, which share rows."""
     folder = Path(_FOLDER.name) / name
-    model = tiny_model(name, initializer_range=0.2)
+    model = tiny_model(name, initializer_range=0.2, **SLIDING.get(name, {}))
     model.generation_config.eos_token_id = None
     layers = [1, 2] if name == "qwen3" else [0, 2]
     attach_engram(model, tiny_config(folder / "table", layer_indices=layers), tiny_tokenizer())

@@ -457,8 +457,8 @@ def refuse_other_base(delta: Delta, base: RowSource, identity: TableIdentity) ->
     delta.info.base.refuse_other(identity, delta.path, base.path)
     if delta.rows_UD.dtype != base.dtype:
         raise ValueError(
-            f"{delta.path} has rows of {delta.rows_UD.dtype}, and those of {base.path} are looked up as {base.dtype}. "
-            "Make the delta anew"
+            f"{delta.path} has rows of {delta.rows_UD.dtype}, and those of {base.path} are looked up as "
+            f"{base.dtype}. Make the delta anew"
         )
 
 

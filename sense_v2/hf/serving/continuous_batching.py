@@ -4,10 +4,13 @@
     model(input_ids, cache=…) ──▶ `paged_call`: tails read through the step's slots, row ids ──▶ `PagedCall.remember`
 
 The manager makes its cache by the model's configuration. It is shown one with E layers more (`manager_with_memory`),
-whose keys and values are the memory's: the compressed ids of the tokens, and what each fusion layer's convolution
-reads. So pages, slots, block tables, copies for forks, offloading and the sizing of the cache are the engine's own,
-and hold for the memory as for keys and values. A layer is filled as far as it is needed; what is less than one costs
-one. `sense_v2.hf.serving.paged_state` says how a step's positions lie.
+whose keys and values are the memory's: compressed id and overlay of each token, and what each fusion layer's
+convolution reads. So pages, slots, block tables, copies for forks, offloading and the sizing of the cache are the
+engine's own, and hold for the memory as for keys and values. A layer is filled as far as it is needed; what is less
+than one costs one. `sense_v2.hf.serving.paged_state` says how a step's positions lie.
+
+A request's overlay is said by its prompt's token ids (`sense_v2.hf.overlays.ids_with_overlay`), by which the engine
+finds what requests can share. Keys and values of two overlays differ, and so do their ids.
 
 (Of transformers' own this uses what the manager asks of a model, `init_continuous_batching` of the class, and
 `layer_to_allocator` and `update` of the cache. It could go if a model could say what its paged cache holds beside
@@ -25,7 +28,7 @@ import torch
 
 from sense_v2.hf.memory import EngramMemory, attached_memory, memory_of
 from sense_v2.hf.serving import paged_state
-from sense_v2.hf.serving.paged_call import ID_DTYPE, PagedCall
+from sense_v2.hf.serving.paged_call import ID_DTYPE, TOKEN_VALUES, PagedCall
 
 
 class _Seen:
@@ -140,8 +143,9 @@ def _layer_words(config: Any) -> int:
 
 
 def _fields(memory: EngramMemory, cache_dtype: torch.dtype) -> list[tuple[int | None, int, int]]:
-    """What is kept of a token: (layer, or None for its compressed id; words in the cache; values)."""
-    fields: list[tuple[int | None, int, int]] = [(None, paged_state.words_of(ID_DTYPE, 1, cache_dtype), 1)]
+    """What is kept of a token: (layer, or None for its compressed id and overlay; words in the cache; values)."""
+    words = paged_state.words_of(ID_DTYPE, TOKEN_VALUES, cache_dtype)
+    fields: list[tuple[int | None, int, int]] = [(None, words, TOKEN_VALUES)]
     for fusion in memory:
         if fusion.conv is not None:
             channels, dtype = fusion.conv.in_channels, fusion.conv.weight.dtype

@@ -6,12 +6,15 @@ from abc import ABC, abstractmethod
 
 import torch
 
+from sense_v2.engram.delta.chosen_rows import numbered
 from sense_v2.engram.hashing import TokenRows
 from sense_v2.hf.memory import EngramMemory
 from sense_v2.hf.serving.paged_state import Step
 
-# Compressed ids as they are kept: a vocabulary has fewer.
+# Compressed ids and the numbers of overlays as they are kept: there are fewer.
 ID_DTYPE = torch.int32
+TOKEN_VALUES = 2
+"""What is kept of a token beside what convolutions read: its compressed id, and the number of its overlay."""
 
 
 class PagedCall(ABC):
@@ -24,23 +27,40 @@ class PagedCall(ABC):
 
     @abstractmethod
     def exchange(self, layer_id: int | None, values_TX: torch.Tensor) -> torch.Tensor:
-        """Keep values of the new tokens (of a layer's convolution; None: their compressed ids). Return them in their
+        """Keep values of the new tokens (of a layer's convolution; None: their `TOKEN_VALUES`). Return them in their
         places behind those of the pasts, [Q, X]."""
 
-    def rows(self, memory: EngramMemory, token_ids_BT: torch.Tensor) -> TokenRows:
-        """Find the rows of the step's tokens [1, T], by their own sequences' pasts."""
-        compressed_BT = memory.tokenizer(token_ids_BT)
-        ids_1Q = self.exchange(None, compressed_BT[0, :, None].to(ID_DTYPE))[None, :, 0].long()
-        masks = {"attention_mask": self.step.known()[None], "sequence_ids": self.step.documents_Q[None]}
-        row_ids_LBQH = torch.stack([fusion.hasher(ids_1Q, **masks) for fusion in memory])
+    def rows(
+        self, memory: EngramMemory, token_ids_BT: torch.Tensor, overlays_BT: torch.Tensor | None = None
+    ) -> TokenRows:
+        """Find the rows of the step's tokens [1, T], by their own sequences' pasts.
+
+        Args:
+            memory: Of the model.
+            token_ids_BT: The tokens.
+            overlays_BT: The number of each one's overlay; a token that was generated may have 0.
+        """
+        step, compressed_BT = self.step, memory.tokenizer(token_ids_BT)
+        given_BT = torch.zeros_like(compressed_BT) if overlays_BT is None else overlays_BT
+        kept_T2 = torch.stack([compressed_BT[0], given_BT[0]], dim=-1).to(ID_DTYPE)
+        found_Q2 = self.exchange(None, kept_T2).long()
+        masks = {"attention_mask": step.known()[None], "sequence_ids": step.documents_Q[None]}
+        row_ids_LBQH = torch.stack([fusion.hasher(found_Q2[None, :, 0], **masks) for fusion in memory])
+        row_ids_LBTH = row_ids_LBQH[:, :, step.places_T]
+        if overlays_BT is not None:
+            # A sequence has one overlay: a token that doesn't name it has that of the tokens before.
+            of_each = torch.zeros_like(step.documents_Q).scatter_reduce(0, step.documents_Q, found_Q2[:, 1], "amax")
+            overlays_T = of_each[step.documents_Q[step.places_T]]
+            row_ids_LBTH = numbered(row_ids_LBTH, overlays_T[:, None])
+            self.exchange(None, torch.stack([kept_T2[:, 0], overlays_T.to(ID_DTYPE)], dim=-1))
         return TokenRows(
-            row_ids_LBTH=row_ids_LBQH[:, :, self.step.places_T],
+            row_ids_LBTH=row_ids_LBTH,
             valid_BT=None,
-            documents_BQ=self.step.documents_Q[None],
+            documents_BQ=step.documents_Q[None],
             compressed_BT=compressed_BT,
             positions_BT=None,
             num_past=0,
-            places_T=self.step.places_T,
+            places_T=step.places_T,
         )
 
     def remember(self, layer_id: int, inputs_BTX: torch.Tensor) -> torch.Tensor:
