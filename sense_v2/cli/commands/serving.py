@@ -94,6 +94,14 @@ def serve(
         str | None,
         typer.Option(envvar="SENSE_ENGRAM_API_KEY", help="What requests must bear; without it anyone may ask."),
     ] = None,
+    overlays: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="FOLDER",
+            help="Deltas of this folder are served, too: facts.safetensors as the model FOLDER+facts. Files that "
+            "come, change or go while it serves are followed.",
+        ),
+    ] = None,
     as_json: JsonOption = False,
 ) -> None:
     """Serve a trained model with transformers' OpenAI-compatible server.
@@ -114,6 +122,7 @@ def serve(
         cache_tokens=cache_tokens,
         max_waiting=max_waiting,
         api_key=api_key,
+        overlays=overlays,
     )
     lines_to(as_json)(
         f"model    {folder}, by this name; `curl {url}/models` lists it", f"serving  {url} until Ctrl-C"

@@ -46,7 +46,8 @@ class ChosenRows:
         self._deltas[number] = torch.from_numpy(delta.row_ids_U.copy()), delta.rows_UD.clone()
 
     def remove(self, number: int) -> None:
-        """Let go of a delta's rows, if there are any. Lookups through it find those of the table."""
+        """Let go of a delta's rows, if there are any. Lookups through it find those of the table: an engine may still
+        run a request that was cancelled, and an error would end all others with it."""
         self._deltas.pop(number, None)
 
     def __call__(self, row_ids: torch.Tensor, storage: RowSource) -> torch.Tensor:
@@ -54,9 +55,10 @@ class ChosenRows:
         rows = storage(plain(row_ids))
         numbers = row_ids >> ROW_BITS
         for number in numbers.unique().tolist():
-            if number not in self._deltas:
+            delta = self._deltas.get(number)  # another thread may unload it meanwhile
+            if delta is None:
                 continue
-            changed_U, rows_UD = self._deltas[number]
+            changed_U, rows_UD = delta
             at = (numbers == number).nonzero(as_tuple=True)
             ids = plain(row_ids[at]).cpu()
             places = torch.searchsorted(changed_U, ids).clamp_max(max(len(changed_U) - 1, 0))

@@ -21,12 +21,15 @@ from functools import partial
 from typing import Any
 
 import torch
+from fastapi import HTTPException
 from transformers import ContinuousBatchingConfig, GenerationConfig
 from transformers.cli.serving.utils import BaseGenerateManager, CBStreamer, GenerateManager, GenerationState
 
 from sense_v2.hf.memory import attached_memory
+from sense_v2.hf.overlays import ids_with_overlay
 from sense_v2.hf.serving.continuous_batching import why_not_batched
 from sense_v2.hf.serving.gate import asked
+from sense_v2.hf.serving.served_overlays import ServedOverlays
 
 log = logging.getLogger("sense_v2.serve")
 
@@ -39,10 +42,11 @@ class Engines(BaseGenerateManager):
 
     Args:
         cache_tokens: How many tokens of requests an engine's cache holds.
+        overlays: What requests may name, if anything.
     """
 
-    def __init__(self, cache_tokens: int) -> None:
-        self.cache_tokens = cache_tokens
+    def __init__(self, cache_tokens: int, overlays: ServedOverlays | None = None) -> None:
+        self.cache_tokens, self.overlays = cache_tokens, overlays
         self.batched: dict[bool, Any] = {}
         """Managers of continuous batching, by whether they sample."""
         self.alone = GenerateManager()
@@ -92,9 +96,10 @@ class Engines(BaseGenerateManager):
         response_parser: Any = None,
     ) -> Any:
         """Do what transformers' managers do: a queue of texts, and what puts them there."""
-        if not _batches(gen_config):
+        overlay = self._overlay(model)
+        if not _batches(inputs, gen_config):
             return self.alone.generate_streaming(
-                model, processor, *_one_by_one(model, inputs, gen_config), request_id, response_parser
+                model, processor, *_one_by_one(model, inputs, gen_config, overlay), request_id, response_parser
             )
         queue: asyncio.Queue[Any] = asyncio.Queue()
         engine = self._engine(gen_config)
@@ -111,21 +116,22 @@ class Engines(BaseGenerateManager):
                 streamer.end()
 
         engine.register_result_handler(request_id, put)
-        self._add(engine, inputs, gen_config, request_id, streaming=True)
+        self._add(engine, inputs, gen_config, request_id, overlay, streaming=True)
         return queue, streamer
 
     async def generate_non_streaming(
         self, model: Any, processor: Any, inputs: Any, gen_config: Any, request_id: str
     ) -> Any:
         """Do what transformers' managers do: the text, the prompt's length, the tokens."""
-        if not _batches(gen_config):
+        overlay = self._overlay(model)
+        if not _batches(inputs, gen_config):
             return await self.alone.generate_non_streaming(
-                model, processor, *_one_by_one(model, inputs, gen_config), request_id
+                model, processor, *_one_by_one(model, inputs, gen_config, overlay), request_id
             )
         engine = self._engine(gen_config)
         answer = asyncio.get_running_loop().create_future()
         engine.register_result_handler(request_id, partial(_finish, answer))
-        self._add(engine, inputs, gen_config, request_id, streaming=False)
+        self._add(engine, inputs, gen_config, request_id, overlay, streaming=False)
         try:
             output = await answer
         except asyncio.CancelledError:  # the client is gone
@@ -135,6 +141,15 @@ class Engines(BaseGenerateManager):
             raise RuntimeError(f"the answer can't be generated: {output.error}")
         text = processor.decode(output.generated_tokens, skip_special_tokens=True)
         return text, len(inputs["input_ids"]), output.generated_tokens
+
+    def _overlay(self, model: Any) -> str | None:
+        """Find what the model calls the overlay that the request names. What is wrong with its file is an error of
+        this request alone."""
+        try:
+            return None if self.overlays is None else self.overlays.loaded(model)
+        except (OSError, ValueError) as error:
+            log.warning("an overlay can't be read: %s", error)
+            raise HTTPException(503, "this overlay can't be read now; the server's log says why") from error
 
     def _engine(self, gen_config: Any) -> Any:
         samples = bool(gen_config.do_sample)
@@ -159,7 +174,9 @@ class Engines(BaseGenerateManager):
             self.batched[samples] = engine
         return self.batched[samples]
 
-    def _add(self, engine: Any, inputs: Any, gen_config: Any, request_id: str, *, streaming: bool) -> None:
+    def _add(
+        self, engine: Any, inputs: Any, gen_config: Any, request_id: str, overlay: str | None, *, streaming: bool
+    ) -> None:
         own = {}
         if gen_config.do_sample:
             top_k = gen_config.top_k or self.model.config.get_text_config().vocab_size
@@ -168,8 +185,9 @@ class Engines(BaseGenerateManager):
                 "top_k": int(top_k),
                 "top_p": float(1.0 if gen_config.top_p is None else gen_config.top_p),
             }
+        token_ids = inputs["input_ids"]
         added = engine.add_request(
-            inputs["input_ids"],
+            token_ids if overlay is None else ids_with_overlay(self.model, token_ids, overlay),
             request_id=request_id,
             max_new_tokens=gen_config.max_new_tokens,
             eos_token_id=gen_config.eos_token_id,
@@ -183,9 +201,9 @@ class Engines(BaseGenerateManager):
 class State(GenerationState):
     """What transformers' handlers ask for a manager: there is one, and it batches where the model can."""
 
-    def __init__(self, cache_tokens: int, *, batched: bool = True) -> None:
+    def __init__(self, cache_tokens: int, *, batched: bool = True, overlays: ServedOverlays | None = None) -> None:
         super().__init__(continuous_batching=batched)
-        self.engines = Engines(cache_tokens)
+        self.engines = Engines(cache_tokens, overlays)
         self._can: bool | None = None if batched else False
 
     def use_continuous_batching(self, model: Any, modality: Any) -> bool:
@@ -198,8 +216,8 @@ class State(GenerationState):
         return self._can
 
     def get_manager(self, model_id: str, use_cb: bool = False) -> Any:
-        """Return the engines, or what generates one after the other."""
-        return self.engines if use_cb else self.engines.alone
+        """Return the engines, which see from a request's inputs whether it comes one after the other."""
+        return self.engines
 
     def is_cb_alive(self) -> bool:
         """False once an engine has stopped by an error."""
@@ -207,6 +225,9 @@ class State(GenerationState):
 
     def metrics(self) -> Any:
         """What the operator sees of the engines (see `operations.Sample`)."""
+        if self.engines.overlays is not None:
+            current = len(self.engines.overlays.current)
+            yield "overlays", "gauge", "Overlays that are in memory.", {"": current}
         yield "engine_requests", "gauge", "Requests in the engines of batches.", {"": self.engines.num_waiting}
         memory = None if self.engines.model is None else attached_memory(self.engines.model)
         tables = {} if memory is None else {f'table="{n}"': s.stats() for n, s in enumerate(memory.storages)}
@@ -231,8 +252,11 @@ class State(GenerationState):
         self.engines.stop()
 
 
-def _batches(gen_config: Any) -> bool:
-    """True for what an engine does exactly: its batches know no stop texts, penalties or seeds."""
+def _batches(inputs: Any, gen_config: Any) -> bool:
+    """True for what an engine does exactly: its batches know no stop texts, penalties or seeds. Inputs are tensors
+    where the model can't be batched."""
+    if isinstance(inputs["input_ids"], torch.Tensor):
+        return False
     is_neutral = all(
         getattr(gen_config, name, None) in (None, neutral)
         for name, neutral in {
@@ -248,11 +272,13 @@ def _batches(gen_config: Any) -> bool:
     return is_neutral and not gen_config.stop_strings and not seeded
 
 
-def _one_by_one(model: Any, inputs: Any, gen_config: Any) -> tuple[dict[str, Any], Any]:
+def _one_by_one(model: Any, inputs: Any, gen_config: Any, overlay: str | None) -> tuple[dict[str, Any], Any]:
     """Make what `generate` takes of what an engine takes."""
     if not isinstance(inputs["input_ids"], torch.Tensor):
         inputs = {name: torch.tensor([values], device=model.device) for name, values in inputs.items()}
         gen_config.use_cache = True
+    if overlay is not None:
+        inputs = {**inputs, "overlay": overlay}
     return inputs, gen_config
 
 

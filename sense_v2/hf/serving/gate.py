@@ -13,9 +13,12 @@ import ipaddress
 import json
 import socket
 from collections.abc import Awaitable, Callable, Collection
+from contextlib import nullcontext
 from contextvars import ContextVar
 from typing import Any
 from urllib.parse import urlsplit
+
+from sense_v2.hf.serving.served_overlays import ServedOverlays
 
 LOOPBACK = frozenset({"127.0.0.1", "localhost", "::1"})
 MAX_BODY_BYTES = 8 * 2**20
@@ -135,10 +138,19 @@ class OneModel:
         name: The model's.
         count_tokens: A text -> how many tokens it has.
         max_tokens: How many the model can take, prompt and answer together.
+        overlays: What requests may name as `name+OVERLAY`, if anything.
     """
 
-    def __init__(self, app: Any, name: str, count_tokens: Callable[[str], int], max_tokens: int) -> None:
+    def __init__(
+        self,
+        app: Any,
+        name: str,
+        count_tokens: Callable[[str], int],
+        max_tokens: int,
+        overlays: ServedOverlays | None = None,
+    ) -> None:
         self.app, self.name, self.count_tokens, self.max_tokens = app, name, count_tokens, max_tokens
+        self.overlays = overlays
 
     async def __call__(self, scope: dict[str, Any], receive: Receive, send: Send) -> None:
         if scope["type"] == "lifespan":
@@ -147,7 +159,10 @@ class OneModel:
         path, method = scope.get("path", ""), scope.get("method")
         try:
             if path in ("/v1/models", "/health") and method in ("GET", "HEAD"):
-                await self.app(scope, receive, send)
+                if path == "/v1/models" and self.overlays is not None:
+                    await _answer(send, 200, "application/json", json.dumps(self._models(self.overlays)))
+                else:
+                    await self.app(scope, receive, send)
                 return
             if path not in TEXTS:
                 raise Refused(404, f"{path} isn't served; {', '.join(TEXTS)} and /v1/models are")
@@ -155,12 +170,15 @@ class OneModel:
                 raise Refused(405, f"{path} takes POST")
             body = await _body(receive)
             request = _parsed(body)
+            overlay = self._overlay(request)
             self._check(path, request)
         except Refused as refused:
             error = {"message": refused.what, "type": "invalid_request_error", "param": None, "code": refused.status}
             await _answer(send, refused.status, "application/json", json.dumps({"error": error}))
             return
         asked.set(request)
+        if overlay is not None:  # the app knows the model alone
+            body = json.dumps({**request, "model": self.name}).encode()
         told = False
 
         async def receive_again() -> Message:
@@ -170,12 +188,28 @@ class OneModel:
             told = True
             return {"type": "http.request", "body": body, "more_body": False}
 
-        await self.app(scope, receive_again, send)
+        with nullcontext() if self.overlays is None else self.overlays.answering(overlay):
+            await self.app(scope, receive_again, send)
+
+    def _models(self, overlays: ServedOverlays) -> dict[str, Any]:
+        """List the model, and itself with each overlay."""
+        names = [self.name, *(f"{self.name}+{overlay}" for overlay in overlays.files())]
+        models = [{"id": name, "object": "model", "created": 0, "owned_by": "sense-engram"} for name in names]
+        return {"object": "list", "data": models}
+
+    def _overlay(self, request: dict[str, Any]) -> str | None:
+        """Find the overlay that a request names, if any. Raise `Refused` for another model or overlay."""
+        model = request.get("model")
+        if model in (None, self.name):
+            return None
+        found = {} if self.overlays is None else {f"{self.name}+{one}": one for one in self.overlays.files()}
+        if not isinstance(model, str) or model not in found:
+            served = " and its overlays, which /v1/models lists, are" if self.overlays is not None else " is"
+            raise Refused(404, f"the model {str(model)[:200]!r} isn't served; {self.name!r}{served}")
+        return found[model]
 
     def _check(self, path: str, request: dict[str, Any]) -> None:
         """Raise `Refused` for what would fail in the server, or take all of its memory."""
-        if request.get("model") not in (None, self.name):
-            raise Refused(404, f"the model {str(request['model'])[:200]!r} isn't served; {self.name!r} is")
         wanted = 1
         for name in _COUNTS:
             if request.get(name) is not None:

@@ -19,6 +19,7 @@ from sense_v2.hf.saving.folder import MEMORY_FOLDER, check_folder
 from sense_v2.hf.saving.model_config import MODEL_TYPE
 from sense_v2.hf.serving.gate import OneModel, OwnPages, own_names
 from sense_v2.hf.serving.operations import Operated, log_to_stderr
+from sense_v2.hf.serving.served_overlays import ServedOverlays
 
 # Of a model that says of no limit.
 MAX_TOKENS = 1 << 17
@@ -44,6 +45,7 @@ def openai_server(
     cache_tokens: int = CACHE_TOKENS,
     max_waiting: int = MAX_WAITING,
     api_key: str | None = None,
+    overlays: Path | None = None,
 ) -> Callable[[], Any]:
     """Check that a model can be served.
 
@@ -58,6 +60,7 @@ def openai_server(
         cache_tokens: Tokens of all requests that an engine of batches holds at once.
         max_waiting: Requests in work or waiting; what comes beyond is answered by 503.
         api_key: What requests must bear; None: anyone may ask.
+        overlays: A folder of deltas, each of which a request may name as `MODEL+NAME`.
 
     Returns:
         The server: called, it serves until it is interrupted.
@@ -73,6 +76,8 @@ def openai_server(
             f"{folder} was saved in a form that transformers' server opens without its memory",
             "load it and save it again, with from_pretrained and save_pretrained of sense_v2.hf",
         )
+    if overlays is not None and not overlays.is_dir():
+        raise CommandError(f"{overlays}: no such folder", "make it, with or without deltas in it: it is watched")
     tokenizer = saved_tokenizer(folder)
     try:
         import fastapi  # noqa: F401
@@ -94,12 +99,13 @@ def openai_server(
         def start_server(self) -> None:  # what Serve calls where it isn't to block
             from sense_v2.hf.serving.engines import State
 
-            state = State(cache_tokens, batched=batched)
+            served = None if overlays is None else ServedOverlays(overlays)
+            state = State(cache_tokens, batched=batched, overlays=served)
             for handler in (self._chat_handler, self._completion_handler, self._response_handler):
                 handler.generation_state = state
             server = self.server.config
             model = OneModel(
-                server.app, str(folder), lambda one: len(encode([one], tokenizer, separator_id=None)), limit
+                server.app, str(folder), lambda one: len(encode([one], tokenizer, separator_id=None)), limit, served
             )
             operated = Operated(
                 model, api_key=api_key, max_waiting=max_waiting, is_alive=state.is_cb_alive, more=state.metrics

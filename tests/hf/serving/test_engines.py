@@ -128,9 +128,13 @@ def test_an_engine_that_failed_says_so(engines, monkeypatch):
 def test_a_model_that_cant_is_answered_one_after_the_other(caplog):
     from tiny import tiny_model
 
-    state = State(2048)
-    assert not state.use_continuous_batching(tiny_model("lfm2"), None)
-    assert state.get_manager("any", use_cb=False) is state.engines.alone
+    state, model = State(2048), tiny_model("lfm2")
+    assert not state.use_continuous_batching(model, None)
+    manager, ids = state.get_manager("any", use_cb=False), torch.tensor([[5, 6, 7]])
+    inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+    found = asyncio.run(manager.generate_non_streaming(model, tokenizer(), inputs, settings(use_cache=True), "alone"))
+    assert_greedy(model, ids.tolist(), [found[2].tolist()])
+    assert not state.engines.batched
     assert "no attention" in caplog.text
     assert State(2048).use_continuous_batching(copy.copy(remembering("llama")), None)
     assert not State(2048, batched=False).use_continuous_batching(remembering("llama"), None)

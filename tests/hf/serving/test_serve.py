@@ -19,7 +19,7 @@ from tokenizers import decoders
 from transformers import PreTrainedTokenizerFast
 
 from sense_v2.cli.main import main
-from sense_v2.hf import from_pretrained, save_pretrained
+from sense_v2.hf import add_overlay, from_pretrained, save_pretrained
 from sense_v2.hf.attach import detach_engram
 
 openai = pytest.importorskip("openai")
@@ -42,7 +42,19 @@ def saved(tmp_path_factory) -> Path:
     model = with_memory(folder / "table")
     model.generation_config.eos_token_id = None
     save_pretrained(model, folder / "model", tokenizer=tokenizer())
+    (folder / "overlays").mkdir()
+    write_delta(folder / "model", folder / "overlays" / "facts.safetensors", seed=1)
     return folder / "model"
+
+
+def write_delta(folder: Path, path: Path, seed: int) -> None:
+    """All rows are others."""
+    model = from_pretrained(folder)
+    overlay = add_overlay(model, path)
+    rows = torch.randn(1_500, 8, generator=torch.Generator().manual_seed(seed))
+    overlay.write(torch.arange(1_500), rows)
+    overlay.commit()
+    detach_engram(model)
 
 
 @pytest.fixture(scope="module")
@@ -51,7 +63,7 @@ def client(saved):
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
     command = [sys.executable, "-m", "sense_v2.cli.main", "serve", str(saved), "--port", str(port), "--json"]
-    command += ["--max-waiting", "40", "--cache-tokens", "4096"]
+    command += ["--max-waiting", "40", "--cache-tokens", "4096", "--overlays", str(saved.parent / "overlays")]
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
     environment["SENSE_ENGRAM_API_KEY"] = KEY
     with open(saved.parent / "log", "w+") as log, open(saved.parent / "out", "w") as out:
@@ -84,7 +96,47 @@ def expected(model, prompt: str, max_tokens: int) -> str:
 
 
 def test_the_folder_is_the_only_model(client, saved):
-    assert [model.id for model in client.models.list()] == [str(saved)]
+    assert [model.id for model in client.models.list()] == [str(saved), f"{saved}+facts"]
+
+
+def test_each_request_has_its_overlay_and_overlays_come_and_go(client, saved):
+    folder = saved.parent / "overlays"
+    write_delta(saved, saved.parent / "more.safetensors", seed=2)
+    (saved.parent / "more.safetensors").rename(folder / "more.safetensors")  # while it serves
+    overlays = {None: None, "facts": folder / "facts.safetensors", "more": folder / "more.safetensors"}
+
+    def ask(number: int) -> str:
+        overlay = list(overlays)[number % 3]
+        request = {
+            "model": str(saved) if overlay is None else f"{saved}+{overlay}",
+            "prompt": PROMPTS[number // 3 % len(PROMPTS)],
+            "max_tokens": 8,
+            "temperature": 0,
+        }
+        if number % 5 == 4:  # what batches don't know
+            request["frequency_penalty"] = 1e-6
+        if number % 2:
+            parts = client.completions.create(**request, stream=True)
+            return "".join(chunk.choices[0].text for chunk in parts if chunk.choices)
+        return client.completions.create(**request).choices[0].text
+
+    with ThreadPoolExecutor(18) as pool:
+        found = list(pool.map(ask, range(18)))
+    for start, path in enumerate(overlays.values()):
+        model = from_pretrained(saved, overlay=path)
+        assert found[start::3] == [expected(model, prompt, 8) for prompt in PROMPTS]
+        detach_engram(model)
+    assert found[0::3] != found[1::3] != found[2::3] != found[0::3]
+    (folder / "more.safetensors").unlink()
+    for gone in ("more", "../overlays/facts", "none"):
+        with pytest.raises(openai.NotFoundError, match="and its overlays, which /v1/models lists, are"):
+            client.completions.create(model=f"{saved}+{gone}", prompt=PROMPTS[0])
+    (folder / "damaged.safetensors").write_bytes(b"no delta")
+    with pytest.raises(openai.InternalServerError, match="can't be read now"):
+        client.completions.create(model=f"{saved}+damaged", prompt=PROMPTS[0])
+    (folder / "damaged.safetensors").unlink()
+    answer = client.completions.create(model=str(saved), prompt=PROMPTS[0], max_tokens=8, temperature=0)
+    assert answer.choices[0].text == found[0]
 
 
 def test_json_says_where_it_is_served_and_is_all_of_stdout(client, saved):
@@ -229,6 +281,11 @@ def test_a_folder_that_is_not_served(saved, tmp_path, capsys, spoil, message):
     error = capsys.readouterr().err
     assert message in error
     assert error.count("\n") == 2
+
+
+def test_a_folder_of_overlays_that_isnt_there(saved, tmp_path, capsys):
+    assert main(["serve", str(saved), "--overlays", str(tmp_path / "none")]) == 1
+    assert f"{tmp_path / 'none'}: no such folder" in capsys.readouterr().err
 
 
 def test_without_the_servers_packages(saved, monkeypatch, capsys):
