@@ -20,6 +20,7 @@ from checkpoints import deepseek_rows, slow_deepseek_rows, write_shard
 from gguf_files import DEEPSEEK, rows_of, slow_rows, write_gguf
 from tables import D, N, make, on_disk
 
+from sense_v2.engram.delta.joined_tables import JoinedTables
 from sense_v2.engram.delta.overlay import OverlayStorage
 from sense_v2.engram.ranks.collectives import Ranks
 from sense_v2.engram.ranks.sharded_table import ShardedTable
@@ -31,16 +32,24 @@ MAPPED = ("float32", "float16", "bfloat16")
 COMPACT = ("int8", "float8_e4m3fn", "int4")
 GGUF = {"gguf Q8_0": 64, "gguf Q4_K": 256, "gguf BF16": 16}
 RELEASED = ("deepseek", "qwen bfloat16", "qwen float8", *GGUF)
-OVERLAYS = tuple(f"overlay on {base}" for base in ("float32", "bfloat16", "int8", "deepseek", "gguf Q8_0"))
+OVERLAYS = tuple(f"overlay on {base}" for base in ("float32", "bfloat16", "int8", "deepseek", "gguf Q8_0", "joined"))
 SHARDED = ("ranks, one file", "ranks, shards")
 TRAINABLE = (*MAPPED, *OVERLAYS, *SHARDED)
-READ_ONLY = (*(f"{dtype}, read-only" for dtype in MAPPED), "overlay on float32, read-only", *COMPACT, *RELEASED)
+READ_ONLY = (
+    *(f"{dtype}, read-only" for dtype in MAPPED),
+    "overlay on float32, read-only",
+    *COMPACT,
+    *RELEASED,
+    "joined",
+)
 KINDS = (*TRAINABLE, *READ_ONLY)
 
 CHANGED = (40, 3)
 """What an overlay's first commit changes: to 1, 2, 3, …"""
 WIDTHS = {"deepseek": 256, "qwen bfloat16": 16, "qwen float8": 16, **GGUF}
 QWEN_SCALE = 0.3
+PARTS = {"first.dat": 20, "second.dat": N - 20}
+"""Of joined tables, and their rows."""
 
 
 def width_of(kind: str) -> int:
@@ -49,7 +58,7 @@ def width_of(kind: str) -> int:
 
 def type_of(kind: str) -> torch.dtype:
     """Of the rows that are looked up."""
-    floats = ("int8", "int4", "qwen float8", "gguf Q8_0", "gguf Q4_K")
+    floats = ("joined", "int8", "int4", "qwen float8", "gguf Q8_0", "gguf Q4_K")
     types = {**dict.fromkeys(floats, torch.float32), "float8_e4m3fn": torch.bfloat16}
     return types.get(_base(kind)) or getattr(torch, _base(kind), None) or _type_of_others(kind)
 
@@ -92,6 +101,11 @@ def _open_table(kind: str, folder: Path, *, mode: str, is_base: bool = False, **
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", ".*not checked", UserWarning)
             return open_released_table(path, 1)
+    if kind == "joined":
+        for name, num_rows in PARTS.items():
+            if not (folder / name).exists():
+                MMapEmbeddingStorage(num_rows, D, folder / name, init_std=1.0).close()
+        return JoinedTables([MMapEmbeddingStorage(n, D, folder / name, mode="r") for name, n in PARTS.items()])
     if kind in COMPACT:
         if not path.exists():
             make(folder / "from.dat", init_std=1.0).close()
@@ -133,6 +147,8 @@ def rows_in_files(kind: str, folder: Path) -> np.ndarray[Any, Any]:
     path = folder / "engram_table.dat"
     if base in MAPPED:
         rows = on_disk(path, base)
+    elif base == "joined":
+        rows = np.concatenate([on_disk(folder / name) for name in PARTS])
     elif base in COMPACT:
         rows = _compact_rows(base, path)
     elif base in GGUF:

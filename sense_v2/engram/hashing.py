@@ -204,6 +204,8 @@ class NgramHasher:
         )
         self._primes_H = torch.tensor(self.layout.primes_LH[layer], dtype=torch.int64)
         self._offsets_H = torch.tensor(self.layout.offsets_LH[layer], dtype=torch.int64)
+        self.first_row = 0
+        """Where the layer's table begins, if it is one of several that are joined."""
 
     @classmethod
     def from_config(
@@ -292,7 +294,7 @@ class NgramHasher:
             multipliers=self.multipliers.tolist(),
             ngram_orders=self.layout.ngram_orders,
             primes_H=self._primes_H.to(device),
-            offsets_H=self._offsets_H.to(device),
+            offsets_H=self._offsets_H.to(device) + self.first_row,
             pad_id=self.pad_id,
             valid_BT=valid_BT,
             sequence_ids_BT=sequence_ids_BT,

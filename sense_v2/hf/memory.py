@@ -20,6 +20,7 @@ from torch import nn
 from sense_v2.core.config import EngramConfig
 from sense_v2.engram import operators
 from sense_v2.engram.delta.chosen_rows import ChosenRows, plain
+from sense_v2.engram.delta.joined_tables import JoinedTables
 from sense_v2.engram.hashing import hash_tokens
 from sense_v2.engram.model import EngramFusionLayer, open_table
 from sense_v2.engram.row_source import RowSource, TrainableRows
@@ -75,8 +76,8 @@ class EngramMemory(nn.Module):
         """A `MemoryOfReference`, while TRL trains an adapter against the model without it."""
         self.overlay_numbers: dict[str, int] = {}
         """Overlays that sequences may choose (`load_overlay`), and how row ids name them."""
-        self.chosen_rows: list[ChosenRows] = []
-        """Their rows, for each of `storages`; empty until there are any."""
+        self.chosen_rows = ChosenRows()
+        """Their rows."""
         self.last_overlay = 0
         """The largest number so far; none is given twice, as caches remember them."""
         self.undo: list[Any] = []
@@ -150,6 +151,17 @@ class EngramMemory(nn.Module):
         for fusion in self:
             fusion.use_storage(storage)
 
+    def join_tables(self) -> RowSource:
+        """Look up all tables as one from here on: that of a memory of one is what it was. Raises `ValueError` for
+        tables that can't be one."""
+        if len(self.storages) > 1:
+            joined = JoinedTables(self.storages)
+            for fusion in self:
+                fusion.hasher.first_row = joined.first_row(fusion.storage)
+            self.use_storage(joined)
+        storage: RowSource = self.storage
+        return storage
+
     @property
     def table(self) -> Any:
         """The table itself: the storage, or what its overlay lies on."""
@@ -214,10 +226,10 @@ class EngramMemory(nn.Module):
 
 
 class MemoryOfSeveralTables(EngramMemory):
-    """Where layers have tables of their own: `storages` has them, and there is no `storage`."""
+    """Where layers have tables of their own: `storages` has them, and there is no `storage` until they are joined."""
 
     def __getattr__(self, name: str) -> Any:
-        if name == "storage":
+        if name == "storage" and name not in self._modules:  # they aren't joined
             raise AttributeError(
                 f"this memory has a table for each of its layers, {', '.join(self.layers)}: "
                 "model.engram.layers[…].storage is one of them, model.engram.storages all. What saves or trains rows "

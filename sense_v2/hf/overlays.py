@@ -21,22 +21,16 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel
 
-from sense_v2.engram.delta.chosen_rows import ChosenRows
-from sense_v2.engram.delta.delta_file import Delta, read_delta
+from sense_v2.engram.delta.delta_file import read_delta
 from sense_v2.engram.delta.overlay import OverlayStorage, refuse_other_base
-from sense_v2.engram.row_source import RowSource
 from sense_v2.hf.memory import EngramMemory, memory_of
 
 
 def overlay_of(model: PreTrainedModel) -> OverlayStorage | None:
-    """The overlay that the model looks up through, if any. Raises `ValueError` where its layers have tables of their
-    own."""
+    """The overlay that the model looks up through, if any."""
     memory = memory_of(model)
     if len(memory.storages) > 1:
-        raise ValueError(
-            "this memory has a table for each of its layers, and an overlay lies on one table. Attach it with them: "
-            "attach_engram(model, config, tokenizer, storage={layer: OverlayStorage(table, path), …})"
-        )
+        return None
     (storage,) = memory.storages
     return None if storage is storage.table else storage
 
@@ -46,8 +40,10 @@ def add_overlay(
 ) -> OverlayStorage:
     """Puts an overlay, the delta at `path` or one in memory alone, between the model and its table.
 
-    The table must have been opened with mode "r" (`from_pretrained` does that by itself). Raises `ValueError` where
-    it wasn't, where there is an overlay already, and what `OverlayStorage` raises.
+    The table must have been opened with mode "r" (`from_pretrained` does that by itself). Where layers have tables of
+    their own, the overlay lies on all of them, joined to one (`sense_v2.engram.delta.joined_tables`); they stay
+    joined. Raises `ValueError` where a table can be written to, where there is an overlay already, and what
+    `OverlayStorage` raises.
     """
     memory, there = memory_of(model), overlay_of(model)
     if there is not None:
@@ -55,7 +51,7 @@ def add_overlay(
             f"this model has an overlay already ({there.path or 'in memory'}). Deltas of one table can be "
             "made one: sense-engram delta merge; or remove_overlay(model) first"
         )
-    overlay = OverlayStorage(memory.storage, path, mode=mode)
+    overlay = OverlayStorage(memory.join_tables(), path, mode=mode)
     memory.use_storage(overlay.train(memory.training))
     return overlay
 
@@ -71,7 +67,7 @@ def remove_overlay(model: PreTrainedModel) -> None:
     memory_of(model).use_storage(overlay.release())
 
 
-def load_overlay(model: PreTrainedModel, name: str, *paths: str | os.PathLike[str]) -> None:
+def load_overlay(model: PreTrainedModel, name: str, path: str | os.PathLike[str]) -> None:
     """Read a delta into memory, for the sequences of a batch that choose it.
 
     Until a call chooses it (`overlay=`), nothing changes. It lies on top of what the model looks up otherwise. What
@@ -80,37 +76,29 @@ def load_overlay(model: PreTrainedModel, name: str, *paths: str | os.PathLike[st
     Args:
         model: With memory attached.
         name: What calls name it by.
-        *paths: The delta, made on the model's table; where layers have tables of their own, one for each that it
-            changes.
+        path: The delta, made on the model's table.
 
     Raises:
         FileNotFoundError: There is no such file.
-        ValueError: A file is damaged, or made on another table; or there is an overlay of that name.
+        ValueError: The file is damaged, or made on another table; or there is an overlay of that name.
     """
     memory = memory_of(model)
     if name in memory.overlay_numbers:
         raise ValueError(f"an overlay {name!r} is loaded already; unload_overlay(model, {name!r}) first")
-    deltas = [read_delta(path) for path in paths]
-    places = [_place_of(delta, memory.storages) for delta in deltas]
-    if len(set(places)) < len(places) or not places:
-        raise ValueError(f"{len(paths)} deltas for {len(set(places))} tables: name one for each table that changes")
-    if not memory.chosen_rows:
-        memory.chosen_rows = [ChosenRows() for _ in memory.storages]
-        for fusion in memory:
-            fusion.overlays = memory.chosen_rows[_index(memory.storages, fusion.storage)]
+    delta, storage = read_delta(path), memory.join_tables()
+    refuse_other_base(delta, storage.table, storage.identity())
     number = memory.last_overlay + 1
-    for delta, place in zip(deltas, places, strict=True):
-        memory.chosen_rows[place].add(number, delta)
+    memory.chosen_rows.add(number, delta)
+    for fusion in memory:
+        fusion.overlays = memory.chosen_rows
     memory.overlay_numbers[name] = memory.last_overlay = number
 
 
 def unload_overlay(model: PreTrainedModel, name: str) -> None:
     """Let go of an overlay; caches that were begun with it are refused. Raises `ValueError` where there is none."""
     memory = memory_of(model)
-    number = _number(memory, name)
+    memory.chosen_rows.remove(_number(memory, name))
     del memory.overlay_numbers[name]
-    for chosen in memory.chosen_rows:
-        chosen.remove(number)
 
 
 def ids_with_overlay(model: PreTrainedModel, token_ids: Iterable[int], overlay: str | None) -> list[int]:
@@ -124,18 +112,6 @@ def ids_with_overlay(model: PreTrainedModel, token_ids: Iterable[int], overlay: 
     if (number + 1) * num_embeddings > 2**31:  # engines keep token ids as int32
         raise ValueError(f"{number} overlays were loaded, more than a prompt can name: load the model again")
     return [int(token_id) + number * num_embeddings for token_id in token_ids]
-
-
-def _place_of(delta: Delta, storages: Sequence[RowSource]) -> int:
-    """Find the table that a delta was made on. Raises `ValueError` if it is none of these."""
-    identities = [storage.identity() for storage in storages]
-    place = next((n for n, identity in enumerate(identities) if identity.digest == delta.info.base.digest), 0)
-    refuse_other_base(delta, storages[place].table, identities[place])
-    return place
-
-
-def _index(storages: Sequence[RowSource], storage: RowSource) -> int:
-    return next(place for place, one in enumerate(storages) if one is storage)
 
 
 def chosen_numbers(memory: EngramMemory, overlay: Any, token_ids_BT: torch.Tensor) -> torch.Tensor:

@@ -6,19 +6,22 @@ import shutil
 
 import pytest
 import torch
-from test_attach_released import attached
+from test_attach_released import attached, awake
 from test_attach_released import released as released_checkpoint
 from tiny import tiny_config, tiny_model, tiny_tokenizer, wake
 from transformers import TrainingArguments
 
+from sense_v2.cli.main import main
 from sense_v2.core.config import TrainConfig
 from sense_v2.engram.delta.delta_file import read_delta
 from sense_v2.engram.delta.overlay import OverlayStorage
 from sense_v2.engram.released.released_table import open_released_table
 from sense_v2.hf.attach import attach_engram, detach_engram
+from sense_v2.hf.facts.facts_file import Fact
+from sense_v2.hf.facts.teach_facts import teach_facts
 from sense_v2.hf.load import from_pretrained
 from sense_v2.hf.memory import memory_of
-from sense_v2.hf.overlays import add_overlay, remove_overlay
+from sense_v2.hf.overlays import add_overlay, load_overlay, remove_overlay
 from sense_v2.hf.saving.convert_model import convert_trained
 from sense_v2.hf.saving.save import save_pretrained
 from sense_v2.hf.training.callback import EngramCallback
@@ -177,11 +180,80 @@ def test_rows_are_trained_and_taught_on_top_of_a_released_table(checkpoint, tmp_
     assert {path: path.read_bytes() for path in folder.iterdir()} == before
 
 
-def test_a_memory_of_several_tables_is_told_how_to_get_its_overlays(checkpoint, tmp_path):
+def changes(seed, *row_ids):
+    ids = torch.tensor(row_ids)
+    return ids, torch.randn(len(ids), 256, generator=torch.Generator().manual_seed(seed)).bfloat16()
+
+
+@pytest.mark.filterwarnings("ignore:.*not checked:UserWarning")
+def test_one_overlay_lies_on_the_tables_of_all_layers(checkpoint, tmp_path, capsys):
+    """The oracle has an overlay on each table by itself, attached with them."""
+    folder, _ = checkpoint
+    before = {path: path.read_bytes() for path in folder.iterdir()}
+    every = {layer: len(rows[0]) for layer, rows in checkpoint[1].items()}
+    own = {layer: changes(layer, *range(0, count, 2)) for layer, count in every.items()}
+    tables = {place: open_released_table(folder, layer) for place, layer in ((1, 1), (2, 14))}
+    config = dataclasses.replace(tables[1].config, shadow_map_path=str(tmp_path / "map.npy"))
+    overlays = {place: OverlayStorage(table) for place, table in tables.items()}
+    oracle = attach_engram(tiny_model("llama"), config, tiny_tokenizer(), storage=overlays)
+    for place, layer in ((1, 1), (2, 14)):
+        overlays[place].write(*own[layer])
     model, _ = attached(checkpoint, tmp_path, {1: 1, 2: 14})
-    for refused in (add_overlay, remove_overlay):
-        with pytest.raises(ValueError, match=r"storage=\{layer: OverlayStorage"):
-            refused(model)
+    awake(oracle), awake(model)
+    plain, expected = logits(model), logits(oracle)
+    assert not torch.equal(plain, expected)
+
+    overlay = add_overlay(model, tmp_path / "facts.safetensors")
+    assert torch.equal(logits(model), plain)
+    overlay.write(own[1][0], own[1][1])
+    assert not torch.equal(logits(model), expected)  # the other table's are missing
+    overlay.write(own[14][0] + every[1], own[14][1])
+    assert torch.equal(logits(model), expected)
+    other = copy.deepcopy(model)
+    overlay.commit()
+    base = read_delta(tmp_path / "facts.safetensors").info.base
+    assert [(one["layer"], one["rows"]) for one in base.provenance["tables"]] == list(every.items())
+    assert len({one["digest"] for one in base.provenance["tables"]}) == 2
+    assert main(["delta", "show", str(tmp_path / "facts.safetensors")]) == 0
+    said = capsys.readouterr().out
+    assert all(f"layer {layer:<3}{len(ids):,} rows of its own table" in said for layer, (ids, _) in own.items())
+    remove_overlay(model)
+    assert torch.equal(logits(model), plain)
+    assert torch.equal(logits(other), expected)
+    load_overlay(model, "facts", tmp_path / "facts.safetensors")
+    with torch.no_grad():
+        found = model(IDS, overlay=["facts", None]).logits
+    assert torch.equal(found, torch.stack([expected[0], plain[1]]))
+    detach_engram(model)
+    assert {path: path.read_bytes() for path in folder.iterdir()} == before
+
+    (tmp_path / "one").mkdir()
+    alone, _ = attached(checkpoint, tmp_path / "one", {1: 1})
+    with pytest.raises(ValueError, match="was made on another table than"):
+        add_overlay(alone, tmp_path / "facts.safetensors")
+
+
+@pytest.mark.filterwarnings("ignore:.*not checked:UserWarning")
+def test_rows_of_all_layers_are_taught(checkpoint, tmp_path):
+    folder, rows = checkpoint
+    before = {path: path.read_bytes() for path in folder.iterdir()}
+    model, _ = attached(checkpoint, tmp_path, {1: 1, 2: 14})
+    for layer in memory_of(model):
+        torch.nn.init.normal_(layer.W_v.weight, std=0.02)
+    plain = logits(model)
+    taught = teach(model, tiny_tokenizer(), "word3 word1", prompt="word5 word6", steps=5)
+    assert taught.losses[-1] < taught.losses[0]
+    num_first = len(rows[1][0])
+    assert (taught.row_ids_U < num_first).any()
+    assert (taught.row_ids_U >= num_first).any()
+    taught.undo()
+    assert torch.equal(logits(model), plain)
+    facts = [Fact("word7 word8", "word9", wordings=("{subject} word3",))]
+    done = teach_facts(model, tiny_tokenizer(), facts, neutral=[[5, 6, 7, 8]], steps=2, lr=0.1)
+    moved = done.taught.row_ids_U
+    assert (moved < num_first).any()
+    assert (moved >= num_first).any()
+    assert {path: path.read_bytes() for path in folder.iterdir()} == before
 
 
 def test_the_training_loop_trains_the_overlay_and_leaves_the_table(folder, tmp_path):

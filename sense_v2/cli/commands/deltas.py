@@ -315,6 +315,9 @@ def _delta_lines(result: dict[str, Any]) -> list[str]:
     for layer, orders in of_layers.items():
         grams = ", ".join(f"{wording.count(count)} of {order}-grams" for order, count in orders.items())
         lines.append(f"layer {layer:<3}{grams}")
+    for table in result["tables"]:
+        digest = f"digest {str(table['digest'])[:SHORT]}…"
+        lines.append(f"layer {table['layer']:<3}{_rows(table['rows'])} of its own table, {digest}")
     lines.append(f"base     {base['dtype']}, digest {base['digest'][:SHORT]}… (of its {base['digest_of']})")
     if result["states"]:
         states = ", ".join(f"{name} ({wording.count(step)} steps)" for name, step in result["states"].items())

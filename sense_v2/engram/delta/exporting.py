@@ -95,6 +95,7 @@ def describe(delta: Delta) -> dict[str, Any]:
         "step": info.step,
         "extra": info.extra,
         "heads": _heads(delta),
+        "tables": _tables(delta),
     }
 
 
@@ -117,6 +118,20 @@ def _heads(delta: Delta) -> list[dict[str, int]]:
         return []
     counted = [{**head, "rows": int(end - start)} for head, (start, end) in zip(heads, ends, strict=True)]
     return [head for head in counted if head["rows"]]
+
+
+def _tables(delta: Delta) -> list[dict[str, Any]]:
+    """Changed rows of each table of a base that is several, joined; [] where it is one."""
+    tables: Any = delta.info.base.provenance.get("tables", [])
+    try:
+        ends = np.cumsum([0, *(table["rows"] for table in tables)])
+        counts = np.diff(np.searchsorted(delta.row_ids_U, ends)).tolist()
+        return [
+            {"layer": table["layer"], "digest": table["digest"], "rows": count}
+            for table, count in zip(tables, counts, strict=True)
+        ]
+    except (TypeError, KeyError, ValueError):
+        return []
 
 
 def _table_in(path: Path) -> Path:

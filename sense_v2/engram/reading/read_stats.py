@@ -61,6 +61,17 @@ class ReadStats:
             self.waits[bucket_of(nanoseconds)] += 1
             self.wait_seconds += nanoseconds / 1e9
 
+    def with_those_of(self, other: ReadStats) -> ReadStats:
+        """Add what another table has counted."""
+        return ReadStats(
+            calls=self.calls + other.calls,
+            rows=self.rows + other.rows,
+            bytes=self.bytes + other.bytes,
+            asked=self.asked + other.asked,
+            waits=[own + more for own, more in zip(self.waits, other.waits, strict=True)],
+            wait_seconds=self.wait_seconds + other.wait_seconds,
+        )
+
     def plus(self, counts: tuple[int, int, int, Sequence[int], int], row_bytes: int) -> ReadStats:
         """Add what `Lookup.counts` of the extension says; and find the bytes of all."""
         calls, rows, asked, waits, waited_ns = counts

@@ -133,6 +133,7 @@ def teach_facts(
     refuse_unheard(memory)
     refuse_other_tokenizer(memory, tokenizer)
     questions = questions_of(facts, tokenizer)
+    overlay = overlay_of(model) or add_overlay(model)  # by whose ids rows go: it may join tables
     rows = subject_rows(memory, questions, max_rows=max_rows)
     for line in warnings_of(facts, rows):
         tell(line)
@@ -140,7 +141,6 @@ def teach_facts(
     texts = sampled_texts(model, seed=seed) if neutral is None else [list(ids) for ids in neutral]
     with progress("asking before", len(questions), unit="questions") as advance:
         before = answered(model, questions, advance)
-    overlay = overlay_of(model) or add_overlay(model)
     lessons = [one for one in questions if not one.held_out]
     num_steps = steps or max(FEWEST_STEPS, math.ceil(EPOCHS * len(lessons) / batch_size))
     spared_U = _spared(memory, texts, rows.row_ids_U)
