@@ -181,6 +181,11 @@ class EngramMemory(nn.Module):
         return any(storage.is_released for storage in self.storages)
 
     @property
+    def is_heard(self) -> bool:
+        """False if nothing that rows hold reaches the model."""
+        return any(bool(fusion.W_v.weight.any()) for fusion in self)
+
+    @property
     def reach(self) -> int:
         """How many positions back the memory of a position depends on."""
         return max(fusion.reach for fusion in self)

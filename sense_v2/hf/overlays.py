@@ -24,15 +24,20 @@ from transformers import PreTrainedModel
 from sense_v2.engram.delta.delta_file import read_delta
 from sense_v2.engram.delta.overlay import OverlayStorage, refuse_other_base
 from sense_v2.hf.memory import EngramMemory, memory_of
+from sense_v2.hf.serving.offload import OffloadedTables
+
+
+def tables_of(model: PreTrainedModel) -> EngramMemory | OffloadedTables:
+    """The memory of a model, or what stands for the tables of a Qwen4-Exp that stay on disk. Raises `ValueError`
+    where there is neither."""
+    offloaded: Any = getattr(model, "ngram_tables", None)
+    return memory_of(model) if offloaded is None else offloaded
 
 
 def overlay_of(model: PreTrainedModel) -> OverlayStorage | None:
     """The overlay that the model looks up through, if any."""
-    memory = memory_of(model)
-    if len(memory.storages) > 1:
-        return None
-    (storage,) = memory.storages
-    return None if storage is storage.table else storage
+    storages = tables_of(model).storages
+    return storages[0] if len(storages) == 1 and storages[0] is not storages[0].table else None
 
 
 def add_overlay(
@@ -45,14 +50,14 @@ def add_overlay(
     joined. Raises `ValueError` where a table can be written to, where there is an overlay already, and what
     `OverlayStorage` raises.
     """
-    memory, there = memory_of(model), overlay_of(model)
+    tables, there = tables_of(model), overlay_of(model)
     if there is not None:
         raise ValueError(
             f"this model has an overlay already ({there.path or 'in memory'}). Deltas of one table can be "
             "made one: sense-engram delta merge; or remove_overlay(model) first"
         )
-    overlay = OverlayStorage(memory.join_tables(), path, mode=mode)
-    memory.use_storage(overlay.train(memory.training))
+    overlay = OverlayStorage(tables.join_tables(), path, mode=mode)
+    tables.use_storage(overlay.train(tables.training))
     return overlay
 
 
@@ -64,7 +69,7 @@ def remove_overlay(model: PreTrainedModel) -> None:
     overlay = overlay_of(model)
     if overlay is None:
         raise ValueError("this model has no overlay. add_overlay(model) puts one on")
-    memory_of(model).use_storage(overlay.release())
+    tables_of(model).use_storage(overlay.release())
 
 
 def load_overlay(model: PreTrainedModel, name: str, path: str | os.PathLike[str]) -> None:

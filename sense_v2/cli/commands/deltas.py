@@ -70,7 +70,10 @@ def teach(
     Example: sense-engram delta teach runs/demo/model " Lutz." --prompt "The capital is" --output facts.safetensors
     """
     if not (folder / "engram").is_dir():
-        raise CommandError(f"{folder} is no folder of a model with memory", "name what train, or demo, has saved")
+        from sense_v2.hf.serving.offload import has_ngram_tables
+
+        if facts is not None or not has_ngram_tables(folder):
+            raise CommandError(f"{folder} is no folder of a model with memory", "name what train, or demo, has saved")
     given = {name: value for name, value in (("steps", steps), ("lr", lr)) if value is not None}
     of_facts = {"wordings": wordings, "hold_out": hold_out, "neutral": neutral, "kl_weight": kl_weight}
     of_facts = {name: value for name, value in {**of_facts, "max_rows": max_rows}.items() if value is not None}

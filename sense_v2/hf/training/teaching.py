@@ -35,8 +35,9 @@ from sense_v2.hf.backbones import device_of, saved_tokenizer
 from sense_v2.hf.data.corpus import encode
 from sense_v2.hf.insight.comparison import continued
 from sense_v2.hf.load import from_pretrained
-from sense_v2.hf.memory import EngramMemory, memory_of
-from sense_v2.hf.overlays import add_overlay, overlay_of
+from sense_v2.hf.memory import EngramMemory, attached_memory
+from sense_v2.hf.overlays import add_overlay, overlay_of, remove_overlay, tables_of
+from sense_v2.hf.serving.offload import OffloadedTables, has_ngram_tables, load_with_tables_on_disk
 
 SHOWN_TOKENS = 12
 
@@ -81,7 +82,7 @@ def teach(
     committed.
 
     Args:
-        model: With memory attached.
+        model: With memory attached, or Qwen4-Exp with its tables on disk.
         tokenizer: The model's.
         text: What the model is to say.
         prompt: The context before it; how it goes on itself isn't learned.
@@ -93,13 +94,13 @@ def teach(
         ValueError: The text has no tokens to learn, or the memory can't be heard (W_v is zero).
         FloatingPointError: The loss isn't finite; the rows are what they were.
     """
-    memory = memory_of(model)
-    refuse_unheard(memory)
+    tables = tables_of(model)
+    refuse_unheard(tables)
     token_ids_1T, labels_1T = _tokens(model, tokenizer, prompt, text)
     overlay = overlay_of(model) or add_overlay(model)
     with rows_alone(model, overlay):
         learned_T = labels_1T[0, 1:] != -100  # whose next token is learned
-        row_ids_LBTH = memory.hash_tokens(token_ids_1T)[1]
+        row_ids_LBTH = tables.hash_tokens(token_ids_1T)[1]
         row_ids_U = row_ids_LBTH[:, 0, :-1][:, learned_T.to(row_ids_LBTH.device)].unique().cpu()
         return _descend(model, overlay, row_ids_U, token_ids_1T, labels_1T, steps=steps, lr=lr, stop_below=stop_below)
 
@@ -125,7 +126,11 @@ def teach_delta(
         ValueError: As `from_pretrained` and `teach`.
     """
     place = device_of(device)
-    model = from_pretrained(folder, overlay=output, mode="r+")
+    if has_ngram_tables(folder):
+        model = load_with_tables_on_disk(folder).eval()
+        add_overlay(model, output)
+    else:
+        model = from_pretrained(folder, overlay=output, mode="r+")
     try:
         model.to(place)
         tokenizer = saved_tokenizer(Path(folder))
@@ -150,7 +155,10 @@ def teach_delta(
             "bytes": output.stat().st_size,
         }
     finally:
-        detach_engram(model)
+        if attached_memory(model) is None:
+            remove_overlay(model)
+        else:
+            detach_engram(model)
 
 
 def _continuation(model: PreTrainedModel, tokenizer: Any, prompt: str) -> str | None:
@@ -227,9 +235,9 @@ def moved(
     )
 
 
-def refuse_unheard(memory: EngramMemory) -> None:
+def refuse_unheard(tables: EngramMemory | OffloadedTables) -> None:
     """Raises `ValueError` where nothing that rows hold reaches the model."""
-    if not any(bool(layer.W_v.weight.any()) for layer in memory):
+    if not tables.is_heard:
         raise ValueError(
             "this memory was never trained: W_v is zero in each of its layers, so whatever its rows hold isn't "
             "heard. Train the memory first, or make it writable: sense-engram delta make-writable FOLDER --output "

@@ -14,14 +14,19 @@ import torch
 pytest.importorskip("transformers.models.qwen4_exp", reason="a transformers before Qwen4-Exp")
 from qwen_generate import PROMPTS, generated, quantize_table, write_model
 from test_qwen import text_config
-from tiny import tiny_model
+from tiny import tiny_model, tiny_tokenizer
+from transformers import PreTrainedTokenizerFast
 from transformers.integrations import FP8Embedding
 from transformers.models.qwen4_exp.modeling_qwen4_exp import Qwen4ExpForCausalLM
 
+from sense_v2.cli.main import main
+from sense_v2.engram.delta.delta_file import read_delta
 from sense_v2.engram.released.exporting import export_tables
 from sense_v2.engram.released.importing import import_table
 from sense_v2.engram.released.released_table import open_released_table
+from sense_v2.hf.overlays import add_overlay, remove_overlay
 from sense_v2.hf.serving.offload import EmbeddingOnDisk, load_with_tables_on_disk, offload_ngram_table
+from sense_v2.hf.training.teaching import teach
 
 TESTS = Path(__file__).parents[2]
 
@@ -108,6 +113,72 @@ def test_transformers_loads_the_table_that_convert_writes(tmp_path, rows):
     ids = torch.arange(table.num_embeddings)
     assert torch.equal(table(ids), open_released_table(folder, 1, variant="qwen_ple")(ids))
     assert generated(theirs.eval()) == generated(load_with_tables_on_disk(folder, dtype=torch.bfloat16).eval())
+
+
+def rows_of(folder):
+    return {path: path.read_bytes() for path in folder.iterdir()}
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("quantized", [False, True], ids=["bfloat16", "float8"])
+def test_an_overlay_lies_on_the_tables(tmp_path, dtype, quantized):
+    """The oracle is the model with its table in memory, in which the same rows are others."""
+    folder = tmp_path / "model"
+    write_model(folder, config())
+    if quantized:
+        quantize_table(folder)
+    oracle = Qwen4ExpForCausalLM.from_pretrained(folder, dtype=dtype).eval()
+    before = rows_of(folder)
+    model, prompt = load_with_tables_on_disk(folder, dtype=dtype).eval(), torch.tensor(PROMPTS)
+    with torch.no_grad():
+        plain = model(prompt).logits
+    overlay = add_overlay(model, tmp_path / "facts.safetensors")
+    with torch.no_grad():
+        assert torch.equal(model(prompt).logits, plain)
+    ids = torch.arange(overlay.num_embeddings)
+    rows = torch.randn(len(ids), overlay.embedding_dim, generator=torch.Generator().manual_seed(1)).bfloat16()
+    overlay.write(ids, rows)
+    oracle.model.layers[1].ple.ple_embedding.ngram_embedding = torch.nn.Embedding.from_pretrained(rows.to(dtype))
+    with torch.no_grad():
+        assert torch.equal(model(prompt).logits, oracle(prompt).logits)
+    assert generated(model) == generated(oracle)
+    overlay.commit()
+    assert read_delta(tmp_path / "facts.safetensors").info.base.provenance["tables"][0]["layer"] == 1
+    remove_overlay(model)
+    with torch.no_grad():
+        assert torch.equal(model(prompt).logits, plain)
+    assert add_overlay(model, tmp_path / "facts.safetensors", mode="r").changed_ids.tolist() == ids.tolist()
+    with torch.no_grad():
+        assert torch.equal(model(prompt).logits, oracle(prompt).logits)
+    assert rows_of(folder) == before
+
+
+def test_rows_of_its_tables_are_taught(tmp_path, capsys):
+    """In Python, and by the command."""
+    folder = tmp_path / "model"
+    write_model(folder, config())
+    PreTrainedTokenizerFast(tokenizer_object=tiny_tokenizer()).save_pretrained(folder)
+    before = rows_of(folder)
+    model, prompt = load_with_tables_on_disk(folder, dtype=torch.float32).eval(), torch.tensor(PROMPTS)
+    plain = model(prompt).logits
+    taught = teach(model, tiny_tokenizer(), "word3 word1", prompt="word5 word6", steps=8, lr=0.1)
+    assert taught.losses[-1] < taught.losses[0]
+    hashes, seen = model.model.layers[1].ple.ple_embedding, []
+    hook = hashes.ngram_embedding.register_forward_pre_hook(lambda _, args: seen.append(args[0]))
+    model(torch.tensor([tiny_tokenizer().encode("word5 word6 word3 word1").ids]))
+    hook.remove()
+    assert set(taught.row_ids_U.tolist()) <= set(seen[0][0, 1:3].flatten().tolist())
+    taught.undo()
+    assert torch.equal(model(prompt).logits, plain)
+
+    delta = tmp_path / "facts.safetensors"
+    command = ["delta", "teach", str(folder), "word3 word1", "--prompt", "word5 word6", "--output", str(delta)]
+    status, said = main([*command, "--steps", "8", "--json"]), capsys.readouterr()
+    assert status == 0, said.err
+    told = json.loads(said.out)
+    assert told["loss"][1] < told["loss"][0]
+    assert told["rows"] == len(read_delta(delta).row_ids_U) > 0
+    assert rows_of(folder) == before
 
 
 @pytest.mark.slow
