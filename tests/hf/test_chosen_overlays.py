@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from peft import LoraConfig, get_peft_model
 from test_generation import CACHE
 from tiny import VOCABULARY, tiny_config, tiny_model, tiny_tokenizer, wake
 from transformers import DynamicCache, StaticCache
@@ -144,6 +145,25 @@ def test_generation_with_padding(name, given):
     expected = of_each(lambda delta: generated(with_one(name, delta)))
     assert torch.equal(found, expected)
     assert not torch.equal(expected, generated(with_one(name, None)))
+
+
+@pytest.mark.parametrize("given", [{"prompt_lookup_num_tokens": 2}, {"assistant_early_exit": 1}])
+def test_drafts_that_are_taken_back(given):
+    """The cache is cropped, and goes on with its overlay."""
+    for number, overlay in enumerate(CHOSEN[:3]):
+        ids = some_ids(batch=1, seed=number)
+        settings = {"attention_mask": torch.ones_like(ids), "max_new_tokens": NEW, "do_sample": False}
+        found = with_both().generate(ids, overlay=[overlay], **settings, **given)
+        assert torch.equal(found, with_one("llama", overlay).generate(ids, **settings))
+
+
+def test_beside_a_lora():
+    model, ids = with_both(), some_ids()
+    expected = logits(model, ids, overlay=CHOSEN)
+    wrapped = get_peft_model(model, LoraConfig(target_modules=["q_proj"])).eval()  # a fresh one changes nothing
+    assert torch.equal(logits(wrapped, ids, overlay=CHOSEN), expected)
+    given = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "max_new_tokens": NEW, "num_beams": 2}
+    assert torch.equal(wrapped.generate(**given, overlay=CHOSEN), with_both().generate(**given, overlay=CHOSEN))
 
 
 def test_a_cache_goes_on_with_the_overlays_that_it_was_begun_with():
