@@ -2,15 +2,18 @@
 
 import asyncio
 import copy
+import os
 import time
 
 import pytest
 import torch
-from test_continuous_batching import NEW, assert_greedy, remembering, some_prompts
+from test_continuous_batching import NEW, assert_greedy, bare_model, remembering, some_prompts
 from test_serve import tokenizer
+from tiny import tiny_config, tiny_tokenizer, wake
 from transformers import GenerationConfig
 
 pytest.importorskip("fastapi")
+from sense_v2.hf.attach import attach_engram
 from sense_v2.hf.serving.engines import Engines, State
 from sense_v2.hf.serving.gate import asked
 
@@ -123,6 +126,39 @@ def test_an_engine_that_failed_says_so(engines, monkeypatch):
     assert not engines.is_alive()
     with pytest.raises(RuntimeError, match="the engine has stopped"):
         asyncio.run(answer(engines, [5, 6], "too late"))
+
+
+def on_a_copy(folder):
+    """A model whose table is in `folder`, its engines, and what it says to a prompt."""
+    model = attach_engram(copy.deepcopy(bare_model("llama")), tiny_config(folder), tiny_tokenizer())
+    wake(model.engram, scale=0.6)
+    made = Engines(2048)
+    made.init_cb(model, None)
+    return made, asyncio.run(answer(made, [5, 6, 7], "before"))
+
+
+def test_a_table_that_vanishes_while_it_serves_is_there_until_the_end(tmp_path):
+    made, before = on_a_copy(tmp_path)
+    (tmp_path / "engram_table.dat").unlink()
+    try:
+        assert asyncio.run(answer(made, [5, 6, 7], "after")) == before
+        assert made.is_alive()
+    finally:
+        made.stop()
+
+
+def test_a_table_that_is_cut_while_it_serves_fails_its_requests_with_a_sentence(tmp_path):
+    made, _ = on_a_copy(tmp_path)
+    os.truncate(tmp_path / "engram_table.dat", 64)
+    try:
+        with pytest.raises(RuntimeError, match=r"can't be generated: .*engram_table.dat.*"):
+            asyncio.run(answer(made, [5, 6, 7], "after"))
+        deadline = time.monotonic() + 10
+        while made.is_alive() and time.monotonic() < deadline:
+            time.sleep(0.01)
+        assert not made.is_alive()  # /health says so
+    finally:
+        made.stop()
 
 
 def test_a_model_that_cant_is_answered_one_after_the_other(caplog):
