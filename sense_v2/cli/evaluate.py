@@ -12,7 +12,7 @@ from sense_v2.hf.attach import detach_engram
 from sense_v2.hf.backbones import open_trained
 from sense_v2.hf.data.held_out import read_blocks
 from sense_v2.hf.insight.evaluation import Evaluation, evaluate
-from sense_v2.hf.memory import attached_memory
+from sense_v2.hf.memory import attached_memory, memory_of
 from sense_v2.report import wording
 
 WITH, WITHOUT = "with_memory", "without_memory"
@@ -62,9 +62,10 @@ def run_eval(
         with progress_to(echo)(label, blocks_BT.numel(), unit="tokens") as advance:
             return evaluate(model, blocks_BT, tokenizer=tokenizer, advance=advance)
 
-    found = {}
+    found, reading = {}, []
     if has_memory:
         found[WITH] = measure("with memory")
+        reading = [storage.stats().summary() for storage in memory_of(model).storages]
         if without_memory:
             detach_engram(model)
     if without_memory or not has_memory:
@@ -79,13 +80,24 @@ def run_eval(
             quantity: {name: getattr(one, quantity) for name, one in found.items()}
             for quantity in ("loss", "perplexity", "bits_per_byte")
         },
+        "reading": reading,
         "seconds": time.perf_counter() - started,
     }
-    for line in _table(result, list(found)):
+    for line in (*_table(result, list(found)), *map(_reading, reading)):
         echo(line)
     if len(found) == 2:
         echo("without memory: this model with its memory taken off; one that was trained without may do better")
     return result
+
+
+def _reading(table: dict[str, float]) -> str:
+    """What reading a table has cost."""
+    calls, rows, asked, slow = (wording.count(int(table[name])) for name in ("calls", "rows", "asked", "slow"))
+    waits = f", {wording.duration(table['wait_seconds'])} in all" if table["slow"] else ""
+    return (
+        f"reading        {calls} lookups of {rows} rows, {wording.size(int(table['bytes']))}; {asked} asked for from "
+        f"the disk, {slow} slow{waits}"
+    )
 
 
 def _table(result: dict[str, Any], names: list[str]) -> list[str]:

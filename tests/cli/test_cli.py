@@ -208,7 +208,14 @@ def test_eval_finds_what_training_found_and_changes_nothing(run, run_json, train
     assert found["corpus"]["held_out"]
     assert found["corpus"]["files"] == result["corpus"]["held_out_files"]
 
+    (reading,) = found["reading"]
+    config = EngramConfig.load(folder / "engram" / "config.json")
+    heads = config.num_heads * len(config.ngram_orders) * len(config.layer_indices)
+    assert reading["rows"] == found["tokens"] * heads
+    assert reading["bytes"] == reading["rows"] * config.row_dim * 4
+    assert reading["calls"] >= len(config.layer_indices)
     status, out, error = run("eval", folder, "--corpus", corpus, "--all-files", "--sequences", 3)
+    assert re.search(r"^reading +[\d,]+ lookups of [\d,]+ rows, ", out, re.MULTILINE)
     assert (status, error) == (0, "")
     assert "with memory" in out
     assert "without memory" not in out
