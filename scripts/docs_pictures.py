@@ -182,6 +182,7 @@ def reach(scratch: Path) -> Figure:
     )
     layer = EngramFusionLayer(config, 32, 1)
     torch.manual_seed(0)
+    assert layer.conv is not None  # the variant has one
     for weight in (layer.W_v.weight, layer.conv.weight):  # both begin at zero, and a fresh layer adds nothing
         torch.nn.init.normal_(weight, std=0.1)
     length = 10

@@ -12,7 +12,19 @@ Public names are imported on first use, so a process that only reads rows (`sens
 """
 
 from importlib import import_module
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from sense_v2.engram.delta.overlay import OverlayStorage as OverlayStorage
+    from sense_v2.engram.hashing import NgramHasher as NgramHasher
+    from sense_v2.engram.head_layout import HeadLayout as HeadLayout
+    from sense_v2.engram.model import EngramFusionLayer as EngramFusionLayer
+    from sense_v2.engram.optim import RowAdam as RowAdam
+    from sense_v2.engram.optim import RowWiseAdagrad as RowWiseAdagrad
+    from sense_v2.engram.released.released_table import open_released_table as open_released_table
+    from sense_v2.engram.storage import MMapEmbeddingStorage as MMapEmbeddingStorage
+    from sense_v2.engram.tokenizer import EngramTokenizer as EngramTokenizer
+    from sense_v2.engram.tokenizer import EngramTokenizerBuilder as EngramTokenizerBuilder
 
 _HOME = {
     "EngramFusionLayer": "model",
@@ -30,10 +42,12 @@ _HOME = {
 __all__ = sorted(_HOME)
 
 
-def __getattr__(name: str) -> Any:
-    if name not in _HOME:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    return getattr(import_module(f"{__name__}.{_HOME[name]}"), name)
+if not TYPE_CHECKING:  # or a type checker would take any name for one of these
+
+    def __getattr__(name: str) -> Any:
+        if name not in _HOME:
+            raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+        return getattr(import_module(f"{__name__}.{_HOME[name]}"), name)
 
 
 def __dir__() -> list[str]:

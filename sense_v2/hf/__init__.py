@@ -5,10 +5,27 @@ then on. Public names are imported on first use.
 """
 
 from importlib import import_module
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
+from sense_v2.core.config import EngramConfig as EngramConfig
 from sense_v2.hf.adapters import watch_wrappers
 from sense_v2.hf.auto import register
+
+if TYPE_CHECKING:
+    from sense_v2.hf.attach import attach_engram as attach_engram
+    from sense_v2.hf.attach import detach_engram as detach_engram
+    from sense_v2.hf.facts.teach_facts import teach_facts as teach_facts
+    from sense_v2.hf.facts.writable import make_writable as make_writable
+    from sense_v2.hf.load import from_pretrained as from_pretrained
+    from sense_v2.hf.memory import memory_of as memory_of
+    from sense_v2.hf.overlays import add_overlay as add_overlay
+    from sense_v2.hf.overlays import remove_overlay as remove_overlay
+    from sense_v2.hf.saving.backbone_facts import backbone_reference as backbone_reference
+    from sense_v2.hf.saving.hub import push_to_hub as push_to_hub
+    from sense_v2.hf.saving.save import save_pretrained as save_pretrained
+    from sense_v2.hf.training.callback import EngramCallback as EngramCallback
+    from sense_v2.hf.training.teaching import teach as teach
+    from sense_v2.hf.training.trainer import EngramTrainer as EngramTrainer
 
 _HOME = {
     "EngramCallback": "training.callback",
@@ -20,6 +37,7 @@ _HOME = {
     "from_pretrained": "load",
     "load_overlay": "overlays",
     "make_writable": "facts.writable",
+    "memory_of": "memory",
     "push_to_hub": "saving.hub",
     "remove_overlay": "overlays",
     "save_pretrained": "saving.save",
@@ -28,13 +46,14 @@ _HOME = {
     "unload_overlay": "overlays",
 }
 
-__all__ = sorted(_HOME)
+__all__ = sorted([*_HOME, "EngramConfig"])
 
+if not TYPE_CHECKING:  # or a type checker would take any name for one of these
 
-def __getattr__(name: str) -> Any:
-    if name not in _HOME:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    return getattr(import_module(f"{__name__}.{_HOME[name]}"), name)
+    def __getattr__(name: str) -> Any:
+        if name not in _HOME:
+            raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+        return getattr(import_module(f"{__name__}.{_HOME[name]}"), name)
 
 
 def __dir__() -> list[str]:
