@@ -83,7 +83,7 @@ def _way_out(error: BaseException, number: int | None, command: str) -> str:
     if _is_out_of_memory(error):
         return "a smaller --batch-size or --sequence-length needs less"
     if isinstance(error, ImportError):
-        return 'pip install "sense-v2[demo]" installs all that the commands need'
+        return f"pip install {(error.name or 'PACKAGE').partition('.')[0]}, the package that has this module"
     return f"{options} says what is allowed; `{_with_debug(command)} …` shows where it was found"
 
 

@@ -1,4 +1,4 @@
-"""The library's error that carries what is wrong and the way out."""
+"""The library's errors that carry what is wrong and the way out."""
 
 import errno
 
@@ -12,6 +12,10 @@ class CommandError(Exception):
     def __init__(self, what: str, way_out: str) -> None:
         super().__init__(f"{what}. {way_out}")
         self.what, self.way_out = what, way_out
+
+
+class MissingPackageError(CommandError, ModuleNotFoundError):
+    """A package isn't installed: what needs it, and how to install it."""
 
 
 def one_line(text: str) -> str:

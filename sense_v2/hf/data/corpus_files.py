@@ -29,6 +29,8 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any, BinaryIO
 
+from sense_v2.core.errors import MissingPackageError
+
 TEXT, JSON_LINES, JSON_ARRAY, PARQUET, EMPTY = "text", "json lines", "json array", "parquet", "empty"
 DOCUMENTS = (JSON_LINES, JSON_ARRAY, PARQUET)
 OTHER_ENCODING = "text in another encoding than UTF-8 (iconv converts it)"
@@ -239,7 +241,9 @@ def _zstandard(raw: BinaryIO) -> BinaryIO:
     try:
         import pyarrow
     except ImportError as error:
-        raise ImportError("files compressed by zstandard need pyarrow: pip install 'sense-v2[stream]'") from error
+        raise MissingPackageError(
+            "files compressed by zstandard need the package pyarrow", 'pip install "sense-v2[stream]" installs it'
+        ) from error
     return io.BufferedReader(pyarrow.input_stream(raw, compression="zstd"))
 
 

@@ -19,7 +19,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
 
-from sense_v2.core.errors import one_line
+from sense_v2.core.errors import MissingPackageError, one_line
 from sense_v2.hf.data.corpus_files import (
     JSON_ARRAY,
     JSON_LINES,
@@ -272,7 +272,9 @@ def _parquet(file: Path) -> Iterator[Any]:
     try:
         import pyarrow.parquet
     except ImportError as error:
-        raise ImportError("Parquet needs pyarrow: pip install 'sense-v2[stream]'") from error
+        raise MissingPackageError(
+            "Parquet needs the package pyarrow", 'pip install "sense-v2[stream]" installs it'
+        ) from error
     try:
         with pyarrow.parquet.ParquetFile(file) as parquet:
             yield parquet

@@ -28,6 +28,7 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import save as to_safetensors
 
+from sense_v2.core.errors import MissingPackageError
 from sense_v2.engram.table.disk import new_file, write_at
 from sense_v2.hf.data.corpus_files import find_corpus, warn_of_left_out
 from sense_v2.hf.data.documents import Part, document_parts, streamed, text_of
@@ -75,12 +76,14 @@ def open_documents(source: Source, *, text_column: str = "text", split: str = "t
     without text is "".
 
     Raises `ValueError` for text beside documents, a column that isn't there or isn't text, and folders without files,
-    `ImportError` without `datasets`.
+    `MissingPackageError` without `datasets`.
     """
     try:
         import datasets
     except ImportError as error:
-        raise ImportError("streaming a corpus needs the package datasets: pip install 'sense-v2[stream]'") from error
+        raise MissingPackageError(
+            "streaming a corpus needs the package datasets", 'pip install "sense-v2[stream]" installs it'
+        ) from error
     hub = hub_dataset(source)
     if hub is not None:
         return datasets.load_dataset(hub[0], split=split, streaming=True, **hub[1], **options)

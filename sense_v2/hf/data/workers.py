@@ -24,6 +24,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from sense_v2.core.errors import MissingPackageError
 from sense_v2.hf.data.corpus_files import PARQUET
 from sense_v2.hf.data.documents import Part, read_parts
 from sense_v2.hf.data.streaming import Source, hub_dataset, open_documents, parts_of
@@ -149,7 +150,9 @@ class RayCluster:
             import ray
             import ray.data
         except ImportError as error:
-            raise ImportError("a Ray cluster needs the package ray: pip install 'sense-v2[ray]'") from error
+            raise MissingPackageError(
+                "a Ray cluster needs the package ray", 'pip install "sense-v2[ray]" installs it'
+            ) from error
         mine = not ray.is_initialized()
         if mine:
             # A cluster of its own needs no dashboard, and without one nothing is reported to anybody.

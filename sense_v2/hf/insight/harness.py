@@ -25,6 +25,7 @@ from typing import TYPE_CHECKING, Any, TextIO
 from tokenizers import Tokenizer
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
+from sense_v2.core.errors import MissingPackageError
 from sense_v2.hf.attach import detach_engram
 from sense_v2.hf.insight.comparison import WITH_MEMORY, WITHOUT_MEMORY
 from sense_v2.hf.insight.evaluation import evaluating
@@ -41,7 +42,7 @@ BOOTSTRAP_ITERATIONS = 1_000
 
 def harness_model(model: PreTrainedModel, tokenizer: Any, *, batch_size: int = BATCH_SIZE) -> HFLM:
     """The model as the harness takes it; `tokenizer` is of transformers or a `tokenizers.Tokenizer`, and isn't
-    changed. Raises `ImportError` without lm_eval, `ValueError` where no token ends a text."""
+    changed. Raises `MissingPackageError` without lm_eval, `ValueError` where no token ends a text."""
     lm_eval = _lm_eval()
     with _quiet():
         return lm_eval.HFLM(
@@ -111,7 +112,7 @@ def compare_tasks(
         these names.
 
     Raises:
-        ImportError: lm_eval isn't installed.
+        MissingPackageError: lm_eval isn't installed.
         ValueError: There is no such task.
     """
     has_memory = attached_memory(model) is not None
@@ -176,9 +177,9 @@ class _lm_eval:
             from lm_eval.models.huggingface import HFLM
             from lm_eval.tasks import TaskManager
         except ImportError as error:
-            raise ImportError(
-                f"tasks are run by lm-evaluation-harness, which can't be imported ({error}). "
-                'pip install "sense-v2[eval]" installs it'
+            raise MissingPackageError(
+                f"tasks are run by lm-evaluation-harness, which can't be imported ({error})",
+                'pip install "sense-v2[eval]" installs it',
             ) from error
         self.simple_evaluate, self.HFLM, self.TaskManager = simple_evaluate, HFLM, TaskManager
 
