@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import math
 import os
+import shlex
 import signal
 import threading
 from collections.abc import Callable, Iterator
@@ -20,6 +22,9 @@ from sense_v2.hf.training.run import DEFAULT_OUTPUT, RunWatcher, resume_training
 from sense_v2.report import wording
 
 Echo = Callable[[str], Any]
+
+REACHED_SHARE = 0.1
+"""A table of which training can't reach this share is larger than it need be."""
 
 
 def run_train(config: Config, *, echo: Echo = print, **settings: Any) -> dict[str, Any]:
@@ -41,7 +46,14 @@ def _told(result: dict[str, Any], echo: Echo) -> dict[str, Any]:
             f"damage   on {wording.count(lost['tokens'])} tokens that the model wrote before: KL "
             f"{lost['divergence']:.2g} nats a token, and {lost['changed']:.1%} of the likeliest tokens are others"
         )
-    echo(f"saved    {result['output']}")
+    if result["stopped"]:
+        output = result["output"]
+        echo(
+            f"stopped  at step {result['steps']} of {result['planned_steps']}, and saved; "
+            f"sense-engram train --resume --output {shlex.quote(output)} goes on"
+        )
+    else:
+        echo(f"saved    {result['output']}")
     return result
 
 
@@ -50,12 +62,14 @@ class PrintingWatcher(RunWatcher):
 
     def __init__(self, echo: Echo) -> None:
         self.echo, self.progress = echo, progress_to(echo)
+        self.memory: dict[str, Any] | None = None
 
     def corpus_opened(self, corpus: Corpus) -> None:
         self.echo(f"corpus   {corpus.line()}")
 
     def prepared(self, facts: dict[str, Any]) -> None:
         model, memory = facts["model"], facts["memory"]
+        self.memory = memory
         self.echo(
             f"model    {model['name']}, {model['layers']} layers of width {model['width']}, "
             f"{wording.short(model['parameters'])} parameters{'' if model['trains'] else ', frozen'}"
@@ -78,8 +92,32 @@ class PrintingWatcher(RunWatcher):
 
     @contextmanager
     def training(self, settings: TrainConfig) -> Iterator[tuple[Callable[[History], Any], Callable[[], bool]]]:
+        for line in _doubts(settings, self.memory):
+            self.echo(f"note     {line}")
         with StopOnInterrupt() as stop, TrainingProgress("train", settings, echo=self.echo) as progress:
             yield progress, stop.asked
+
+
+def _doubts(settings: TrainConfig, memory: dict[str, Any] | None) -> Iterator[str]:
+    """What a run's settings are unlikely to be meant to do."""
+    steps, warmup = settings.steps, settings.warmup_steps
+    if steps <= warmup:
+        share = wording.percent(steps / (warmup + 1))
+        yield (
+            f"{steps} steps end within the warm-up of {warmup}: the rates reach {share} of their peaks; "
+            f"--warmup-steps {steps // 10}"
+        )
+    if memory is None:
+        return
+    tokens = steps * settings.batch_size * settings.sequence_length
+    reached = tokens * memory["heads"] * len(memory["layers"])
+    if reached < REACHED_SHARE * memory["rows"]:
+        digit = 10 ** max(0, math.floor(math.log10(reached)) - 1)
+        yield (
+            f"training reads {wording.number_of(tokens, 'token')}, which reach at most "
+            f"{wording.percent(reached / memory['rows'])} of the table's {wording.count(memory['rows'])} rows; "
+            f"--table-size {math.ceil(reached / digit) * digit} has a row for each"
+        )
 
 
 class StopOnInterrupt:

@@ -385,7 +385,7 @@ def test_ctrl_c_finishes_the_step_and_saves(run_json, corpus, tmp_path):
     assert "stopping after this step, then saving" in error
     assert "Traceback" not in error
     # Nothing but what the command itself has to say.
-    starts = ("corpus ", "model ", "memory ", "stopping ", "held-out ", "saved ")
+    starts = ("corpus ", "model ", "memory ", "stopping ", "held-out ", "stopped ")
     assert all(not line or line.startswith(starts) for line in error.splitlines()), error
 
     found = run_json("eval", output, "--corpus", corpus)

@@ -21,12 +21,12 @@ from sense_v2.cli.options import (
     MeasuredCorpusOption,
     SequenceLengthOption,
     SequencesOption,
-    TableSizeOption,
     TextColumnOption,
     numbers,
     settings_of,
 )
 from sense_v2.cli.output import lines_to, print_json, require_plots
+from sense_v2.core.config import TrainConfig
 
 
 def demo(
@@ -82,18 +82,34 @@ def train(
     corpus: CorpusOption = None,
     output: Annotated[Path, typer.Option(metavar="FOLDER", help="Where the model goes.")] = Path("runs/train"),
     config: ConfigOption = None,
-    steps: Annotated[int | None, typer.Option(min=1, help="Optimizer steps.")] = None,
+    steps: Annotated[int | None, typer.Option(min=1, help=f"Optimizer steps ({TrainConfig.steps}).")] = None,
     tokens: Annotated[int | None, typer.Option(min=1, help="Tokens to train on, in place of --steps.")] = None,
-    batch_size: Annotated[int | None, typer.Option(min=1, help="Sequences a step.")] = None,
-    sequence_length: Annotated[int | None, typer.Option(min=2, help="Tokens a sequence.")] = None,
-    learning_rate: Annotated[float | None, typer.Option(min=0, help="Of the backbone.")] = None,
-    row_learning_rate: Annotated[float | None, typer.Option(min=0, help="Of the table's rows.")] = None,
+    batch_size: Annotated[
+        int | None, typer.Option(min=1, help=f"Sequences a step ({TrainConfig.batch_size}).")
+    ] = None,
+    sequence_length: Annotated[
+        int | None, typer.Option(min=2, help=f"Tokens a sequence ({TrainConfig.sequence_length}).")
+    ] = None,
+    learning_rate: Annotated[
+        float | None,
+        typer.Option(min=0, help=f"Of the backbone ({TrainConfig.learning_rate:g}, and 0.0001 with --model)."),
+    ] = None,
+    row_learning_rate: Annotated[
+        float | None,
+        typer.Option(min=0, help=f"Of the table's rows ({TrainConfig.row_learning_rate:g}, and 0.3 with --model)."),
+    ] = None,
+    warmup_steps: Annotated[
+        int | None,
+        typer.Option(min=0, help=f"Steps over which the rates rise to their peaks ({TrainConfig.warmup_steps})."),
+    ] = None,
     freeze_backbone: Annotated[bool, typer.Option("--freeze-backbone", help="Only the memory learns.")] = False,
     lora_rank: Annotated[
         int | None, typer.Option(min=0, help="Train a LoRA of this rank beside the memory, not the whole backbone.")
     ] = None,
     layers: LayersOption = None,
-    table_size: TableSizeOption = None,
+    table_size: Annotated[
+        int | None, typer.Option(min=1, help="Rows of the table, all heads together (2,097,152).")
+    ] = None,
     no_memory: Annotated[bool, typer.Option("--no-memory", help="Train the backbone alone, to compare.")] = False,
     seed: Annotated[
         int | None, typer.Option(min=0, help="Of the weights, the rows and the order of the text.")
@@ -151,6 +167,7 @@ def train(
             "sequence_length": sequence_length,
             "learning_rate": learning_rate,
             "row_learning_rate": row_learning_rate,
+            "warmup_steps": warmup_steps,
             "train_backbone": False if freeze_backbone else None,
             "lora_rank": lora_rank,
             "seed": seed,

@@ -29,14 +29,7 @@ from sense_v2.core.progress import Progress, no_progress
 from sense_v2.engram.tokenizer import EngramTokenizerBuilder
 from sense_v2.hf.adapters import with_lora
 from sense_v2.hf.attach import attach_engram, decoder_layers
-from sense_v2.hf.backbones import (
-    Backbone,
-    max_positions,
-    named_backbone,
-    new_backbone,
-    separator_id,
-    token_stream,
-)
+from sense_v2.hf.backbones import Backbone, max_positions, named_backbone, new_backbone, separator_id, token_stream
 from sense_v2.hf.data.corpus import Batches, Corpus
 from sense_v2.hf.data.corpus_files import find_files
 from sense_v2.hf.data.held_out import absolute_paths, save_corpus
@@ -236,11 +229,12 @@ def _train(
 
     evaluations: list[Evaluation] = []
 
-    def check(model: PreTrainedModel) -> Evaluation:
-        evaluations.append(evaluate(model, held_out_BT, tokenizer=backbone.tokenizer))
+    def check(model: PreTrainedModel, progress: Progress = no_progress) -> Evaluation:
+        with progress("measuring", held_out_BT.numel(), unit="tokens") as advance:
+            evaluations.append(evaluate(model, held_out_BT, tokenizer=backbone.tokenizer, advance=advance))
         return evaluations[-1]
 
-    check(model)  # at resuming too: the memory that was just attached adds nothing yet
+    check(model, watcher.progress)  # at resuming too: the memory that was just attached adds nothing yet
     with watcher.training(config.train) as (on_step, should_stop):
         with _explained(output, resumes):
             history = fit(
@@ -254,7 +248,9 @@ def _train(
                 folder=state_folder,
                 resumes=resumes,
             )
-        check(model)  # always: a run that is resumed at its last step has evaluated nothing on its way
+        check(
+            model, watcher.progress
+        )  # always: a run that is resumed at its last step has evaluated nothing on its way
         lost = None if reference is None else _damage(model, held_out_BT, watcher)
         reserved.unlink()
         cards = _card_facts(history, config.train, text, evaluations)
@@ -454,6 +450,7 @@ def _training_facts(history: History, settings: TrainConfig) -> dict[str, Any]:
     return {
         "stopped": history.stopped,
         "steps": steps,
+        "planned_steps": settings.steps,
         "tokens": tokens,
         "train_loss": history.train_loss[-1] if steps else None,
         "train_seconds": seconds,
