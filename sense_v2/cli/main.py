@@ -29,7 +29,7 @@ import typer
 from sense_v2 import __version__
 from sense_v2.cli.commands import convert, corpora, deltas, insight, models, released, serving, tables
 from sense_v2.cli.errors import FAILED, INTERRUPTED, WRONG_CALL, explain, one_line
-from sense_v2.cli.output import tell
+from sense_v2.cli.output import LOADING, tell
 
 PROGRAM = "sense-engram"
 
@@ -96,8 +96,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     arguments = list(sys.argv[1:] if arguments is None else arguments)
     # The libraries' own progress and advice; whoever wants it sets these variables.
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    os.environ.setdefault("TQDM_DISABLE", "1")  # bars that don't say themselves whether they are shown; ours do
     if not sys.stderr.isatty():
         os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+    LOADING.begin()
     global_options: dict[str, Any] = {}
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
@@ -114,6 +116,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
             return FAILED
         except Exception as error:
             return _report(error, arguments, debug=bool(global_options.get("debug")))
+        finally:
+            LOADING.end()
     return status if isinstance(status, int) else 0
 
 

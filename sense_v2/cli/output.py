@@ -13,7 +13,8 @@ import json
 import math
 import re
 import sys
-from collections.abc import Callable
+import threading
+from collections.abc import Callable, Iterator
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, TextIO
@@ -41,9 +42,56 @@ def spell_out(text: str) -> str:
     return _OBEYED.sub(spelt, text)
 
 
+class LoadingNotice:
+    """Says in a terminal that libraries and models are being loaded, while nothing else is printed."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._timer: threading.Timer | None = None
+        self._is_shown = False
+
+    def begin(self, seconds: float = 1.0) -> None:
+        """Show it on stderr in so many seconds."""
+        if sys.stderr.isatty():
+            self._timer = threading.Timer(seconds, self._show)
+            self._timer.daemon = True
+            self._timer.start()
+
+    def end(self) -> None:
+        """Take it away, or never show it."""
+        with self._lock:
+            if self._timer is not None:
+                self._timer.cancel()
+                self._timer = None
+            if self._is_shown:
+                self._is_shown = False
+                print("\r\x1b[K", end="", file=sys.stderr, flush=True)
+
+    def _show(self) -> None:
+        with self._lock:
+            if self._timer is not None:
+                self._is_shown = True
+                print("loading …", end="", file=sys.stderr, flush=True)
+
+
+LOADING = LoadingNotice()
+
+
 def tell(*lines: str, file: TextIO | None = None) -> None:
     """Print lines for a person: to stdout, or to `file`."""
+    LOADING.end()
     print(*map(spell_out, lines), sep="\n", file=file, flush=True)
+
+
+def lines_typed() -> Iterator[str]:
+    """The lines of stdin that aren't empty, up to its end; at a terminal each is asked for."""
+    while True:
+        try:
+            line = input("> " if sys.stdin.isatty() else "")
+        except EOFError:
+            return
+        if line.strip():
+            yield line
 
 
 def print_text(text: str) -> None:

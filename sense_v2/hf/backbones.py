@@ -35,9 +35,11 @@ class Backbone:
     tokenizer_name: str
 
 
-def new_backbone(texts: list[str], corpus_name: str, *, seed: int, sequence_length: int) -> Backbone:
+def new_backbone(
+    texts: list[str], corpus_name: str, *, seed: int, sequence_length: int, progress: Progress = no_progress
+) -> Backbone:
     """A small Llama that has learned nothing, and a BPE made from `texts`."""
-    tokenizer = PreTrainedTokenizerFast(tokenizer_object=train_bpe(texts), eos_token=END_OF_TEXT)
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=train_bpe(texts, progress), eos_token=END_OF_TEXT)
     model = fresh_backbone(len(tokenizer), seed, max_positions=max(512, sequence_length))
     return Backbone("a fresh llama", model, tokenizer, tokenizer_name=f"BPE of {corpus_name}")
 

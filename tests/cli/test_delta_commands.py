@@ -8,6 +8,7 @@ import torch
 from tiny import save_base_and_taught, tiny_config, tiny_model, tiny_tokenizer
 from transformers import AutoModelForCausalLM
 
+from sense_v2.cli import progress
 from sense_v2.cli.main import main
 from sense_v2.engram.delta.delta_file import Source, read_delta, write_delta
 from sense_v2.hf.attach import attach_engram, detach_engram
@@ -86,13 +87,15 @@ def test_json_says_the_same(folder, run):
     assert (reverted["digest"], reverted["undo"]) == (applied["digest_before"], None)
 
 
-def test_a_fact_is_taught_into_a_file_and_another_one_beside_it(folder, run):
+def test_a_fact_is_taught_into_a_file_and_another_one_beside_it(folder, run, monkeypatch):
     base, delta = folder / "base", folder / "facts.safetensors"
     files = {file: file.read_bytes() for file in base.rglob("*") if file.is_file()}
     teach = ("teach", base, "word3 word1", "--prompt", "word5 word6", "--output", delta, "--lr", 0.3)
+    monkeypatch.setattr(progress, "TELL_SECONDS", 0.0)
     status, out, error = run(*teach, "--steps", 20)
     assert status == 0, error
-    assert out.startswith("taught   'word3 word1' after 'word5 word6': loss ")
+    assert out.startswith("  teaching: ")
+    assert "\ntaught   'word3 word1' after 'word5 word6': loss " in out
     first = read_delta(delta)
     assert 6 <= len(first.row_ids_U) <= 8  # 4 heads, 2 positions
     assert first.states == {}

@@ -2,6 +2,8 @@
 
 import contextlib
 import io
+import subprocess
+import sys
 import time
 
 import pytest
@@ -9,7 +11,7 @@ import torch
 from test_save import with_memory
 from tiny import tiny_tokenizer
 
-from sense_v2.cli import progress
+from sense_v2.cli import output, progress
 from sense_v2.hf.data.corpus import encode
 from sense_v2.hf.insight.evaluation import evaluate
 
@@ -91,3 +93,52 @@ def test_texts_and_blocks_are_told_as_they_are_done(tmp_path):
     told.clear()
     evaluate(with_memory(tmp_path), torch.ones(5, 6, dtype=torch.long), batch_size=2, advance=told.append)
     assert told == [12, 12, 6]
+
+
+# What takes long before the first line, and other libraries' bars
+
+
+def test_a_terminal_is_told_that_the_program_is_loading_until_the_first_line(capsys):
+    with terminal() as screen:
+        output.LOADING.begin(0.0)
+        deadline = time.monotonic() + 10
+        while "loading" not in screen.getvalue() and time.monotonic() < deadline:
+            time.sleep(0.01)
+        assert screen.getvalue() == "loading …"
+        output.tell("corpus   mine")
+        output.tell("model    mine")
+        assert screen.getvalue() == "loading …\r\x1b[K"
+    assert capsys.readouterr().out == "corpus   mine\nmodel    mine\n"
+
+
+def test_nothing_says_loading_where_the_first_line_comes_at_once_or_there_is_no_terminal(capsys):
+    with terminal() as screen:
+        output.LOADING.begin(0.2)
+        output.tell("done")
+        time.sleep(0.4)
+        assert screen.getvalue() == ""
+    output.LOADING.begin(0.0)
+    time.sleep(0.1)
+    assert capsys.readouterr().err == ""
+
+
+def test_bars_of_other_libraries_stay_out_and_ours_are_shown():
+    """In a process of its own: tqdm reads its switch when it is imported."""
+    code = """
+import io, sys
+from sense_v2.cli import main
+main.main(["--version"])
+sys.stderr = io.StringIO()
+sys.stderr.isatty = lambda: True
+from tqdm import tqdm
+for _ in tqdm(range(3), desc="theirs"):
+    pass
+from sense_v2.cli.progress import TrainingProgress
+from sense_v2.core.config import TrainConfig
+with TrainingProgress("ours", TrainConfig()):
+    pass
+print(repr(sys.stderr.getvalue()))
+"""
+    found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
+    assert "theirs" not in found
+    assert "ours" in found

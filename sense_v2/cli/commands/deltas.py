@@ -84,7 +84,8 @@ def teach(
 
     from sense_v2.hf.training.teaching import teach_delta
 
-    result = teach_delta(folder, str(text), output, prompt=prompt, device=device, **given)
+    echo = lines_to(as_json)
+    result = teach_delta(folder, str(text), output, prompt=prompt, device=device, progress=progress_to(echo), **given)
     before, after = (wording.decimals(loss, 2) for loss in result["loss"])
     lines = [
         f"taught   {text!r} after {prompt!r}: loss {before} before, {after} now, {result['steps']} steps in "
@@ -92,7 +93,7 @@ def teach(
     ]
     if result["before"] is not None:
         lines += [f"before   {result['before']!r}", f"now      {result['after']!r}"]
-    lines_to(as_json)(
+    echo(
         *lines,
         f"delta    {output}: {wording.count(result['rows'])} rows of this text, "
         f"{wording.count(result['rows_in_all'])} in all, {wording.size(result['bytes'])}",

@@ -8,7 +8,7 @@ import os
 import sys
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -20,13 +20,18 @@ from sense_v2.cli.options import (
     JsonOption,
     WithoutMemoryOption,
 )
-from sense_v2.cli.output import lines_to, print_json, print_text
+from sense_v2.cli.output import lines_to, lines_typed, print_json, print_text, tell
 from sense_v2.core.errors import CommandError
 
 
 def generate(
     folder: FolderArgument,
-    prompt: Annotated[str, typer.Argument(help="The text to go on from.")],
+    prompt: Annotated[
+        str | None, typer.Argument(help="The text to go on from; with --chat a question, or none for a chat.")
+    ] = None,
+    chat: Annotated[
+        bool, typer.Option("--chat", help="Ask as the model's chat template does; without PROMPT, line by line.")
+    ] = False,
     max_new_tokens: Annotated[int, typer.Option(min=1, help="Tokens to add at most.")] = 64,
     temperature: Annotated[float, typer.Option(min=0, help="0: always the likeliest token.")] = 0.7,
     seed: Annotated[int, typer.Option(min=0, help="Of the sampling.")] = 0,
@@ -35,34 +40,59 @@ def generate(
     dtype: DtypeOption = "auto",
     as_json: JsonOption = False,
 ) -> None:
-    """Print how a trained model goes on from a prompt.
+    """Print how a trained model goes on from a prompt, or chat with it.
 
     Example: sense-engram generate runs/train "def main(" --max-new-tokens 40
     """
+    if prompt is None and not chat:
+        raise typer.BadParameter("give a PROMPT, or --chat to chat line by line")
+    if prompt is None and as_json:
+        raise typer.BadParameter("--json holds one answer: give a PROMPT with --chat")
     from sense_v2.cli.progress import TokenProgress
     from sense_v2.hf.attach import detach_engram
     from sense_v2.hf.backbones import open_trained
-    from sense_v2.hf.insight.comparison import continue_prompt
+    from sense_v2.hf.insight.comparison import chat_prompt, continue_prompt
     from sense_v2.hf.memory import attached_memory
 
     model, tokenizer = open_trained(folder, device=device, dtype=dtype)
     with_memory = attached_memory(model) is not None and not without_memory
     if without_memory and attached_memory(model) is not None:
         detach_engram(model)
-    with TokenProgress("generating", max_new_tokens) as streamer:
-        found = continue_prompt(
-            model,
-            tokenizer,
-            prompt,
-            max_new_tokens=max_new_tokens,
-            temperature=temperature,
-            seed=seed,
-            streamer=streamer,
-        )
-    if as_json:
-        print_json({"model": str(folder), "prompt": prompt, "with_memory": with_memory, **found})
+
+    def answer(text: str) -> dict[str, Any]:
+        settings: dict[str, Any] = {"max_new_tokens": max_new_tokens, "temperature": temperature, "seed": seed}
+        with TokenProgress("generating", max_new_tokens) as streamer:
+            found = continue_prompt(model, tokenizer, text, **settings, streamer=streamer)
+        if not found["continuation"].strip():
+            tell(f"note: {_why_empty(found, tokenizer, chat)}", file=sys.stderr)
+        return found
+
+    if prompt is not None:
+        said = [{"role": "user", "content": prompt}]
+        found = answer(chat_prompt(tokenizer, said) if chat else prompt)
+        if as_json:
+            print_json({"model": str(folder), "prompt": prompt, "with_memory": with_memory, **found})
+        else:
+            print_text(found["continuation"])
+        return
+    if sys.stdin.isatty():
+        tell("chat     one line a turn; Ctrl-D ends it", file=sys.stderr)
+    messages: list[dict[str, str]] = []
+    for line in lines_typed():
+        messages.append({"role": "user", "content": line})
+        said = answer(chat_prompt(tokenizer, messages))["continuation"]
+        messages.append({"role": "assistant", "content": said})
+        print_text(said)
+
+
+def _why_empty(found: dict[str, Any], tokenizer: Any, chat: bool) -> str:
+    """What an answer without a visible character is due to."""
+    if found["end"] is not None and found["tokens"] == 1:
+        told = f"the model wrote nothing: its first token, {found['end']}, ends the text"
     else:
-        print_text(found["continuation"])
+        told = f"the model wrote {found['tokens']} tokens, all of them white space or special tokens"
+    has_template = not chat and getattr(tokenizer, "chat_template", None)
+    return f"{told}; --chat asks it as its chat template does" if has_template else told
 
 
 def serve(

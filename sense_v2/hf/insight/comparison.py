@@ -11,6 +11,7 @@ T tokens of prompt and continuation, K candidates, V tokens of the vocabulary.
 from __future__ import annotations
 
 import time
+from collections.abc import Sequence
 from contextlib import nullcontext
 from typing import Any
 
@@ -104,7 +105,8 @@ def continue_prompt(
         streamer: transformers' own, which is given each new token.
 
     Returns:
-        What JSON can hold: "continuation", "tokens", "seconds", "tokens_per_second".
+        What JSON can hold: "continuation", "tokens", the token by which the model "end"ed it (None where it wrote
+        all that it might), "seconds", "tokens_per_second".
 
     Raises:
         CommandError: The prompt is empty, or the model can't take so many tokens.
@@ -128,9 +130,35 @@ def continue_prompt(
     return {
         "continuation": tokenizer.decode(new_token_ids, skip_special_tokens=True),
         "tokens": len(new_token_ids),
+        "end": tokenizer.decode(new_token_ids[-1:]) if new_token_ids[-1] in _end_ids(model) else None,
         "seconds": seconds,
         "tokens_per_second": len(new_token_ids) / seconds,
     }
+
+
+def chat_prompt(tokenizer: Any, messages: Sequence[dict[str, str]]) -> str:
+    """Return a chat as the model's own template writes it, up to where the model answers.
+
+    Args:
+        tokenizer: The model's.
+        messages: What was said so far: {"role": "user" or "assistant", "content": str}.
+
+    Raises:
+        CommandError: The tokenizer has no chat template.
+    """
+    if not getattr(tokenizer, "chat_template", None):
+        raise CommandError(
+            "the model's tokenizer has no chat template, which models that were trained to chat bring along",
+            "leave --chat out, or put its chat_template.jinja into the model's folder",
+        )
+    text: str = tokenizer.apply_chat_template(list(messages), tokenize=False, add_generation_prompt=True)
+    return text
+
+
+def _end_ids(model: PreTrainedModel) -> list[int]:
+    """The tokens at which the model stops."""
+    found = model.generation_config.eos_token_id
+    return [] if found is None else found if isinstance(found, list) else [found]
 
 
 def _encoded(tokenizer: Any, prompt: str) -> torch.Tensor:
@@ -154,6 +182,7 @@ def continued(
     streamer: Any = None,
 ) -> torch.Tensor:
     """The token ids of a prompt and of what a model adds to it [1, T]; arguments as `continue_prompt`."""
+    prompt_1T = prompt_1T.to(model.device)
     sampling = {"do_sample": True, "temperature": temperature} if temperature > 0 else {"do_sample": False}
     with torch.random.fork_rng():
         torch.manual_seed(seed)

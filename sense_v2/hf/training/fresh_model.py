@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Iterator
 from pathlib import Path
 
 import torch
@@ -10,6 +11,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel
 
 from sense_v2.core.config import EngramConfig
+from sense_v2.core.progress import Progress, no_progress
 from sense_v2.hf.saving.folder import memory_paths
 
 # Few, as suits a run that reads little text: after 300 steps of 8 × 256 tokens one held-out pair in seven was never
@@ -19,7 +21,7 @@ END_OF_TEXT = "<|endoftext|>"
 END_OF_TEXT_ID = 0
 
 
-def train_bpe(texts: list[str]) -> Tokenizer:
+def train_bpe(texts: list[str], progress: Progress = no_progress) -> Tokenizer:
     """Train a byte-level BPE of 4,096 tokens, or fewer if the texts have no more to give; token 0 ends a text."""
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
@@ -28,7 +30,14 @@ def train_bpe(texts: list[str]) -> Tokenizer:
     trainer = trainers.BpeTrainer(
         vocab_size=BPE_VOCABULARY, special_tokens=[END_OF_TEXT], initial_alphabet=alphabet, show_progress=False
     )
-    tokenizer.train_from_iterator(texts, trainer)
+    with progress("making a tokenizer", sum(map(len, texts)), unit="characters") as advance:
+
+        def read() -> Iterator[str]:
+            for text in texts:
+                yield text
+                advance(len(text))
+
+        tokenizer.train_from_iterator(read(), trainer)
     return tokenizer
 
 

@@ -196,7 +196,7 @@ def _train(
         raise too_early
     text = open_corpus(run.corpus, config.train, text_column=run.text_column)
     watcher.corpus_opened(text)
-    backbone = _backbone(run.model, text, config.train)
+    backbone = _backbone(run.model, text, config.train, watcher.progress)
     is_named = run.model is not None and (not config.train.train_backbone or config.train.lora_rank > 0)
     reference = backbone_reference(backbone.model) if is_named else None
     if run.suits_model:
@@ -302,9 +302,10 @@ def _explained(output: Path, resumes: bool) -> Iterator[None]:
         raise
 
 
-def _backbone(model: str | None, text: Corpus, settings: TrainConfig) -> Backbone:
+def _backbone(model: str | None, text: Corpus, settings: TrainConfig, progress: Progress) -> Backbone:
     if model is None:
-        return new_backbone(text.train_texts, text.name, seed=settings.seed, sequence_length=settings.sequence_length)
+        shape: dict[str, Any] = {"seed": settings.seed, "sequence_length": settings.sequence_length}
+        return new_backbone(text.train_texts, text.name, **shape, progress=progress)
     backbone = named_backbone(model)
     limit = max_positions(backbone.model)
     if limit is not None and settings.sequence_length > limit:

@@ -19,7 +19,7 @@ U rows of the text, D row width, T tokens.
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -28,6 +28,7 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel
 
+from sense_v2.core.progress import Progress, no_progress
 from sense_v2.engram.delta.overlay import OverlayStorage
 from sense_v2.engram.optim import row_adam
 from sense_v2.hf.attach import detach_engram
@@ -75,6 +76,7 @@ def teach(
     steps: int = 40,
     lr: float = 0.02,
     stop_below: float = 0.1,
+    progress: Progress = no_progress,
 ) -> Taught:
     """Move the rows that a text looks up until the model says it.
 
@@ -89,6 +91,7 @@ def teach(
         steps: At most so many.
         lr: Adam's, in units of a row's values.
         stop_below: The loss, in nats a token, at which it ends earlier.
+        progress: Told how many steps are taken.
 
     Raises:
         ValueError: The text has no tokens to learn, or the memory can't be heard (W_v is zero).
@@ -102,7 +105,9 @@ def teach(
         learned_T = labels_1T[0, 1:] != -100  # whose next token is learned
         row_ids_LBTH = tables.hash_tokens(token_ids_1T)[1]
         row_ids_U = row_ids_LBTH[:, 0, :-1][:, learned_T.to(row_ids_LBTH.device)].unique().cpu()
-        return _descend(model, overlay, row_ids_U, token_ids_1T, labels_1T, steps=steps, lr=lr, stop_below=stop_below)
+        with progress("teaching", steps, unit="steps") as advance:
+            settings: dict[str, Any] = {"steps": steps, "lr": lr, "stop_below": stop_below, "advance": advance}
+            return _descend(model, overlay, row_ids_U, token_ids_1T, labels_1T, **settings)
 
 
 def teach_delta(
@@ -116,7 +121,7 @@ def teach_delta(
         output: The delta, which may have facts already.
         prompt: After what.
         device: Where the model runs, as `device_of` takes it.
-        **options: `steps`, `lr` and `stop_below` of `teach`.
+        **options: `steps`, `lr`, `stop_below` and `progress` of `teach`.
 
     Returns:
         What JSON can hold: "loss" (before, after), "steps", "seconds", "rows", "rows_in_all", "bytes", how the model
@@ -181,6 +186,7 @@ def _descend(
     steps: int,
     lr: float,
     stop_below: float,
+    advance: Callable[[int], Any],
 ) -> Taught:
     losses = [_loss(model, token_ids_1T, labels_1T)]
     grads_UD = _taken(overlay, row_ids_U)
@@ -197,6 +203,7 @@ def _descend(
             overlay.write(row_ids_U, rows_UD)
             losses.append(_loss(model, token_ids_1T, labels_1T))
             grads_UD = _taken(overlay, row_ids_U)
+            advance(1)
     except BaseException:
         overlay.write(row_ids_U, before_UD)
         overlay.forget(row_ids_U[~were_changed_U])
