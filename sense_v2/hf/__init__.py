@@ -16,8 +16,10 @@ if TYPE_CHECKING:
     from sense_v2.hf.attach import detach_engram as detach_engram
     from sense_v2.hf.facts.teach_facts import teach_facts as teach_facts
     from sense_v2.hf.facts.writable import make_writable as make_writable
+    from sense_v2.hf.insight.interventions import memory_off as memory_off
     from sense_v2.hf.load import from_pretrained as from_pretrained
     from sense_v2.hf.memory import memory_of as memory_of
+    from sense_v2.hf.memory import trainable_parameters as trainable_parameters
     from sense_v2.hf.overlays import add_overlay as add_overlay
     from sense_v2.hf.overlays import remove_overlay as remove_overlay
     from sense_v2.hf.saving.backbone_facts import backbone_reference as backbone_reference
@@ -38,11 +40,13 @@ _HOME = {
     "load_overlay": "overlays",
     "make_writable": "facts.writable",
     "memory_of": "memory",
+    "memory_off": "insight.interventions",
     "push_to_hub": "saving.hub",
     "remove_overlay": "overlays",
     "save_pretrained": "saving.save",
     "teach": "training.teaching",
     "teach_facts": "facts.teach_facts",
+    "trainable_parameters": "memory",
     "unload_overlay": "overlays",
 }
 

@@ -278,3 +278,23 @@ def attached_memory(model: nn.Module) -> EngramMemory | None:
     """`model.engram`, or None where nothing is attached."""
     memory = getattr(model, "engram", None)
     return memory if isinstance(memory, EngramMemory) else None
+
+
+def trainable_parameters(model: nn.Module) -> dict[str, int]:
+    """Count the values that training would change.
+
+    Returns:
+        "backbone": weights that ask for a gradient, an adapter's among them. "fusion": those of the fusion layers.
+        "rows": values of the table's rows on disk, which `model.parameters()` doesn't have.
+    """
+    memory = attached_memory(model)
+    fusion = set() if memory is None else set(memory.parameters())
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    tables = [
+        table for table in (memory.storages if memory else []) if table.rows_require_grad and table.mode == "r+"
+    ]
+    return {
+        "backbone": sum(parameter.numel() for parameter in trained if parameter not in fusion),
+        "fusion": sum(parameter.numel() for parameter in trained if parameter in fusion),
+        "rows": sum(table.num_embeddings * table.embedding_dim for table in tables),
+    }

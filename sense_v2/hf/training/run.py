@@ -37,7 +37,7 @@ from sense_v2.hf.data.large_corpus import open_corpus
 from sense_v2.hf.data.streaming import STREAM_FILE, PackedStream, StreamBatches, is_hub_dataset
 from sense_v2.hf.insight.damage import Damage, damage, own_samples, untouched
 from sense_v2.hf.insight.evaluation import Evaluation, evaluate
-from sense_v2.hf.memory import EngramMemory, attached_memory, memory_of
+from sense_v2.hf.memory import EngramMemory, attached_memory, memory_of, trainable_parameters
 from sense_v2.hf.saving.backbone_facts import backbone_facts, backbone_reference
 from sense_v2.hf.saving.folder import memory_paths
 from sense_v2.hf.saving.model_card import CARD_FILE
@@ -471,16 +471,11 @@ def _facts(backbone: Backbone, config: Config) -> dict[str, Any]:
             "heads": config.engram.total_heads,
             "layers": config.engram.layer_indices,
         }
-    memory_parameters = set() if attached_memory(model) is None else set(memory_of(model).parameters())
-    trains = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    own = [parameter for parameter in trains if parameter not in memory_parameters]
-    is_trained = config.train.train_backbone or config.train.lora_rank > 0
+    trainable = trainable_parameters(model)
+    if not config.train.trains_beside_memory:
+        trainable["backbone"] = 0
     return {
-        "trainable": {
-            "backbone": sum(parameter.numel() for parameter in own) if is_trained else 0,
-            "fusion": sum(parameter.numel() for parameter in trains if parameter in memory_parameters),
-            "rows": 0 if memory is None else memory["rows"] * memory["width"],
-        },
+        "trainable": trainable,
         "model": {
             "name": backbone.name,
             "layers": len(decoder_layers(model)),
