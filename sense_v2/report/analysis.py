@@ -25,7 +25,7 @@ from typing import Any
 from markupsafe import Markup
 
 from sense_v2.report import page, wording
-from sense_v2.report.gate_text import GateToken, gate_text
+from sense_v2.report.coloured_text import Token, coloured_text
 from sense_v2.report.wording import change, count, decimals, is_finite, percent, perplexity, signed
 
 AS_CHANCE = 0.02
@@ -168,17 +168,18 @@ def span(group: dict[str, Any]) -> str:
 
 
 def coloured(text: dict[str, Any]) -> Markup:
-    """The text coloured by gate, with all that is known of each token behind it."""
+    """The text coloured by what memory changed, with all that is known of each token behind it."""
     tokens = []
     for token in text["tokens"]:
         facts = [("token id", f"{token['token_id']}, compressed {token['compressed_id']}")]
-        with_memory, without = token["loss_with"], token["loss_without"]
+        with_memory, without, gain = token["loss_with"], token["loss_without"], None
         if is_finite(with_memory) and is_finite(without):
+            gain = without - with_memory
             told = f"{decimals(with_memory)} with memory, {decimals(without)} without"
-            facts.append(("its loss", f"{told}: gain {signed(without - with_memory, 3)}"))
+            facts.append(("its loss", f"{told}: gain {signed(gain, 3)}"))
         layer_facts = [[fact for ngram in layer for fact in _ngram_facts(ngram)] for layer in token["layers"]]
-        tokens.append(GateToken(token["text"], token["gates"], facts, layer_facts))
-    return gate_text(tokens, text["layers"])
+        tokens.append(Token(token["text"], token["gates"], facts, layer_facts, gain))
+    return coloured_text(tokens, text["layers"])
 
 
 def _ngram_facts(ngram: dict[str, Any]) -> list[tuple[str, str]]:

@@ -14,12 +14,9 @@ from difflib import SequenceMatcher
 from typing import Any
 
 from sense_v2.report import page, wording
-from sense_v2.report.gate_text import GateToken, gate_text, token_span
+from sense_v2.report.coloured_text import Token, coloured_text, gain_class, token_span
 
 SIDES = (("with_memory", "With memory", "run-engram"), ("without_memory", "Without memory", "run-plain"))
-
-# How many times likelier, or less likely, a token has become, as logarithms.
-SHIFT_BOUNDS = (math.log(1.05), math.log(1.25), math.log(2), math.log(5))
 
 
 def piece(template: str, **values: Any) -> str:
@@ -42,7 +39,7 @@ def stylesheet() -> str:
 
 
 def inspection(found: dict[str, Any]) -> str:
-    """Return a text coloured by gate; a token's n-grams, rows and probabilities open on it.
+    """Return a text coloured by what memory changed; a token's n-grams, rows and probabilities open on it.
 
     `found` is what `inspect_text` returns. Its layers may have `moved`: which of a token's rows were taught.
     """
@@ -65,10 +62,13 @@ def inspection(found: dict[str, Any]) -> str:
         ]
         layer_facts = [_row_facts(layer, place, orders) for layer in found["layers"]]
         gates = [layer["gates"][place] for layer in found["layers"]]
-        tokens.append(GateToken(text, gates, facts, layer_facts))
+        without, with_memory = (found["probabilities"][name][place] for name in ("without_memory", "with_memory"))
+        tokens.append(Token(text, gates, facts, layer_facts, _gain(without, with_memory)))
     layers = [layer["layer"] for layer in found["layers"]]
     return piece(
-        "play_inspection.html", text=gate_text(tokens, layers) if tokens else None, dropped=found["dropped_tokens"]
+        "play_inspection.html",
+        text=coloured_text(tokens, layers) if tokens else None,
+        dropped=found["dropped_tokens"],
     )
 
 
@@ -243,17 +243,18 @@ def _change(text: str, before: float, after: float) -> dict[str, Any]:
 
 
 def shift_class(before: float | None, after: float | None) -> str:
-    """Return the class for how much likelier ("up1" to "up4") or less likely ("down1" to "down4") a token has become.
-
-    There is none for a change of less than a twentieth; the strongest begins at five times.
+    """Return the class for how much likelier or less likely a token has become; see `gain_class`.
 
     >>> shift_class(0.5, 0.51), shift_class(0.2, 0.3), shift_class(0.3, 0.2), shift_class(0.1, 0.9)
     ('', 'up2', 'down2', 'up4')
     >>> shift_class(None, None), shift_class(0.0, 0.1), shift_class(0.0, 0.0)
     ('', 'up4', '')
     """
-    if before is None or after is None or before == after:
-        return ""
-    ratio = math.log(max(after, 1e-12) / max(before, 1e-12))
-    strength = sum(abs(ratio) > bound for bound in SHIFT_BOUNDS)
-    return f"{'up' if ratio > 0 else 'down'}{strength}" if strength else ""
+    return gain_class(_gain(before, after))
+
+
+def _gain(before: float | None, after: float | None) -> float | None:
+    """By how many nats the loss of a token fell with its probabilities; a probability of 0 counts as a tiny one."""
+    if before is None or after is None:
+        return None
+    return math.log(max(after, 1e-12) / max(before, 1e-12))

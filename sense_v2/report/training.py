@@ -45,7 +45,7 @@ from pathlib import Path
 from typing import Any
 
 from sense_v2.report import page, verdict, wording
-from sense_v2.report.gate_text import GateToken, gate_range, gate_scale, layer_text
+from sense_v2.report.coloured_text import Token, gate_scale, layer_text
 
 REQUIRED = (
     *("title", "created", "corpus", "compression", "demo_compression", "model", "engram", "table"),
@@ -60,7 +60,6 @@ def write_report(results: dict[str, Any], path: str | Path) -> None:
 
     _check(results)
     runs = results["runs"]
-    low, high, layers = gate_layers(results["gates"])
     page.write(
         path,
         "training.html",
@@ -72,8 +71,8 @@ def write_report(results: dict[str, Any], path: str | Path) -> None:
         window=plots.smoothing_window(len(runs["engram"]["steps"])),
         step_bars=step_bars(results),
         control_bars=control_bars(results),
-        gate_scale=gate_scale(low, high),
-        gate_layers=layers,
+        gate_scale=gate_scale(),
+        gate_layers=gate_layers(results["gates"]),
         columns=head_columns(results["rows_touched"]),
     )
 
@@ -110,28 +109,24 @@ def terminal_table(results: dict[str, Any]) -> str:
     return wording.terminal_text(rows, sentences)
 
 
-def gate_layers(gates: list[dict[str, Any]]) -> tuple[float, float, list[dict[str, Any]]]:
-    """Lowest and highest gate of all layers, and each layer with its coloured text, its mean and where it is widest.
-
-    One scale for all layers, so that their colours compare.
-    """
+def gate_layers(gates: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Each layer with its coloured text, its mean and where it is widest."""
     for layer in gates:
         if len(layer["tokens"]) != len(layer["gates"]):
             raise ValueError(
                 f"gates of layer {layer['layer']}: {len(layer['tokens'])} tokens and {len(layer['gates'])} gates"
             )
-    low, high = gate_range(gate for layer in gates for gate in layer["gates"])
     layers = []
     for layer in gates:
         pairs = list(zip(layer["tokens"], layer["gates"], strict=True))
-        text = layer_text([GateToken(token, [gate]) for token, gate in pairs], 0, low, high)
+        text = layer_text([Token(token, [gate]) for token, gate in pairs], 0)
         widest = sorted(
             ((gate, token) for token, gate in pairs if wording.is_finite(gate)), key=lambda pair: -pair[0]
         )
         own = [gate for gate, _ in widest]
         summary = {"low": own[-1], "high": own[0], "mean": sum(own) / len(own)} if own else {}
         layers.append({"layer": layer["layer"], "text": text, "widest": widest[:3], **summary})
-    return low, high, layers
+    return layers
 
 
 def step_bars(results: dict[str, Any]) -> list[dict[str, Any]]:

@@ -121,7 +121,7 @@ def test_an_inspected_text_opens_its_rows_and_says_which_were_taught():
         "rows, 3-gram13 14their norms3.00 4.00they add, of the hidden state50 %" in text
     )
     assert text.count("taught here2 of these 4 rows") == 1
-    assert "token id100compressed id0rows, 2-gram" in text  # nothing was expected before the first token
+    assert "token id100compressed id0gate0.500rows, 2-gram" in text  # nothing was expected before the first token
     table = Read(playground.rows_table(found))
     assert table.elements.count("tr") == 3
     assert "11 12 13 14" in table.text

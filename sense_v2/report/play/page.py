@@ -18,9 +18,10 @@ PROMPT, FACT = "The capital of Zubrowka is", " Lutz."
 WATCHED = "The capital of France is Paris\nThe river of Zubrowka is long\nimport os"
 
 LOOK = (
-    "## 1 · Look\nThe colour is the **gate**: how much of what was remembered is added at each token. Point at a "
-    "token, or tap it, for its n-grams and the rows they look up. Tokens that read the same, as `Name` and `name` "
-    "do, share a compressed id, and what is remembered about it."
+    "## 1 · Look\nBlue tokens are likelier with the memory than without it, orange ones less likely. Point at a "
+    "token, or tap it, for its n-grams, the rows they look up, and its **gate**: how much of what was remembered is "
+    "added there. Tokens that read the same, as `Name` and `name` do, share a compressed id, and what is remembered "
+    "about it."
 )
 COMPARE = (
     "## 2 · Compare\nHow does the model go on from the text above with its memory, and how with every gate shut?"

@@ -82,7 +82,7 @@ class Player:
         self._lock = threading.Lock()
 
     def look(self, text: str, notebook: Notebook | None) -> tuple[str, str]:
-        """Return the text coloured by gate, and its rows as a table."""
+        """Return the text coloured by what memory changed, and its rows as a table."""
         try:
             self._refuse_endless(text)
             with self._turn(notebook):
