@@ -14,7 +14,7 @@ from sense_v2.core.config import Config, TrainConfig
 from sense_v2.hf.data.corpus import Corpus
 from sense_v2.hf.experiments.from_scratch import Watcher, demo_config, run_experiment
 from sense_v2.hf.experiments.pretrained import run_pretrained
-from sense_v2.report import pretrained
+from sense_v2.report import pretrained, wording
 from sense_v2.report.training import terminal_table, write_picture, write_report
 
 
@@ -113,7 +113,8 @@ class _PrintingWatcher(Watcher):
     def compressed(self, found: dict[str, Any]) -> None:
         saved = 1 - found["ids"] / found["tokens"]
         self.echo(
-            f"  {found['tokenizer']}: {found['tokens']:,} tokens become {found['ids']:,} ids, {saved:.1%} fewer"
+            f"  {found['tokenizer']}: {found['tokens']:,} tokens become {found['ids']:,} ids, "
+            f"{wording.percent(saved)} fewer"
         )
 
     def corpus_opened(self, corpus: Corpus) -> None:

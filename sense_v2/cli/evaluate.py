@@ -10,7 +10,7 @@ from typing import Any
 from sense_v2.cli.output import progress_to
 from sense_v2.hf.attach import detach_engram
 from sense_v2.hf.backbones import open_trained
-from sense_v2.hf.data.held_out import read_blocks
+from sense_v2.hf.data.held_out import read_blocks, settings_of
 from sense_v2.hf.insight.evaluation import Evaluation, evaluate
 from sense_v2.hf.memory import attached_memory, memory_of
 from sense_v2.report import wording
@@ -86,7 +86,7 @@ def run_eval(
     for line in (*_table(result, list(found)), *map(_reading, reading)):
         echo(line)
     if len(found) == 2:
-        echo("without memory: this model with its memory taken off; one that was trained without may do better")
+        echo(f"without memory: {wording.taken_off(not settings_of(folder).trains_beside_memory)}")
     return result
 
 

@@ -39,12 +39,13 @@ def resume_train(output: str | Path = DEFAULT_OUTPUT, *, echo: Echo = print) -> 
 
 def _told(result: dict[str, Any], echo: Echo) -> dict[str, Any]:
     before, after = (wording.perplexity(result["perplexity"][when]) for when in ("before", "after"))
-    echo(f"held-out perplexity {before} before, {after} after {result['steps']} steps")
+    echo(f"held-out perplexity {before} before, {after} after {wording.number_of(result['steps'], 'step')}")
     if result["damage"] is not None:
         lost = result["damage"]
         echo(
-            f"damage   on {wording.count(lost['tokens'])} tokens that the model wrote before: KL "
-            f"{lost['divergence']:.2g} nats a token, and {lost['changed']:.1%} of the likeliest tokens are others"
+            f"damage   on {wording.number_of(lost['tokens'], 'token')} that the model wrote before: KL "
+            f"{lost['divergence']:.2g} nats a token, and {wording.percent(lost['changed'])} of the likeliest tokens "
+            "are others"
         )
     if result["stopped"]:
         output = result["output"]
@@ -87,7 +88,8 @@ class PrintingWatcher(RunWatcher):
             self.echo(
                 f"memory   {wording.count(memory['rows'])} rows × {memory['width']} {memory['dtype']} "
                 f"({wording.size(memory['bytes'])}) before layer "
-                f"{wording.listing([str(layer) for layer in memory['layers']])}, {memory['heads']} heads"
+                f"{wording.listing([str(layer) for layer in memory['layers']])}, "
+                f"{wording.number_of(memory['heads'], 'head')}"
             )
 
     @contextmanager
@@ -102,10 +104,10 @@ def _doubts(settings: TrainConfig, memory: dict[str, Any] | None) -> Iterator[st
     """What a run's settings are unlikely to be meant to do."""
     steps, warmup = settings.steps, settings.warmup_steps
     if steps <= warmup:
-        share = wording.percent(steps / (warmup + 1))
+        share, verb = wording.percent(steps / (warmup + 1)), "ends" if steps == 1 else "end"
         yield (
-            f"{steps} steps end within the warm-up of {warmup}: the rates reach {share} of their peaks; "
-            f"--warmup-steps {steps // 10}"
+            f"{wording.number_of(steps, 'step')} {verb} within the warm-up of {warmup}: the rates reach {share} of "
+            f"their peaks; --warmup-steps {steps // 10}"
         )
     if memory is None:
         return

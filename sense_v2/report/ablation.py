@@ -5,7 +5,8 @@ results are one dictionary that JSON can hold:
 
     {
       "model": str, "created": str (ISO time),
-      "corpus": {"name", "files", "held_out": bool, "tokens", "trained_on"}, "sequences", "sequence_length",
+      "corpus": {"name", "files", "held_out": bool, "tokens", "trained_on"},
+      "trained_alone": whether nothing but the memory was trained, "sequences", "sequence_length",
       "loss": nats a token with the memory as it is, "perplexity", "bits_per_byte",
       "blocks", "tokens", "confidence", "resamples", "seed",
       "ablations": [{"name", "group", "layer", "order", "head", "loss", "change", "low", "high", "kept"}],

@@ -5,7 +5,8 @@ dictionary that JSON can hold:
 
     {
       "model": str, "created": str (ISO time),
-      "corpus": {"name", "files", "held_out": bool, "tokens", "trained_on"}, "sequences", "sequence_length", "tokens",
+      "corpus": {"name", "files", "held_out": bool, "tokens", "trained_on"},
+      "trained_alone": whether nothing but the memory was trained, "sequences", "sequence_length", "tokens",
       "counted": {"held_out": whether it is the part that training reads, "tokens", "of_tokens"},
       "loss", "perplexity", "bits_per_byte": {"with", "without"},
       "table": {"rows", "width", "dtype", "bytes", "heads"},
@@ -47,6 +48,7 @@ def write_report(results: dict[str, Any], path: str | Path) -> None:
         text=coloured(results["text"]),
         panels=panels(results),
         heads=heads(results["heads"]),
+        head_rows=sum(head["rows"] for head in results["heads"]),
         frequencies=frequencies(results["by_frequency"]),
         span=span,
         cell=cell,
@@ -92,7 +94,7 @@ def counted(results: dict[str, Any]) -> str:
         else f"all of {name}, this text included"
     )
     cut = "" if own["tokens"] >= own["of_tokens"] else f"the first {count(own['tokens'])} of "
-    return f"{part}, {cut}{count(own['of_tokens'])} tokens"
+    return f"{part}, {cut}{wording.number_of(own['of_tokens'], 'token')}"
 
 
 def _spread(results: dict[str, Any]) -> str:

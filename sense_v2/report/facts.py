@@ -52,12 +52,12 @@ def lines(results: dict[str, Any]) -> list[str]:
     asked = f"; {_shares(held_out)} in wordings that were never taught" if held_out["asked"] else ""
     of_texts = f"{wording.count(damage['texts'])} {'texts of its own' if damage['sampled'] else 'texts'}"
     return [
-        f"taught   {wording.number_of(results['facts'], 'fact')}, {wording.count(results['steps'])} steps at rate "
-        f"{results['lr']:g} in {wording.duration(results['seconds'])}",
+        f"taught   {wording.number_of(results['facts'], 'fact')}, {wording.number_of(results['steps'], 'step')} at "
+        f"rate {results['lr']:g} in {wording.duration(results['seconds'])}",
         f"answered {_shares(taught)} in the wordings that were taught{asked}",
         f"damage   KL {damage['kl']:.2g} nats a token over {of_texts}; {wording.count(damage['texts_changed'])} "
         f"changed, {wording.percent(damage['top_changed'])} of the likeliest tokens",
-        f"delta    {results['delta']}: {wording.count(results['rows'])} rows of these facts, "
+        f"delta    {results['delta']}: {wording.number_of(results['rows'], 'row')} of these facts, "
         f"{wording.count(results['rows_in_all'])} in all, {wording.size(results['bytes'])}",
     ]
 

@@ -157,13 +157,14 @@ def parting(found: dict[str, Any]) -> str:
     remembering, plain = found["with_memory"], found["without_memory"]
     pairs = list(zip(remembering["probabilities"], remembering["other_probabilities"], strict=True))
     doubled = sum(own >= 2 * other for own, other in pairs)
-    often = f"Memory at least doubled the probability of {doubled} of the {len(pairs)} tokens written with it."
+    written = wording.number_of(len(pairs), "token")
+    often = f"Memory at least doubled the probability of {doubled} of the {written} written with it."
     if remembering["tokens"] == plain["tokens"]:
-        return f"Both write the same {len(pairs)} tokens. {often}"
+        return f"Both write the same {written}. {often}"
     length = min(len(remembering["tokens"]), len(plain["tokens"]))
     place = next((i for i in range(length) if remembering["tokens"][i] != plain["tokens"][i]), length)
     if place == length:
-        return f"One of them ends after {length} tokens; up to there they are the same. {often}"
+        return f"One of them ends after {wording.number_of(length, 'token')}; up to there they are the same. {often}"
     chosen = [
         f"{label} “{wording.show_spaces(side['tokens'][place], inline=True)}” "
         f"({wording.chance(side['probabilities'][place])})"

@@ -23,6 +23,7 @@ from sense_v2.report.wording import (
     perplexity,
     short,
     size,
+    spare_rows,
 )
 
 CONTROLS = ("random_rows", "shuffled")
@@ -230,13 +231,16 @@ def rows_touched(results: dict[str, Any]) -> str:
             share = sum(head["touched"] for head in own) / sum(head["rows"] for head in own)
             parts.append(f"{percent(share)} of those for {order}-grams")
         told += f": {listing(parts)}"
-    return f"{told}. A row that was never reached still holds what it began with."
+    told += (
+        f". A row that was never reached still holds what it began with.{spare_rows(results['table']['rows'], rows)}"
+    )
+    return told
 
 
 def compression(part: dict[str, Any]) -> str:
     """How far a shadow map folds one tokenizer."""
     tokens, ids = part["tokens"], part["ids"]
-    return f"{count(tokens)} tokens fold into {count(ids)} compressed ids, {percent(1 - ids / tokens)} fewer."
+    return f"{number_of(tokens, 'token')} fold into {count(ids)} compressed ids, {percent(1 - ids / tokens)} fewer."
 
 
 def seeds(results: dict[str, Any]) -> str:

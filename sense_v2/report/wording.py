@@ -46,6 +46,23 @@ def number_of(value: float | None, noun: str) -> str:
     return f"{count(value)} {noun}{'' if value == 1 else 's'}"
 
 
+def spare_rows(table_rows: int, head_rows: int) -> str:
+    """Why the rows of all heads are fewer than the table's; nothing where they aren't.
+
+    >>> spare_rows(2_097_152, 2_097_074)
+    ' The table has 78 more: each head gets a prime number of rows, and these are left over.'
+    >>> spare_rows(100, 100)
+    ''
+    """
+    spare = table_rows - head_rows
+    left_over = "this one is" if spare == 1 else "these are"
+    return (
+        f" The table has {count(spare)} more: each head gets a prime number of rows, and {left_over} left over."
+        if spare
+        else ""
+    )
+
+
 def short(value: float | None) -> str:
     """
     >>> short(3_412_992), short(950)
@@ -169,6 +186,17 @@ def size(num_bytes: float | None) -> str:
         if num_bytes >= factor:
             return f"{num_bytes / factor:.3g} {name}" if num_bytes < 999.5 * factor else f"1,000 {name}"
     return f"{num_bytes:.0f} bytes"
+
+
+def taken_off(trained_alone: bool) -> str:
+    """What a model is whose memory is taken off.
+
+    >>> taken_off(True)
+    'the model as it was before, since its memory alone was trained'
+    """
+    if trained_alone:
+        return "the model as it was before, since its memory alone was trained"
+    return "this model with its memory taken off; one that was trained without may do better"
 
 
 def setting(value: Any) -> str:

@@ -213,7 +213,9 @@ def test_every_token_of_the_text_is_there_with_its_facts(results, tmp_path):
     html = written(analysis.write_report, results[0], tmp_path)
     tokens = results[0]["text"]["tokens"]
     read = Page(html)
-    assert sum("tabindex" in attributes for _, attributes in read.seen) == 20 * len(results[0]["text"]["layers"])
+    assert sum("tabindex" in attributes for _, attributes in read.seen) == 20 * (
+        1 + len(results[0]["text"]["layers"])
+    )
     for ngram in tokens[7]["layers"][0]:
         assert ", ".join(map(str, ngram["rows"])) in read.text
 

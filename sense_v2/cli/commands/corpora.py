@@ -105,8 +105,9 @@ def profile(
     )
     met = result["rows_met"]
     echo(
-        f"corpus   {result['corpus']}: {wording.count(result['tokens'])} tokens, {wording.count(result['lookups'])} "
-        f"lookups of {wording.count(met)} of {wording.count(result['table_rows'])} rows",
+        f"corpus   {result['corpus']}: {wording.number_of(result['tokens'], 'token')}, "
+        f"{wording.number_of(result['lookups'], 'lookup')} of {wording.count(met)} of "
+        f"{wording.number_of(result['table_rows'], 'row')}",
         f"rows     {result['path']}, the {wording.count(result['rows'])} hottest",
     )
     for one in result["hot_sets"]:

@@ -88,14 +88,14 @@ def teach(
     result = teach_delta(folder, str(text), output, prompt=prompt, device=device, progress=progress_to(echo), **given)
     before, after = (wording.decimals(loss, 2) for loss in result["loss"])
     lines = [
-        f"taught   {text!r} after {prompt!r}: loss {before} before, {after} now, {result['steps']} steps in "
-        f"{wording.duration(result['seconds'])}"
+        f"taught   {text!r} after {prompt!r}: loss {before} before, {after} now, "
+        f"{wording.number_of(result['steps'], 'step')} in {wording.duration(result['seconds'])}"
     ]
     if result["before"] is not None:
         lines += [f"before   {result['before']!r}", f"now      {result['after']!r}"]
     echo(
         *lines,
-        f"delta    {output}: {wording.count(result['rows'])} rows of this text, "
+        f"delta    {output}: {wording.number_of(result['rows'], 'row')} of this text, "
         f"{wording.count(result['rows_in_all'])} in all, {wording.size(result['bytes'])}",
     )
     if as_json:
@@ -130,7 +130,7 @@ def make_writable(
     first, last = (wording.decimals(loss, 2) for loss in result["loss"])
     echo(
         f"taught   fusion layers {wording.listing(list(map(str, result['layers'])))}: loss {first} before, {last} "
-        f"now, {wording.count(result['steps'])} steps in {wording.duration(result['seconds'])}",
+        f"now, {wording.number_of(result['steps'], 'step')} in {wording.duration(result['seconds'])}",
         f"saved    {output}, its rows as they were; sense-engram delta teach {output} --facts FILE",
     )
     if as_json:
@@ -295,8 +295,8 @@ def _teach_facts(folder: Path, facts: Path, output: Path, page: Path | None, as_
         named = "; ".join(f"{fact['subject']} → {fact['answer']}" for fact in result["not_learned"][:10])
         more = "; …" * (len(result["not_learned"]) > 10)
         raise CommandError(
-            f"not learned: {wording.count(len(result['not_learned']))} of {wording.count(result['facts'])} facts "
-            f"({named}{more}); {output} has the others",
+            f"not learned: {wording.count(len(result['not_learned']))} of "
+            f"{wording.number_of(result['facts'], 'fact')} ({named}{more}); {output} has the others",
             "more --steps, another --lr or more wordings may do it; the report says which wordings failed",
         )
 
@@ -324,7 +324,7 @@ def _delta_lines(result: dict[str, Any]) -> list[str]:
         lines.append(f"layer {table['layer']:<3}{_rows(table['rows'])} of its own table, {digest}")
     lines.append(f"base     {base['dtype']}, digest {base['digest'][:SHORT]}… (of its {base['digest_of']})")
     if result["states"]:
-        states = ", ".join(f"{name} ({wording.count(step)} steps)" for name, step in result["states"].items())
+        states = ", ".join(f"{name} ({wording.number_of(step, 'step')})" for name, step in result["states"].items())
         lines.append(f"states   {states}; sense-engram delta export leaves them out")
     return lines
 

@@ -154,10 +154,13 @@ def ablate(
 
 
 def _results(folder: Path, blocks: Blocks, started: float, measured: dict[str, Any]) -> dict[str, Any]:
+    from sense_v2.hf.data.held_out import settings_of
+
     return {
         "model": spell_out(str(folder)),
         "created": datetime.now(timezone.utc).isoformat(timespec="seconds"),
         "corpus": blocks.description(),
+        "trained_alone": not settings_of(folder).trains_beside_memory,
         "sequences": len(blocks.token_ids_BT),
         "sequence_length": blocks.token_ids_BT.shape[1],
         **measured,

@@ -22,6 +22,7 @@ from sense_v2.cli.options import (
 )
 from sense_v2.cli.output import lines_to, lines_typed, print_json, print_text, tell
 from sense_v2.core.errors import CommandError
+from sense_v2.report import wording
 
 
 def generate(
@@ -90,7 +91,8 @@ def _why_empty(found: dict[str, Any], tokenizer: Any, chat: bool) -> str:
     if found["end"] is not None and found["tokens"] == 1:
         told = f"the model wrote nothing: its first token, {found['end']}, ends the text"
     else:
-        told = f"the model wrote {found['tokens']} tokens, all of them white space or special tokens"
+        tokens = wording.number_of(found["tokens"], "token")
+        told = f"the model wrote nothing that can be seen: {tokens} of white space or without a text"
     has_template = not chat and getattr(tokenizer, "chat_template", None)
     return f"{told}; --chat asks it as its chat template does" if has_template else told
 

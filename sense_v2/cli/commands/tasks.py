@@ -22,6 +22,7 @@ def run_tasks(
 ) -> dict[str, Any]:
     """Of each metric its value with memory, without, or both; `where` as `open_trained` takes it."""
     from sense_v2.hf.backbones import open_trained
+    from sense_v2.hf.data.held_out import settings_of
     from sense_v2.hf.insight.harness import compare_tasks
     from sense_v2.hf.memory import attached_memory
 
@@ -36,7 +37,7 @@ def run_tasks(
     )
     echo(*_table(metrics, names))
     if len(names) == 2:
-        echo("without memory: this model with its memory taken off; one that was trained without may do better")
+        echo(f"without memory: {wording.taken_off(not settings_of(folder).trains_beside_memory)}")
     return {"model": str(folder), "tasks": metrics, "limit": limit, "seconds": time.perf_counter() - started}
 
 
