@@ -8,15 +8,18 @@ A card that somebody else wrote, or changed the first line of, stays as it is.
 from __future__ import annotations
 
 import numbers
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import transformers
-from huggingface_hub import ModelCardData
+from huggingface_hub import ModelCard, ModelCardData, try_to_load_from_cache
 from transformers import PreTrainedModel
+from yaml import YAMLError
 
 from sense_v2 import __version__
+from sense_v2.hf.data.streaming import is_hub_dataset
 from sense_v2.hf.memory import attached_memory
 from sense_v2.hf.saving.folder import replace_file
 
@@ -29,15 +32,13 @@ def model_card(
 ) -> str:
     """Return the card's text. `training` and `evaluation` become tables, one row for each name."""
     memory = attached_memory(model)
-    base = str(getattr(model.config, "_name_or_path", "") or "")
+    corpus = str(training.get("corpus", ""))
     front = ModelCardData(
         library_name="transformers",
         tags=["engram", "sense-v2"] if memory is not None else ["sense-v2"],
         pipeline_tag="text-generation" if hasattr(model, "generate") and model.can_generate() else None,
-        # A name of the hub; a folder of some machine says nothing elsewhere.
-        base_model=base
-        if base.count("/") == 1 and not base.startswith(("/", ".")) and not Path(base).exists()
-        else None,
+        datasets=[corpus.partition(":")[0]] if is_hub_dataset([corpus]) else None,
+        **_origin(str(getattr(model.config, "_name_or_path", "") or "")),
     )
     backbone = {
         "class": type(model).__name__,
@@ -73,6 +74,24 @@ def model_card(
             lines += [f"| {_cell(fact)} | {_cell(value)} |" for fact, value in known.items()]
     lines += ["", "## Use", "", "```python", *_use(name, memory is not None), "```", ""]
     return "\n".join(lines)
+
+
+def _origin(backbone: str) -> dict[str, Any]:
+    """What the hub is told of the backbone, a name or a folder: its name there, and what its own card says of its
+    license and language. A folder of some machine says nothing elsewhere, so it is named by what it was made from."""
+    folder = Path(backbone)
+    if backbone.count("/") == 1 and not backbone.startswith(("/", ".")) and not folder.exists():
+        cached = try_to_load_from_cache(backbone, CARD_FILE)
+        name, card = backbone, Path(cached) if isinstance(cached, str) else None
+    else:
+        in_cache = re.search(r"/models--([^/]+)--([^/]+)/snapshots/", folder.absolute().as_posix())
+        name, card = "/".join(in_cache.groups()) if in_cache else None, folder / CARD_FILE if backbone else None
+    try:
+        known = ModelCard.load(card).data.to_dict() if card is not None and card.is_file() else {}
+    except (OSError, ValueError, YAMLError):  # somebody else's, which need not be right
+        known = {}
+    kept = {key: known[key] for key in ("license", "license_name", "license_link", "language") if key in known}
+    return {"base_model": name or known.get("base_model"), **kept}
 
 
 def write_card(
