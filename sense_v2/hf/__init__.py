@@ -21,7 +21,9 @@ if TYPE_CHECKING:
     from sense_v2.hf.memory import memory_of as memory_of
     from sense_v2.hf.memory import trainable_parameters as trainable_parameters
     from sense_v2.hf.overlays import add_overlay as add_overlay
+    from sense_v2.hf.overlays import load_overlay as load_overlay
     from sense_v2.hf.overlays import remove_overlay as remove_overlay
+    from sense_v2.hf.overlays import unload_overlay as unload_overlay
     from sense_v2.hf.saving.backbone_facts import backbone_reference as backbone_reference
     from sense_v2.hf.saving.hub import push_to_hub as push_to_hub
     from sense_v2.hf.saving.save import save_pretrained as save_pretrained

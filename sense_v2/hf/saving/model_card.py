@@ -80,6 +80,7 @@ def _origin(backbone: str) -> dict[str, Any]:
     """What the hub is told of the backbone, a name or a folder: its name there, and what its own card says of its
     license and language. A folder of some machine says nothing elsewhere, so it is named by what it was made from."""
     folder = Path(backbone)
+    name: str | None
     if backbone.count("/") == 1 and not backbone.startswith(("/", ".")) and not folder.exists():
         cached = try_to_load_from_cache(backbone, CARD_FILE)
         name, card = backbone, Path(cached) if isinstance(cached, str) else None
