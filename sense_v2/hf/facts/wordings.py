@@ -1,13 +1,14 @@
 """Facts in their wordings -> token ids, and the rows that belong to their subjects' own n-grams
 
     "{subject} was born in"  ──▶  prompt ids, answer ids, which positions are the subject's
-    subject's positions      ──▶  ids of rows whose n-gram lies within the subject
+    subject's positions      ──▶  ids of rows whose n-gram lies within the subject and touches most of its words
 
 A row at the end of a prompt is read after that prompt alone. What a row of the subject adds is read by all later
 positions through attention, whatever the words around it: that is where a fact is kept for wordings that were never
 taught (MEMIT, 2210.07229, found the last token of the subject). And an n-gram that reaches out of the subject belongs
-to one wording, and to other texts: its rows are left alone. Of a subject of a single token no n-gram lies within; it
-gets those that end in it.
+to one wording, and to other texts: its rows are left alone. So are those of half a name, which belong to all who
+share it: a neighbour who looks up none of the rows stays the same bits. Of a subject of a single token no n-gram lies
+within; it gets those that end in it.
 
 L layers with memory, T tokens, H rows a position, U rows.
 """
@@ -37,6 +38,8 @@ class Question:
     answer_ids: list[int] = field(repr=False)
     subject: range = field(repr=False)
     """Positions of the prompt that are the subject's."""
+    words: list[int] = field(repr=False)
+    """Those of them at which a word of the subject begins."""
 
 
 @dataclass(frozen=True)
@@ -81,13 +84,15 @@ def questions_of(facts: Sequence[Fact], tokenizer: Any) -> list[Question]:
                     raise ValueError(f"{fact.name()}, field {what!r}: it has no tokens. Write it in other characters")
             first = len(opening) + inside[0]
             subject = range(first, len(opening) + inside[-1] + 1)
+            words = [len(opening) + at for at in inside if at == inside[0] or _begins_word(text, spans[at])]
             held_out = wording in fact.hold_out
-            questions.append(Question(place, wording, held_out, [*opening, *ids], answer_ids, subject))
+            questions.append(Question(place, wording, held_out, [*opening, *ids], answer_ids, subject, words))
     return questions
 
 
 def subject_rows(memory: EngramMemory, questions: Iterable[Question], *, max_rows: int | None = None) -> SubjectRows:
-    """The rows of the subjects' own n-grams, in the wordings that are taught.
+    """The rows of the subjects' own n-grams, in the wordings that are taught: of the n-grams that lie within the
+    subject, those that touch the most of its words (of a subject of one word, the most of its tokens).
 
     With `max_rows`, the rows nearest the subjects' ends are taken, longer n-grams first: they are of fewer other
     texts.
@@ -100,12 +105,9 @@ def subject_rows(memory: EngramMemory, questions: Iterable[Question], *, max_row
         if question.held_out:
             continue
         row_ids_LTH = memory.hash_tokens(_one(question.prompt_ids, memory))[1][:, 0].cpu()
-        first, last = question.subject[0], question.subject[-1]
-        is_alone = len(question.subject) < min(orders)
-        for at in question.subject:
-            for head, order in enumerate(orders):
-                if at - order + 1 < first and not is_alone:
-                    continue
+        last = question.subject[-1]
+        for at, order in _whole_ngrams(question, layout.ngram_orders):
+            for head in (head for head, its_order in enumerate(orders) if its_order == order):
                 for row_id in row_ids_LTH[:, at, head].tolist():
                     owners.setdefault(row_id, set()).add(question.fact)
                     ranks[row_id] = min(ranks.get(row_id, (last - at, -order)), (last - at, -order))
@@ -114,6 +116,22 @@ def subject_rows(memory: EngramMemory, questions: Iterable[Question], *, max_row
     return SubjectRows(
         ids_U, {row_id: sorted(owners[row_id]) for row_id in ids_U.tolist()}, len(owners) - len(chosen)
     )
+
+
+def _whole_ngrams(question: Question, orders: Sequence[int]) -> list[tuple[int, int]]:
+    """Where the n-grams end that say who is meant, and their orders."""
+    subject = question.subject
+    if len(subject) < min(orders):
+        return [(at, order) for at in subject for order in orders]
+    parts = question.words if len(question.words) > 1 else subject
+    # An n-gram touches the parts that begin in it, and the one that it begins in the middle of.
+    touched = {
+        (at, order): sum(at - order + 1 < one <= at for one in parts) + 1
+        for at in subject
+        for order in orders
+        if at - order + 1 >= subject[0]
+    }
+    return [one for one, count in touched.items() if count == max(touched.values())]
 
 
 def ngrams_of_rows(
@@ -150,6 +168,12 @@ def _encoded(tokenizer: Any, text: str) -> tuple[list[int], list[tuple[int, int]
             "its tokens. Use the model's fast tokenizer (tokenizer.json)"
         ) from None
     return found["input_ids"], found["offset_mapping"]
+
+
+def _begins_word(text: str, span: tuple[int, int]) -> bool:
+    """True if a token stands after a space, which tokenizers count as part of it or not."""
+    low, high = span
+    return text[low:high][:1].isspace() or text[:low][-1:].isspace()
 
 
 def _opening(tokenizer: Any) -> list[int]:
