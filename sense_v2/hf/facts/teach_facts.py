@@ -61,6 +61,8 @@ from sense_v2.hf.training.teaching import Taught, moved, refuse_unheard, rows_al
 RATES = (0.03, 0.1, 0.3)
 TRIAL_STEPS = 5
 WARMUP_STEPS = 5
+POOLED_BATCHES = 4
+"""Drawn together and sorted by length."""
 EPOCHS = 6
 FEWEST_STEPS = 60
 ASKED_AT_ONCE = 64
@@ -273,14 +275,19 @@ def refuse_other_tokenizer(memory: EngramMemory, tokenizer: Any) -> None:
 
 
 def shuffled(lessons: Sequence[Question], batch_size: int, seed: int) -> Iterator[list[Question]]:
-    """Batches without end, each lesson once before any comes again."""
+    """Batches without end, each lesson once before any comes again.
+
+    Those of a batch are of like length, so that little of it is padding.
+    """
     draw = np.random.default_rng(seed)
-    waiting: list[int] = []
+    lengths = np.array([len(one.prompt_ids) + len(one.answer_ids) for one in lessons])
     while True:
-        while len(waiting) < min(batch_size, len(lessons)):
-            waiting += draw.permutation(len(lessons)).tolist()
-        yield [lessons[at] for at in waiting[:batch_size]]
-        waiting = waiting[batch_size:]
+        order = draw.permutation(len(lessons))
+        for pool in np.array_split(order, math.ceil(len(order) / (POOLED_BATCHES * batch_size))):
+            by_length = pool[np.argsort(lengths[pool], kind="stable")]
+            batches = np.array_split(by_length, math.ceil(len(pool) / batch_size))
+            for at in draw.permutation(len(batches)):
+                yield [lessons[place] for place in batches[at]]
 
 
 def schedule(step: int, num_steps: int) -> float:

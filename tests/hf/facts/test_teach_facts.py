@@ -7,7 +7,7 @@ from tokenizers import pre_tokenizers
 
 from sense_v2.hf.attach import attach_engram, detach_engram
 from sense_v2.hf.facts.facts_file import Fact
-from sense_v2.hf.facts.teach_facts import Descent, teach_facts
+from sense_v2.hf.facts.teach_facts import Descent, shuffled, teach_facts
 from sense_v2.hf.facts.wordings import questions_of, subject_rows
 from sense_v2.hf.memory import memory_of
 
@@ -201,3 +201,22 @@ def test_without_neutral_texts_the_model_writes_some(model):
     report = taught(model, neutral=None, steps=1).report["damage"]
     assert report["sampled"]
     assert report["texts"] > 10
+
+
+def test_batches_hold_questions_of_like_length_and_each_once_an_epoch():
+    wordings = tuple("{subject}" + " word4" * length for length in range(9))
+    lessons = questions_of([Fact(f"word{n}", "word1", wordings) for n in range(11)], syllables())  # 99
+    batches = shuffled(lessons, 16, seed=3)
+    for _ in range(2):
+        epoch = [next(batches) for _ in range(8)]  # two pools of four
+        assert sorted(id(one) for batch in epoch for one in batch) == sorted(map(id, lessons))
+        assert {len(batch) for batch in epoch} == {12, 13}
+        spreads = [max(map(length_of, batch)) - min(map(length_of, batch)) for batch in epoch]
+        assert max(spreads) <= 5  # of 8
+    again = shuffled(lessons, 16, seed=3)
+    assert next(again) != next(again)
+    assert [len(batch) for batch in (next(shuffled(lessons[:3], 16, seed=0)),)] == [3]
+
+
+def length_of(question):
+    return len(question.prompt_ids) + len(question.answer_ids)
