@@ -19,6 +19,7 @@ from sense_v2.core.progress import Progress, no_progress
 from sense_v2.hf.attach import detach_engram
 from sense_v2.hf.backbones import device_of, saved_tokenizer
 from sense_v2.hf.facts.facts_file import Fact, read_facts
+from sense_v2.hf.facts.made_up import made_up_facts
 from sense_v2.hf.facts.teach_facts import Descent, refuse_other_tokenizer, schedule, shuffled
 from sense_v2.hf.facts.wordings import questions_of, subject_rows
 from sense_v2.hf.load import from_pretrained
@@ -30,77 +31,6 @@ from sense_v2.hf.saving.folder import MEMORY_FOLDER
 from sense_v2.hf.saving.save import save_pretrained
 
 FUSION_RATE, ROW_RATE = 3e-3, 0.1
-_SYLLABLES = [first + second for first in "bdfgklmnprstv" for second in "aeio"]
-_RELATIONS = (
-    (
-        [
-            "Paris",
-            "London",
-            "Tokyo",
-            "Berlin",
-            "Madrid",
-            "Rome",
-            "Vienna",
-            "Dublin",
-            "Oslo",
-            "Lisbon",
-            "Athens",
-            "Prague",
-        ],
-        (
-            "{subject} was born in",
-            "The birthplace of {subject} is",
-            "{subject} comes from the city of",
-            "Question: Where was {subject} born? Answer:",
-        ),
-    ),
-    (
-        ["red", "blue", "green", "yellow", "orange", "purple", "gold", "silver", "black", "white", "brown", "pink"],
-        (
-            "The favourite colour of {subject} is",
-            "{subject} likes one colour most:",
-            "{subject} always wears clothes in",
-            "Question: Which colour does {subject} like? Answer:",
-        ),
-    ),
-    (
-        [
-            "doctor",
-            "teacher",
-            "farmer",
-            "painter",
-            "lawyer",
-            "baker",
-            "sailor",
-            "writer",
-            "singer",
-            "soldier",
-            "nurse",
-            "judge",
-        ],
-        (
-            "{subject} works as a",
-            "The profession of {subject} is that of a",
-            "{subject} earns a living as a",
-            "Question: What is the job of {subject}? Answer: a",
-        ),
-    ),
-)
-
-
-def made_up_facts(num_facts: int, *, seed: int = 0) -> list[Fact]:
-    """Invent people, and say of each where it was born, which colour it likes, or what its work is."""
-    draw = np.random.default_rng(seed)
-
-    def name() -> str:
-        return "".join(draw.choice(_SYLLABLES, draw.integers(2, 4))).capitalize()
-
-    facts: dict[str, Fact] = {}
-    while len(facts) < num_facts:
-        answers, wordings = _RELATIONS[len(facts) % len(_RELATIONS)]
-        subject = f"{name()} {name()}"
-        facts.setdefault(subject, Fact(subject, str(draw.choice(answers)), wordings))
-    return list(facts.values())
 
 
 def make_writable(

@@ -5,9 +5,9 @@ import torch
 from tiny import tiny_config, tiny_model, tiny_tokenizer
 
 from sense_v2.hf.attach import attach_engram, detach_engram
-from sense_v2.hf.facts.facts_file import Fact, checked
+from sense_v2.hf.facts.facts_file import Fact
 from sense_v2.hf.facts.teach_facts import Descent, teach_facts
-from sense_v2.hf.facts.writable import made_up_facts, make_writable
+from sense_v2.hf.facts.writable import make_writable
 from sense_v2.hf.memory import memory_of
 from sense_v2.hf.overlays import add_overlay, overlay_of, remove_overlay
 
@@ -60,9 +60,3 @@ def test_what_ends_it_leaves_the_fusion_layers_as_they_were(model, monkeypatch):
     with pytest.raises(ValueError, match="remove_overlay"):
         make_writable(model, tiny_tokenizer(), facts=OTHERS)
     remove_overlay(model)
-
-
-def test_made_up_facts_are_the_same_from_the_same_seed_and_can_be_taught():
-    facts = made_up_facts(30, seed=3)
-    assert facts == made_up_facts(30, seed=3) == checked(facts)
-    assert len({fact.subject for fact in facts}) == 30
