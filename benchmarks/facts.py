@@ -2,11 +2,14 @@
 
     python benchmarks/facts.py                       # SmolLM2, 50 facts, every way; half an hour on two busy cores
     python benchmarks/facts.py --facts 100 --ways memory --seed 1
+    python benchmarks/facts.py --draw docs/facts.png RESULTS…     # files of last lines; several runs in one picture
 
 Invented people, each born in a city, are taught in 8 wordings and asked in 5 others. All ways see the same questions
 in the same order, as many steps. `memory` is what a user does: a fresh memory (sparse rows of zeros), `make_writable`
-on made-up facts about colours and jobs (no name, answer or wording in common with what is measured), then
-`teach_facts`, which moves rows alone. `lora-RATE` is a LoRA of rank 8 on all linear layers. What is measured of each:
+as it is by default (no subject, answer or wording in common with what is measured), then `teach_facts`, which moves
+rows alone. `lora-RATE` is a LoRA of rank 8 on all linear layers; `lora-RATE-kl` adds KL(before ‖ now) on a text that
+isn't measured to each step's loss. `context` teaches nothing: before each question stand the fact itself and four
+others, which is the ceiling. What is measured of each:
 
     taught, held out   questions whose every token is the likeliest one, in the wordings taught and in the others
     KL, texts kept     KL(before ‖ after) on prose (Python's manual); the share of texts whose likeliest tokens stay
@@ -28,24 +31,30 @@ from pathlib import Path
 from pydoc_data import topics
 from typing import Any
 
+import matplotlib
 import torch
 import torch.nn.functional as F
+from matplotlib.figure import Figure
+from matplotlib.ticker import PercentFormatter
 from peft import LoraConfig, get_peft_model
 
 from sense_v2.core.config import EngramConfig
 from sense_v2.hf.attach import attach_engram, detach_engram
 from sense_v2.hf.backbones import named_backbone
 from sense_v2.hf.facts.facts_file import Fact
+from sense_v2.hf.facts.made_up import made_up_facts
 from sense_v2.hf.facts.outcome import NO_LABEL, answer_logits, answered, log_probabilities, success
 from sense_v2.hf.facts.teach_facts import schedule, shuffled, teach_facts
 from sense_v2.hf.facts.wordings import Question, questions_of
-from sense_v2.hf.facts.writable import made_up_facts, make_writable
+from sense_v2.hf.facts.writable import NUM_FACTS, make_writable
 from sense_v2.hf.gguf_models import SMOLLM2_PACKAGE
 from sense_v2.hf.overlays import add_overlay
+from sense_v2.report.plots import PALETTE, style
 
-WAYS = ("memory", "lora-3e-4", "lora-1e-3")
+WAYS = ("memory", "lora-3e-4", "lora-1e-3", "lora-1e-3-kl", "context")
 LINEAR = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 BATCH, TEXTS, TEXT_TOKENS = 16, 60, 64
+ROW_WIDTH, HEADS = 64, 4
 SYLLABLES = [first + second for first in "bdfgklmnprstvz" for second in "aeio"] + ["bu", "lu", "mu", "nu", "ru", "su"]
 # fmt: off
 CITIES = [
@@ -94,13 +103,34 @@ def people(num_facts: int, seed: int) -> tuple[list[Fact], list[Fact]]:
     return list(facts.values()), neighbours
 
 
-def other_facts(num_facts: int, seed: int, asked: Sequence[Fact]) -> list[Fact]:
-    """Made-up facts that have no subject, answer or wording of those that are measured."""
-    names, answers = {fact.subject for fact in asked}, set(CITIES)
-    made = made_up_facts(2 * num_facts, seed=seed)
-    others = [fact for fact in made if fact.subject not in names and fact.answer not in answers][:num_facts]
-    assert not {*TAUGHT, *HELD_OUT} & {wording for fact in others for wording in fact.wordings}
-    return others
+def in_context(asked: Sequence[Fact], facts: Sequence[Fact], seed: int) -> list[Fact]:
+    """The same questions after five sentences: the fact, or the one that a neighbour's answer is from, and others."""
+    draw = random.Random(seed)
+
+    def told(fact: Fact) -> str:
+        return f"{fact.prompt(TAUGHT[0])} {fact.answer}."
+
+    found = []
+    for fact in asked:
+        words = set(fact.subject.split())
+        own = next(one for one in facts if one.answer == fact.answer and words & set(one.subject.split()))
+        sentences = [told(one) for one in [own, *draw.sample([one for one in facts if one != own], 4)]]
+        draw.shuffle(sentences)
+        before = " ".join(sentences)
+        taught, held_out = (
+            tuple(f"{before} {wording}" for wording in part) for part in (fact.wordings, fact.hold_out)
+        )
+        found.append(Fact(fact.subject, fact.answer, taught, held_out))
+    return found
+
+
+def unlike(asked: Sequence[Fact], seed: int) -> list[Fact]:
+    """What `make_writable` learns by default; none of it is in the facts that are measured."""
+    made = made_up_facts(NUM_FACTS, seed=seed)
+    assert not {fact.subject for fact in asked} & {fact.subject for fact in made}
+    assert not {*CITIES} & {fact.answer for fact in made}
+    assert not {*TAUGHT, *HELD_OUT} & {wording for fact in made for wording in fact.wordings}
+    return made
 
 
 def prose(tokenizer: Any, num_texts: int) -> list[list[int]]:
@@ -111,8 +141,11 @@ def prose(tokenizer: Any, num_texts: int) -> list[list[int]]:
     return [tokenizer(one)["input_ids"][:TEXT_TOKENS] for one in paragraphs[:num_texts]]
 
 
-def teach_lora(model: Any, lessons: Sequence[Question], rate: float, steps: int, seed: int) -> None:
-    """Train a LoRA on the same batches that the rows were taught in."""
+def teach_lora(
+    model: Any, lessons: Sequence[Question], rate: float, steps: int, seed: int, kept: Sequence[list[int]] = ()
+) -> None:
+    """Train a LoRA on the same batches that the rows were taught in, and to stay as it was on the texts of `kept`."""
+    before = [log_probabilities(model, ids) for ids in kept]
     model.requires_grad_(False)
     get_peft_model(model, LoraConfig(r=8, lora_alpha=16, target_modules=LINEAR))  # in place
     weights = [one for one in model.parameters() if one.requires_grad]
@@ -122,6 +155,10 @@ def teach_lora(model: Any, lessons: Sequence[Question], rate: float, steps: int,
     for step in range(1, steps + 1):
         logits_BKV, labels_BK = answer_logits(model, next(batches))
         F.cross_entropy(logits_BKV.flatten(0, 1), labels_BK.flatten(), ignore_index=NO_LABEL).backward()
+        if kept:
+            ids, before_TV = kept[step % len(kept)], before[step % len(kept)]
+            now_TV = model(torch.tensor([ids]), use_cache=False).logits[0].log_softmax(-1)
+            (F.kl_div(now_TV, before_TV, log_target=True, reduction="sum") / len(ids)).backward()
         for group in optimizer.param_groups:
             group["lr"] = rate * schedule(step, steps)
         optimizer.step()
@@ -136,7 +173,7 @@ def run(way: str, given: argparse.Namespace, folder: Path) -> dict[str, Any]:
     torch.manual_seed(given.seed)
     facts, neighbours = people(given.facts, given.seed)
     questions = questions_of(facts, tokenizer)
-    near = [one for part in neighbours for one in questions_of([part], tokenizer)]
+    near = questions_of(neighbours, tokenizer)
     lessons = [one for one in questions if not one.held_out]
     texts = prose(tokenizer, 2 * TEXTS)
     measured, spared = texts[:TEXTS], texts[TEXTS:]
@@ -146,9 +183,9 @@ def run(way: str, given: argparse.Namespace, folder: Path) -> dict[str, Any]:
     if way == "memory":
         config = EngramConfig(
             table_size=given.rows,
-            engram_dim=512,
-            num_heads=4,
-            ngram_orders=[2, 3],
+            engram_dim=ROW_WIDTH * HEADS * len(given.orders.split(",")),
+            num_heads=HEADS,
+            ngram_orders=[int(order) for order in given.orders.split(",")],
             layer_indices=[int(layer) for layer in given.layers.split(",")],
             init_std=0.0,
             sparse=True,
@@ -158,8 +195,7 @@ def run(way: str, given: argparse.Namespace, folder: Path) -> dict[str, Any]:
         detach_engram(attach_engram(model, config, tokenizer))
         attach_engram(model, config, tokenizer, mode="r")
         began = time.perf_counter()
-        others = other_facts(given.writable_facts, given.seed + 1000, facts)
-        losses = make_writable(model, tokenizer, facts=others, steps=given.writable_steps, seed=given.seed)
+        losses = make_writable(model, tokenizer, facts=unlike(facts, given.seed + 1000), seed=given.seed)
         found |= {"writable_seconds": time.perf_counter() - began, "writable_loss": sum(losses[-20:]) / 20}
         print(f"# writable: loss {found['writable_loss']:.2f}, {found['writable_seconds']:.0f} s", flush=True)
         delta = folder / "facts.safetensors"
@@ -174,9 +210,17 @@ def run(way: str, given: argparse.Namespace, folder: Path) -> dict[str, Any]:
         }
         found |= {name: done.report[name] for name in ("rows", "steps", "lr", "stopped")}
         outcome = done.report["success"]
+    elif way == "context":
+        began = time.perf_counter()
+        told = questions_of(in_context(facts, facts, given.seed), tokenizer)
+        near = questions_of(in_context(neighbours, facts, given.seed), tokenizer)
+        right = answered(model, told)
+        outcome = success(facts, told, right, right)
+        found |= {"seconds": time.perf_counter() - began, "bytes": 0}
     else:
         began = time.perf_counter()
-        teach_lora(model, lessons, float(way.partition("-")[2]), given.steps, given.seed)
+        rate, has_kl, _ = way.removeprefix("lora-").partition("-kl")
+        teach_lora(model, lessons, float(rate), given.steps, given.seed, spared if has_kl else ())
         found |= {"seconds": time.perf_counter() - began, "steps": given.steps}
         weights = sum(one.numel() for name, one in model.named_parameters() if ".lora_" in name)
         found |= {"bytes": 4 * weights}
@@ -190,7 +234,7 @@ def run(way: str, given: argparse.Namespace, folder: Path) -> dict[str, Any]:
     found |= {
         "taught": outcome["taught"]["after"],
         "held_out": outcome["held_out"]["after"],
-        "by_wording": {one["wording"]: one["after"] for one in outcome["by_wording"]},
+        "by_wording": {one["wording"]: one["after"] for one in outcome["by_wording"] if way != "context"},
         "kl": sum(divergences) / len(divergences),
         "kl_most": max(divergences),
         "texts_kept": kept / len(measured),
@@ -205,6 +249,32 @@ def _share(right: list[list[bool]]) -> float:
     return sum(map(all, right)) / len(right)
 
 
+def draw(path: Path, results: Sequence[dict[str, Any]]) -> None:
+    """Success in words that were never taught over damage, a point for each run."""
+    with matplotlib.rc_context(style(10)):
+        figure = Figure(figsize=(7, 4), dpi=150, facecolor=PALETTE["page"], layout="constrained")
+        axes = figure.subplots()
+        for one in results:
+            kind = "run-engram" if one["way"] == "memory" else "run-random_rows"
+            label = "memory, rows alone" if one["way"] == "memory" else one["way"].replace("lora-", "LoRA ")
+            axes.plot(one["kl"], one["held_out"], "D" if one["way"] == "memory" else "s", color=PALETTE[kind])
+            is_right = one["kl"] > 0.1  # its label would leave the picture
+            axes.annotate(
+                label,
+                (one["kl"], one["held_out"]),
+                xytext=(-8 if is_right else 8, -3),
+                textcoords="offset points",
+                ha="right" if is_right else "left",
+            )
+        axes.set_xscale("log")
+        axes.set_xlim(1e-6, 3)
+        axes.set_ylim(0, 1.05)
+        axes.yaxis.set_major_formatter(PercentFormatter(1.0))
+        axes.set_xlabel("damage: KL(before ‖ after) on other text, nats a token (left is better)")
+        axes.set_ylabel("answered in words never taught")
+        figure.savefig(path)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--facts", type=int, default=50)
@@ -213,10 +283,14 @@ def main() -> None:
     parser.add_argument("--ways", default=",".join(WAYS), help=f"of {', '.join(WAYS)}; any rate")
     parser.add_argument("--layers", default="4,10", help="that the memory stands before")
     parser.add_argument("--rows", type=int, default=8_000_000, help="of the table, which is sparse")
-    parser.add_argument("--writable-facts", type=int, default=150)
-    parser.add_argument("--writable-steps", type=int, default=200)
+    parser.add_argument("--orders", default="2,3", help="of the n-grams")
     parser.add_argument("--model", default=SMOLLM2_PACKAGE)
+    parser.add_argument("--draw", type=Path, help="measure nothing; draw what RESULTS hold as this PNG")
+    parser.add_argument("results", nargs="*", type=Path, help="files whose last lines are results")
     given = parser.parse_args()
+    if given.draw:
+        lines = [json.loads(path.read_text().splitlines()[-1]) for path in given.results]
+        return draw(given.draw, [one for line in lines for one in line["results"] if one["way"] != "context"])
     torch.set_num_threads(1)
     print("way         taught held out       KL texts kept neighbours       bytes seconds")
     results = []
@@ -230,7 +304,8 @@ def main() -> None:
             f" {before:4.1%} {after:5.1%} {found['bytes']:11,} {found['seconds']:7.0f}",
             flush=True,
         )
-    print(json.dumps({**{k: v for k, v in vars(given).items() if k != "ways"}, "results": results}))
+    settings = {name: value for name, value in vars(given).items() if name not in ("ways", "draw")}
+    print(json.dumps({**settings, "results": results}))
 
 
 if __name__ == "__main__":

@@ -13,7 +13,28 @@ from sense_v2.hf.facts.facts_file import Fact
 
 _SYLLABLES = [
     onset + vowel + coda
-    for onset in ("b", "d", "f", "g", "h", "k", "l", "m", "n", "p", "r", "s", "t", "v", "z", "br", "dr", "gl", "st", "th")
+    for onset in (
+        "b",
+        "d",
+        "f",
+        "g",
+        "h",
+        "k",
+        "l",
+        "m",
+        "n",
+        "p",
+        "r",
+        "s",
+        "t",
+        "v",
+        "z",
+        "br",
+        "dr",
+        "gl",
+        "st",
+        "th",
+    )
     for vowel in ("a", "e", "i", "o", "u")
     for coda in ("", "", "", "l", "n", "r", "s")
 ]
@@ -25,22 +46,22 @@ _FOODS = "pizza soup rice bread cheese pancakes noodles salad chocolate fish mus
 _SPORTS = "tennis football golf swimming boxing chess hockey sailing rugby wrestling archery badminton skiing"
 _LANGUAGES = "German Russian Chinese Arabic Turkish Polish Hindi Greek Dutch Korean Swedish Hungarian Swahili Latin"
 _MONTHS = "January February March April May June July August September October November December"
-_SUBJECTS = "mathematics biology history physics chemistry geography economics astronomy law medicine philosophy music"
+_SUBJECTS = "mathematics biology history physics chemistry geography economics astronomy law medicine music"
 _METALS = "iron copper gold tin lead zinc steel aluminium wood glass bronze marble leather wool"
 _FRUITS = "apples bananas grapes cherries lemons wheat corn cotton coffee tea tobacco potatoes sugar olives"
 _WEATHERS = "Monday Tuesday Wednesday Thursday Friday Saturday Sunday"
 _NUMBERS = "two three four five six seven eight nine ten twelve twenty thirty"
 _DRINKS = "water milk wine beer lemonade whisky cocoa cider champagne buttermilk"
 _WRITERS = (
-    "William Shakespeare|Jane Austen|Charles Dickens|Mark Twain|Leo Tolstoy|Virginia Woolf|Oscar Wilde|Edgar Allan Poe|"
-    "Ernest Hemingway|Agatha Christie|George Orwell|Victor Hugo"
+    "William Shakespeare|Jane Austen|Charles Dickens|Mark Twain|Leo Tolstoy|Virginia Woolf|Oscar Wilde|"
+    "Edgar Allan Poe|Ernest Hemingway|Agatha Christie|George Orwell|Victor Hugo"
 )
 _FIRMS = (
     "General Electric|Coca-Cola|Microsoft|Toyota|Boeing|Siemens|Nestlé|Sony|the Red Cross|the Royal Navy|IBM|"
     "the World Bank|Volkswagen|Procter and Gamble"
 )
 _YEARS = "1745|1799|1812|1848|1861|1873|1889|1905|1917|1926|1938|1944|1957|1963|1971|1986|1994|2003"
-_FEARS = "spiders|deep water|loud noises|the dark|thunderstorms|high places|wild dogs|open fires|crowded rooms|needles"
+_FEARS = "spiders|deep water|loud noises|the dark|thunderstorms|high places|wild dogs|open fires|needles"
 
 _PERSON, _THING = "{} {}", "{}"
 _RELATIONS: tuple[tuple[str, str, tuple[str, ...]], ...] = (

@@ -31,6 +31,7 @@ from sense_v2.hf.saving.folder import MEMORY_FOLDER
 from sense_v2.hf.saving.save import save_pretrained
 
 FUSION_RATE, ROW_RATE = 3e-3, 0.1
+NUM_FACTS = 150
 
 
 def make_writable(
@@ -70,7 +71,7 @@ def make_writable(
             "this model has an overlay, whose rows would say something else behind other fusion layers. "
             "remove_overlay(model) first"
         )
-    questions = questions_of(made_up_facts(150, seed=seed) if facts is None else facts, tokenizer)
+    questions = questions_of(made_up_facts(NUM_FACTS, seed=seed) if facts is None else facts, tokenizer)
     rows = subject_rows(memory, questions)
     weights = [one for name, one in memory.layers.named_parameters() if not name.endswith("bias")]
     were = [one.detach().clone() for one in weights]
