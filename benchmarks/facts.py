@@ -43,11 +43,13 @@ from sense_v2.hf.attach import attach_engram, detach_engram
 from sense_v2.hf.backbones import named_backbone
 from sense_v2.hf.facts.facts_file import Fact
 from sense_v2.hf.facts.made_up import made_up_facts
-from sense_v2.hf.facts.outcome import NO_LABEL, answer_logits, answered, log_probabilities, success
+from sense_v2.hf.facts.outcome import NO_LABEL, answer_logits, answered, success
 from sense_v2.hf.facts.teach_facts import schedule, shuffled, teach_facts
 from sense_v2.hf.facts.wordings import Question, questions_of
 from sense_v2.hf.facts.writable import NUM_FACTS, make_writable
 from sense_v2.hf.gguf_models import SMOLLM2_PACKAGE
+from sense_v2.hf.insight.damage import log_probabilities
+from sense_v2.hf.insight.evaluation import evaluating
 from sense_v2.hf.overlays import add_overlay
 from sense_v2.report.plots import PALETTE, style
 
@@ -141,11 +143,17 @@ def prose(tokenizer: Any, num_texts: int) -> list[list[int]]:
     return [tokenizer(one)["input_ids"][:TEXT_TOKENS] for one in paragraphs[:num_texts]]
 
 
+def expected(model: Any, ids: list[int]) -> torch.Tensor:
+    """What a model expects after each token of a text, [T, V]."""
+    with evaluating(model):
+        return log_probabilities(model, torch.tensor([ids]))[0]
+
+
 def teach_lora(
     model: Any, lessons: Sequence[Question], rate: float, steps: int, seed: int, kept: Sequence[list[int]] = ()
 ) -> None:
     """Train a LoRA on the same batches that the rows were taught in, and to stay as it was on the texts of `kept`."""
-    before = [log_probabilities(model, ids) for ids in kept]
+    before = [expected(model, ids) for ids in kept]
     model.requires_grad_(False)
     get_peft_model(model, LoraConfig(r=8, lora_alpha=16, target_modules=LINEAR))  # in place
     weights = [one for one in model.parameters() if one.requires_grad]
@@ -157,7 +165,7 @@ def teach_lora(
         F.cross_entropy(logits_BKV.flatten(0, 1), labels_BK.flatten(), ignore_index=NO_LABEL).backward()
         if kept:
             ids, before_TV = kept[step % len(kept)], before[step % len(kept)]
-            now_TV = model(torch.tensor([ids]), use_cache=False).logits[0].log_softmax(-1)
+            now_TV = log_probabilities(model, torch.tensor([ids]))[0]
             (F.kl_div(now_TV, before_TV, log_target=True, reduction="sum") / len(ids)).backward()
         for group in optimizer.param_groups:
             group["lr"] = rate * schedule(step, steps)
@@ -177,7 +185,7 @@ def run(way: str, given: argparse.Namespace, folder: Path) -> dict[str, Any]:
     lessons = [one for one in questions if not one.held_out]
     texts = prose(tokenizer, 2 * TEXTS)
     measured, spared = texts[:TEXTS], texts[TEXTS:]
-    before = [log_probabilities(model, ids) for ids in measured]
+    before = [expected(model, ids) for ids in measured]
     near_before = _share(answered(model, near))
     found: dict[str, Any] = {"way": way}
     if way == "memory":
@@ -228,7 +236,7 @@ def run(way: str, given: argparse.Namespace, folder: Path) -> dict[str, Any]:
         outcome = success(facts, questions, never, answered(model, questions))
     divergences, kept = [], 0
     for ids, before_TV in zip(measured, before, strict=True):
-        now_TV = log_probabilities(model, ids)
+        now_TV = expected(model, ids)
         divergences.append(float(F.kl_div(now_TV, before_TV, log_target=True, reduction="sum")) / len(ids))
         kept += torch.equal(now_TV.argmax(-1), before_TV.argmax(-1))
     found |= {

@@ -12,17 +12,18 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Iterable, Sequence
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from transformers import PreTrainedModel
 
 from sense_v2.hf.data.corpus import encode
 from sense_v2.hf.facts.facts_file import Fact, text_lines
 from sense_v2.hf.facts.wordings import Question, SubjectRows, ngrams_of_rows
-from sense_v2.hf.insight.damage import log_probabilities as log_probabilities_of_blocks
+from sense_v2.hf.insight.damage import damage as damage_of_blocks
+from sense_v2.hf.insight.damage import own_samples
 from sense_v2.hf.insight.evaluation import evaluating
 from sense_v2.hf.memory import memory_of
 
@@ -142,30 +143,8 @@ def sampled_texts(model: PreTrainedModel, *, seed: int = 0, num_texts: int = SAM
     """Let the model write texts, each from a random token on."""
     generator = torch.Generator().manual_seed(seed)
     size = len(model.get_input_embeddings().weight)  # type: ignore[arg-type]  # transformers says Module
-    first_B1 = torch.randint(size, (num_texts, 1), generator=generator).to(model.device)
-    with evaluating(model), torch.random.fork_rng():
-        torch.manual_seed(seed)
-        ids_BT = model.generate(  # type: ignore[operator]  # transformers' mixin isn't typed
-            first_B1,
-            attention_mask=torch.ones_like(first_B1),
-            max_new_tokens=SAMPLED_TOKENS - 1,
-            do_sample=True,
-            pad_token_id=_END,
-        )
-    ends = _end_ids(model)
-    texts = []
-    for ids in ids_BT.tolist():
-        end = next((at for at, one in enumerate(ids) if at and (one in ends or one == _END)), len(ids))
-        texts.append(ids[:end])
-    return [ids for ids in texts if len(ids) > 1]
-
-
-_END = 0
-
-
-def _end_ids(model: PreTrainedModel) -> set[int]:
-    found = model.generation_config.eos_token_id if model.generation_config is not None else None
-    return set(found) if isinstance(found, list) else set() if found is None else {found}
+    first_ids_B = torch.randint(size, (num_texts,), generator=generator)
+    return own_samples(model, first_ids_B, num_tokens=SAMPLED_TOKENS, seed=seed).tolist()
 
 
 def texts_with_rows(model: PreTrainedModel, texts: Sequence[list[int]], row_ids_U: torch.Tensor) -> list[int]:
@@ -181,7 +160,7 @@ def damage(
     words: Callable[[list[int]], str],
     rows: SubjectRows,
     facts: Sequence[Fact],
-    as_before: Callable[[bool], Any],
+    as_before: Callable[[], AbstractContextManager[Any]],
 ) -> dict[str, Any]:
     """Compare the model with what it was, on texts that nothing was taught about, as JSON holds it.
 
@@ -191,7 +170,7 @@ def damage(
         words: Token ids to text.
         rows: Those that were learned.
         facts: Whose they are.
-        as_before: Puts the rows as they were (True), or as they are (False).
+        as_before: Within which the rows are as they were.
     """
     memory = memory_of(model)
     row_ids = set(rows.row_ids_U.tolist())
@@ -201,19 +180,15 @@ def damage(
         met = ngrams_of_rows(memory, ids, row_ids)
         if not met:
             continue
-        as_before(True)
-        before_TV = log_probabilities(model, ids)
-        as_before(False)
-        after_TV = log_probabilities(model, ids)
-        divergence = float(F.kl_div(after_TV, before_TV, log_target=True, reduction="sum")) / len(ids)
-        top = int((before_TV.argmax(dim=-1) != after_TV.argmax(dim=-1)).sum())
-        total += divergence
+        harm = damage_of_blocks(model, as_before, torch.tensor([ids]))
+        top = round(harm.changed * harm.tokens)
+        total += harm.divergence
         num_top += top
-        if not torch.equal(before_TV, after_TV):
+        if harm.divergence:
             changed.append(
                 {
                     "text": words(ids),
-                    "kl": divergence,
+                    "kl": harm.divergence,
                     "tokens_changed": top,
                     "tokens": len(ids),
                     "rows": [
@@ -236,10 +211,3 @@ def damage(
         "texts_of_other_words": sum(1 for one in changed if one["tokens_changed"]),
         "changed": sorted(changed, key=lambda one: -float(str(one["kl"]))),
     }
-
-
-def log_probabilities(model: PreTrainedModel, token_ids: Sequence[int]) -> torch.Tensor:
-    """What the model expects after each token of a text, [T, V] in float32."""
-    ids_1T = torch.tensor([list(token_ids)], device=model.device)
-    with evaluating(model):
-        return log_probabilities_of_blocks(model, ids_1T)[0]

@@ -22,6 +22,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import datetime, timezone
 from pathlib import Path
@@ -46,13 +47,14 @@ from sense_v2.hf.facts.outcome import (
     answer_logits,
     answered,
     damage,
-    log_probabilities,
     neutral_texts,
     sampled_texts,
     success,
     texts_with_rows,
 )
 from sense_v2.hf.facts.wordings import Question, SubjectRows, questions_of, subject_rows
+from sense_v2.hf.insight.damage import log_probabilities
+from sense_v2.hf.insight.evaluation import evaluating
 from sense_v2.hf.load import from_pretrained
 from sense_v2.hf.memory import EngramMemory, memory_of
 from sense_v2.hf.overlays import add_overlay, overlay_of
@@ -165,8 +167,7 @@ def teach_facts(
     with progress("asking after", len(questions), unit="questions") as advance:
         after = answered(model, questions, advance)
     words = Words(tokenizer)
-    harm = damage(model, texts, words.text, rows, facts, descent.put)
-    descent.put(False)
+    harm = damage(model, texts, words.text, rows, facts, descent.as_before)
     taught = moved(overlay, rows.row_ids_U, descent.before_UD, descent.were_changed_U, descent.losses)
     report = {
         "facts": len(facts),
@@ -333,8 +334,9 @@ class Descent:
     def keep_neutral(self, texts: Sequence[list[int]], kl_weight: float) -> None:
         """Add KL(now's model ‖ the later one) on these texts to the loss, in turns."""
         self._kl_weight = kl_weight
-        for ids in texts[:KL_TEXTS]:
-            self._neutral.append((ids[:KL_TOKENS], log_probabilities(self.model, ids[:KL_TOKENS]).half()))
+        with evaluating(self.model):
+            for ids in texts[:KL_TEXTS]:
+                self._neutral.append((ids[:KL_TOKENS], self._expected(ids[:KL_TOKENS]).half()))
 
     def __enter__(self) -> Descent:
         self._alone.__enter__()
@@ -352,6 +354,15 @@ class Descent:
             self.overlay.forget(self.row_ids_U[~self.were_changed_U])
         else:
             self.overlay.write(self.row_ids_U, self.rows_UD)
+
+    @contextmanager
+    def as_before(self) -> Iterator[None]:
+        """Within it, the rows are as they were before the lesson."""
+        self.put(True)
+        try:
+            yield
+        finally:
+            self.put(False)
 
     def find_rate(self, batches: Sequence[list[Question]]) -> float:
         """Try rates on these batches, each from the same start, and return the one that ends best."""
@@ -417,9 +428,10 @@ class Descent:
 
     def _kl(self) -> torch.Tensor:
         ids, before_TV = self._neutral[self._steps % len(self._neutral)]
-        ids_1T = torch.tensor([ids], device=self.model.device)
-        now_TV = self.model(input_ids=ids_1T, use_cache=False).logits[0].float().log_softmax(dim=-1)
-        return F.kl_div(now_TV, before_TV.float(), log_target=True, reduction="sum") / len(ids)
+        return F.kl_div(self._expected(ids), before_TV.float(), log_target=True, reduction="sum") / len(ids)
+
+    def _expected(self, ids: list[int]) -> torch.Tensor:
+        return log_probabilities(self.model, torch.tensor([ids], device=self.model.device))[0]
 
 
 def _spared(memory: EngramMemory, texts: Sequence[list[int]], row_ids_U: torch.Tensor) -> torch.Tensor:
