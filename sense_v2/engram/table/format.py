@@ -72,10 +72,8 @@ class RowDtype:
 
     def row_bytes(self, width: int) -> int:
         """
-        >>> row_dtype("float32").row_bytes(256), row_dtype("float8_e4m3fn").row_bytes(256)
-        (1024, 264)
-        >>> row_dtype("int4").row_bytes(256), row_dtype("int4").row_bytes(40)
-        (144, 36)
+        >>> [row_dtype(name).row_bytes(256) for name in ("float32", "float8_e4m3fn", "int4")]
+        [1024, 264, 144]
         """
         if self.block_bytes:
             return num_scales(width, self.name) * self.block_bytes
