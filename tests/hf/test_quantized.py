@@ -7,6 +7,7 @@ from test_attach import attached, some_ids, state_of
 from tiny import tiny_config, tiny_model, tiny_tokenizer, wake
 
 from sense_v2.hf.attach import attach_engram, detach_engram
+from sense_v2.hf.saving.backbone_facts import backbone_facts, backbone_reference
 
 PACKED = {"position_ids": torch.tensor([[0, 1, 2, 3, 0, 1, 2, 0, 1]]).expand(2, -1), "use_cache": False}
 
@@ -62,3 +63,45 @@ def test_weights_that_are_brought_when_they_are_needed(tmp_path):
         other = offload(tiny_model("llama"), **given)
         attach_engram(other, tiny_config(tmp_path), mode="r").engram.layers.load_state_dict(fusion)
         assert torch.equal(other(ids, **PACKED).logits, expected)
+
+
+class Opaque(torch.Tensor):
+    """A weight as torchao's quantized ones are: it is multiplied, moved and shown, and refuses the rest."""
+
+    @staticmethod
+    def __new__(cls, values):
+        made = torch.Tensor._make_wrapper_subclass(cls, values.shape, dtype=values.dtype)
+        made.values_of = values
+        return made
+
+    def __repr__(self, **_):
+        return "Opaque"
+
+    @classmethod
+    def __torch_function__(cls, function, types, args=(), kwargs=None):
+        if function is torch.nn.functional.linear:
+            weight = args[1].values_of
+            return function(args[0], weight, *args[2:], **(kwargs or {}))
+        return super().__torch_function__(function, types, args, kwargs or {})
+
+    @classmethod
+    def __torch_dispatch__(cls, function, types, args=(), kwargs=None):
+        if function is torch.ops.aten.detach.default:
+            return cls(args[0].values_of)
+        raise NotImplementedError(f"Opaque dispatch: attempting to run unimplemented operator/function: {function}")
+
+
+def test_a_weight_without_values_to_look_at_has_no_digest(tmp_path):
+    """As quantized weights of any kind: the memory trains, and nothing can name such a backbone."""
+    model, ids = tiny_model("llama"), some_ids()
+    projection = model.model.layers[0].self_attn.q_proj
+    projection.weight = torch.nn.Parameter(Opaque(projection.weight.detach()), requires_grad=False)
+    before = model(ids).logits
+    attach_engram(model, tiny_config(tmp_path), tiny_tokenizer())
+    assert torch.equal(model(ids).logits, before)
+    assert backbone_facts(model)["weights"] is None
+    model.name_or_path = str(tmp_path)
+    with pytest.raises(ValueError, match="quantized"):
+        backbone_reference(model)
+    model(ids, labels=ids).loss.backward()
+    assert all(parameter.grad is not None for parameter in model.engram.parameters())

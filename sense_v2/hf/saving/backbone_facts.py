@@ -189,7 +189,10 @@ def _weights_digest(model: PreTrainedModel, state_dict: Mapping[str, torch.Tenso
         value = state_dict.get(name, parameter)
         if value.is_meta:
             return None
-        flat = value.detach().reshape(-1)
+        try:
+            flat = value.detach().reshape(-1)
+        except NotImplementedError:  # torchao's quantized tensors, which know little more than to be multiplied
+            return None
         step = max(1, flat.numel() // _SAMPLES)
         sample = flat[::step][:_SAMPLES].float().cpu().numpy().astype("<f4")
         digest.update(f"{name} {tuple(value.shape)}".encode())
