@@ -12,7 +12,8 @@ from __future__ import annotations
 import io
 import re
 import textwrap
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -84,19 +85,26 @@ def loss_panels(results: dict[str, Any]) -> list[dict[str, Any]]:
 
 def write_picture(results: dict[str, Any], path: str | Path) -> None:
     """Draw the picture for a README: validation perplexity over steps, each run named at its end with its value."""
-    lines = validation_lines(results, "perplexity")
+    corpus = textwrap.shorten(wording.printable(results["corpus"]["name"]), 50, placeholder="…")
+    told = f"Perplexity on held-out text of {corpus}, log scale; lower is better."
+    with titled(path, verdict.headline(results), told) as figure:
+        lines = validation_lines(results, "perplexity")
+        axes = figure.add_axes((0.075, 0.13, 0.7, 0.68))
+        _draw(axes, lines, "steps", markers=True, log=True, format_value=wording.perplexity)
+
+
+@contextmanager
+def titled(path: str | Path, title: str, told: str) -> Iterator[Figure]:
+    """Give the figure of a README's picture, with a title and a line below it; afterwards it is a PNG at `path`."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     figure = Figure(figsize=(8, 4.5), dpi=200, facecolor=PALETTE["page"])
     with matplotlib.rc_context(style(11)):
-        axes = figure.add_axes((0.075, 0.13, 0.7, 0.68))
-        _draw(axes, lines, "steps", markers=True, log=True, format_value=wording.perplexity)
-        title = _balanced(wording.typeset(verdict.headline(results)), 74)
+        title = _balanced(wording.typeset(title), 74)
         figure.text(0.03, 0.965, title, size=12.5, weight="bold", va="top", parse_math=False)
         below = 0.94 - 0.05 * len(title.splitlines())
-        corpus = textwrap.shorten(wording.printable(results["corpus"]["name"]), 50, placeholder="…")
-        told = f"Perplexity on held-out text of {corpus}, log scale; lower is better."
         figure.text(0.03, below, told, size=10, va="top", color=PALETTE["muted"], parse_math=False)
+        yield figure
         figure.savefig(path, format="png", metadata={"Software": None})
 
 

@@ -65,21 +65,14 @@ def write_report(results: dict[str, Any], path: str | Path) -> None:
 
 def write_picture(results: dict[str, Any], path: str | Path) -> None:
     """Draw what each way learned over what it lost, as a PNG."""
-    figure = Figure(figsize=(8, 4.5), dpi=200, facecolor=plots.PALETTE["page"])
-    with matplotlib.rc_context(plots.style(11)):
+    told = f"{results['model']['name']} reads {results['corpus']['name']}; further down and left is better."
+    with plots.titled(path, headline(results), wording.printable(told)) as figure:
         _draw(figure.add_axes((0.1, 0.14, 0.86, 0.66)), results["runs"])
-        figure.text(0.03, 0.965, wording.typeset(headline(results)), size=12.5, weight="bold", va="top")
-        told = (
-            f"{results['model']['name']} reads {results['corpus']['name']}; further down and further left is better."
-        )
-        figure.text(0.03, 0.89, wording.printable(told), size=10, va="top", color=plots.PALETTE["muted"])
-        Path(path).parent.mkdir(parents=True, exist_ok=True)
-        figure.savefig(path, format="png", metadata={"Software": None})
 
 
 def terminal_table(results: dict[str, Any]) -> str:
     """Return the ways as a text table of at most 100 columns, and under it what they show."""
-    rows = [("way", "perplexity", "change", "loss", "damage, KL", "other words", "steps", "training")]
+    rows = [("way", "perplexity", "change", "loss", "damage, KL", "other tokens", "steps")]
     before = results["runs"]["untouched"]
     for run in results["runs"].values():
         lost = run["damage"]
@@ -92,7 +85,6 @@ def terminal_table(results: dict[str, Any]) -> str:
                 "–" if lost is None else decimals(lost["divergence"], 4),
                 "–" if lost is None else percent(lost["changed"]),
                 wording.count(run["steps"]),
-                wording.duration(run["seconds"]),
             )
         )
     return wording.terminal_text(rows, [headline(results), *sentences(results), costs(results)])
