@@ -160,7 +160,7 @@ def test_convert_there_and_back(checkpoint, run, run_json, tmp_path):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (("{folder}", "--output", "{tmp}/x.dat", "--dtype", "int4"), "--dtype int4: no type of rows"),
+        (("{folder}", "--output", "{tmp}/x.dat", "--dtype", "int2"), "--dtype int2: no type of rows"),
         (("{folder}", "--output", "{tmp}/x.dat", "--layer", "3"), "no released table of layer 3"),
         (("{folder}", "--output", "{tmp}/x.dat", "--corpus", "x"), "doesn't go with a released checkpoint"),
         (

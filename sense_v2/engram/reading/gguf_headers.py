@@ -36,6 +36,9 @@ MAX_KEY_BYTES, MAX_NAME_BYTES, MAX_DIMENSIONS = 65535, 64, 4
 MAX_PARTS = 99_999
 _SPLIT_NAME = re.compile(r"(?P<stem>.+)-(?P<number>\d{5})-of-(?P<count>\d{5})\.gguf")
 
+PART_BYTES = 1 << 20
+_LENGTH = struct.Struct("<Q")
+
 UINT32, STRING, ARRAY, UINT64 = 4, 8, 9, 10
 _NUMBERS = {
     0: "<u1",
@@ -317,9 +320,7 @@ class _Reader:
     def _array(self, key: str) -> Any:
         kind, count = self.number("<I", key), self.number("<Q", key)
         if kind == STRING:
-            self.refuse_more(count, 8, f"texts of {_shorten(key)}")
-            for _ in range(count):
-                self.take(self.number("<Q", key), key)
+            self._skip_texts(count, key)
             return StringArray(count)
         if kind not in _NUMBERS:
             raise ValueError(
@@ -328,6 +329,25 @@ class _Reader:
         dtype = np.dtype(_NUMBERS[kind])
         self.refuse_more(count, dtype.itemsize, f"numbers of {_shorten(key)}")
         return np.frombuffer(self.take(count * dtype.itemsize, key), dtype)
+
+    def _skip_texts(self, count: int, key: str) -> None:
+        """A tokenizer has hundreds of thousands: a part of the file is read at a time, and gone through."""
+        self.refuse_more(count, 8, f"texts of {_shorten(key)}")
+        raw, at, most = b"", 0, min(self.total, MAX_HEADER_BYTES)
+        unpack = _LENGTH.unpack_from
+        for _ in range(count):
+            if at + 8 > len(raw):
+                self.at += at
+                self._file.seek(self.at)
+                raw, at = self._file.read(min(PART_BYTES, most - self.at)), 0
+                if len(raw) < 8:
+                    self.refuse_more(8, 1, f"bytes of {_shorten(key)}")
+            (length,) = unpack(raw, at)
+            at += 8 + length
+            if at > len(raw):
+                self.refuse_more(at, 1, f"bytes of {_shorten(key)}")
+        self.at += at
+        self._file.seek(self.at)
 
 
 def _shorten(value: Any) -> str:

@@ -13,6 +13,7 @@ from gguf_files import rows_of, write_gguf
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from sense_v2.engram.reading import gguf_headers
 from sense_v2.engram.reading.gguf_headers import TENSOR_TYPES, StringArray, find_gguf, is_gguf, read_gguf_header
 
 METADATA = {
@@ -81,6 +82,21 @@ def test_a_header_with_a_tokenizer_is_read_fast_and_in_little_memory(tmp_path):
     assert metadata["tokenizer.ggml.merges"] == StringArray(250_000)
     assert peak < 5 << 20
     assert seconds < 30  # tracing makes it several times slower
+
+
+@pytest.mark.parametrize("part_bytes", [8, 9, 50, 1000])
+def test_texts_are_gone_through_in_parts_of_any_size(tmp_path, monkeypatch, part_bytes):
+    texts = ["", "a" * 100, *(f"text {number}" * (number % 5) for number in range(200)), "b" * 2000, ""]
+    (file,) = write_gguf(tmp_path / "m.gguf", TENSORS, {"k": texts, "after.number": 5, "l": ["x"], **METADATA})
+    monkeypatch.setattr(gguf_headers, "PART_BYTES", part_bytes)
+    metadata, spans = read_gguf_header(file)
+    assert (metadata["k"], metadata["after.number"], metadata["l"]) == (StringArray(204), 5, StringArray(1))
+    assert list(spans) == list(TENSORS)
+    path = tmp_path / "cut.gguf"
+    for length in range(100, file.read_bytes().index(b"after.number"), 37):
+        path.write_bytes(file.read_bytes()[:length])
+        with pytest.raises(ValueError, match=r"cut\.gguf"):
+            read_gguf_header(path)
 
 
 # Several files
