@@ -211,10 +211,10 @@ def cold_blocks(file: Path, own: Path, num_rows: int, rounds: int) -> dict[str, 
             "gguf": lambda: opened_quietly(file),
             "ours": lambda: MMapEmbeddingStorage(num_rows, GGUF_WIDTH, own, dtype="int4", mode="r").eval(),
         }
-        for name, opened in ways.items():
+        for name in sorted(ways, reverse=turn % 2 == 0):
             for path in (file, own):
                 drop_from_cache(path)
-            seconds[name].append(timed(opened, batches))
+            seconds[name].append(timed(ways[name], batches))
     rate = {name: 16_384 / statistics.median(found) for name, found in seconds.items()}
     return {
         **{f"{name}, rows/s": round(found) for name, found in rate.items()},
