@@ -111,7 +111,7 @@ def test_a_table_alone(run_json, run, trained, tmp_path):
 @pytest.mark.parametrize(
     ("arguments", "what", "way_out"),
     [
-        (("--dtype", "int4", "--output", "x"), "--dtype int4: no type of rows", "one of float32, "),
+        (("--dtype", "int2", "--output", "x"), "--dtype int2: no type of rows", "one of float32, "),
         (("--dtype", "float32", "--output", "x"), "has rows of float32 already", "choose another --dtype"),
     ],
 )
