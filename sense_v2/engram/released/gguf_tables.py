@@ -31,9 +31,10 @@ from sense_v2.engram.variants import VARIANTS, variant_config
 DEEPSEEK_TENSOR = "blk.{layer}.engram_embd.weight"
 QWEN_TENSOR = "per_layer_token_embd.weight"
 QWEN_ARCHITECTURE = "qwen4exp"
-_DEEPSEEK_NAME = re.compile(r"blk\.(\d{1,6})\.engram_embd\.weight")
+_DEEPSEEK_NAME = re.compile(r"blk\.(0|[1-9]\d{0,5})\.engram_embd\.weight")
 # What config.json may ask for as well; the layout of more heads would be computed for long.
 MAX_ORDER, MAX_HEADS, MAX_LAYERS, MAX_WIDTH, MAX_TOKENS = 16, 1024, 64, 1 << 20, 1 << 24
+MAX_LAYER = 10**6
 
 
 def gguf_checkpoint(place: str | os.PathLike[str]) -> Checkpoint:
@@ -49,6 +50,8 @@ def gguf_checkpoint(place: str | os.PathLike[str]) -> Checkpoint:
     # Gemma has a tensor of that name, too.
     if QWEN_TENSOR in model.tensors and keys.architecture == QWEN_ARCHITECTURE:
         (layer,) = keys.numbers("ple.layers", 1)
+        if not 0 <= layer < MAX_LAYER:
+            raise keys.wrong("ple.layers", f"= [{layer}]: must be a layer, counted from 0")
         tensors[f"layers.{layer}.ple.ple_embedding.ngram_embedding.weight"] = [model.tensors[QWEN_TENSOR]]
         config = _qwen_config(model, layer)
     return Checkpoint(model.path, tensors, config, is_gguf=True)
@@ -105,7 +108,7 @@ def _deepseek_config(model: GgufModel) -> dict[str, Any] | None:
     if "engram.layer_ids" not in keys:
         return None
     layers = keys.numbers("engram.layer_ids", keys.count_of("engram.layer_ids", MAX_LAYERS))
-    if sorted(set(layers)) != layers or layers[0] < 0:
+    if sorted(set(layers)) != layers or layers[0] < 0 or layers[-1] >= MAX_LAYER:
         raise keys.wrong("engram.layer_ids", f"= {layers}: must be layers in ascending order")
     largest, heads = (
         keys.number("engram.max_ngram_size", 2, MAX_ORDER),

@@ -204,6 +204,7 @@ def test_a_table_alone_says_what_was_not_checked(tmp_path):
     [
         ("ple.layers", [1, 2], r"qwen4exp\.ple\.layers has 2 numbers; expected 1"),
         ("ple.layers", 1, r"qwen4exp\.ple\.layers must be a list of integers"),
+        ("ple.layers", [10**6], r"qwen4exp\.ple\.layers = \[1000000\]: must be a layer, counted from 0"),
         ("ple.layers", None, r"qwen4exp\.ple\.layers isn't there"),
         ("ple.ngram_size", 10**9, r"qwen4exp\.ple\.ngram_size = 1000000000: must be from 2 to 16"),
         ("ple.ngram_size", "3", r"qwen4exp\.ple\.ngram_size = 3: must be from 2 to 16"),
@@ -266,6 +267,16 @@ def test_the_callers_layout_and_layer_are_compared(tmp_path):
 def test_somebody_elses_tensor_of_that_name_is_no_table(tmp_path):
     (file,) = write_gguf(tmp_path / "m.gguf", {QWEN: ("F32", (4, 8), bytes(128))}, arch="gemma4")
     assert released_tables(file) == []
+
+
+@QUIET
+def test_a_layer_has_one_name(tmp_path):
+    rows_NB = rows_of("Q8_0", 4, 32)
+    tensors = {
+        name: ("Q8_0", (4, 32), None) for name in ("blk.01.engram_embd.weight", "blk.1.engram_embd.weight.old")
+    }
+    (file,) = write_gguf(tmp_path / "m.gguf", {TABLE: ("Q8_0", (4, 32), rows_NB.tobytes()), **tensors})
+    assert np.array_equal(open_released_table(file, 1)(torch.arange(4)).numpy(), slow_rows(rows_NB, "Q8_0"))
 
 
 @pytest.mark.parametrize("kind", ["I8", "MXFP4", "IQ4_XS"])
