@@ -272,9 +272,7 @@ def test_somebody_elses_tensor_of_that_name_is_no_table(tmp_path):
 @QUIET
 def test_a_layer_has_one_name(tmp_path):
     rows_NB = rows_of("Q8_0", 4, 32)
-    tensors = {
-        name: ("Q8_0", (4, 32), None) for name in ("blk.01.engram_embd.weight", "blk.1.engram_embd.weight.old")
-    }
+    tensors = dict.fromkeys(("blk.01.engram_embd.weight", "blk.1.engram_embd.weight.old"), ("Q8_0", (4, 32), None))
     (file,) = write_gguf(tmp_path / "m.gguf", {TABLE: ("Q8_0", (4, 32), rows_NB.tobytes()), **tensors})
     assert np.array_equal(open_released_table(file, 1)(torch.arange(4)).numpy(), slow_rows(rows_NB, "Q8_0"))
 
