@@ -159,7 +159,7 @@ def _overlays(
         return None
     chosen_B = None if overlay is None else chosen_numbers(memory, overlay, token_ids_BT)
     past_BP4 = None if state is None else state.recent_tokens()
-    if state is None or past_BP4 is None or past_BP4.shape[0] != token_ids_BT.shape[0]:
+    if state is None or past_BP4 is None:
         return chosen_B
     past_B = past_BP4[:, -1, OVERLAY].to(token_ids_BT.device)
     if torch.compiler.is_compiling():

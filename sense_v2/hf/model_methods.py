@@ -86,6 +86,7 @@ def _generate_batch_with_overlays(
     """Do what the class's own does, with prompts that say their overlays."""
     if overlay is None:
         return dict(type(model).generate_batch(model, inputs, *args, **kwargs))
+    overlay_numbers(memory_of(model), overlay)  # refuses what it can't name
     overlays = [overlay] * len(inputs) if isinstance(overlay, str) else overlay
     if len(overlays) != len(inputs):
         raise ValueError(f"overlay names {len(overlays)} overlays for {len(inputs)} sequences; expected one for each")

@@ -23,7 +23,7 @@ from transformers import PreTrainedModel
 
 from sense_v2.engram.delta.delta_file import read_delta
 from sense_v2.engram.delta.overlay import OverlayStorage, refuse_other_base
-from sense_v2.hf.memory import EngramMemory, memory_of
+from sense_v2.hf.memory import EngramMemory, attached_memory, memory_of
 from sense_v2.hf.serving.offload import OffloadedTables
 
 
@@ -31,7 +31,7 @@ def tables_of(model: PreTrainedModel) -> EngramMemory | OffloadedTables:
     """The memory of a model, or what stands for the tables of a Qwen4-Exp that stay on disk. Raises `ValueError`
     where there is neither."""
     offloaded: Any = getattr(model, "ngram_tables", None)
-    return memory_of(model) if offloaded is None else offloaded
+    return memory_of(model) if offloaded is None or attached_memory(model) is not None else offloaded
 
 
 def overlay_of(model: PreTrainedModel) -> OverlayStorage | None:

@@ -12,13 +12,17 @@ other deltas serve.
 
 from __future__ import annotations
 
+from typing import Any
+
+import numpy as np
 import torch
 
 from sense_v2.engram.delta.delta_file import Delta
+from sense_v2.engram.delta.overlay import find_ids
 from sense_v2.engram.row_source import RowSource
 
 ROW_BITS = 40
-"""A table of more rows would have a petabyte."""
+"""More rows than a disk holds."""
 
 
 def numbered(row_ids: torch.Tensor, numbers: torch.Tensor) -> torch.Tensor:
@@ -39,11 +43,11 @@ class ChosenRows:
     """The changed rows of each delta on one table, by the delta's number."""
 
     def __init__(self) -> None:
-        self._deltas: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
+        self._deltas: dict[int, tuple[np.ndarray[Any, Any], torch.Tensor]] = {}
 
     def add(self, number: int, delta: Delta) -> None:
         """Read a delta into memory."""
-        self._deltas[number] = torch.from_numpy(delta.row_ids_U.copy()), delta.rows_UD.clone()
+        self._deltas[number] = delta.row_ids_U.copy(), delta.rows_UD.clone()
 
     def remove(self, number: int) -> None:
         """Let go of a delta's rows, if there are any. Lookups through it find those of the table: an engine may still
@@ -60,9 +64,7 @@ class ChosenRows:
                 continue
             changed_U, rows_UD = delta
             at = (numbers == number).nonzero(as_tuple=True)
-            ids = plain(row_ids[at]).cpu()
-            places = torch.searchsorted(changed_U, ids).clamp_max(max(len(changed_U) - 1, 0))
-            is_changed = changed_U[places] == ids if len(changed_U) else torch.zeros_like(ids, dtype=torch.bool)
-            at = tuple(one[is_changed.to(one.device)] for one in at)
-            rows = rows.index_put(at, rows_UD[places[is_changed]].to(rows.device))
+            is_changed, places = find_ids(changed_U, plain(row_ids[at]).cpu().numpy())
+            at = tuple(one[torch.from_numpy(is_changed).to(one.device)] for one in at)
+            rows = rows.index_put(at, rows_UD[torch.from_numpy(places)].to(rows.device))
         return rows

@@ -70,7 +70,7 @@ class RecentRows:
 
     def read_into(self, row_ids_U: np.ndarray[Any, Any], rows_UW: torch.Tensor) -> None:
         """Puts the rows that it has in their places; those that were forgotten stay."""
-        is_here, places = _find(self._ids, row_ids_U)
+        is_here, places = find_ids(self._ids, row_ids_U)
         slots = self._slots[places]
         at = np.flatnonzero(is_here)[slots != FORGOTTEN]
         rows_UW[torch.from_numpy(at)] = self._rows[torch.from_numpy(slots[slots != FORGOTTEN])]
@@ -91,13 +91,13 @@ class RecentRows:
         self._mark(row_ids_U, np.full(len(row_ids_U), FORGOTTEN, dtype=np.int64))
 
     def _slots_of(self, row_ids_U: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
-        is_here, places = _find(self._ids, row_ids_U)
+        is_here, places = find_ids(self._ids, row_ids_U)
         slots_U = np.full(len(row_ids_U), FORGOTTEN, dtype=np.int64)
         slots_U[is_here] = self._slots[places]
         return slots_U
 
     def _mark(self, row_ids_U: np.ndarray[Any, Any], slots_U: np.ndarray[Any, Any]) -> None:
-        is_here, places = _find(self._ids, row_ids_U)
+        is_here, places = find_ids(self._ids, row_ids_U)
         self._slots[places] = slots_U[is_here]
         if not is_here.all():
             ids = np.concatenate([self._ids, row_ids_U[~is_here]])
@@ -106,10 +106,10 @@ class RecentRows:
             self._ids = ids[order]
 
 
-def _find(
+def find_ids(
     sorted_ids: np.ndarray[Any, Any], row_ids_U: np.ndarray[Any, Any]
 ) -> tuple[np.ndarray[Any, Any], np.ndarray[Any, Any]]:
-    """(which of row_ids_U are among `sorted_ids` [U], where in it those are)."""
+    """Find which of row_ids_U are among `sorted_ids` [U], and where in it those are."""
     if not len(sorted_ids):
         return np.zeros(len(row_ids_U), dtype=bool), np.empty(0, dtype=np.int64)
     places_U = np.searchsorted(sorted_ids, row_ids_U)
@@ -242,7 +242,7 @@ class OverlayStorage(TableModule):
     ) -> None:
         """In the places of the rows that were changed: the changed rows, or those of `state`."""
         if self._kept is not None:
-            is_here, places = _find(self._kept.row_ids_U, row_ids_U)
+            is_here, places = find_ids(self._kept.row_ids_U, row_ids_U)
             # One that was forgotten since is the base's again; the others are overwritten below.
             stays = ~np.isin(self._kept.row_ids_U[places], self._recent.forgotten)
             kept = self._kept.rows_UD if state is None else self._kept.states.get(state.name)

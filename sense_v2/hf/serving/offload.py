@@ -31,6 +31,7 @@ from sense_v2.engram.delta.joined_tables import JoinedTables
 from sense_v2.engram.released.find_tables import released_config
 from sense_v2.engram.released.released_table import ReleasedTable, open_released_table
 from sense_v2.engram.row_source import RowSource
+from sense_v2.hf.saving.folder import MEMORY_FOLDER
 from sense_v2.hf.saving.weights import load_weights
 
 
@@ -189,10 +190,15 @@ def load_with_tables_on_disk(
 
 
 def has_ngram_tables(folder: str | os.PathLike[str]) -> bool:
-    """True for the folder of a Qwen4-Exp model with tables, of transformers' own."""
+    """True for the folder of a Qwen4-Exp model with tables and without a memory of ours."""
     config = Path(folder) / "config.json"
-    settings = json.loads(config.read_text(encoding="utf-8")) if config.is_file() else {}
-    return bool((settings.get("text_config") or settings).get("ple_layer_ids"))
+    if (Path(folder) / MEMORY_FOLDER).is_dir() or not config.is_file():
+        return False
+    try:
+        settings = json.loads(config.read_text(encoding="utf-8"))
+        return bool((settings.get("text_config") or settings).get("ple_layer_ids"))
+    except (ValueError, AttributeError):  # whatever opens the folder says what is wrong
+        return False
 
 
 @contextlib.contextmanager

@@ -122,6 +122,8 @@ def test_what_is_refused():
         model.generate_batch([[5, 6]], overlay=["c"], max_new_tokens=2)
     with pytest.raises(ValueError, match="overlay names 2 overlays for 1 sequences"):
         model.generate_batch([[5, 6]], overlay=["a", "b"], max_new_tokens=2)
+    with pytest.raises(ValueError, match="overlay is a name, or a list of names and None"):
+        model.generate_batch([[5, 6]], overlay=5, max_new_tokens=2)
     model.engram.overlay_numbers["a"] = 2**31 // 96
     with pytest.raises(ValueError, match="22369621 overlays were loaded"):
         ids_with_overlay(model, [5, 6], "a")
