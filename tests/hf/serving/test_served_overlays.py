@@ -3,6 +3,7 @@
 import asyncio
 import json
 import os
+import random
 import shutil
 
 import pytest
@@ -166,6 +167,49 @@ def test_a_client_that_leaves_gives_its_overlay_back(engines, served):
     assert_greedy(with_one("llama", None), [[5, 6]], [found])
     assert loaded_in(engines) == []
     assert engines.is_alive()
+
+
+@pytest.mark.slow
+def test_400_requests_with_cancels_while_an_overlay_is_replaced(engines, served):
+    """Every token is right, and neither files nor overlays pile up."""
+    chance, found, files_open = random.Random(0), [], []
+
+    async def one(number, turn):
+        async with turn:
+            length = chance.randrange(1, 30)
+            prompt = [7] * length if chance.random() < 0.3 else [chance.randrange(3, 96) for _ in range(length)]
+            overlay = chance.choice([None, "a", "b", "c"])
+            delta = chance.choice("ab") if overlay == "c" else overlay
+            new = chance.randrange(1, 16)
+            kind = chance.choice([{}, {"do_sample": True, "top_k": 1}])
+
+            async def ask():
+                if overlay == "c":  # nothing comes between this and the reading of it
+                    replaced(served.folder / "c.safetensors", saved("llama") / f"{delta}.safetensors")
+                return await answer(engines, prompt, overlay, number, max_new_tokens=new, **kind)
+
+            asked = asyncio.create_task(ask())
+            if chance.random() < 0.1:
+                await asyncio.sleep(chance.random() / 50)
+                asked.cancel()
+            (tokens,) = await asyncio.gather(asked, return_exceptions=True)
+            if not isinstance(tokens, asyncio.CancelledError):
+                found.append((delta, prompt, tokens, new))
+
+    async def rounds():
+        turn = asyncio.Semaphore(32)
+        for begin in range(0, 400, 100):
+            await asyncio.gather(*(one(number, turn) for number in range(begin, begin + 100)))
+            while engines.num_waiting:
+                await asyncio.sleep(0.01)
+            files_open.append(len(os.listdir("/proc/self/fd")))
+            assert len(loaded_in(engines)) == 3
+
+    asyncio.run(rounds())
+    assert 300 < len(found) < 400
+    for delta, prompt, tokens, new in found:
+        assert_greedy(with_one("llama", delta), [prompt], [tokens], new)
+    assert files_open[0] == files_open[-1]
 
 
 # What a request may name
