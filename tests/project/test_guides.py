@@ -43,7 +43,7 @@ def texts(tmp_path):
 @pytest.mark.parametrize(
     ("page", "num_blocks", "left"),
     [
-        ("delta.md", 4, "more.safetensors"),
+        ("delta.md", 5, "more.safetensors"),
         ("huggingface.md", 17, "data/engram_table.dat"),
         ("training.md", 6, "runs/guide/checkpoint-8/engram/engram_table.dat"),
     ],
