@@ -84,7 +84,7 @@ docs: $(INSTALLED) ## the site of docs/, in site/index.html
 docs-pictures: $(INSTALLED) ## draw the pictures of docs/ again
 	$(BIN)/python scripts/docs_pictures.py
 
-trees: ## write the file trees of README.md and docs/architecture.md again, from the modules' docstrings
+trees: ## write the file tree of docs/architecture.md again, from the modules' docstrings
 	$(PYTHON) scripts/file_tree.py --write
 
 # A finding is left as a file crash-*. The script repeats it when it gets that file.

@@ -1,10 +1,10 @@
-"""Prints the tree of sense_v2/, made from the modules' docstrings, and writes it into docs.
+"""Prints the tree of sense_v2/, made from the modules' docstrings, and writes it into docs/architecture.md.
 
-    python scripts/file_tree.py            print the full tree
-    python scripts/file_tree.py --write    write it into docs/architecture.md (all files) and README.md (packages)
-    python scripts/file_tree.py --check    exit with status 1 if a page differs
+    python scripts/file_tree.py            print the tree
+    python scripts/file_tree.py --write    write it into the page
+    python scripts/file_tree.py --check    exit with status 1 if the page differs
 
-`make trees` writes them. A file's line is the first line of its docstring. In a page the tree stands between two
+`make trees` writes it. A file's line is the first line of its docstring. In the page the tree stands between two
 comments, `BEGIN` and `END`; nothing else is touched.
 """
 
@@ -19,8 +19,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
 PACKAGE = "sense_v2"
-PAGES = {"docs/architecture.md": True, "README.md": False}
-"""Page -> whether its tree has every file, or packages only."""
+PAGE = "docs/architecture.md"
 ORDER = ("core", "engram", "hf", "report", "cli", "table", "reading", "upkeep", "released", "delta", "ranks")
 """Packages from the bottom to the top, as tests/project/test_layering.py holds it; others follow by name."""
 BEGIN = "<!-- tree: written by `make trees` -->"
@@ -65,27 +64,26 @@ def rank(folder: Path) -> tuple[int, str]:
     return (ORDER.index(name) if name in ORDER else len(ORDER), name)
 
 
-def entries(folder: Path, files: bool, depth: int = 1) -> Iterator[tuple[str, str]]:
+def entries(folder: Path, depth: int = 1) -> Iterator[tuple[str, str]]:
     """Yield the lines below a folder, each a name with its indent and what it holds."""
-    if files:
-        for path in sorted(p for p in folder.iterdir() if p.suffix in (".py", ".c", ".h")):
-            if path.name != "__init__.py":
-                yield "  " * depth + path.name, shortened(first_line(path))
+    for path in sorted(p for p in folder.iterdir() if p.suffix in (".py", ".c", ".h")):
+        if path.name != "__init__.py":
+            yield "  " * depth + path.name, shortened(first_line(path))
     packages = [p for p in folder.iterdir() if p.is_dir() and any(p.glob("*.py"))]
     for package in sorted(packages, key=rank):
         init = package / "__init__.py"
         yield "  " * depth + f"{package.name}/", shortened(first_line(init)) if init.exists() else ""
-        yield from entries(package, files, depth + 1)
+        yield from entries(package, depth + 1)
 
 
-def tree(files: bool) -> str:
-    """Return the tree as text, one line a file (or package), aligned."""
-    lines = [(f"{PACKAGE}/", ""), *entries(ROOT / PACKAGE, files)]
+def tree() -> str:
+    """Return the tree as text, one line a file or package, aligned."""
+    lines = [(f"{PACKAGE}/", ""), *entries(ROOT / PACKAGE)]
     width = max(len(name) for name, _ in lines) + 2
     return "\n".join(f"{name:{width}}{said}".rstrip() for name, said in lines)
 
 
-def with_tree(page: str, files: bool) -> str:
+def with_tree(page: str) -> str:
     """Return the page's text with the tree as it should stand there.
 
     Raises `ValueError` if the page doesn't have each of the two comments once.
@@ -93,33 +91,30 @@ def with_tree(page: str, files: bool) -> str:
     if page.count(BEGIN) != 1 or page.count(END) != 1:
         raise ValueError(f"the page needs {BEGIN} and {END}, once each")
     before, _, rest = page.partition(BEGIN)
-    return f"{before}{BEGIN}\n\n```\n{tree(files)}\n```\n\n{END}{rest.partition(END)[2]}"
+    return f"{before}{BEGIN}\n\n```\n{tree()}\n```\n\n{END}{rest.partition(END)[2]}"
 
 
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     action = parser.add_mutually_exclusive_group()
-    action.add_argument("--write", action="store_true", help="write the trees into the pages")
-    action.add_argument("--check", action="store_true", help="exit with status 1 if a page differs")
+    action.add_argument("--write", action="store_true", help="write the tree into the page")
+    action.add_argument("--check", action="store_true", help="exit with status 1 if the page differs")
     options = parser.parse_args(arguments)
     if not (options.write or options.check):
-        print(tree(files=True))
+        print(tree())
         return 0
-    different = 0
-    for name, files in PAGES.items():
-        path = ROOT / name
-        page = path.read_text(encoding="utf-8")
-        wanted = with_tree(page, files)
-        if page != wanted and options.check:
-            different = 1
-            print(f"{name}: its tree isn't that of {PACKAGE}/; `make trees` writes it", file=sys.stderr)
-        elif page != wanted:
-            path.write_text(wanted, encoding="utf-8")
-            print(f"{name}: written")
+    path = ROOT / PAGE
+    page = path.read_text(encoding="utf-8")
+    wanted = with_tree(page)
+    if page != wanted and options.check:
+        print(f"{PAGE}: its tree isn't that of {PACKAGE}/; `make trees` writes it", file=sys.stderr)
+    elif page != wanted:
+        path.write_text(wanted, encoding="utf-8")
+        print(f"{PAGE}: written")
     for path in sorted((ROOT / PACKAGE).rglob("*.[pch]*")):
         if path.suffix in (".py", ".c", ".h") and len(first_line(path)) > LONGEST:
             print(f"{path.relative_to(ROOT)}: its first line is longer than {LONGEST} characters", file=sys.stderr)
-    return different
+    return int(page != wanted and options.check)
 
 
 if __name__ == "__main__":
