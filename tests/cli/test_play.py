@@ -170,7 +170,7 @@ def shows(page, selector, text):
 
 # As they were typed: what shows white space is taken out again.
 TOKENS = (
-    "[...document.querySelectorAll('#look pre > span')]"
+    "[...document.querySelectorAll('#look .sense > pre > span')]"
     ".map(one => one.lastChild.textContent.replaceAll('↵', '').replaceAll('·', ' '))"
 )
 
@@ -178,7 +178,7 @@ TOKENS = (
 def reads(page, text):
     """Waits until the coloured text is `text`; returns its HTML. (Each token has in it what opens on it.)"""
     page.wait_for_function(f"text => {TOKENS}.join('') == text", arg=text)
-    return page.inner_html("#look pre")
+    return page.inner_html("#look .sense > pre")
 
 
 def test_what_is_typed_is_seen_as_it_is_typed(page):
@@ -188,7 +188,7 @@ def test_what_is_typed_is_seen_as_it_is_typed(page):
     page.keyboard.type("def main")
     reads(page, "def main")
     assert page.evaluate(TOKENS) == ["def", " main"]
-    token = page.locator("#look pre > span").nth(1)
+    token = page.locator("#look .sense > pre > span").nth(1)
     assert not token.locator(".tip").is_visible()
     token.hover()
     tip = token.locator(".tip")
