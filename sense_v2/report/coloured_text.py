@@ -65,19 +65,23 @@ def coloured_text(tokens: Sequence[Token], layers: Sequence[int]) -> Markup:
             )
     if not any(wording.is_finite(token.gain) for token in tokens):
         return _by_gate(tokens, layers)
+    by_gate = _by_gate([Token(one.text, one.gates) for one in tokens], layers)
+    return Markup("{}\n<details><summary>The same text, coloured by gate</summary>\n{}\n</details>").format(
+        gain_text(tokens, layers), by_gate
+    )
+
+
+def gain_text(tokens: Sequence[Token], layers: Sequence[int] = ()) -> Markup:
+    """Return the text coloured by gain, and what its colours mean. Each token needs a gate for each layer."""
     spans = []
     for token in tokens:
         facts = [*token.facts]
         for number, layer in enumerate(layers):
-            facts.append(
-                (f"gate, layer {layer}" if len(layers) > 1 else "gate", wording.decimals(token.gates[number]))
-            )
+            label = f"gate, layer {layer}" if len(layers) > 1 else "gate"
+            facts.append((label, wording.decimals(token.gates[number])))
             facts += token.layer_facts[number] if token.layer_facts else ()
         spans.append(token_span(token.text, facts, css_class=gain_class(token.gain)))
-    return Markup(
-        '{}\n<pre class="gate-text">{}</pre>\n'
-        "<details><summary>The same text, coloured by gate</summary>\n{}\n</details>"
-    ).format(gain_scale(), Markup("").join(spans), _by_gate([Token(one.text, one.gates) for one in tokens], layers))
+    return Markup('{}\n<pre class="gate-text">{}</pre>').format(gain_scale(), Markup("").join(spans))
 
 
 def _by_gate(tokens: Sequence[Token], layers: Sequence[int]) -> Markup:

@@ -18,6 +18,8 @@ draws. The results are one dictionary that JSON can hold:
       "step_times": how long a step of "engram" takes as against "plain", measured in turns, and
       "equal_time": both runs after equal training time, or None, as sense_v2.hf.experiments.step_times gives them,
       "controls": {"random_rows": kept, "shuffled": kept}: share of the loss gain that a control keeps; may be empty,
+      "changed": {"tokens": [str, ...], "gains": [float or None, ...]}, of held-out text: the loss of each token in
+                 the plain model minus that in the memory model; may be empty,
       "gates": [{"layer", "tokens": [str, ...], "gates": [float, ...]}]: may be empty,
       "rows_touched": [{"layer", "order", "head", "rows", "touched"}]: may be empty,
       "generations": [{"prompt", "plain", "engram"}]: may be empty; a text may repeat its prompt,
@@ -44,12 +46,24 @@ import textwrap
 from pathlib import Path
 from typing import Any
 
+from markupsafe import Markup
+
 from sense_v2.report import page, verdict, wording
-from sense_v2.report.coloured_text import Token, gate_scale, layer_text
+from sense_v2.report.coloured_text import Token, gain_text, gate_scale, layer_text
 
 REQUIRED = (
     *("title", "created", "corpus", "compression", "demo_compression", "model", "engram", "table"),
-    *("fusion_parameters", "train", "trained_tokens", "runs", "step_times", "equal_time", "controls", "gates"),
+    *(
+        "fusion_parameters",
+        "train",
+        "trained_tokens",
+        "runs",
+        "step_times",
+        "equal_time",
+        "controls",
+        "changed",
+        "gates",
+    ),
     *("rows_touched", "generations", "machine", "seconds"),
 )
 
@@ -71,6 +85,7 @@ def write_report(results: dict[str, Any], path: str | Path) -> None:
         window=plots.smoothing_window(len(runs["engram"]["steps"])),
         step_bars=step_bars(results),
         control_bars=control_bars(results),
+        changed=changed_text(**results["changed"]),
         gate_scale=gate_scale(),
         gate_layers=gate_layers(results["gates"]),
         columns=head_columns(results["rows_touched"]),
@@ -107,6 +122,20 @@ def terminal_table(results: dict[str, Any]) -> str:
         *verdict.curiosities(results),
     ]
     return wording.terminal_text(rows, sentences)
+
+
+def changed_text(tokens: list[str], gains: list[float | None]) -> Markup | None:
+    """Held-out text, coloured by how much better the memory model expects each token; None where there is none."""
+    if not tokens:
+        return None
+    return gain_text(
+        [
+            Token(
+                text, (), [("gain", f"{wording.signed(gain, 3)} nats")] if wording.is_finite(gain) else (), (), gain
+            )
+            for text, gain in zip(tokens, gains, strict=True)
+        ]
+    )
 
 
 def gate_layers(gates: list[dict[str, Any]]) -> list[dict[str, Any]]:

@@ -469,6 +469,9 @@ def test_demo(run, run_json, corpus, tmp_path, monkeypatch):
     report = (output / "report.html").read_text()
     assert not re.findall(r"""(?:src|href)=["'](?!#|data:)[^"']*|@import|url\((?!["']?(?:data:|#))""", report)
     assert "<script src" not in report
+    changed = re.search(r'<section id="changed">(.*?)</section>', report, re.DOTALL)[1]
+    assert changed.count('tabindex="0"') == 32
+    assert changed.count("<span>gain</span>") == 31  # nothing expects the first token
 
     card = (output / "model" / "README.md").read_text().splitlines()
     assert "| tokens | 192 |" in card

@@ -126,6 +126,7 @@ def made_results(engram: float = 2.47, controls: bool = True) -> dict:
         "step_times": step_times(),
         "equal_time": at_equal_time(runs["plain"]["evals"], runs["engram"]["evals"], step_times()),
         "controls": kept,
+        "changed": {"tokens": tokens, "gains": [None, *noise.normal(0.5, 1.0, len(tokens) - 1).tolist()]},
         "gates": [
             {"layer": layer, "tokens": tokens, "gates": noise.beta(1.2, 2.5, len(tokens)).tolist()}
             for layer in (1, 3)
@@ -181,7 +182,7 @@ def diverged() -> dict:
     broken.update(loss=NAN, perplexity=NAN, bits_per_byte=None)
     results["equal_time"].update(other=None, ratio=NAN, low=None, high=NAN)
     results["controls"] = {"random_rows": NAN, "shuffled": None}
-    results["gates"][0]["gates"][3] = NAN
+    results["gates"][0]["gates"][3] = results["changed"]["gains"][4] = NAN
     return results
 
 
@@ -208,7 +209,9 @@ def sparse() -> dict:
         for key in ("steps", "train_loss", "seconds"):
             results["runs"][name][key] = results["runs"][name][key][:1]
         results["runs"][name]["evals"] = [{**results["runs"][name]["evals"][-1], "step": 1}]
-    results.update(gates=[], rows_touched=[], generations=[], controls={}, equal_time=None)
+    results.update(
+        changed={"tokens": [], "gains": []}, gates=[], rows_touched=[], generations=[], controls={}, equal_time=None
+    )
     return results
 
 
@@ -218,6 +221,7 @@ def hostile() -> dict:
     for name in results["runs"]:
         results["runs"][name]["label"] = results["runs"][name]["description"] = HOSTILE
     results["gates"][0] = {"layer": 1, "tokens": [HOSTILE, "\n", "", "  ", "\t"], "gates": [0.1, 0.2, 0.3, 0.4, 0.5]}
+    results["changed"] = {"tokens": [HOSTILE, "\n", ""], "gains": [None, 0.5, -3.0]}
     results["compression"]["examples"][0]["tokens"] = [HOSTILE]
     results["compression"]["tokenizer"] = HOSTILE
     results["generations"] = [{"prompt": HOSTILE, "plain": HOSTILE + HOSTILE, "engram": HOSTILE}]
@@ -466,7 +470,7 @@ def test_white_space_of_tokens_is_kept_and_seen(tmp_path):
         {"layer": 1, "tokens": ["if", " x", ":\n", "    ", "\t", "y"], "gates": [0, 0.1, 0.2, 0.3, 0.4, 1]}
     ]
     html = written(results, tmp_path)
-    tokens = re.search(r'<pre class="gate-text">(.*?)</pre>', html, re.DOTALL).group(1)
+    tokens = re.search(r'<section id="gates">.*?<pre class="gate-text">(.*?)</pre>', html, re.DOTALL).group(1)
     shown = re.sub(r'<span class="tip".*?</span></span>', "", tokens)
     assert re.sub(r"<[^>]*>", "", shown) == "if x:↵\n····⇥\ty"
     tip = r'<span class="tip" role="tooltip"><b>(.*?)</b><span>gate</span><span>(.*?)</span>'
@@ -478,6 +482,19 @@ def test_white_space_of_tokens_is_kept_and_seen(tmp_path):
         ("g6", "⇥", "0.400"),
         ("g15", "y", "1.000"),
     ]
+
+
+def test_the_demos_text_is_coloured_by_what_memory_changed(tmp_path):
+    results = made_results()
+    results["changed"] = {"tokens": ["if", " x", ":", "\n"], "gains": [None, 0.5, -2.0, 0.01]}
+    html = written(results, tmp_path)
+    section = re.search(r'<section id="changed">(.*?)</section>', html, re.DOTALL).group(1)
+    tip = r'<span class="tip" role="tooltip"><b>(.*?)</b>((?:<span>.*?</span>)*)</span>'
+    shown = re.findall(rf'<span class="(\w*)" tabindex="0">{tip}', section)
+    assert [(name, text) for name, text, _ in shown] == [("", "if"), ("up2", "·x"), ("down4", ":"), ("", "↵")]
+    assert "+0.500 nats" in shown[1][2]
+    assert "−2.000 nats" in shown[2][2]
+    assert '<section id="changed">' not in written(sparse(), tmp_path)
 
 
 def test_gates_have_a_scale_from_0_to_1():

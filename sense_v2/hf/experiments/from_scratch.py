@@ -37,7 +37,14 @@ from sense_v2.hf.data.corpus import Batches, Corpus, read_corpus
 from sense_v2.hf.data.held_out import save_corpus
 from sense_v2.hf.experiments.controls import freeze_rows, permute_rows
 from sense_v2.hf.experiments.step_times import at_equal_time, compare, take_turns
-from sense_v2.hf.insight.evaluation import Evaluation, evaluate, evaluating, gate_strengths, rows_touched
+from sense_v2.hf.insight.evaluation import (
+    Evaluation,
+    evaluate,
+    evaluating,
+    gate_strengths,
+    rows_touched,
+    token_losses,
+)
 from sense_v2.hf.memory import memory_of
 from sense_v2.hf.saving.folder import memory_paths
 from sense_v2.hf.saving.save import save_pretrained
@@ -230,6 +237,7 @@ def _run_in(
         "step_times": step_times,
         "equal_time": at_equal_time(runs["plain"]["evals"], runs["engram"]["evals"], step_times),
         "controls": _kept_gain(runs),
+        "changed": _changed(plain, remembering, held_out_BT[0, :GATE_SAMPLE_TOKENS], tokenizer),
         "gates": _gates(remembering, held_out_BT[0, :GATE_SAMPLE_TOKENS], tokenizer),
         "rows_touched": rows_touched(remembering, islice(iter(batches), settings.steps)),
         "generations": _generations(plain, remembering, held_out_BT, tokenizer),
@@ -397,6 +405,15 @@ def _kept_gain(runs: dict[str, dict[str, Any]]) -> dict[str, float]:
         for name in ("random_rows", "shuffled")
         if name in runs
     }
+
+
+def _changed(
+    plain: PreTrainedModel, remembering: PreTrainedModel, token_ids_T: torch.Tensor, tokenizer: Tokenizer
+) -> dict[str, Any]:
+    """By how many nats each token costs the model with memory less; the first token is nobody's to predict."""
+    gains_T = (token_losses(plain, token_ids_T[None]) - token_losses(remembering, token_ids_T[None]))[0]
+    texts = [tokenizer.decode([token_id], skip_special_tokens=False) for token_id in token_ids_T.tolist()]
+    return {"tokens": texts, "gains": [None, *gains_T.tolist()]}
 
 
 def _gates(model: PreTrainedModel, token_ids_T: torch.Tensor, tokenizer: Tokenizer) -> list[dict[str, Any]]:
