@@ -57,6 +57,7 @@ WAYS = ("memory", "lora-3e-4", "lora-1e-3", "lora-1e-3-kl", "context")
 LINEAR = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 BATCH, TEXTS, TEXT_TOKENS = 16, 60, 64
 ROW_WIDTH, HEADS = 64, 4
+LEAST_KL = 1e-6  # the left edge of the picture, where no damage is drawn too
 SYLLABLES = [first + second for first in "bdfgklmnprstvz" for second in "aeio"] + ["bu", "lu", "mu", "nu", "ru", "su"]
 # fmt: off
 CITIES = [
@@ -265,17 +266,18 @@ def draw(path: Path, results: Sequence[dict[str, Any]]) -> None:
         for one in results:
             kind = "run-engram" if one["way"] == "memory" else "run-random_rows"
             label = "memory, rows alone" if one["way"] == "memory" else one["way"].replace("lora-", "LoRA ")
-            axes.plot(one["kl"], one["held_out"], "D" if one["way"] == "memory" else "s", color=PALETTE[kind])
+            x, y = max(one["kl"], LEAST_KL), one["held_out"]
+            axes.plot(x, y, "D" if one["way"] == "memory" else "s", color=PALETTE[kind])
             is_right = one["kl"] > 0.1  # its label would leave the picture
             axes.annotate(
                 label,
-                (one["kl"], one["held_out"]),
+                (x, y),
                 xytext=(-8 if is_right else 8, -3),
                 textcoords="offset points",
                 ha="right" if is_right else "left",
             )
         axes.set_xscale("log")
-        axes.set_xlim(1e-6, 3)
+        axes.set_xlim(LEAST_KL, 3)
         axes.set_ylim(0, 1.05)
         axes.yaxis.set_major_formatter(PercentFormatter(1.0))
         axes.set_xlabel("damage: KL(before ‖ after) on other text, nats a token (left is better)")
@@ -290,7 +292,7 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--ways", default=",".join(WAYS), help=f"of {', '.join(WAYS)}; any rate")
     parser.add_argument("--layers", default="4,10", help="that the memory stands before")
-    parser.add_argument("--rows", type=int, default=8_000_000, help="of the table, which is sparse")
+    parser.add_argument("--rows", type=int, default=32_000_000, help="of the table, which is sparse")
     parser.add_argument("--orders", default="2,3", help="of the n-grams")
     parser.add_argument("--model", default=SMOLLM2_PACKAGE)
     parser.add_argument("--draw", type=Path, help="measure nothing; draw what RESULTS hold as this PNG")
