@@ -127,9 +127,9 @@ def in_context(asked: Sequence[Fact], facts: Sequence[Fact], seed: int) -> list[
     return found
 
 
-def unlike(asked: Sequence[Fact], seed: int) -> list[Fact]:
+def unlike(asked: Sequence[Fact], num_facts: int, seed: int) -> list[Fact]:
     """What `make_writable` learns by default; none of it is in the facts that are measured."""
-    made = made_up_facts(NUM_FACTS, seed=seed)
+    made = made_up_facts(num_facts, seed=seed)
     assert not {fact.subject for fact in asked} & {fact.subject for fact in made}
     assert not {*CITIES} & {fact.answer for fact in made}
     assert not {*TAUGHT, *HELD_OUT} & {wording for fact in made for wording in fact.wordings}
@@ -204,7 +204,8 @@ def run(way: str, given: argparse.Namespace, folder: Path) -> dict[str, Any]:
         detach_engram(attach_engram(model, config, tokenizer))
         attach_engram(model, config, tokenizer, mode="r")
         began = time.perf_counter()
-        losses = make_writable(model, tokenizer, facts=unlike(facts, given.seed + 1000), seed=given.seed)
+        others = unlike(facts, given.writable_facts, given.seed + 1000)
+        losses = make_writable(model, tokenizer, facts=others, steps=given.writable_steps, seed=given.seed)
         found |= {"writable_seconds": time.perf_counter() - began, "writable_loss": sum(losses[-20:]) / 20}
         print(f"# writable: loss {found['writable_loss']:.2f}, {found['writable_seconds']:.0f} s", flush=True)
         delta = folder / "facts.safetensors"
@@ -293,6 +294,8 @@ def main() -> None:
     parser.add_argument("--ways", default=",".join(WAYS), help=f"of {', '.join(WAYS)}; any rate")
     parser.add_argument("--layers", default="4,10", help="that the memory stands before")
     parser.add_argument("--rows", type=int, default=32_000_000, help="of the table, which is sparse")
+    parser.add_argument("--writable-facts", type=int, default=NUM_FACTS)
+    parser.add_argument("--writable-steps", type=int, default=200)
     parser.add_argument("--orders", default="2,3", help="of the n-grams")
     parser.add_argument("--model", default=SMOLLM2_PACKAGE)
     parser.add_argument("--draw", type=Path, help="measure nothing; draw what RESULTS hold as this PNG")

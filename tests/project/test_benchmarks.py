@@ -85,12 +85,13 @@ def test_facts(tmp_path, monkeypatch, capsys):
     tiny_model("llama", vocabulary=tokenizer.get_vocab_size(), max_position_embeddings=128).save_pretrained(tmp_path)
     PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<|endoftext|>").save_pretrained(tmp_path)
     arguments = (
-        f"--model {tmp_path} --facts 2 --steps 2 --writable-facts 4 --writable-steps 2 --rows 20000 --layers 0,1"
+        f"--model {tmp_path} --facts 5 --steps 2 --writable-facts 4 --writable-steps 2 --rows 20000 --layers 0,1"
     )
-    results = last_line("facts", arguments + " --ways memory,lora-1e-3", monkeypatch, capsys)["results"]
-    assert [one["way"] for one in results] == ["memory", "lora-1e-3"]
+    results = last_line("facts", arguments + " --ways memory,lora-1e-3-kl,context", monkeypatch, capsys)["results"]
+    assert [one["way"] for one in results] == ["memory", "lora-1e-3-kl", "context"]
     for one in results:
         assert 0 <= one["held_out"] <= 1
         assert 0 <= one["texts_kept"] <= 1
-        assert one["kl"] >= 0 < one["bytes"]
+        assert (one["kl"] > 0) == (one["way"] != "context")
+        assert (one["bytes"] > 0) == (one["way"] != "context")
     assert results[0]["rows"] > 0
