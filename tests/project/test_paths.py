@@ -27,6 +27,7 @@ NOT_OURS = {
     # What a run, a build or a user makes.
     "site/index.html",
     "runs/demo/report.html",
+    "runs/demo-pretrained/report.html",
     "report.html",
     "ablation.html",
     "analysis.html",
@@ -38,8 +39,11 @@ NOT_OURS = {
     # Patterns, and names that nothing should have.
     "cli/NAME.py",
     "utils.py",
-    # The system's.
+    # The system's, and llama.cpp's, whose names and formats are read.
     "linux/fs.h",
+    "ggml/src/ggml-common.h",
+    "docs/gguf.md",
+    "conversion/qwen4exp.py",
 }
 OWN_FOLDERS = {"project", "attacks", "fuzz", "contract", "vllm"}
 """Folders of tests/ that have no counterpart in sense_v2/."""
