@@ -2,7 +2,7 @@
 
     python benchmarks/facts.py                       # SmolLM2, 50 facts, every way; half an hour on two busy cores
     python benchmarks/facts.py --facts 100 --ways memory --seed 1
-    python benchmarks/facts.py --draw docs/facts.png RESULTS…     # files of last lines; several runs in one picture
+    python benchmarks/facts.py --draw PICTURE RESULTS…            # files of last lines; several runs in one picture
 
 Invented people, each born in a city, are taught in 8 wordings and asked in 5 others. All ways see the same questions
 in the same order, as many steps. `memory` is what a user does: a fresh memory (sparse rows of zeros), `make_writable`

@@ -175,7 +175,7 @@ def test_facts_of_a_file_are_taught_and_the_exit_status_says_what_was_not_learne
     teach = (*teach, "--wordings", tmp_path / "words.txt", "--lr", 0.3)
     status, out, error = run(*teach, "--steps", 1)
     assert status == 1
-    assert "error: not learned: 1 of 1 facts (word20 word21 word22 → word1)" in error
+    assert "error: not learned: 1 of 1 fact (word20 word21 word22 → word1)" in error
     status, out, error = run(*teach, "--steps", 300, "--report", page, "--json")
     assert status == 0, error
     result = json.loads(out)

@@ -39,11 +39,12 @@ NOT_OURS = {
     # Patterns, and names that nothing should have.
     "cli/NAME.py",
     "utils.py",
-    # The system's, and llama.cpp's, whose names and formats are read.
+    # The system's, and those of projects whose formats are read.
     "linux/fs.h",
     "ggml/src/ggml-common.h",
     "docs/gguf.md",
     "conversion/qwen4exp.py",
+    "mlx_vlm/models/longcat_flash_ngram/language.py",
 }
 OWN_FOLDERS = {"project", "attacks", "fuzz", "contract", "vllm"}
 """Folders of tests/ that have no counterpart in sense_v2/."""

@@ -64,7 +64,7 @@ def test_steps_find_the_rows_of_whole_sequences(saved):
             expected += [before, values[part]]
         assert torch.equal(found, torch.cat(expected))
         done = [part.stop for part in parts]
-    assert {name: tuple(pages.shape) for name, pages in state.pages.items()} == {None: (24, 1), 7: (24, 6)}
+    assert {name: tuple(pages.shape) for name, pages in state.pages.items()} == {None: (24, 2), 7: (24, 6)}
 
 
 def test_slots_of_another_layout_are_refused():
