@@ -181,7 +181,8 @@ def _run_in(
         if name == "plain":
             plain = model
         else:
-            attach_engram(model, _config_of(name, engram, staging))
+            # The memory itself trains where the model will be saved.
+            attach_engram(model, engram if name == "engram" else own_table(name, engram, staging))
         if name == "random_rows":
             freeze_rows(memory_of(model))
         elif name == "shuffled":
@@ -197,7 +198,7 @@ def _run_in(
             shutil.rmtree(staging / name)
 
     watcher.timing()
-    step_times = measure_step_times(plain, _config_of("step_times", engram, staging), batches, settings)
+    step_times = measure_step_times(plain, own_table("step_times", engram, staging), batches, settings)
 
     memory = memory_of(remembering)
     training, evaluation = _card_facts(text, settings, runs)
@@ -286,10 +287,8 @@ def machine() -> dict[str, Any]:
     }
 
 
-def _config_of(name: str, config: EngramConfig, folder: Path) -> EngramConfig:
-    """The memory itself trains where the model will be saved; a control gets a table of its own, for the while."""
-    if name == "engram":
-        return config
+def own_table(name: str, config: EngramConfig, folder: Path) -> EngramConfig:
+    """A memory like `config`, with a table of its own in `folder`/`name`, for the while: a control's."""
     config = dataclasses.replace(config, storage_path=str(folder / name / "engram_table.dat"))
     # Rows that stay zero would be no memory at all: noise as large as a row that was trained once.
     return dataclasses.replace(config, init_std=FROZEN_STD) if name == "random_rows" else config

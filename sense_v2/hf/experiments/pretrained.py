@@ -39,11 +39,11 @@ from sense_v2.hf.backbones import Backbone, named_backbone, token_stream
 from sense_v2.hf.data.corpus import Batches, Corpus, read_corpus
 from sense_v2.hf.data.held_out import save_corpus
 from sense_v2.hf.experiments.controls import freeze_rows
-from sense_v2.hf.experiments.from_scratch import FROZEN_STD, Watcher, compare_steps, continuations, machine
+from sense_v2.hf.experiments.from_scratch import Watcher, compare_steps, continuations, machine, own_table
 from sense_v2.hf.insight.ablation import paired_bootstrap
 from sense_v2.hf.insight.damage import damage, own_samples, untouched
 from sense_v2.hf.insight.evaluation import Evaluation, count_text_bytes, token_losses
-from sense_v2.hf.memory import attached_memory, memory_of
+from sense_v2.hf.memory import memory_of, trainable_parameters
 from sense_v2.hf.saving.backbone_facts import backbone_reference
 from sense_v2.hf.saving.folder import memory_paths
 from sense_v2.hf.saving.save import save_pretrained
@@ -197,7 +197,7 @@ def _run_in(
     )
     EngramTokenizerBuilder(tokenizer, engram.normalization).build_mapping(shadow_map_path)
     watcher.timing()
-    step_times = _step_times(model, tokenizer, _config_of("step_times", engram, staging), batches, settings)
+    step_times = _step_times(model, tokenizer, own_table("step_times", engram, staging), batches, settings)
     runs: dict[str, dict[str, Any]] = {}
     losses_of: dict[str, np.ndarray[Any, Any]] = {}
     written: dict[str, list[str]] = {}
@@ -208,7 +208,8 @@ def _run_in(
         own = dataclasses.replace(settings, lora_rank=LORA_RANK if way.has_lora else 0)
         if name == "lora":
             own.steps = max(1, round(settings.steps * step_times["ratio"]))
-        memory = _config_of(name, engram, staging) if way.has_memory else None
+        # The memory itself trains where it is saved.
+        memory = engram if name == "memory" else own_table(name, engram, staging) if way.has_memory else None
         torch.manual_seed(settings.seed)
         with adapted(model, memory, own.lora_rank, tokenizer) as learner:
             if name == "random_rows":
@@ -223,7 +224,9 @@ def _run_in(
             losses_of[name] = losses_BT.mean(1).numpy()
             found = Evaluation(float(losses_BT.mean()), losses_BT.numel(), text_bytes)
             measured = {"perplexity": found.perplexity, "bits_per_byte": found.bits_per_byte}
-            runs[name] = {**run, "loss": found.loss, **measured, "trained": _trained(learner)}
+            counts = trainable_parameters(learner)
+            trained = {"fusion": counts["fusion"], "lora": counts["backbone"]}
+            runs[name] = {**run, "loss": found.loss, **measured, "trained": trained}
             written[name] = continuations(learner, prompts_BT, tokenizer)
             if name == "memory":
                 table = _table(model, engram)
@@ -275,14 +278,6 @@ def _run_in(
     }
 
 
-def _config_of(name: str, config: EngramConfig, staging: Path) -> EngramConfig:
-    """The memory itself trains where it is saved; another gets a table of its own, for the while."""
-    if name == "memory":
-        return config
-    config = dataclasses.replace(config, storage_path=str(staging / name / "engram_table.dat"))
-    return dataclasses.replace(config, init_std=FROZEN_STD) if name == "random_rows" else config
-
-
 def _step_times(
     model: PreTrainedModel, tokenizer: Any, memory: EngramConfig, batches: Batches, settings: TrainConfig
 ) -> dict[str, Any]:
@@ -308,15 +303,6 @@ def _change(differences_B: np.ndarray[Any, Any], seed: int) -> dict[str, float]:
 def _kept(runs: dict[str, dict[str, Any]]) -> float:
     gain = runs["untouched"]["loss"] - runs["memory"]["loss"]
     return (runs["untouched"]["loss"] - runs["random_rows"]["loss"]) / gain if gain else float("nan")
-
-
-def _trained(learner: Any) -> dict[str, int]:
-    """Weights that learned, those of the memory's layers and those of the LoRA."""
-    memory = attached_memory(learner)
-    return {
-        "fusion": 0 if memory is None else sum(parameter.numel() for parameter in memory.parameters()),
-        "lora": sum(value.numel() for name, value in learner.named_parameters() if ".lora_" in name),
-    }
 
 
 def _table(model: PreTrainedModel, config: EngramConfig) -> dict[str, Any]:
