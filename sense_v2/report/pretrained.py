@@ -22,15 +22,14 @@ returns:
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
-
-import matplotlib
-from matplotlib.axes import Axes
-from matplotlib.figure import Figure
+from typing import TYPE_CHECKING, Any
 
 from sense_v2.hf.experiments.step_times import CONFIDENCE, is_clear
-from sense_v2.report import page, plots, wording
+from sense_v2.report import page, wording
 from sense_v2.report.wording import decimals, percent
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
 
 COLORS = {
     "untouched": "run-plain",
@@ -44,6 +43,12 @@ COLORS = {
 
 def write_report(results: dict[str, Any], path: str | Path) -> None:
     """Write the HTML report, making its folder. Raises `KeyError` where `results` lack a part."""
+    # matplotlib comes with the extra "demo", and takes a second to import.
+    import matplotlib
+    from matplotlib.figure import Figure
+
+    from sense_v2.report import plots
+
     figure = Figure(figsize=(520 / 72, 330 / 72), dpi=72)
     with matplotlib.rc_context(plots.style(13)):
         _draw(figure.add_axes((0.13, 0.16, 0.83, 0.8)), results["runs"])
@@ -65,6 +70,8 @@ def write_report(results: dict[str, Any], path: str | Path) -> None:
 
 def write_picture(results: dict[str, Any], path: str | Path) -> None:
     """Draw what each way learned over what it lost, as a PNG."""
+    from sense_v2.report import plots
+
     told = f"{results['model']['name']} reads {results['corpus']['name']}; further down and left is better."
     with plots.titled(path, headline(results), wording.printable(told)) as figure:
         _draw(figure.add_axes((0.1, 0.14, 0.86, 0.66)), results["runs"])
@@ -164,6 +171,8 @@ def _times(high: float, low: float) -> str:
 
 def _draw(axes: Axes, runs: dict[str, dict[str, Any]]) -> None:
     """A point for each way: damage to the right, held-out loss upwards, each named beside it."""
+    from sense_v2.report import plots
+
     points = {
         name: (0.0 if run["damage"] is None else run["damage"]["divergence"], run["loss"])
         for name, run in runs.items()
