@@ -79,23 +79,25 @@ def sequences_until(end_id: int, ids_BT: torch.Tensor, sequence_ids_BT: torch.Te
     return sequence_ids_BT.to(torch.int64) * (ids_BT.shape[1] + 1) + ended_BT
 
 
-def boundary_mask(
-    valid_BT: torch.Tensor | None, sequence_ids_BT: torch.Tensor | None, *, distance: int
-) -> torch.Tensor | None:
-    """Find where the n-gram at t may use the token `distance` positions back: ok_BT, boolean.
+def boundary_masks(
+    valid_BT: torch.Tensor | None, sequence_ids_BT: torch.Tensor | None, *, farthest: int
+) -> list[torch.Tensor | None]:
+    """Find where the n-gram at t may use the token 0, 1, … `farthest` positions back: ok_BT of each, boolean.
 
     It may where that token and all between are valid and of t's sequence. None if nothing but the start of the
     batch's rows limits, which the shift itself handles.
     """
-    ok_BT: torch.Tensor | None = None
-    for back in range(distance + 1):
-        if valid_BT is not None:
-            seen_BT = _shift(valid_BT, back, fill=False)
-            ok_BT = seen_BT if ok_BT is None else ok_BT & seen_BT
-        if sequence_ids_BT is not None and back > 0:
-            same_BT = _shift(sequence_ids_BT, back, fill=NO_TOKEN) == _shift(sequence_ids_BT, back - 1, fill=NO_TOKEN)
+    ok_BT = valid_BT
+    found = [ok_BT]
+    for back in range(1, farthest + 1):
+        if valid_BT is not None and ok_BT is not None:
+            ok_BT = ok_BT & _shift(valid_BT, back, fill=False)
+        if sequence_ids_BT is not None:
+            later_BT = _shift(sequence_ids_BT, back - 1, fill=NO_TOKEN)
+            same_BT = _shift(sequence_ids_BT, back, fill=NO_TOKEN) == later_BT
             ok_BT = same_BT if ok_BT is None else ok_BT & same_BT
-    return ok_BT
+        found.append(ok_BT)
+    return found
 
 
 def _shift(values_BT: torch.Tensor, back: int, *, fill: int) -> torch.Tensor:
@@ -107,33 +109,38 @@ def _shift(values_BT: torch.Tensor, back: int, *, fill: int) -> torch.Tensor:
     return shifted_BT
 
 
-def ngram_hash(
+def look_back(
     compressed_ids_BT: torch.Tensor,
     *,
-    multipliers: Sequence[int],
+    largest_order: int,
+    pad_id: int,
+    valid_BT: torch.Tensor | None,
+    sequence_ids_BT: torch.Tensor | None,
+) -> torch.Tensor:
+    """Find what each position's n-grams are made of: ids 0, 1, … positions back [K, B, T], K the largest order."""
+    masks = boundary_masks(valid_BT, sequence_ids_BT, farthest=largest_order - 1)
+    ids_KBT = []
+    for back, ok_BT in enumerate(masks):
+        ids_BT = _shift(compressed_ids_BT, back, fill=pad_id)
+        ids_KBT.append(ids_BT if ok_BT is None else torch.where(ok_BT, ids_BT, pad_id))
+    return torch.stack(ids_KBT)
+
+
+def ngram_hash(
+    ids_KBT: torch.Tensor,
+    *,
+    multipliers_K: torch.Tensor,
     ngram_orders: Sequence[int],
     primes_H: torch.Tensor,
     offsets_H: torch.Tensor,
-    pad_id: int,
-    valid_BT: torch.Tensor | None = None,
-    sequence_ids_BT: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """Hash int64 compressed ids to row_ids_BTH by the formula of the module's docstring."""
-    num_heads = len(primes_H) // len(ngram_orders)
-    mix_BT: torch.Tensor | None = None
-    row_ids = []
-    for back in range(max(ngram_orders)):
-        token_BT = _shift(compressed_ids_BT, back, fill=pad_id)
-        ok_BT = boundary_mask(valid_BT, sequence_ids_BT, distance=back)
-        if ok_BT is not None:
-            token_BT = torch.where(ok_BT, token_BT, pad_id)
-        term_BT = token_BT * int(multipliers[back])
-        mix_BT = term_BT if mix_BT is None else mix_BT ^ term_BT
-        if back + 1 in ngram_orders:
-            first = list(ngram_orders).index(back + 1) * num_heads
-            heads = slice(first, first + num_heads)
-            row_ids.append(mix_BT[..., None] % primes_H[heads] + offsets_H[heads])
-    return torch.cat(row_ids, dim=-1)
+    """Hash what `look_back` made, int64, to row_ids_BTH by the formula of the module's docstring."""
+    terms_KBT = ids_KBT * multipliers_K[:, None, None]
+    mixes_BT = [terms_KBT[0]]
+    for term_BT in terms_KBT[1:]:
+        mixes_BT.append(mixes_BT[-1] ^ term_BT)
+    mix_BTO1 = torch.stack([mixes_BT[order - 1] for order in ngram_orders], dim=-1)[..., None]
+    return (mix_BTO1 % primes_H.view(len(ngram_orders), -1)).flatten(-2) + offsets_H
 
 
 class NgramHasher:
@@ -202,6 +209,7 @@ class NgramHasher:
             compressed_vocab_size=compressed_vocab_size,
             seed=seed,
         )
+        self._multipliers_K = torch.from_numpy(self.multipliers)
         self._primes_H = torch.tensor(self.layout.primes_LH[layer], dtype=torch.int64)
         self._offsets_H = torch.tensor(self.layout.offsets_LH[layer], dtype=torch.int64)
         self.first_row = 0
@@ -232,6 +240,7 @@ class NgramHasher:
         attention_mask: Ids | None = None,
         sequence_ids: Ids | None = None,
         history: Ids | None = None,
+        looked_back: torch.Tensor | None = None,
     ) -> Ids:
         """Hash compressed ids to row ids.
 
@@ -241,6 +250,7 @@ class NgramHasher:
             sequence_ids: [B, T], the packed document of each position; 0 is padding.
             history: [B, P], compressed ids just before these, of the first position's document; `NO_TOKEN` where
                 there is none. P ≥ largest order - 1 is exact; any P is taken.
+            looked_back: What `look_back` of a hasher with the same pad id made of the other arguments, as tensors.
 
         Returns:
             Row ids [B, T, H], int64, of the kind and on the device of `compressed_ids_BT`.
@@ -251,55 +261,60 @@ class NgramHasher:
         """
         if isinstance(compressed_ids_BT, np.ndarray):
             tensors = [None if x is None else torch.from_numpy(x) for x in (attention_mask, sequence_ids, history)]
-            return self._rows(torch.from_numpy(compressed_ids_BT), *tensors).numpy()
-        return self._rows(compressed_ids_BT, attention_mask, sequence_ids, history)
+            return self._rows(self.look_back(torch.from_numpy(compressed_ids_BT), *tensors)).numpy()
+        if looked_back is None:
+            looked_back = self.look_back(compressed_ids_BT, attention_mask, sequence_ids, history)
+        return self._rows(looked_back)
 
-    def _rows(
+    def look_back(
         self,
         ids_BT: torch.Tensor,
-        mask_BT: torch.Tensor | None,
-        sequence_ids_BT: torch.Tensor | None,
-        history_BP: torch.Tensor | None,
+        attention_mask: torch.Tensor | None = None,
+        sequence_ids: torch.Tensor | None = None,
+        history: torch.Tensor | None = None,
     ) -> torch.Tensor:
+        """Find what the n-grams at each position are made of, [K, B, T]; see `__call__`. The same for all layers."""
         if ids_BT.dim() != 2:
             raise ValueError(f"compressed ids have shape {tuple(ids_BT.shape)}; expected [batch, sequence]")
-        for name, extra_BT in (("attention_mask", mask_BT), ("sequence_ids", sequence_ids_BT)):
+        for name, extra_BT in (("attention_mask", attention_mask), ("sequence_ids", sequence_ids)):
             if extra_BT is not None and extra_BT.shape != ids_BT.shape:
                 raise ValueError(f"{name} has shape {tuple(extra_BT.shape)}; expected {tuple(ids_BT.shape)}")
-        if history_BP is not None and (history_BP.dim() != 2 or history_BP.shape[0] != ids_BT.shape[0]):
-            raise ValueError(f"history has shape {tuple(history_BP.shape)}; expected [{ids_BT.shape[0]}, positions]")
+        if history is not None and (history.dim() != 2 or history.shape[0] != ids_BT.shape[0]):
+            raise ValueError(f"history has shape {tuple(history.shape)}; expected [{ids_BT.shape[0]}, positions]")
         _check_range(ids_BT, 0, self.num_ids, "compressed ids")
 
         device = ids_BT.device
         ids_BT = ids_BT.to(torch.int64)
-        valid_BT = None if mask_BT is None else mask_BT.to(device) != 0
-        if sequence_ids_BT is not None:
-            sequence_ids_BT = sequence_ids_BT.to(device)
-            in_document_BT = sequence_ids_BT != 0
+        valid_BT = None if attention_mask is None else attention_mask.to(device) != 0
+        if sequence_ids is not None:
+            sequence_ids = sequence_ids.to(device)
+            in_document_BT = sequence_ids != 0
             valid_BT = in_document_BT if valid_BT is None else valid_BT & in_document_BT
-        num_history = 0 if history_BP is None else history_BP.shape[1]
-        if history_BP is not None and num_history:
-            _check_range(history_BP, NO_TOKEN, self.num_ids, "history")
-            history_BP = history_BP.to(device=device, dtype=torch.int64)
+        num_history = 0 if history is None else history.shape[1]
+        if history is not None and num_history:
+            _check_range(history, NO_TOKEN, self.num_ids, "history")
+            history = history.to(device=device, dtype=torch.int64)
             valid_BT = torch.ones_like(ids_BT, dtype=torch.bool) if valid_BT is None else valid_BT
-            valid_BT = torch.cat([history_BP != NO_TOKEN, valid_BT], dim=1)
-            ids_BT = torch.cat([history_BP.clamp_min(0), ids_BT], dim=1)
-            if sequence_ids_BT is not None:
-                past_BP = sequence_ids_BT[:, :1].expand(-1, num_history)
-                sequence_ids_BT = torch.cat([past_BP, sequence_ids_BT], dim=1)
+            valid_BT = torch.cat([history != NO_TOKEN, valid_BT], dim=1)
+            ids_BT = torch.cat([history.clamp_min(0), ids_BT], dim=1)
+            if sequence_ids is not None:
+                past_BP = sequence_ids[:, :1].expand(-1, num_history)
+                sequence_ids = torch.cat([past_BP, sequence_ids], dim=1)
         if self._ends_at_pad:
-            sequence_ids_BT = sequences_until(self.pad_id, ids_BT, sequence_ids_BT)
-        row_ids_BTH = ngram_hash(
-            ids_BT,
-            multipliers=self.multipliers.tolist(),
+            sequence_ids = sequences_until(self.pad_id, ids_BT, sequence_ids)
+        masks = {"valid_BT": valid_BT, "sequence_ids_BT": sequence_ids}
+        ids_KBQ = look_back(ids_BT, largest_order=len(self.multipliers), pad_id=self.pad_id, **masks)
+        return ids_KBQ[..., num_history:]
+
+    def _rows(self, ids_KBT: torch.Tensor) -> torch.Tensor:
+        device = ids_KBT.device
+        return ngram_hash(
+            ids_KBT,
+            multipliers_K=self._multipliers_K.to(device),
             ngram_orders=self.layout.ngram_orders,
             primes_H=self._primes_H.to(device),
             offsets_H=self._offsets_H.to(device) + self.first_row,
-            pad_id=self.pad_id,
-            valid_BT=valid_BT,
-            sequence_ids_BT=sequence_ids_BT,
         )
-        return row_ids_BTH[:, num_history:]
 
 
 def _check_range(ids: torch.Tensor, low: int, high: int, what: str) -> None:
@@ -436,8 +451,24 @@ def hash_tokens(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Compute compressed ids [B, T] and every layer's row ids [L, B, T, H]; arguments as `NgramHasher`'s."""
     compressed_BT = tokenizer(token_ids_BT)
-    masks = {"attention_mask": valid_BT, "sequence_ids": documents_BT, "history": history_BP}
-    return compressed_BT, torch.stack([hasher(compressed_BT, **masks) for hasher in hashers])
+    return compressed_BT, hash_layers(hashers, compressed_BT, valid_BT, documents_BT, history_BP)
+
+
+def hash_layers(
+    hashers: Iterable[NgramHasher],
+    compressed_BT: torch.Tensor,
+    valid_BT: torch.Tensor | None = None,
+    documents_BT: torch.Tensor | None = None,
+    history_BP: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """Hash compressed ids for every layer, [L, B, T, H]; looks back once. Arguments as `NgramHasher`'s."""
+    looked_back: dict[int, torch.Tensor] = {}
+    row_ids_LBTH = []
+    for hasher in hashers:
+        if (pad_id := hasher.pad_id) not in looked_back:
+            looked_back[pad_id] = hasher.look_back(compressed_BT, valid_BT, documents_BT, history_BP)
+        row_ids_LBTH.append(hasher(compressed_BT, attention_mask=valid_BT, looked_back=looked_back[pad_id]))
+    return torch.stack(row_ids_LBTH)
 
 
 def packed_documents(position_ids_BT: torch.Tensor) -> torch.Tensor | None:

@@ -33,7 +33,7 @@ from torch import nn
 
 from sense_v2.core.config import EngramConfig
 from sense_v2.engram import operators
-from sense_v2.engram.hashing import NgramHasher, boundary_mask, hash_tokens, token_rows
+from sense_v2.engram.hashing import NgramHasher, boundary_masks, hash_tokens, token_rows
 from sense_v2.engram.head_layout import HeadLayout
 from sense_v2.engram.row_source import RowSource
 from sense_v2.engram.storage import MMapEmbeddingStorage
@@ -127,27 +127,24 @@ class ShortConv(nn.Conv1d):
         return span if self.causal else span // 2
 
     def forward(self, inputs_BXT: torch.Tensor, sequence_ids_BT: torch.Tensor | None = None) -> torch.Tensor:
-        num_positions = inputs_BXT.shape[-1]
-        if sequence_ids_BT is None:
-            padding = self.padding[0]
-            assert isinstance(padding, int)
-            return super().forward(F.pad(inputs_BXT, (self.reach - padding, 0)))[..., :num_positions]
-        # Tap by tap, so that each stops at its document's border: the tap that reads `back` positions behind t is
-        # used where t and t - back, and all between, are of one document; looking forward from t is looking back from
-        # t + n.
-        total_BXT = torch.zeros_like(inputs_BXT)
-        for tap in range(self.kernel_size[0]):
-            back = self.reach - tap * self.dilation[0]
-            distance = abs(back)
-            if distance >= num_positions:
-                continue
-            near, far = slice(distance, num_positions), slice(0, num_positions - distance)
-            to, source = (near, far) if back >= 0 else (far, near)
-            tapped_BXT = inputs_BXT[..., source] * self.weight[:, 0, tap, None]
-            same_BT = boundary_mask(None, sequence_ids_BT, distance=distance)
+        """Convolve tap by tap: each can stop at its document's border, a position has the same bits however many come
+        with it, and on a processor it takes a third of `nn.Conv1d`'s time for few positions, as much for many."""
+        num_positions, (dilation,) = inputs_BXT.shape[-1], self.dilation
+        span = (self.kernel_size[0] - 1) * dilation
+        padded_BXQ = F.pad(inputs_BXT, (self.reach, span - self.reach))
+        same = None if sequence_ids_BT is None else boundary_masks(None, sequence_ids_BT, farthest=span)
+        total_BXT: torch.Tensor | None = None
+        for first in range(0, span + 1, dilation):
+            tapped_BXT = padded_BXQ[..., first : first + num_positions] * self.weight[:, 0, first // dilation, None]
+            # A tap is used where t and t - back, and all between, are of one document; looking forward from t is
+            # looking back from t + n.
+            back = self.reach - first
+            same_BT = None if same is None else same[abs(back)]
             if same_BT is not None:
-                tapped_BXT = tapped_BXT * same_BT[:, None, near]
-            total_BXT[..., to] = total_BXT[..., to] + tapped_BXT
+                same_BT = same_BT if back >= 0 else F.pad(same_BT[:, -back:], (0, min(-back, num_positions)))
+                tapped_BXT = tapped_BXT * same_BT[:, None]
+            total_BXT = tapped_BXT if total_BXT is None else total_BXT + tapped_BXT
+        assert total_BXT is not None
         return total_BXT
 
 
@@ -381,7 +378,8 @@ class EngramFusionLayer(nn.Module):
             documents_BQ: The packed document of each position that the convolution reads.
             remember: Called with what the convolution reads of these positions, [B, T, X], if a sequence comes in
                 parts. Keeps it, and returns that of all Q positions that these can reach. Without it Q is T.
-            places_T: Where these positions are among the Q; the last T if not given.
+            places_T: Where these positions, of a batch of one, are among all that `remember` returns; without it, the
+                last T of each row.
 
         Returns:
             Fused hidden states, of the shape and dtype of `hidden_states`.
@@ -440,9 +438,11 @@ class EngramFusionLayer(nn.Module):
         if remember is not None:
             inputs_BQX = remember(inputs_BQX)
         mixed_BXQ = conv(inputs_BQX.transpose(1, 2), documents_BQ)
-        num_past = inputs_BQX.shape[1] - gated_BTSC.shape[1]
-        mixed_BXT = mixed_BXQ[..., num_past:] if places_T is None else mixed_BXQ[..., places_T]
-        mixed_BTX = mixed_BXT.transpose(1, 2)
+        mixed_BQX = mixed_BXQ.transpose(1, 2)
+        if places_T is None:
+            mixed_BTX = mixed_BQX[:, inputs_BQX.shape[1] - gated_BTSC.shape[1] :]
+        else:
+            mixed_BTX = mixed_BQX.flatten(0, 1)[None, places_T]
         mixed_BTSC = mixed_BTX.unflatten(-1, (self.num_streams, self.hidden_size))
         if self.conv_norm is not None:
             mixed_BTSC = F.silu(mixed_BTSC)

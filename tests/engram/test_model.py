@@ -12,7 +12,7 @@ from tiny import VOCABULARY, tiny_config, tiny_tokenizer
 
 from sense_v2.core.config import EngramConfig
 from sense_v2.engram.hashing import packed_documents
-from sense_v2.engram.model import EngramFusionLayer, compressed_pad_id, open_table
+from sense_v2.engram.model import EngramFusionLayer, ShortConv, compressed_pad_id, open_table
 from sense_v2.engram.storage import MMapEmbeddingStorage
 from sense_v2.engram.tokenizer import EngramTokenizer, EngramTokenizerBuilder
 from sense_v2.engram.variants import variant_config
@@ -489,6 +489,29 @@ def test_layers_share_a_table_and_a_map(tmp_path):
     second = EngramFusionLayer(first.config, HIDDEN, 2, tokenizer=first.tokenizer, storage=first.storage)
     ids = inputs()[1]
     assert not set(first.row_ids(ids).flatten().tolist()) & set(second.row_ids(ids).flatten().tolist())
+
+
+@pytest.mark.parametrize(("kernel", "dilation", "causal"), [(3, 1, True), (3, 1, False), (4, 3, True)])
+def test_the_convolution_is_conv1d_s_on_a_padded_input(kernel, dilation, causal):
+    torch.manual_seed(0)
+    conv = ShortConv(5, kernel, dilation, causal=causal).double()
+    span = (kernel - 1) * dilation
+    for length in (1, 2, span, 20):
+        inputs_BXT = torch.randn(2, 5, length, dtype=torch.float64)
+        padded = torch.nn.functional.pad(inputs_BXT, (span, 0) if causal else (span // 2, span // 2))
+        expected = torch.nn.functional.conv1d(padded, conv.weight, dilation=dilation, groups=5)
+        torch.testing.assert_close(conv(inputs_BXT), expected)
+        one_document = conv(inputs_BXT, torch.ones(2, length, dtype=torch.int64))
+        assert torch.equal(one_document, conv(inputs_BXT))
+
+
+def test_a_position_s_convolution_has_the_same_bits_however_many_come_with_it():
+    torch.manual_seed(0)
+    conv = ShortConv(64, 3, 1, causal=True)
+    inputs_BXT = torch.randn(1, 64, 300)
+    whole = conv(inputs_BXT)
+    for end in (3, 17, 300):
+        assert torch.equal(conv(inputs_BXT[..., end - 3 : end])[..., -1], whole[..., end - 1])
 
 
 def test_the_flow_imports_no_transformers():

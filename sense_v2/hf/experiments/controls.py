@@ -40,7 +40,7 @@ class PermutedHasher:
     def __init__(self, hasher: NgramHasher, seed: int) -> None:
         self.hasher = hasher
         self.layout, self.layer_id = hasher.layout, hasher.layer_id
-        self.pad_id = hasher.pad_id
+        self.pad_id, self.look_back = hasher.pad_id, hasher.look_back
         self.generator = torch.Generator().manual_seed(seed)
 
     def __call__(

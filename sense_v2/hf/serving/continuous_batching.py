@@ -72,13 +72,14 @@ def manager_with_memory(
             "a step of continuous batching with memory reads rows from the disk, which no CUDA graph and no compiled "
             "step holds: leave use_cuda_graph and the compile settings of ContinuousBatchingConfig alone"
         )
-    widths = [width for _, width, _ in _fields(memory, model.dtype)]
-    num_more = sum(-(-width // _layer_words(config)) for width in widths)
+    layers = _layers(memory, config, model.dtype)
+    num_more = sum(map(len, layers.values()))
     kinds = getattr(config, "layer_types", None)
     kind = "full_attention" if kinds is None or "full_attention" in kinds else "sliding_attention"
     changes = {
         "num_hidden_layers": config.num_hidden_layers + num_more,
         "layer_types": None if kinds is None else [*kinds, *[kind] * num_more],
+        "engram_layers": layers,
     }
     shown_config = _Seen(model.config, get_text_config=lambda *_, **__: _Seen(config, **changes))
     shown = _Seen(model, config=shown_config)
@@ -142,15 +143,19 @@ def _layer_words(config: Any) -> int:
     return int(2 * find_num_key_value_heads(config) * find_head_dim(config))
 
 
-def _fields(memory: EngramMemory, cache_dtype: torch.dtype) -> list[tuple[int | None, int, int]]:
-    """What is kept of a token: (layer, or None for its compressed id and overlay; words in the cache; values)."""
-    words = paged_state.words_of(ID_DTYPE, TOKEN_VALUES, cache_dtype)
-    fields: list[tuple[int | None, int, int]] = [(None, words, TOKEN_VALUES)]
+def _layers(memory: EngramMemory, config: Any, cache_dtype: torch.dtype) -> dict[int | None, range]:
+    """Find which layers of the cache keep what of a token: None, its compressed id and overlay; a layer's id, what
+    its convolution reads."""
+    widths: dict[int | None, int] = {None: paged_state.words_of(ID_DTYPE, TOKEN_VALUES, cache_dtype)}
     for fusion in memory:
         if fusion.conv is not None:
-            channels, dtype = fusion.conv.in_channels, fusion.conv.weight.dtype
-            fields.append((fusion.layer_id, paged_state.words_of(dtype, channels, cache_dtype), channels))
-    return fields
+            dtype = fusion.conv.weight.dtype
+            widths[fusion.layer_id] = paged_state.words_of(dtype, fusion.conv.in_channels, cache_dtype)
+    first, layers = config.num_hidden_layers, {}
+    for layer_id, width in widths.items():
+        layers[layer_id] = range(first, first - (-width // _layer_words(config)))
+        first = layers[layer_id].stop
+    return layers
 
 
 class CacheCall(PagedCall):
@@ -158,15 +163,8 @@ class CacheCall(PagedCall):
 
     def __init__(self, memory: EngramMemory, arguments: dict[str, Any]) -> None:
         cache = self.cache = arguments["cache"]
-        num_layers = cache.config.num_hidden_layers
-        fields = _fields(memory, cache.dtype)
-        words = _layer_words(cache.config)
-        self.layers: dict[int | None, range] = {}
-        first = num_layers - sum(-(-width // words) for _, width, _ in fields)
-        for layer_id, width, _ in fields:
-            self.layers[layer_id] = range(first, first - (-width // words))
-            first = self.layers[layer_id].stop
-        allocator = self.allocator = cache.layer_to_allocator[num_layers - 1]
+        self.layers: dict[int | None, range] = cache.config.engram_layers
+        allocator = self.allocator = cache.layer_to_allocator[max(layers.stop for layers in self.layers.values()) - 1]
         starts_N1 = arguments["cu_seq_lens_q"].long()
         ends_N1 = arguments["cu_seq_lens_k"][allocator.layer_type].long()
         num_new_N = starts_N1.diff()

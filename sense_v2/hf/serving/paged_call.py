@@ -7,7 +7,7 @@ from abc import ABC, abstractmethod
 import torch
 
 from sense_v2.engram.delta.chosen_rows import numbered
-from sense_v2.engram.hashing import TokenRows
+from sense_v2.engram.hashing import TokenRows, hash_layers
 from sense_v2.hf.memory import EngramMemory
 from sense_v2.hf.serving.paged_state import Step
 
@@ -44,9 +44,10 @@ class PagedCall(ABC):
         given_BT = torch.zeros_like(compressed_BT) if overlays_BT is None else overlays_BT
         kept_T2 = torch.stack([compressed_BT[0], given_BT[0]], dim=-1).to(ID_DTYPE)
         found_Q2 = self.exchange(None, kept_T2).long()
-        masks = {"attention_mask": step.known()[None], "sequence_ids": step.documents_Q[None]}
-        row_ids_LBQH = torch.stack([fusion.hasher(found_Q2[None, :, 0], **masks) for fusion in memory])
-        row_ids_LBTH = row_ids_LBQH[:, :, step.places_T]
+        hashers = [fusion.hasher for fusion in memory]
+        known_BQ, found_BQ = step.as_batch(step.known()), step.as_batch(found_Q2[:, 0])
+        row_ids_LBQH = hash_layers(hashers, found_BQ, known_BQ, step.documents_BQ)
+        row_ids_LBTH = row_ids_LBQH.flatten(1, 2)[:, None, step.places_T]
         if overlays_BT is not None:
             # A sequence has one overlay: a token that doesn't name it has that of the tokens before.
             of_each = torch.zeros_like(step.documents_Q).scatter_reduce(0, step.documents_Q, found_Q2[:, 1], "amax")
@@ -56,7 +57,7 @@ class PagedCall(ABC):
         return TokenRows(
             row_ids_LBTH=row_ids_LBTH,
             valid_BT=None,
-            documents_BQ=step.documents_Q[None],
+            documents_BQ=step.documents_BQ,
             compressed_BT=compressed_BT,
             positions_BT=None,
             num_past=0,
@@ -64,5 +65,5 @@ class PagedCall(ABC):
         )
 
     def remember(self, layer_id: int, inputs_BTX: torch.Tensor) -> torch.Tensor:
-        """Do what `EngramState.remember` does, for Q positions."""
-        return self.exchange(layer_id, inputs_BTX[0])[None]
+        """Do what `EngramState.remember` does, for Q positions, as `Step.as_batch` lays them out."""
+        return self.step.as_batch(self.exchange(layer_id, inputs_BTX[0]))

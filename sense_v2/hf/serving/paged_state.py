@@ -25,6 +25,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
+import torch.nn.functional as F
 
 
 @dataclass
@@ -39,6 +40,18 @@ class Step:
     """In its sequence, of each position of a past; negative before the sequence."""
     documents_Q: torch.Tensor
     """The sequence of each position, counted from 1: nothing reaches from one into the next."""
+    one_each: bool
+    """True if each sequence has one new token, as while it is decoded. Then all have the same P + 1 positions, and
+    are the sequences of a batch."""
+
+    def as_batch(self, values_QX: torch.Tensor) -> torch.Tensor:
+        """Give values [B, Q / B, X] with a row of the batch to each sequence, or all in one."""
+        return values_QX.view(len(self.past_places_NP) if self.one_each else 1, -1, *values_QX.shape[1:])
+
+    @property
+    def documents_BQ(self) -> torch.Tensor | None:
+        """`documents_Q` of such a batch; None where its rows tell."""
+        return None if self.one_each else self.documents_Q[None]
 
     @property
     def known_NP(self) -> torch.Tensor:
@@ -47,6 +60,9 @@ class Step:
 
     def interleave(self, past_NPX: torch.Tensor | None, new_TX: torch.Tensor) -> torch.Tensor:
         """Put values of the pasts and of the new tokens in their places, [Q, X]; zeros where nothing is known."""
+        if self.one_each and past_NPX is not None:
+            past_NPX = past_NPX.masked_fill(~self.known_NP.view(*self.known_NP.shape, 1), 0)
+            return torch.cat([past_NPX.to(new_TX.dtype), new_TX[:, None]], dim=1).flatten(0, 1)
         values_QX = new_TX.new_zeros((len(self.documents_Q), *new_TX.shape[1:]))
         if past_NPX is not None:
             known_NP = self.known_NP.reshape(*self.known_NP.shape, *[1] * (new_TX.dim() - 1))
@@ -57,6 +73,8 @@ class Step:
 
     def known(self) -> torch.Tensor:
         """Find which of the Q positions are: the new ones, and of the pasts those that there are."""
+        if self.one_each:
+            return F.pad(self.known_NP, (0, 1), value=True).flatten()
         known_Q = torch.ones_like(self.documents_Q, dtype=torch.bool)
         known_Q[self.past_places_NP.flatten()] = self.known_NP.flatten()
         return known_Q
@@ -75,8 +93,14 @@ def step(starts_N1: torch.Tensor, num_before_N: torch.Tensor, *, num_new: int, r
     tensor([1, 1, 1, 2, 2])
     """
     device = starts_N1.device
+    positions_NP = num_before_N.long()[:, None] - reach + torch.arange(reach, device=device)
+    num_sequences = len(starts_N1) - 1
+    if num_new == num_sequences:  # as an engine's step has no sequence without a new token
+        grid_NR = torch.arange(num_sequences * (reach + 1), device=device).view(num_sequences, reach + 1)
+        documents_Q = grid_NR.flatten() // (reach + 1) + 1
+        return Step(grid_NR[:, reach], grid_NR[:, :reach], positions_NP, documents_Q, one_each=True)
     starts_N1 = starts_N1.long()
-    numbers_N = torch.arange(len(starts_N1) - 1, device=device)
+    numbers_N = torch.arange(num_sequences, device=device)
     sequence_T = torch.repeat_interleave(numbers_N, starts_N1.diff(), output_size=num_new)
     back_P = torch.arange(reach, device=device)
     places_T = torch.arange(num_new, device=device) + (sequence_T + 1) * reach
@@ -84,7 +108,7 @@ def step(starts_N1: torch.Tensor, num_before_N: torch.Tensor, *, num_new: int, r
     documents_Q = torch.empty(num_new + len(numbers_N) * reach, dtype=torch.int64, device=device)
     documents_Q[places_T] = sequence_T + 1
     documents_Q[past_places_NP.flatten()] = (numbers_N + 1).repeat_interleave(reach)
-    return Step(places_T, past_places_NP, num_before_N.long()[:, None] - reach + back_P, documents_Q)
+    return Step(places_T, past_places_NP, positions_NP, documents_Q, one_each=False)
 
 
 def slots_in_table(block_table_NM: torch.Tensor, positions: torch.Tensor, page_size: int) -> torch.Tensor:
@@ -115,7 +139,7 @@ def tail(pages_SX: torch.Tensor, slots_NP: torch.Tensor) -> torch.Tensor:
 def as_words(values_TX: torch.Tensor, dtype: torch.dtype, num_words: int) -> torch.Tensor:
     """Cast values bit for bit to rows of `num_words` of another type, zeros at their ends: [T, num_words]."""
     words = values_TX.contiguous().view(torch.uint8)
-    words = torch.nn.functional.pad(words, (0, num_words * dtype.itemsize - words.shape[-1]))
+    words = F.pad(words, (0, num_words * dtype.itemsize - words.shape[-1]))
     return words.view(dtype)
 
 

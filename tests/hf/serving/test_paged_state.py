@@ -121,6 +121,19 @@ def check(engine, counts, through="block table"):
     assert layout.known().tolist() == known
     documents = [i for i, count in enumerate(counts.values(), 1) for _ in range(REACH + count)]
     assert layout.documents_Q.tolist() == documents
+    assert layout.places_T.tolist() == [place for place, p in enumerate(new_positions(counts, done)) if p >= 0]
+    rows_BQX = layout.as_batch(found_QX)
+    if set(counts.values()) == {1}:  # nothing has to be said of documents: each sequence has a row of its own
+        assert rows_BQX.shape == (len(counts), REACH + 1, CHANNELS)
+        assert layout.documents_BQ is None
+    else:
+        assert rows_BQX.shape == (1, len(found_QX), CHANNELS)
+        assert layout.documents_BQ.tolist() == [documents]
+
+
+def new_positions(counts, done):
+    """The new tokens' positions, -1 for those of pasts, in the step's order."""
+    return [p if p >= done[n] else -1 for n, count in counts.items() for p in range(done[n] - REACH, done[n] + count)]
 
 
 THROUGH = pytest.mark.parametrize("through", ["block table", "read index"])
@@ -133,9 +146,10 @@ def test_a_prefill_in_chunks_and_single_tokens_beside_it(through):
     engine.add("short", [7, 8, 9])
     check(engine, {"long": 1, "short": 2}, through)
     check(engine, {"short": 1, "long": 5}, through)
-    engine.tokens["short"] += [30, 31]
+    engine.tokens["short"] += [30, 31, 32]
     check(engine, {"long": 2, "short": 1}, through)
-    check(engine, {"long": 9, "short": 1}, through)
+    check(engine, {"long": 8, "short": 1}, through)
+    check(engine, {"short": 1, "long": 1}, through)
 
 
 @THROUGH
