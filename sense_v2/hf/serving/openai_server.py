@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,7 @@ from sense_v2.hf.backbones import saved_tokenizer
 from sense_v2.hf.data.corpus import encode
 from sense_v2.hf.saving.folder import MEMORY_FOLDER, check_folder
 from sense_v2.hf.saving.model_config import MODEL_TYPE
-from sense_v2.hf.serving.gate import OneModel, OwnPages, own_names
+from sense_v2.hf.serving.gate import OneModel, OwnPages, asked, own_names
 from sense_v2.hf.serving.operations import Operated, log_to_stderr
 from sense_v2.hf.serving.served_overlays import ServedOverlays
 
@@ -101,8 +102,10 @@ def openai_server(
 
             served = None if overlays is None else ServedOverlays(overlays)
             state = State(cache_tokens, batched=batched, overlays=served)
-            for handler in (self._chat_handler, self._completion_handler, self._response_handler):
+            handlers: list[Any] = [self._chat_handler, self._completion_handler, self._response_handler]
+            for handler in handlers:
                 handler.generation_state = state
+                handler._resolve_model = partial(_resolved, handler._resolve_model)
             server = self.server.config
             model = OneModel(
                 server.app, str(folder), lambda one: len(encode([one], tokenizer, separator_id=None)), limit, served
@@ -123,3 +126,9 @@ def openai_server(
     options: dict[str, Any] = {"host": host, "port": port, "device": device, "dtype": dtype}
     options["log_level"] = "error"  # it warns of each request
     return lambda: Server(force_model=str(folder), continuous_batching=False, non_blocking=True, **options)
+
+
+def _resolved(resolve: Callable[[Any], tuple[Any, ...]], body: Any) -> tuple[Any, ...]:
+    """Do what a handler of transformers does with a request's model; the answer names it as the request did."""
+    model_id, *found = resolve(body)
+    return (asked.get().get("model") or model_id, *found)

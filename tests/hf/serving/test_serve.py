@@ -116,9 +116,12 @@ def test_each_request_has_its_overlay_and_overlays_come_and_go(client, saved):
         if number % 5 == 4:  # what batches don't know
             request["frequency_penalty"] = 1e-6
         if number % 2:
-            parts = client.completions.create(**request, stream=True)
-            return "".join(chunk.choices[0].text for chunk in parts if chunk.choices)
-        return client.completions.create(**request).choices[0].text
+            parts = list(client.completions.create(**request, stream=True))
+            assert {part.model for part in parts} == {request["model"]}
+            return "".join(part.choices[0].text for part in parts if part.choices)
+        answer = client.completions.create(**request)
+        assert answer.model == request["model"]
+        return answer.choices[0].text
 
     with ThreadPoolExecutor(18) as pool:
         found = list(pool.map(ask, range(18)))
