@@ -10,7 +10,7 @@ A command is its options, one call of the library, and what it prints. It is add
    inside the function, so that `--help` and the shell's completion never load a model library. What takes more than
    two seconds shows how far it is (`progress_to`). An error that the user can mend is a `CommandError`, or an
    exception that says the way out.
-2. `COMMANDS` below: one line.
+2. `COMMANDS` below: one line. `groups` makes typer commands of these functions, each when it is asked for.
 
 tests/cli/test_commands.py walks through all commands and holds each to this.
 """
@@ -29,6 +29,7 @@ import typer
 from sense_v2 import __version__
 from sense_v2.cli.commands import convert, corpora, deltas, insight, models, released, serving, tables
 from sense_v2.cli.errors import FAILED, INTERRUPTED, WRONG_CALL, explain, one_line
+from sense_v2.cli.groups import Entry, group
 from sense_v2.cli.output import LOADING, tell
 
 PROGRAM = "sense-engram"
@@ -71,11 +72,25 @@ COMMANDS: dict[str, dict[str, Callable[..., None]]] = {
     },
 }
 GROUPS = {
-    "delta": typer.Typer(
-        help="Rows that were changed in a table, as small files: teach, make-writable, export, apply, revert, merge, "
-        "show."
-    )
+    "delta": "Rows that were changed in a table, as small files: teach, make-writable, export, apply, revert, merge, "
+    "show."
 }
+
+
+def _nested(commands: dict[str, Callable[..., None]]) -> dict[str, Entry]:
+    """Under their own names, those of two words in groups."""
+    found: dict[str, Entry] = {}
+    for name, function in commands.items():
+        group_name = name.partition(" ")[0]
+        if group_name == name:
+            found[name] = function
+        elif group_name not in found:
+            inner = {of.partition(" ")[2]: one for of, one in commands.items() if of.startswith(f"{group_name} ")}
+            found[group_name] = group(
+                {"Commands": inner}, name=group_name, help=GROUPS[group_name], add_completion=False
+            )
+    return found
+
 
 EXIT_STATUS = (
     f"Exit status: 0 done; {FAILED} failed, or verify found something wrong; {WRONG_CALL} a wrong call; "
@@ -83,11 +98,11 @@ EXIT_STATUS = (
     "what is wrong, and the way out."
 )
 
-app = typer.Typer(
+app = group(
+    {heading: _nested(commands) for heading, commands in COMMANDS.items()},
     help="Conditional memory for Hugging Face language models, in memory-mapped files.",
     epilog=EXIT_STATUS,
-    pretty_exceptions_enable=False,
-    context_settings={"help_option_names": ["-h", "--help"]},
+    context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 300},
 )
 
 
@@ -143,25 +158,25 @@ def _show_warning(message: Warning | str, category: type[Warning], *where: Any, 
     tell(f"note: {one_line(str(message))}", file=sys.stderr)
 
 
+def _show_version(asked: bool) -> None:
+    if asked:
+        tell(f"{PROGRAM} {__version__}")
+        raise typer.Exit
+
+
 @app.callback(invoke_without_command=True)
 def _root(
     context: typer.Context,
     debug: Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")] = False,
-    version: Annotated[bool, typer.Option("--version", help="Show the version and exit.")] = False,
+    version: Annotated[
+        bool,
+        # Eager, so that it ends the program before typer loads what converts other options' values.
+        typer.Option("--version", is_eager=True, callback=_show_version, help="Show the version and exit."),
+    ] = False,
 ) -> None:
     context.ensure_object(dict)["debug"] = debug
-    if version:
-        tell(f"{PROGRAM} {__version__}")
-    elif context.invoked_subcommand is None:
+    if context.invoked_subcommand is None:
         typer.echo(context.get_help())
-
-
-for _heading, _commands in COMMANDS.items():
-    for _group in dict.fromkeys(_name.rpartition(" ")[0] for _name in _commands if " " in _name):
-        app.add_typer(GROUPS[_group], name=_group, rich_help_panel=_heading)
-    for _name, _function in _commands.items():
-        _group, _, _last = _name.rpartition(" ")
-        GROUPS.get(_group, app).command(_last, rich_help_panel=None if _group else _heading)(_function)
 
 
 if __name__ == "__main__":

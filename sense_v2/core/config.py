@@ -7,7 +7,7 @@ table always says how it was made. Validation runs when a configuration is made 
 A field that is wrong raises `ValueError` naming the field, the value and what is allowed; an unknown key names
 the nearest known one. Nothing is read from environment variables.
 
-YAML is PyYAML's (1.1) with one rule of 1.2: `3e-3` is a number, with or without a dot or a sign.
+`yaml_text` says what YAML a configuration may have.
 """
 
 from __future__ import annotations
@@ -15,7 +15,6 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import json
-import re
 import sys
 import types
 import typing
@@ -23,8 +22,6 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Dict, List, Literal, Optional, TypeVar, Union  # noqa: UP035  (evaluated at run time on Python 3.10)
-
-import yaml
 
 VARIANT_NAMES = ("sense", "paper", "deepseek_v41", "qwen_ple")
 NORMALIZATIONS = ("nfkc", "deepseek")
@@ -34,35 +31,6 @@ ROW_OPTIMIZERS = ("adagrad", "adam")
 DURABILITIES = ("process", "power")
 
 T = TypeVar("T", bound="_Serializable")
-
-
-class _YamlLoader(yaml.SafeLoader):
-    def compose_node(self, parent: Any, index: Any) -> Any:
-        if self.check_event(yaml.AliasEvent):  # a few bytes of them are gigabytes of values
-            raise yaml.YAMLError("a configuration has no aliases (*name); write the value out")
-        return super().compose_node(parent, index)
-
-
-def _read_yaml(text: str) -> Any:
-    """Read plain values alone."""
-    try:
-        return yaml.load(text, Loader=_YamlLoader)
-    except RecursionError:
-        raise yaml.YAMLError("it is nested too deeply") from None
-
-
-class _YamlDumper(yaml.SafeDumper):
-    pass
-
-
-# YAML 1.1 takes `3e-3` for a string, and a learning rate is written just so. The dumper needs the rule too, or a path
-# called "1e3" would be written without quotes and come back as a number.
-for _yaml_class in (_YamlLoader, _YamlDumper):
-    _yaml_class.add_implicit_resolver(
-        "tag:yaml.org,2002:float",
-        re.compile(r"[-+]?([0-9]+\.?[0-9]*|\.[0-9]+)[eE][-+]?[0-9]+$"),
-        list("-+.0123456789"),
-    )
 
 
 def _require(ok: bool, owner: object, name: str, allowed: str) -> None:
@@ -129,15 +97,16 @@ class _Serializable:
         return cls.from_dict(values)
 
     def to_yaml(self) -> str:
+        from sense_v2.core.yaml_text import write_yaml
+
         # Through JSON, so that a np.float64, which is a float, is written as one; YAML's dumper refuses it.
-        return yaml.dump(json.loads(self.to_json()), Dumper=_YamlDumper, sort_keys=False)
+        return write_yaml(json.loads(self.to_json()))
 
     @classmethod
     def from_yaml(cls: type[T], text: str) -> T:
-        try:
-            values = _read_yaml(text)
-        except yaml.YAMLError as error:
-            raise ValueError(f"not valid YAML: {error}") from error
+        from sense_v2.core.yaml_text import read_yaml
+
+        values = read_yaml(text)
         return cls.from_dict({} if values is None else values)
 
     def save(self, path: str | Path) -> None:
@@ -183,9 +152,11 @@ def yaml_value(text: str) -> Any:
     >>> yaml_value("1e-3"), yaml_value("true"), yaml_value("adamw"), yaml_value("[a, b]")
     (0.001, True, 'adamw', ['a', 'b'])
     """
+    from sense_v2.core.yaml_text import read_yaml
+
     try:
-        return _read_yaml(text)
-    except yaml.YAMLError:
+        return read_yaml(text)
+    except ValueError:
         return text
 
 

@@ -55,6 +55,14 @@ def test_fill(tmp_path, monkeypatch, capsys):
 
 
 @pytest.mark.slow
+def test_startup(monkeypatch, capsys):
+    found = last_line("startup", "--quick --imports", monkeypatch, capsys)
+    assert all(times["processor"]["median"] > 0 for times in found["seconds"].values())
+    assert {*found["ratios"]} == {"--help / import typer", "--version / import typer", "generate / bare generate"}
+    assert "typer" in [one["module"] for one in found["imports"]]
+
+
+@pytest.mark.slow
 def test_serving(monkeypatch, capsys):
     found = last_line("serving", "--tiny", monkeypatch, capsys)
     assert found["clients"].keys() == {"1", "8", "32"}
