@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from sense_v2.cli.output import progress_to
+from sense_v2.cli.output import LOADING, progress_to
 from sense_v2.hf.attach import detach_engram
 from sense_v2.hf.backbones import open_trained
 from sense_v2.hf.data.held_out import read_blocks, settings_of
@@ -41,6 +41,7 @@ def run_eval(
     """
     started = time.perf_counter()
     folder = Path(folder)
+    LOADING.say(f"loading {folder}")
     model, tokenizer = open_trained(folder, device=device, dtype=dtype)
     blocks = read_blocks(
         folder,

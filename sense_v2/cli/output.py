@@ -43,19 +43,28 @@ def spell_out(text: str) -> str:
 
 
 class LoadingNotice:
-    """Says in a terminal that libraries and models are being loaded, while nothing else is printed."""
+    """Says in a terminal what is being loaded, while nothing else is printed."""
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
         self._timer: threading.Timer | None = None
+        self._what = ""
         self._is_shown = False
 
     def begin(self, seconds: float = 1.0) -> None:
         """Show it on stderr in so many seconds."""
+        self._what = "loading the libraries"
         if sys.stderr.isatty():
             self._timer = threading.Timer(seconds, self._show)
             self._timer.daemon = True
             self._timer.start()
+
+    def say(self, what: str) -> None:
+        """Say from now on that this is being done, as in "loading runs/train"."""
+        with self._lock:
+            self._what = what
+            if self._is_shown:
+                self._write()
 
     def end(self) -> None:
         """Take it away, or never show it."""
@@ -71,7 +80,10 @@ class LoadingNotice:
         with self._lock:
             if self._timer is not None:
                 self._is_shown = True
-                print("loading …", end="", file=sys.stderr, flush=True)
+                self._write()
+
+    def _write(self) -> None:
+        print(f"\r\x1b[K{spell_out(self._what)} …", end="", file=sys.stderr, flush=True)
 
 
 LOADING = LoadingNotice()

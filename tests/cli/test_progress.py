@@ -104,16 +104,19 @@ def test_a_terminal_is_told_that_the_program_is_loading_until_the_first_line(cap
         deadline = time.monotonic() + 10
         while "loading" not in screen.getvalue() and time.monotonic() < deadline:
             time.sleep(0.01)
-        assert screen.getvalue() == "loading …"
+        assert screen.getvalue() == "\r\x1b[Kloading the libraries …"
+        output.LOADING.say("loading runs/\x1b[2Jtrain")
         output.tell("corpus   mine")
         output.tell("model    mine")
-        assert screen.getvalue() == "loading …\r\x1b[K"
+        shown = screen.getvalue().split("\r\x1b[K")
+        assert shown == ["", "loading the libraries …", "loading runs/\\x1b[2Jtrain …", ""]
     assert capsys.readouterr().out == "corpus   mine\nmodel    mine\n"
 
 
 def test_nothing_says_loading_where_the_first_line_comes_at_once_or_there_is_no_terminal(capsys):
     with terminal() as screen:
         output.LOADING.begin(0.2)
+        output.LOADING.say("loading runs/train")
         output.tell("done")
         time.sleep(0.4)
         assert screen.getvalue() == ""

@@ -22,7 +22,16 @@ from sense_v2.cli.options import (
     SequencesOption,
     TextColumnOption,
 )
-from sense_v2.cli.output import lines_to, print_json, progress_to, report_paths, require_plots, spell_out, write_json
+from sense_v2.cli.output import (
+    LOADING,
+    lines_to,
+    print_json,
+    progress_to,
+    report_paths,
+    require_plots,
+    spell_out,
+    write_json,
+)
 
 if TYPE_CHECKING:
     from sense_v2.hf.data.held_out import Blocks
@@ -60,6 +69,7 @@ def analyze(
     started, echo = time.perf_counter(), lines_to(as_json)
     report_paths(output)
     require_plots()
+    LOADING.say(f"loading {folder}")
     model, tokenizer, _ = open_with_memory(folder, "look into", device=device, dtype=dtype)
     blocks = read_blocks(
         folder,
@@ -121,6 +131,7 @@ def ablate(
 
     started, echo = time.perf_counter(), lines_to(as_json)
     report_paths(output)
+    LOADING.say(f"loading {folder}")
     model, tokenizer, memory = open_with_memory(folder, "take off", device=device, dtype=dtype)
     blocks = read_blocks(
         folder,

@@ -20,7 +20,7 @@ from sense_v2.cli.options import (
     JsonOption,
     WithoutMemoryOption,
 )
-from sense_v2.cli.output import lines_to, lines_typed, print_json, print_text, tell
+from sense_v2.cli.output import LOADING, lines_to, lines_typed, print_json, print_text, tell
 from sense_v2.core.errors import CommandError
 from sense_v2.report import wording
 
@@ -55,6 +55,7 @@ def generate(
     from sense_v2.hf.insight.comparison import chat_prompt, continue_prompt
     from sense_v2.hf.memory import attached_memory
 
+    LOADING.say(f"loading {folder}")
     model, tokenizer = open_trained(folder, device=device, dtype=dtype)
     with_memory = attached_memory(model) is not None and not without_memory
     if without_memory and attached_memory(model) is not None:
@@ -143,6 +144,7 @@ def serve(
     from sense_v2.hf.serving.openai_server import openai_server
 
     folder, url = Path(model), f"http://{host}:{port}/v1"
+    LOADING.say(f"loading {folder}")
     server = openai_server(
         folder,
         host=host,
@@ -191,6 +193,7 @@ def play(
                 f"the page is made with {', '.join(missing)}, not installed here",
                 'pip install "sense-v2[play]" installs what it needs',
             )
+        LOADING.say(f"loading {folder}")
         model, tokenizer = open_trained(folder, device=device, dtype=dtype)
         memory = attached_memory(model)
         if memory is None:

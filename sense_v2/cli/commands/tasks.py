@@ -7,6 +7,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+from sense_v2.cli.output import LOADING
 from sense_v2.core.errors import CommandError
 from sense_v2.report import wording
 
@@ -29,6 +30,7 @@ def run_tasks(
     started = time.perf_counter()
     if include_path is not None and not include_path.is_dir():
         raise CommandError(f"--include-path {include_path}: no such folder", "name the folder that holds the tasks")
+    LOADING.say(f"loading {folder}")
     model, tokenizer = open_trained(folder, **where)
     has_memory = attached_memory(model) is not None
     echo(f"model   {folder}{'' if has_memory else ', which has no memory'}")
