@@ -22,7 +22,6 @@ import importlib
 from typing import Any
 
 import numpy as np
-import xxhash
 
 MAX_BLOCKS = 1024
 MIN_BLOCK_ROWS = 4096
@@ -82,6 +81,8 @@ def row_hashes(
         hashes_U = np.empty(len(ids_U), dtype=np.uint64)
         compiled(ids_U, rows_UB, hashes_U)
         return hashes_U
+    import xxhash
+
     rows = rows_UB.view(f"V{rows_UB.shape[1]}")[:, 0].tolist()
     hashes = map(xxhash.xxh3_64_intdigest, rows, ids_U.view(np.uint64).tolist())
     return np.fromiter(hashes, np.uint64, len(ids_U)) * rows_UB.any(axis=1)

@@ -19,7 +19,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from tqdm import tqdm
 
 from sense_v2.engram.table.disk import write_at
 from sense_v2.engram.table.format import row_dtype
@@ -45,6 +44,8 @@ def fill_normal(
 ) -> None:
     """Writes `num_values` values of normal noise: those of a larger file from `first_value` on. `num_threads`:
     torch's own number by default."""
+    from tqdm import tqdm  # of a new table alone: one that is there is read without it
+
     row_type = row_dtype(dtype)
     # Chunks that are written together.
     num_together = WRITE_BYTES // (CHUNK_VALUES * row_type.item_bytes)
