@@ -8,6 +8,7 @@
 #   CORPUS, QUICK      for `make demo`: a folder of your own text; QUICK=1 for a quick look instead of a measurement
 #   FULL               for `make demo-pretrained`: FULL=1 for both ways together and a control, in twice the time
 #   JOBS               how many processes `make test` runs in
+#   TAG                for `make release-check`: the tag that is to be set
 #   FUZZ_SECONDS       how long `make fuzz` looks for a folder that breaks the promises
 
 PYTHON ?= python3
@@ -30,10 +31,10 @@ HELPERS := $(addprefix benchmarks/, turns.py resident.py reading.py lookup_cold.
 BENCHMARKS := $(filter-out $(HELPERS) $(addprefix benchmarks/, scaling.py retrofit.py facts.py teaching.py), $(wildcard benchmarks/*.py))
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo demo-pretrained test test-slow crash ranks fuzz test-peers test-vllm docs docs-pictures trees lint format bench scaling wheel clean distclean broken
+.PHONY: help setup demo demo-pretrained test test-slow crash ranks fuzz test-peers test-vllm docs docs-pictures trees lint format bench scaling wheel release-check clean distclean broken
 
 help: ## this list
-	@sed -n 's/^\([a-z-]*\):.*## /\1|/p' Makefile | while IFS='|' read -r target text; do printf '  make %-14s %s\n' "$$target" "$$text"; done
+	@sed -n 's/^\([a-z-]*\):.*## /\1|/p' Makefile | while IFS='|' read -r target text; do printf '  make %-15s %s\n' "$$target" "$$text"; done
 
 setup: $(INSTALLED) ## .venv with everything; the targets below install what they need by themselves
 
@@ -108,17 +109,33 @@ bench: $(INSTALLED) ## every benchmark, one by one
 scaling: $(INSTALLED) ## train with tables of 10^4 to 10^8 rows and draw docs/scaling.png (half an hour, 10 GB of disk)
 	$(BIN)/python benchmarks/scaling.py $(if $(filter-out 0,$(QUICK)),--quick)
 
-# .venv's own Python makes the empty environment, whichever one that was made with.
+# An empty environment, made by .venv's own Python, whichever one that was made with. What is built is installed there, and
+# used in a folder outside of the checkout.
+define use_in_an_empty_environment
+@set -e; scratch=$$(mktemp -d); trap 'rm -rf "$$scratch"' EXIT; python=$$scratch/venv/bin/python; mkdir "$$scratch/elsewhere"; \
+"$$($(BIN)/python -c 'import sys; print(sys._base_executable)')" -m venv "$$scratch/venv"; \
+"$$python" -m pip install --quiet -c $(TORCH_CONSTRAINTS) torch; \
+"$$python" -m pip install --quiet -c $(TORCH_CONSTRAINTS) dist/*.whl; \
+"$$python" -m pip check; \
+(cd "$$scratch/elsewhere"; "$$python" -I "$(CURDIR)/scripts/wheel_smoke.py" "$(CURDIR)")
+endef
+
 wheel: $(INSTALLED) ## build the wheel into dist/, install it in an empty environment, and use it outside the checkout
 	rm -rf build dist
 	$(BIN)/python -m build --wheel --outdir dist .
 	rm -rf build
-	@set -e; scratch=$$(mktemp -d); trap 'rm -rf "$$scratch"' EXIT; python=$$scratch/venv/bin/python; mkdir "$$scratch/elsewhere"; \
-	"$$($(BIN)/python -c 'import sys; print(sys._base_executable)')" -m venv "$$scratch/venv"; \
-	"$$python" -m pip install --quiet -c $(TORCH_CONSTRAINTS) torch; \
-	"$$python" -m pip install --quiet -c $(TORCH_CONSTRAINTS) dist/*.whl; \
-	"$$python" -m pip check; \
-	cd "$$scratch/elsewhere"; "$$python" -I "$(CURDIR)/scripts/wheel_smoke.py" "$(CURDIR)"
+	$(use_in_an_empty_environment)
+
+# What is installed the second time is the sdist, where no compiler works.
+release-check: $(INSTALLED) ## make wheel, and the sdist, used without a compiler; metadata, versions, changelog (TAG=v0.1.0)
+	@$(BIN)/python -c 'import twine' 2>/dev/null || $(BIN)/python -m pip install --quiet -c $(TORCH_CONSTRAINTS) -e ".[release]"
+	rm -rf build dist
+	$(BIN)/python -m build --outdir dist .
+	$(BIN)/python -m twine check --strict dist/*
+	$(BIN)/python scripts/release_check.py dist $(if $(TAG),--tag $(TAG))
+	$(use_in_an_empty_environment); \
+	CC=false "$$python" -m pip install --quiet --force-reinstall --no-deps dist/*.tar.gz; \
+	cd "$$scratch/elsewhere"; "$$python" -I "$(CURDIR)/scripts/wheel_smoke.py" "$(CURDIR)" --plain
 
 clean: ## remove what was built and the demo's output; data/ and .venv stay
 	rm -rf build dist *.egg-info site runs/demo runs/demo-pretrained .pytest_cache .mypy_cache .ruff_cache .hypothesis .fuzz

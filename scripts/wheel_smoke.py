@@ -1,6 +1,7 @@
 """Checks that the installed wheel works where there is no checkout.
 
     python -I scripts/wheel_smoke.py CHECKOUT    with the Python of an empty environment, as `make wheel` does
+    python -I scripts/wheel_smoke.py CHECKOUT --plain    where nothing could be compiled
 
 The checkout is only looked at, for what the wheel ought to hold. Needs to run in a folder outside of it. Exits with
 status 1 and a line per problem.
@@ -15,6 +16,7 @@ import subprocess
 import sys
 import tempfile
 import traceback
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 
@@ -83,6 +85,20 @@ def check_metadata(checkout: Path) -> str:
     return f"sense-v2 {stated}"
 
 
+def check_compiled(checkout: Path) -> str:
+    """The compiled part is there; or, with `--plain`, isn't, and the library says so."""
+    gather = importlib.import_module(f"{PACKAGE}.engram.reading.gather")
+    with warnings.catch_warnings(record=True) as said:
+        warnings.simplefilter("always")
+        gather._load_compiled()  # again: what was said at the first import is gone
+    has_said = any("no compiled part" in str(warning.message) for warning in said)
+    hashes = importlib.import_module(f"{PACKAGE}.engram.table.checksums").compiled
+    is_plain = "--plain" in sys.argv
+    if (gather.compiled is None, hashes is None, has_said) != (is_plain,) * 3:
+        raise AssertionError(f"_gather: {gather.compiled}, _row_hashes: {hashes}, said: {has_said}")
+    return "nothing, and it is said" if is_plain else f"{Path(gather.compiled.__file__).name}, {hashes.__name__}"
+
+
 def check_command(checkout: Path) -> str:
     """`sense-engram --help` ends with status 0."""
     if not (checkout / PACKAGE / "cli" / "main.py").exists():
@@ -124,6 +140,7 @@ CHECKS: tuple[Callable[[Path], str], ...] = (
     check_metadata,
     check_imports,
     check_names,
+    check_compiled,
     check_command,
     check_table,
 )
@@ -144,6 +161,6 @@ def main(checkout: Path) -> int:
 
 
 if __name__ == "__main__":
-    if len(sys.argv) != 2:
+    if sys.argv[2:] not in ([], ["--plain"]):
         sys.exit(__doc__)
     sys.exit(main(Path(sys.argv[1]).resolve()))

@@ -34,6 +34,8 @@ NOT_OURS = {
     "run.yaml",
     "my_task.yaml",
     "folder/README.md",
+    "dist/notes.md",
+    "notes.md",
     "changelog.md",
     "log.md",
     # Patterns, and names that nothing should have.

@@ -36,7 +36,9 @@
    will_need(table, runs) -> 0, or the first error number. `runs` is a buffer of pairs of int64, (offset, length) in
        bytes from the table's beginning, whole pages: the kernel begins to read them.
 
-   The GIL is released meanwhile: a page that isn't in memory is waited for without it. */
+   The GIL is released meanwhile: a page that isn't in memory is waited for without it.
+
+   Of Python's C API, only what is in the limited one: a wheel has one build for every Python (setup.py). */
 
 #define _GNU_SOURCE
 #define PY_SSIZE_T_CLEAN
@@ -257,7 +259,7 @@ static int find_blocks(long number, const Blocks **blocks) {
 }
 
 static PyObject *lookup_new(PyTypeObject *type, PyObject *arguments, PyObject *keywords) {
-    if (keywords && PyDict_GET_SIZE(keywords)) return PyErr_Format(PyExc_TypeError, "Lookup takes no keywords");
+    if (keywords && PyDict_Size(keywords)) return PyErr_Format(PyExc_TypeError, "Lookup takes no keywords");
     PyObject *rows, *exchange_capsule, *tensor_class;
     long long num_rows, width, file_bytes, slow_ns, slow_ns_per_row;
     int code, bits, fd, number;
@@ -270,7 +272,7 @@ static PyObject *lookup_new(PyTypeObject *type, PyObject *arguments, PyObject *k
     if (!exchange) return NULL;
     if (exchange->version.major != DL_MAJOR || !exchange->view || !exchange->to_object)
         return PyErr_Format(PyExc_NotImplementedError, "DLPack %u, not %d", exchange->version.major, DL_MAJOR);
-    Lookup *self = (Lookup *)type->tp_alloc(type, 0);
+    Lookup *self = (Lookup *)PyType_GenericAlloc(type, 0);
     if (!self) return NULL;
     if (PyObject_GetBuffer(rows, &self->rows, PyBUF_CONTIG_RO) < 0) {
         Py_DECREF(self);
@@ -294,10 +296,10 @@ static PyObject *lookup_new(PyTypeObject *type, PyObject *arguments, PyObject *k
 }
 
 static void lookup_dealloc(Lookup *self) {
-    PyTypeObject *type = Py_TYPE(self);
+    PyTypeObject *type = Py_TYPE((PyObject *)self);
     PyBuffer_Release(&self->rows);
-    Py_XDECREF(self->tensor_class);
-    type->tp_free(self);
+    Py_XDECREF((PyObject *)self->tensor_class);
+    PyObject_Free(self);
     Py_DECREF(type);
 }
 
@@ -306,8 +308,7 @@ static PyObject *lookup_counts(Lookup *self, PyObject *ignored) {
     PyObject *waits = PyTuple_New(WAIT_BUCKETS);
     for (int k = 0; waits && k < WAIT_BUCKETS; k++) {
         PyObject *count = PyLong_FromLongLong(self->waits[k]);
-        if (!count) Py_CLEAR(waits);
-        else PyTuple_SET_ITEM(waits, k, count);
+        if (!count || PyTuple_SetItem(waits, k, count)) Py_CLEAR(waits);
     }
     return waits ? Py_BuildValue("LLLNL", self->calls, self->rows_read, self->asked, waits, self->waited_ns) : NULL;
 }

@@ -32,7 +32,14 @@ INTERFACE = 5
 def _load_compiled() -> Any:
     try:
         found = importlib.import_module("sense_v2.engram.reading._gather")
-    except ImportError:  # no compiler where it was installed
+    except ImportError as error:
+        warnings.warn(
+            f"this installation has no compiled part ({error}): rows are read and hashed several times slower, "
+            "to the same bytes. Install a C compiler and Python's headers, then sense-v2 again (pip install "
+            "--force-reinstall --no-deps; -v shows why it isn't compiled). On Windows there is none",
+            UserWarning,
+            stacklevel=2,
+        )
         return None
     if getattr(found, "INTERFACE", None) != INTERFACE:
         warnings.warn(

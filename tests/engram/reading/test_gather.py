@@ -38,6 +38,25 @@ def test_an_extension_of_another_version_is_done_without(monkeypatch):
         assert gather_module._load_compiled() is None
 
 
+def test_an_extension_that_is_missing_is_said_once(monkeypatch):
+    def missing(name):
+        raise ModuleNotFoundError(f"No module named {name!r}", name=name)
+
+    monkeypatch.setattr(gather_module.importlib, "import_module", missing)
+    with pytest.warns(UserWarning, match=r"has no compiled part.*several times slower.*C compiler") as said:
+        assert gather_module._load_compiled() is None
+    assert len(said) == 1
+
+
+def test_an_extension_that_cant_be_loaded_is_said_with_its_error(monkeypatch):
+    def broken(name):
+        raise ImportError("_gather.abi3.so: invalid ELF header", name=name)
+
+    monkeypatch.setattr(gather_module.importlib, "import_module", broken)
+    with pytest.warns(UserWarning, match=r"invalid ELF header"):
+        assert gather_module._load_compiled() is None
+
+
 def table(width: int = 16, dtype: str = "float32", num_rows: int = N) -> np.ndarray:
     kind = row_dtype(dtype).numpy
     raw = np.random.default_rng(0).integers(0, 256, num_rows * width * kind.itemsize, dtype=np.uint8)
