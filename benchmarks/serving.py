@@ -13,8 +13,8 @@ shared. The ceiling that is printed first is 8 or 32 times one client of the bar
     .venv-vllm/bin/python benchmarks/serving.py --engine vllm …
 
 vLLM serves both models as saved folders, bare and through the plugin, in one process; it doesn't say when a first
-token came. Medians over blocks, of pairs that ran one after the other. On a machine with other work the processor's time says
-more than the clock (run with OMP_NUM_THREADS=1). The last line of stdout is JSON.
+token came. Medians over blocks, of pairs that ran one after the other. On a machine with other work the processor's
+time says more than the clock (run with OMP_NUM_THREADS=1). The last line of stdout is JSON.
 """
 
 from __future__ import annotations
@@ -174,7 +174,7 @@ def main() -> None:
 
 
 def summary(found: dict[str, list[dict[str, Any]]]) -> dict[str, Any]:
-    """Medians of both, the 99th percentile of all first tokens, and the ratios of pairs that ran one after the other."""
+    """Medians of both, the 99th percentile of all first tokens, the ratios of pairs that ran one after the other."""
     of: dict[str, Any] = {}
     for name, many in found.items():
         of[name] = {key: statistics.median(one[key] for one in many) for key in many[0] if key != "first_seconds"}

@@ -1,7 +1,7 @@
 """An exception -> two lines for a person: what is wrong, with the evidence, and the way out.
 
-The library's errors say both in one message, the way out behind the last full stop or semicolon. Where a message has
-no such part (errors of the system, of other libraries), its type decides which way out is offered.
+The library's errors carry both (`sense_v2.core.errors`). Of errors that carry no way out, such as those of the system
+and of other libraries, the type decides which one is offered.
 """
 
 from __future__ import annotations
@@ -9,16 +9,13 @@ from __future__ import annotations
 import errno
 import re
 
-from sense_v2.core.errors import NO_ROOM, CommandError, one_line
+from sense_v2.core.errors import NO_ROOM, one_line, what_and_way_out
 
 # Exit statuses, as `sense-engram --help` says; the last is what a shell reports of a program that SIGINT has ended.
 FAILED, WRONG_CALL, INTERRUPTED = 1, 2, 130
 
 NOT_WRITABLE = (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EEXIST, errno.EISDIR, errno.ENOENT)
 
-# The last border of two sentences; or else the last semicolon, or colon before something to do.
-_SENTENCE = re.compile(r"^(.*)(?<=[^.\s])\. (?=[A-Z`\"'-])(.*)$")
-_CLAUSE = re.compile(r"^(.*)(?:; |: (?=(?:build|choose|delete|make|move|pip|use) ))(.*)$")
 # How libraries written in Rust (safetensors, tokenizers) name an error of the system.
 _SYSTEM_ERROR = re.compile(r"\(os error (\d+)\)")
 
@@ -26,22 +23,20 @@ _SYSTEM_ERROR = re.compile(r"\(os error (\d+)\)")
 def explain(error: BaseException, command: str) -> tuple[str, str]:
     """(what is wrong, the way out), one line each; `command` is what was run, as in "sense-engram train".
 
-    >>> explain(ValueError("the text has 3 tokens; take more text"), "sense-engram train")
+    >>> from sense_v2.core.errors import with_way_out
+    >>> explain(with_way_out(ValueError("the text has 3 tokens"), "take more text"), "sense-engram train")
     ('the text has 3 tokens', 'take more text')
     >>> explain(FileNotFoundError(2, "No such file or directory", "a.txt"), "sense-engram eval")
     ('a.txt: No such file or directory', 'check the path; `sense-engram eval --help` says what belongs there')
     """
-    if isinstance(error, CommandError):
-        return one_line(error.what), one_line(error.way_out)
+    what, way_out = what_and_way_out(error)
+    if way_out is not None:
+        return one_line(what), one_line(way_out)
     text = one_line(_message(error))
     number = _errno(error)
     if not _is_known(error) and number is None:
         found = f"{type(error).__name__}: {text}" if text else type(error).__name__
         return found, f"sense-engram didn't expect this; `{_with_debug(command)} …` shows where it comes from"
-    for border in (_SENTENCE, _CLAUSE):
-        parts = border.match(text)
-        if parts:
-            return parts[1], parts[2].removesuffix(".")
     return text.removesuffix("."), _way_out(error, number, command)
 
 

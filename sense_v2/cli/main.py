@@ -8,8 +8,8 @@ A command is its options, one call of the library, and what it prints. It is add
 1. `cli/commands/`, in the file of what it is about: a function with its options, a docstring of one sentence and a
    line `Example: sense-engram NAME ...`, and `as_json: JsonOption = False` as the last option. It imports the library
    inside the function, so that `--help` and the shell's completion never load a model library. What takes more than
-   two seconds shows how far it is (`progress_to`). An error that the user can mend is a `CommandError`, or an
-   exception that says the way out.
+   two seconds shows how far it is (`progress_to`). An error that the user can mend is a `CommandError`, or another
+   exception with its way out (`with_way_out`).
 2. `COMMANDS` below: one line. `groups` makes typer commands of these functions, each when it is asked for.
 
 tests/cli/test_commands.py walks through all commands and holds each to this.

@@ -23,6 +23,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Dict, List, Literal, Optional, TypeVar, Union  # noqa: UP035  (evaluated at run time on Python 3.10)
 
+from sense_v2.core.errors import what_and_way_out, with_way_out
+
 VARIANT_NAMES = ("sense", "paper", "deepseek_v41", "qwen_ple")
 NORMALIZATIONS = ("nfkc", "deepseek")
 ROW_DTYPES = ("float32", "float16", "bfloat16")
@@ -79,7 +81,7 @@ class _Serializable:
         arguments = {}
         for key, value in values.items():
             if key not in hints:
-                raise ValueError(f"{cls.__name__} has no field {key!r}; {nearest(str(key), hints)}")
+                raise with_way_out(ValueError(f"{cls.__name__} has no field {key!r}"), nearest(str(key), hints))
             nested = hints[key]
             is_config = isinstance(nested, type) and issubclass(nested, _Serializable)
             arguments[key] = nested.from_dict(value) if is_config else value
@@ -124,7 +126,8 @@ class _Serializable:
         try:
             return read(path.read_text(encoding="utf-8"))
         except ValueError as error:
-            raise ValueError(f"{path}: {error}") from error
+            what, way_out = what_and_way_out(error)
+            raise with_way_out(ValueError(f"{path}: {what}"), way_out) from error
 
 
 def _is_json(path: Path) -> bool:

@@ -31,6 +31,7 @@ import torch
 import torch.nn.functional as F
 
 from sense_v2.core.config import EngramConfig
+from sense_v2.core.errors import with_way_out
 from sense_v2.engram import operators
 from sense_v2.engram.head_layout import HeadLayout
 from sense_v2.engram.tokenizer import EngramTokenizer
@@ -186,7 +187,7 @@ class NgramHasher:
         num_spare_ids: int = 0,
     ) -> None:
         if variant not in VARIANTS:
-            raise ValueError(f"no variant {variant!r}; there are {', '.join(VARIANTS)}")
+            raise with_way_out(ValueError(f"no variant {variant!r}"), f"there are {', '.join(VARIANTS)}")
         if layer_id not in layer_ids:
             raise ValueError(f"layer_id = {layer_id} is not among layer_ids = {list(layer_ids)}")
         if not 0 <= pad_id < compressed_vocab_size:

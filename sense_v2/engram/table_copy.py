@@ -24,6 +24,7 @@ from typing import Protocol
 import numpy as np
 import torch
 
+from sense_v2.core.errors import with_way_out
 from sense_v2.engram.reading.earlier_rows import EarlierRows
 from sense_v2.engram.row_source import TrainableRows
 from sense_v2.engram.table import disk
@@ -108,10 +109,9 @@ def copy_table(
             copy_file(storage.path.with_name(file), copy, reflink_only=reflink_only)
         if storage.mode == "r+" or _are_of_commit(storage, manifest, copies):
             return write_file(target, dataclasses.replace(manifest, states=entries).to_json(), like=path)
-    raise BlockingIOError(
-        errno.EAGAIN,
-        f"{storage.path} was committed to {ATTEMPTS} times while it was copied. Copy it in the process that "
-        "trains it, or when that has ended",
+    raise with_way_out(
+        BlockingIOError(errno.EAGAIN, f"{storage.path} was committed to {ATTEMPTS} times while it was copied"),
+        "Copy it in the process that trains it, or when that has ended",
     )
 
 
@@ -158,7 +158,9 @@ def _are_of_commit(storage: MappedRows, manifest: Manifest, copies: dict[str, Pa
 def refuse_uncommitted(storage: MappedRows) -> None:
     storage.refuse_moved()
     if storage.mode == "r+" and storage.updates != storage.manifest.updates:
-        raise ValueError(f"{storage.path} has updates since its last commit; commit() before it is copied")
+        raise with_way_out(
+            ValueError(f"{storage.path} has updates since its last commit"), "commit() before it is copied"
+        )
 
 
 def remove_manifest(path: Path) -> Path:
@@ -215,9 +217,9 @@ def checked_copy(path: Path, table: Path, own: Manifest) -> Manifest:
 
 def refuse_other_sums(copy: Path, found: list[str], expected: list[str]) -> None:
     if found != expected:
-        raise ValueError(
-            f"{copy} doesn't have the checksums of its manifest: the copy is damaged, or was trained on. Go back to "
-            "another one"
+        raise with_way_out(
+            ValueError(f"{copy} doesn't have the checksums of its manifest: the copy is damaged, or was trained on"),
+            "Go back to another one",
         )
 
 

@@ -12,6 +12,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+from sense_v2.core.errors import with_way_out
 from sense_v2.engram.head_layout import HeadLayout
 from sense_v2.engram.table.format import Manifest, provenance_differences
 
@@ -40,18 +41,18 @@ class TableIdentity:
         ]
         named = "; ".join(f"{name} {old!r}, here {new!r}" for name, old, new in differences if old != new)
         if named:
-            raise ValueError(
-                f"{delta} was made on another table than {table}: {named}. Use it with the table it was made on, "
-                "as that was then (sense-engram delta show names it)"
+            raise with_way_out(
+                ValueError(f"{delta} was made on another table than {table}: {named}"),
+                "Use it with the table it was made on, as that was then (sense-engram delta show names it)",
             )
 
 
 def identity_of(manifest: Manifest, path: object) -> TableIdentity:
     """Names the table of this manifest. Raises `ValueError` if the manifest has no checksums."""
     if manifest.checksums is None:
-        raise ValueError(
-            f"{path} has no checksums in its manifest, which are how a delta names it. Add them once: "
-            f"sense-engram verify --repair {path}"
+        raise with_way_out(
+            ValueError(f"{path} has no checksums in its manifest, which are how a delta names it"),
+            f"Add them once: sense-engram verify --repair {path}",
         )
     digest, provenance = digest_of_blocks(manifest.checksums), meaning_of(manifest)
     return TableIdentity(manifest.rows, manifest.width, manifest.dtype, digest, BLOCK_CHECKSUMS, provenance)

@@ -26,6 +26,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from sense_v2.core.errors import with_way_out
 from sense_v2.engram.reading.cold_policy import NoSmallReads, SmallReads
 from sense_v2.engram.reading.read_stats import ReadStats
 from sense_v2.engram.row_source import OptimizerT, RowSource
@@ -118,7 +119,7 @@ class TableModule(nn.Module, abc.ABC):
 
     def identity(self) -> TableIdentity:
         if self.updates != self.manifest.updates:
-            raise ValueError(f"{self._name} has updates since its last commit; commit() first")
+            raise with_way_out(ValueError(f"{self._name} has updates since its last commit"), "commit() first")
         return identity_of(self.manifest, self._name)
 
     @property
@@ -196,7 +197,9 @@ class TableModule(nn.Module, abc.ABC):
 
     def _refuse_closed(self) -> None:
         if self._is_closed:
-            raise RuntimeError(f"{self._name}: the storage is closed; make a new one to open the table again")
+            raise with_way_out(
+                RuntimeError(f"{self._name}: the storage is closed"), "make a new one to open the table again"
+            )
 
     # Gradients
 
@@ -291,12 +294,17 @@ class TableModule(nn.Module, abc.ABC):
 
     def _refuse_no_writer(self, what: str) -> None:
         if self.mode == "r":
-            raise PermissionError(f"{self._name} is open with mode='r': can't {what}. Open it with mode='r+'")
+            raise with_way_out(
+                PermissionError(f"{self._name} is open with mode='r': can't {what}"), "Open it with mode='r+'"
+            )
         self._refuse_closed()
         if self._process != os.getpid():
-            raise RuntimeError(
-                f"{self._name} was opened by process {self._process}, of which this is a forked child: can't {what}. "
-                "Only the process that opened a table writes to it"
+            raise with_way_out(
+                RuntimeError(
+                    f"{self._name} was opened by process {self._process}, of which this is a forked child: "
+                    f"can't {what}"
+                ),
+                "Only the process that opened a table writes to it",
             )
 
     # Keeping

@@ -35,13 +35,13 @@ import numpy as np
 import torch
 
 from sense_v2.core.config import NORMALIZATIONS
+from sense_v2.core.errors import with_way_out
 from sense_v2.engram.pretrained_tokenizer import DEEPSEEK_PACKAGE, checked_vocabulary, load_tokenizer
 from sense_v2.engram.table.disk import new_file, write_file
 
 _FORMAT = "sense-engram shadow map"
 _FORMAT_VERSION = 1
 _CHUNK = 1 << 20
-_REBUILD = "build the map again (sense-engram setup --force)"
 
 Ids = TypeVar("Ids", np.ndarray, torch.Tensor)
 
@@ -256,20 +256,22 @@ class ShadowMapDescription:
         try:
             values = json.loads(path.read_text(encoding="utf-8"))
         except (ValueError, RecursionError) as error:
-            raise ValueError(f"{path} is not JSON ({error}): {rebuild}") from error
+            raise with_way_out(ValueError(f"{path} is not JSON ({error})"), rebuild) from error
         if not isinstance(values, dict) or values.get("format") != _FORMAT:
             raise ValueError(f"{path} does not describe a shadow map: it has no format {_FORMAT!r}")
         if values.get("format_version") != _FORMAT_VERSION:
-            raise ValueError(
-                f"{path} has format version {values.get('format_version')!r}, this library reads {_FORMAT_VERSION}: "
-                "use a library that knows it, or build the map again (sense-engram setup)"
+            version = values.get("format_version")
+            what = f"{path} has format version {version!r}, this library reads {_FORMAT_VERSION}"
+            raise with_way_out(
+                ValueError(what), "use a library that knows it, or build the map again (sense-engram setup)"
             )
         known: dict[str, Any] = {field.name: values.get(field.name) for field in fields(cls)}
         for name, value in known.items():
             expected = str if name in ("tokenizer", "normalization", "sha256") else int
             absent = value is None and name in ("tokenizer", "pad_token_id", "eos_token_id")
             if not absent and (not isinstance(value, expected) or isinstance(value, bool)):
-                raise ValueError(f"{path}: {name} = {value!r} is not of type {expected.__name__}: {rebuild}")
+                what = f"{path}: {name} = {value!r} is not of type {expected.__name__}"
+                raise with_way_out(ValueError(what), rebuild)
         return cls(**known)
 
 
@@ -311,10 +313,8 @@ def check_output_path(path: Path) -> None:
         except (ValueError, RecursionError):
             ours = False
         if not ours:
-            raise FileExistsError(
-                f"{json_path} would be overwritten and is no shadow map's description: move it away, or choose "
-                "another name for the map"
-            )
+            what = f"{json_path} would be overwritten and is no shadow map's description"
+            raise with_way_out(FileExistsError(what), "move it away, or choose another name for the map")
 
 
 class EngramTokenizer:
@@ -417,16 +417,14 @@ class EngramTokenizer:
         wrong = np.argwhere((token_ids < 0) | (token_ids >= len(self._known_V)))
         position = tuple(wrong[0].tolist())
         token_id = int(token_ids[position])
-        way_out = (
-            "labels (-100) and padding marks are no token ids"
-            if token_id < 0
-            else "tokens were added after the map was built, or it belongs to another tokenizer: "
-            "build it again (sense-engram setup)"
-        )
-        return IndexError(
+        what = (
             f"token id {token_id} at position {position} is not among the {len(self._known_V)} token ids of "
-            f"{self.path} (tokenizer {self.tokenizer_name}): {way_out}"
+            f"{self.path} (tokenizer {self.tokenizer_name})"
         )
+        if token_id < 0:
+            return with_way_out(IndexError(what), "labels (-100) and padding marks are no token ids")
+        what += ": tokens were added after the map was built, or it belongs to another tokenizer"
+        return with_way_out(IndexError(what), "build it again (sense-engram setup)")
 
     def _load_description(self) -> ShadowMapDescription | None:
         json_path = description_path(self.path)
@@ -445,9 +443,9 @@ class EngramTokenizer:
         }
         for name, value in found.items():
             if getattr(description, name) != value:
-                raise ValueError(
+                raise _unusable(
                     f"{self.path} and {json_path.name} don't belong together: {name} is {value} in the map and "
-                    f"{getattr(description, name)} in the JSON; {_REBUILD}"
+                    f"{getattr(description, name)} in the JSON"
                 )
         return description
 
@@ -462,23 +460,21 @@ def _reopen(path: str, sha256: str, num_token_ids: int = 0) -> EngramTokenizer:
 
 def _open_map(path: Path) -> np.ndarray:
     if path.exists() and not path.is_file() and not path.is_dir():
-        raise ValueError(f"{path} is a device or a pipe, which might be waited for forever: {_REBUILD}")
+        raise _unusable(f"{path} is a device or a pipe, which might be waited for forever")
     try:
         map_V = np.load(path, mmap_mode="r", allow_pickle=False)
     except FileNotFoundError as error:
-        raise FileNotFoundError(
-            f"there is no shadow map at {path}: make it with sense-engram setup --tokenizer NAME --output {path}"
-        ) from error
+        way_out = f"make it with sense-engram setup --tokenizer NAME --output {path}"
+        raise with_way_out(FileNotFoundError(f"there is no shadow map at {path}"), way_out) from error
     except OSError:
         raise
     except Exception as error:  # NumPy's reader lets through whatever a forged header makes Python say
-        raise ValueError(f"{path} is not a whole .npy file ({error}): {_REBUILD}") from error
+        raise _unusable(f"{path} is not a whole .npy file ({error})") from error
     if not isinstance(map_V, np.ndarray):
-        raise ValueError(f"{path} is an archive of arrays, not one .npy file: {_REBUILD}")
+        raise _unusable(f"{path} is an archive of arrays, not one .npy file")
     if map_V.ndim != 1 or map_V.dtype.kind not in "iu" or map_V.size == 0:
-        raise ValueError(
-            f"{path} holds {map_V.dtype} of shape {map_V.shape}; a shadow map is one row of integers, one a token "
-            f"id: {_REBUILD}"
+        raise _unusable(
+            f"{path} holds {map_V.dtype} of shape {map_V.shape}; a shadow map is a row of integers, one a token"
         )
     return np.asarray(map_V)  # the same mapping without np.memmap's bookkeeping on every access
 
@@ -493,8 +489,12 @@ def _count_dense(map_V: np.ndarray, path: Path) -> int:
             used[map_V[start : start + _CHUNK]] = True
         complete = bool(used.all())
     if not complete:
-        raise ValueError(
-            f"{path} is not a shadow map: its values, {smallest} to {largest}, leave out compressed ids "
-            f"(every id from 0 to the largest must occur); {_REBUILD}"
+        raise _unusable(
+            f"{path} is not a shadow map: its values, {smallest} to {largest}, leave out compressed ids (every id "
+            "from 0 to the largest must occur)"
         )
     return largest + 1
+
+
+def _unusable(what: str) -> ValueError:
+    return with_way_out(ValueError(what), "build the map again (sense-engram setup --force)")

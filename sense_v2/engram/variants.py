@@ -15,6 +15,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from sense_v2.core.config import EngramConfig
+from sense_v2.core.errors import with_way_out
 
 
 @dataclass(frozen=True)
@@ -148,8 +149,10 @@ def variant_config(name: str, **overrides: Any) -> EngramConfig:
     646400
     """
     if name not in VARIANTS:
-        raise ValueError(f"no variant {name!r}; there are {', '.join(VARIANTS)}")
+        raise with_way_out(ValueError(f"no variant {name!r}"), f"there are {', '.join(VARIANTS)}")
     if "variant" in overrides:
-        raise ValueError(f"variant_config({name!r}, variant={overrides['variant']!r}): name one variant")
+        raise with_way_out(
+            ValueError(f"variant_config({name!r}, variant={overrides['variant']!r})"), "name one variant"
+        )
     defaults = {k: list(v) if isinstance(v, list) else v for k, v in VARIANTS[name].defaults.items()}
     return EngramConfig.from_dict({**defaults, "variant": name, **overrides})

@@ -25,7 +25,7 @@ from torch import nn
 from torch.nn.modules.module import register_module_module_registration_hook
 from transformers import PreTrainedModel
 
-from sense_v2.core.errors import CommandError
+from sense_v2.core.errors import CommandError, with_way_out
 from sense_v2.hf.memory import EngramMemory, attached_memory, memory_of
 from sense_v2.hf.model_methods import OwnMethod
 
@@ -77,10 +77,13 @@ def _meet_wrapper(parent: nn.Module, name: str, module: nn.Module | None) -> Non
 def refuse_virtual_tokens(wrapper: Any, is_prompt_learning: bool) -> None:
     """Raises `ValueError` for prompt, prefix and p-tuning."""
     if is_prompt_learning:
-        raise ValueError(
-            f"{wrapper.peft_type.value} puts virtual tokens before the text, which have no ids, and memory is looked "
-            "up by ids. Use an adapter in the layers (peft.LoraConfig, IA3Config, …) beside the memory, or "
-            "detach_engram(model) first"
+        raise with_way_out(
+            ValueError(
+                f"{wrapper.peft_type.value} puts virtual tokens before the text, which have no ids, and memory is "
+                "looked up by ids"
+            ),
+            "Use an adapter in the layers (peft.LoraConfig, IA3Config, …) beside the memory, or "
+            "detach_engram(model) first",
         )
 
 

@@ -21,6 +21,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from sense_v2.core.config import EngramConfig
+from sense_v2.core.errors import with_way_out
 from sense_v2.engram import operators
 from sense_v2.engram.tokenizer import EngramTokenizer, EngramTokenizerBuilder
 from sense_v2.engram.variants import VARIANTS
@@ -80,7 +81,7 @@ def attach_engram(
             follow_wrapper(model, memory_of(wrapped))
         return model
     if attached_memory(model) is not None:
-        raise ValueError("this model has memory attached already; call detach_engram(model) first")
+        raise with_way_out(ValueError("this model has memory attached already"), "call detach_engram(model) first")
     if not config.enabled:
         warnings.warn("EngramConfig.enabled is False: no memory is attached", UserWarning, stacklevel=2)
         return model
@@ -89,9 +90,11 @@ def attach_engram(
     depth = len(layers)
     text_config = model.config.get_text_config()
     if config.num_streams > 1 and not (getattr(text_config, "hc_mult", 0) or getattr(text_config, "hc_count", 0)):
-        raise ValueError(
-            f"EngramConfig.num_streams = {config.num_streams}, and {type(model).__name__} has one residual stream; "
-            "pass dataclasses.replace(config, num_streams=1)"
+        raise with_way_out(
+            ValueError(
+                f"EngramConfig.num_streams = {config.num_streams}, and {type(model).__name__} has one residual stream"
+            ),
+            "pass dataclasses.replace(config, num_streams=1)",
         )
     given = None if storage is None else placed_tables(storage, config)
     places = config.layer_indices if given is None else sorted(given)
@@ -212,10 +215,13 @@ def _judge_layers(
         way_out = "this model type isn't supported"
         if found is not None and len(found) == 4 and found[:2] == (2, 3) and found[3] == hidden_size:
             way_out = f"pass dataclasses.replace(config, num_streams={found[2]}), with a variant that has streams"
-        raise ValueError(
-            f"{type(model).__name__} calls its layers with hidden states {found} for 2 sequences of 3 tokens, and "
-            f"memory of EngramConfig.num_streams = {config.num_streams} is added to {(2, 3, *streams, hidden_size)}: "
-            f"{way_out}"
+        raise with_way_out(
+            ValueError(
+                f"{type(model).__name__} calls its layers with hidden states {found} for 2 sequences of 3 tokens, "
+                f"and memory of EngramConfig.num_streams = {config.num_streams} is added to "
+                f"{(2, 3, *streams, hidden_size)}"
+            ),
+            way_out,
         )
     base, is_given = called[0]
     return base, CARRIER in kwargs and (is_given or MASK_ARGUMENT not in given)
@@ -275,9 +281,9 @@ def shadow_map_of(
         return identity_map(config, tables, num_embeddings)
     if not path.exists():
         if tokenizer is None:
-            raise FileNotFoundError(
-                f"{path}: no shadow map there; pass attach_engram(..., tokenizer=...) to make one, or run "
-                "`sense-engram setup`"
+            raise with_way_out(
+                FileNotFoundError(f"{path}: no shadow map there"),
+                "pass attach_engram(..., tokenizer=...) to make one, or run `sense-engram setup`",
             )
         EngramTokenizerBuilder(tokenizer, normalization=config.normalization).build_mapping(path)
         return EngramTokenizer(path)
@@ -290,10 +296,12 @@ def shadow_map_of(
     if tokenizer is not None:
         expected = EngramTokenizerBuilder(tokenizer, normalization=config.normalization).description().sha256
         if shadow_map.sha256 != expected:
-            raise ValueError(
-                f"the shadow map {path} (tokenizer {shadow_map.tokenizer_name}, SHA-256 {shadow_map.sha256}) was "
-                f"not made from this tokenizer (its map's SHA-256 is {expected}); use the tokenizer it was made "
-                "from, or another EngramConfig.shadow_map_path"
+            raise with_way_out(
+                ValueError(
+                    f"the shadow map {path} (tokenizer {shadow_map.tokenizer_name}, SHA-256 {shadow_map.sha256}) "
+                    f"was not made from this tokenizer (its map's SHA-256 is {expected})"
+                ),
+                "use the tokenizer it was made from, or another EngramConfig.shadow_map_path",
             )
     return shadow_map
 
@@ -302,8 +310,11 @@ def _check_vocabulary(shadow_map: EngramTokenizer, num_embeddings: int, config: 
     """A few tokens may lack a row: one that was added for other models of the family, or for padding."""
     size, spare = shadow_map.vocab_size, num_embeddings - shadow_map.vocab_size
     if not -1 - size // 1000 <= spare <= max(MAX_PADDED_ROWS, size // 16):
-        raise ValueError(
-            f"the shadow map {config.shadow_map_path} covers {size} token ids, the model embeds {num_embeddings}: it "
-            "was made from another tokenizer; make one with `sense-engram setup --tokenizer …`"
+        raise with_way_out(
+            ValueError(
+                f"the shadow map {config.shadow_map_path} covers {size} token ids, the model embeds "
+                f"{num_embeddings}: it was made from another tokenizer"
+            ),
+            "make one with `sense-engram setup --tokenizer …`",
         )
     shadow_map.cover(num_embeddings)

@@ -14,6 +14,7 @@ from typing import Any
 
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForMaskedLM, PreTrainedModel
 
+from sense_v2.core.errors import with_way_out
 from sense_v2.hf.saving.model_config import MODEL_TYPE, EngramModelConfig
 
 
@@ -33,9 +34,9 @@ class EngramForCausalLM(PreTrainedModel):
 
     @classmethod
     def _from_config(cls, config: Any, **_: Any) -> Any:
-        raise ValueError(
-            "a model with memory isn't made from a configuration alone: make its backbone and attach_engram, or "
-            "load a saved one with from_pretrained"
+        raise with_way_out(
+            ValueError("a model with memory isn't made from a configuration alone"),
+            "make its backbone and attach_engram, or load a saved one with from_pretrained",
         )
 
 

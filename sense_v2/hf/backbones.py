@@ -12,7 +12,7 @@ import torch
 from tokenizers import Tokenizer
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerFast
 
-from sense_v2.core.errors import CommandError, one_line
+from sense_v2.core.errors import CommandError, one_line, with_way_out
 from sense_v2.core.progress import Progress, no_progress
 from sense_v2.engram.pretrained_tokenizer import loaded_tokenizer
 from sense_v2.engram.tokenizer import EngramTokenizerBuilder
@@ -132,7 +132,7 @@ def saved_tokenizer(folder: Path) -> Any:
             return loaded_tokenizer(Tokenizer.from_file, str(file))
     except Exception as error:  # the library raises a bare Exception for whatever is wrong with the file
         raise _unusable(str(folder), error) from error
-    raise FileNotFoundError(f"{file}: the model's tokenizer is missing; copy it back")
+    raise with_way_out(FileNotFoundError(f"{file}: the model's tokenizer is missing"), "copy it back")
 
 
 def separator_id(tokenizer: Any) -> int | None:

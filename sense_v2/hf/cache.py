@@ -27,6 +27,10 @@ from typing import Any
 import torch
 from transformers import Cache, EncoderDecoderCache, cache_utils
 
+from sense_v2.core.errors import with_way_out
+
+_ANEW = "start with a new cache, or call with use_cache=False"
+
 # What happens to a cache.
 _EVENTS = (
     "activate_past_recording",
@@ -195,10 +199,12 @@ class EngramState:
         needed = min(self.reach, length - count)
         for track in self._tracks():
             if isinstance(track, _Growing) and track.values is not None and track.values.shape[1] < count + needed:
-                raise RuntimeError(
-                    f"the cache is cropped by {count} of {length} tokens, but the memory kept the last "
-                    f"{track.values.shape[1]} only, as the model's own layers keep only a window or a state: call "
-                    "cache.activate_past_recording() before the tokens that may be taken back"
+                raise with_way_out(
+                    RuntimeError(
+                        f"the cache is cropped by {count} of {length} tokens, but the memory kept the last "
+                        f"{track.values.shape[1]} only, as the model's own layers keep only a window or a state"
+                    ),
+                    "call cache.activate_past_recording() before the tokens that may be taken back",
                 )
         for track in self._tracks():
             track.remove(count)
@@ -231,13 +237,14 @@ def state_in(cache: Cache, *, memory_id: str, reach: int, is_new: bool = False) 
     if isinstance(cache, EncoderDecoderCache):
         cache = cache.self_attention_cache
     state: EngramState | None = getattr(cache, "engram", None)
-    way_out = "; start with a new cache, or call with use_cache=False"
     if state is not None and state.memory_id == memory_id:
-        _refuse_other_length(state, cache.layers, way_out)
+        _refuse_other_length(state, cache.layers)
         return state
     if not is_new and _holds_tokens(cache.layers):
         found = "was filled with another memory attached" if state else "was filled without this memory"
-        raise ValueError(f"the cache {found}, so the n-grams and the convolution of its tokens are unknown{way_out}")
+        raise with_way_out(
+            ValueError(f"the cache {found}, so the n-grams and the convolution of its tokens are unknown"), _ANEW
+        )
     layers: list[Any] = cache.layers
     static = [layer.max_cache_len for layer in layers if isinstance(layer, cache_utils.StaticLayer)]
     capacity = max(*static, reach) if static else None
@@ -287,13 +294,13 @@ def _holds_tokens(own: list[Any]) -> bool:
     return any(any(getattr(layer, "has_previous_state", {}).values()) for layer in own)
 
 
-def _refuse_other_length(state: EngramState, own: list[Any], way_out: str) -> None:
+def _refuse_other_length(state: EngramState, own: list[Any]) -> None:
     if torch.compiler.is_compiling():
         # A graph can't branch on the numbers; where they are tensors, in a static cache, it can stop at them.
         for length in (_attention_length(own), *(track.length for track in state.conv_inputs.values())):
             if isinstance(length, torch.Tensor) and isinstance(state.length, torch.Tensor):
                 found = "the cache holds other tokens than the memory has seen: the model ran on it without memory"
-                torch._assert_async((length == state.length).all(), f"{found}{way_out}")
+                torch._assert_async((length == state.length).all(), f"{found}; {_ANEW}")
         return
     if any(isinstance(layer, cache_utils.StaticLayer) and not hasattr(layer, "cumulative_length") for layer in own):
         return  # transformers 5.0 guesses a static cache's length, from which keys aren't zero
@@ -301,7 +308,10 @@ def _refuse_other_length(state: EngramState, own: list[Any], way_out: str) -> No
     if length is None:
         length = state.length if _holds_tokens(own) == bool(int(state.length)) else -1
     if int(length) != int(state.length) or not state.is_whole():
-        raise ValueError(
-            f"the cache holds {int(length) if int(length) >= 0 else 'other'} tokens, of which the memory has seen "
-            f"{int(state.length)}: the model ran on it without memory, or a call failed in the middle{way_out}"
+        raise with_way_out(
+            ValueError(
+                f"the cache holds {int(length) if int(length) >= 0 else 'other'} tokens, of which the memory has "
+                f"seen {int(state.length)}: the model ran on it without memory, or a call failed in the middle"
+            ),
+            _ANEW,
         )

@@ -25,6 +25,7 @@ import torch
 from torch import nn
 from transformers import Cache
 
+from sense_v2.core.errors import with_way_out
 from sense_v2.engram.delta.chosen_rows import numbered
 from sense_v2.engram.hashing import OVERLAY, TokenRows, token_rows
 from sense_v2.hf.cache import EngramState, state_in
@@ -85,15 +86,15 @@ def carry_inputs(
     arguments = {**dict(zip(names, args, strict=False)), **kwargs}
     token_ids_BT = arguments.get("input_ids") if given_ids_BT is None else given_ids_BT
     if token_ids_BT is None:
-        raise ValueError(
-            "memory is looked up by token ids, and this call has none (inputs_embeds alone): pass the ids "
-            f"along as {IDS_ARGUMENT}=…"
+        raise with_way_out(
+            ValueError("memory is looked up by token ids, and this call has none (inputs_embeds alone)"),
+            f"pass the ids along as {IDS_ARGUMENT}=…",
         )
     current = base.get_input_embeddings().weight.shape[0]
     if current != num_embeddings:
-        raise ValueError(
-            f"the vocabulary was resized from {num_embeddings} to {current} after memory was attached; "
-            "detach_engram, make a shadow map of the new tokenizer, attach again"
+        raise with_way_out(
+            ValueError(f"the vocabulary was resized from {num_embeddings} to {current} after memory was attached"),
+            "detach_engram, make a shadow map of the new tokenizer, attach again",
         )
     paged = paged_call(memory, arguments)
     if paged is None:
@@ -126,9 +127,12 @@ def _with_cache(
     """Find the rows of a call's tokens, and what a cache of transformers keeps of those before them."""
     if mask is not None and not is_plain_mask(mask):
         shape = tuple(mask.shape) if isinstance(mask, torch.Tensor) else type(mask).__name__
-        raise ValueError(
-            f"attention_mask is {shape}: with memory attached it must be [batch, sequence] with 0 at padding, so "
-            f"that n-grams can stop there; such a mask can come along as {MASK_ARGUMENT}=…"
+        raise with_way_out(
+            ValueError(
+                f"attention_mask is {shape}: with memory attached it must be [batch, sequence] with 0 at padding, "
+                "so that n-grams can stop there"
+            ),
+            f"such a mask can come along as {MASK_ARGUMENT}=…",
         )
     cache = _cache_in(arguments)
     state = None if cache is None else _state_in(cache, memory)
@@ -168,9 +172,12 @@ def _overlays(
         return chosen_B
     names = overlay_names(memory, past_B)
     if chosen_B is not None and not torch.equal(chosen_B, past_B):
-        raise ValueError(
-            f"the cache was begun with other overlays: {names}; this call chooses "
-            f"{overlay_names(memory, chosen_B)}. Start with a new cache"
+        raise with_way_out(
+            ValueError(
+                f"the cache was begun with other overlays: {names}; this call chooses "
+                f"{overlay_names(memory, chosen_B)}"
+            ),
+            "Start with a new cache",
         )
     return past_B
 
@@ -204,12 +211,17 @@ def add_memory(
     if str(layer_id) not in fusions:
         return args, kwargs
     if carried is None:
-        raise ValueError(f"layer {layer_id} was called without token ids: call the model, not its layers")
+        raise with_way_out(
+            ValueError(f"layer {layer_id} was called without token ids"), "call the model, not its layers"
+        )
     rows = carried.rows
     if state is None and rows.num_past > 0:
-        raise ValueError(
-            "the model was given a cache that holds tokens but its layers weren't (gradient checkpointing leaves "
-            "it out): call with use_cache=False and the whole sequence"
+        raise with_way_out(
+            ValueError(
+                "the model was given a cache that holds tokens but its layers weren't (gradient checkpointing "
+                "leaves it out)"
+            ),
+            "call with use_cache=False and the whole sequence",
         )
     fused = fusions[str(layer_id)](
         args[0] if args else kwargs["hidden_states"],
@@ -245,9 +257,9 @@ def _kept_in(
 
 def _state_in(cache: Cache, memory: EngramMemory, *, is_new: bool = False) -> EngramState:
     if not memory.config.causal:
-        raise ValueError(
-            "this memory looks ahead (EngramConfig.causal = False), so it can't go on from a cache: call with "
-            "use_cache=False"
+        raise with_way_out(
+            ValueError("this memory looks ahead (EngramConfig.causal = False), so it can't go on from a cache"),
+            "call with use_cache=False",
         )
     return state_in(cache, memory_id=memory.id, reach=memory.reach, is_new=is_new)
 
@@ -279,9 +291,12 @@ def _cache_in(arguments: dict[str, Any]) -> Cache | None:
             return value
     for name in CACHE_ARGUMENTS:
         if arguments.get(name) is not None:
-            raise ValueError(
-                f"{name} is a {type(arguments[name]).__name__}, no transformers Cache: the memory has no place in it "
-                "for what it must know of earlier tokens; call with use_cache=False"
+            raise with_way_out(
+                ValueError(
+                    f"{name} is a {type(arguments[name]).__name__}, no transformers Cache: the memory has no place "
+                    "in it for what it must know of earlier tokens"
+                ),
+                "call with use_cache=False",
             )
     return None
 

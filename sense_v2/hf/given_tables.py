@@ -10,6 +10,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from sense_v2.core.config import EngramConfig
+from sense_v2.core.errors import with_way_out
 from sense_v2.engram.head_layout import HeadLayout
 from sense_v2.engram.row_source import RowSource
 from sense_v2.engram.tokenizer import IDENTITY, EngramTokenizer, write_identity_map
@@ -29,12 +30,12 @@ def placed_tables(storage: RowSource | Mapping[int, RowSource], config: EngramCo
             layer = _layer_of(storage, config.layer_indices[0])
             placed = {layer: (layer, storage)}
     elif VARIANTS[config.variant].one_table:
-        raise ValueError(
-            f"EngramConfig.variant = {config.variant!r} has one table for all layers; pass storage=table, not one a "
-            "layer"
+        raise with_way_out(
+            ValueError(f"EngramConfig.variant = {config.variant!r} has one table for all layers"),
+            "pass storage=table, not one a layer",
         )
     elif not storage:
-        raise ValueError("storage = {}: name a table for at least one layer of the model")
+        raise with_way_out(ValueError("storage = {}"), "name a table for at least one layer of the model")
     else:
         placed = {place: (_layer_of(table, place), table) for place, table in storage.items()}
     layout = HeadLayout.from_config(config)
@@ -52,9 +53,11 @@ def _layer_of(table: RowSource, otherwise: int) -> int:
 def _check(table: RowSource, layer: int, config: EngramConfig, layout: HeadLayout) -> None:
     path, theirs = table.table.path, table.belongs_to
     if layer not in layout.layer_ids:
-        raise ValueError(
-            f"{path} is of layer {layer}, and the configuration has memory in layers {config.layer_indices}; "
-            "pass the configuration that the table was trained with (table.config)"
+        raise with_way_out(
+            ValueError(
+                f"{path} is of layer {layer}, and the configuration has memory in layers {config.layer_indices}"
+            ),
+            "pass the configuration that the table was trained with (table.config)",
         )
     if theirs.variant not in (None, config.variant):
         raise ValueError(f"{path} is of variant {theirs.variant!r}, EngramConfig.variant = {config.variant!r}")
@@ -64,9 +67,12 @@ def _check(table: RowSource, layer: int, config: EngramConfig, layout: HeadLayou
             f"makes {config.row_dim}"
         )
     if theirs.layout not in (None, layout):
-        raise ValueError(
-            f"{path}: the layout of its heads isn't that of the configuration (table_size, num_heads, "
-            "ngram_orders, layer_indices); pass table.config"
+        raise with_way_out(
+            ValueError(
+                f"{path}: the layout of its heads isn't that of the configuration (table_size, num_heads, "
+                "ngram_orders, layer_indices)"
+            ),
+            "pass table.config",
         )
     num_rows = layout.num_rows_L[layout.layer_ids.index(layer)]
     if theirs.layout is None and table.num_embeddings != num_rows:
@@ -83,15 +89,21 @@ def refuse_another_map(tables: Sequence[RowSource], shadow_map: EngramTokenizer)
         path, theirs = table.table.path, table.belongs_to
         size, sha256 = theirs.compressed_vocab_size, theirs.map_sha256
         if size not in (None, shadow_map.compressed_vocab_size):
-            raise ValueError(
-                f"{path}: its rows are of {size} compressed ids, and the map of {shadow_map.tokenizer_name} "
-                f"has {shadow_map.compressed_vocab_size}. Pass the tokenizer that the table was trained with"
+            raise with_way_out(
+                ValueError(
+                    f"{path}: its rows are of {size} compressed ids, and the map of {shadow_map.tokenizer_name} has "
+                    f"{shadow_map.compressed_vocab_size}"
+                ),
+                "Pass the tokenizer that the table was trained with",
             )
         if sha256 is not None and sha256 != shadow_map.sha256:
-            raise ValueError(
-                f"{path}: its rows are of the map with SHA-256 {sha256[:12]}…, and that of "
-                f"{shadow_map.tokenizer_name} has {shadow_map.sha256[:12]}…: another tokenizer, or another revision. "
-                "Pass the one that the table was trained with"
+            raise with_way_out(
+                ValueError(
+                    f"{path}: its rows are of the map with SHA-256 {sha256[:12]}…, and that of "
+                    f"{shadow_map.tokenizer_name} has {shadow_map.sha256[:12]}…: another tokenizer, or another "
+                    "revision"
+                ),
+                "Pass the one that the table was trained with",
             )
 
 
@@ -105,8 +117,11 @@ def identity_map(config: EngramConfig, tables: Sequence[RowSource], num_embeddin
         write_identity_map(path, size, name=config.tokenizer_name)
     shadow_map = EngramTokenizer(path)
     if shadow_map.normalization not in (None, IDENTITY):
-        raise ValueError(
-            f"{path} folds token ids ({shadow_map.normalization!r}), and variant {config.variant!r} takes them as "
-            "they are; choose another EngramConfig.shadow_map_path"
+        raise with_way_out(
+            ValueError(
+                f"{path} folds token ids ({shadow_map.normalization!r}), and variant {config.variant!r} takes them "
+                "as they are"
+            ),
+            "choose another EngramConfig.shadow_map_path",
         )
     return shadow_map

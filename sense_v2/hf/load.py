@@ -18,6 +18,7 @@ from safetensors.torch import load_file
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 from sense_v2.core.config import EngramConfig
+from sense_v2.core.errors import with_way_out
 from sense_v2.hf.attach import attach_engram, detach_engram
 from sense_v2.hf.gguf_models import gguf_file, read_gguf
 from sense_v2.hf.memory import EngramMemory, attached_memory, memory_of
@@ -90,7 +91,9 @@ def from_pretrained(
             another table's, or backbone or tokenizer doesn't fit the memory.
     """
     if options.pop("use_safetensors", True) is False:
-        raise ValueError("from_pretrained: use_safetensors = False: only safetensors are read; leave it out")
+        raise with_way_out(
+            ValueError("from_pretrained: use_safetensors = False: only safetensors are read"), "leave it out"
+        )
     folder = _found_folder(
         name,
         {"revision": revision, "cache_dir": cache_dir, "token": token, "local_files_only": local_files_only},
@@ -111,7 +114,9 @@ def from_pretrained(
         if tokenizer is None and tokenizer_file_differs(facts, folder):
             tokenizer = str(folder)
     elif attached_memory(backbone) is not None:
-        raise ValueError("from_pretrained: the backbone has memory attached already; detach_engram(backbone) first")
+        raise with_way_out(
+            ValueError("from_pretrained: the backbone has memory attached already"), "detach_engram(backbone) first"
+        )
     forget_announcement(backbone)
     if storage_path is not None:
         memory_config = dataclasses.replace(
@@ -125,7 +130,9 @@ def from_pretrained(
             try:
                 check_tokenizer(facts, tokenizer, memory_folder / MAP_FILE, memory_config.normalization)
             except OSError as error:
-                raise ValueError(f"{folder}: the tokenizer can't be loaded: {error}; copy its files again") from error
+                raise with_way_out(
+                    ValueError(f"{folder}: the tokenizer can't be loaded: {error}"), "copy its files again"
+                ) from error
         attach_engram(backbone, memory_config, mode=mode if overlay is None else "r")
         load_fusion(memory_of(backbone), memory_folder)
         if overlay is not None:
@@ -148,26 +155,32 @@ def load_fusion(memory: EngramMemory, folder: Path) -> None:
     try:
         weights = load_file(fusion_path)
     except SafetensorError as error:
-        raise ValueError(
-            f"{fusion_path} can't be loaded ({type(error).__name__}: {error}); copy its files again, all of one model"
+        raise with_way_out(
+            ValueError(f"{fusion_path} can't be loaded ({type(error).__name__}: {error})"),
+            "copy its files again, all of one model",
         ) from error
     try:
         memory.layers.load_state_dict(weights)
     except RuntimeError as error:
-        raise ValueError(
-            f"{fusion_path} doesn't hold the fusion layers that {folder / CONFIG_FILE} and the backbone ask "
-            f"for: {error}; copy its files again, all of one model"
+        raise with_way_out(
+            ValueError(
+                f"{fusion_path} doesn't hold the fusion layers that {folder / CONFIG_FILE} and the backbone ask "
+                f"for: {error}"
+            ),
+            "copy its files again, all of one model",
         ) from error
 
 
 def _overlay_of(memory_folder: Path, given: str | Path | None) -> Path | None:
     saved = memory_folder / OVERLAY_FILE
     if given is not None and not memory_folder.is_dir():
-        raise ValueError(f"{memory_folder.parent} has no memory that {given} could be an overlay of; leave it out")
+        raise with_way_out(
+            ValueError(f"{memory_folder.parent} has no memory that {given} could be an overlay of"), "leave it out"
+        )
     if given is not None and saved.is_file():
-        raise ValueError(
-            f"{memory_folder.parent} was saved with an overlay, and {given} would be a second one. Make them one: "
-            f"sense-engram delta merge {saved} {given} --output FILE, and put that in its place"
+        raise with_way_out(
+            ValueError(f"{memory_folder.parent} was saved with an overlay, and {given} would be a second one"),
+            f"Make them one: sense-engram delta merge {saved} {given} --output FILE, and put that in its place",
         )
     return Path(given) if given is not None else saved if saved.is_file() else None
 
@@ -176,16 +189,19 @@ def _found_folder(name: str | Path, download: dict[str, Any], mode: str) -> Path
     folder = Path(name)
     if isinstance(name, str) and not folder.exists() and _HUB_NAME.fullmatch(name):
         if mode != "r":
-            raise ValueError(
-                f"{name} is a model of the hub, and its rows would be trained in the hub's cache; load it with "
-                "mode='r' and save it to a folder (save_pretrained), or download it to one"
+            raise with_way_out(
+                ValueError(f"{name} is a model of the hub, and its rows would be trained in the hub's cache"),
+                "load it with mode='r' and save it to a folder (save_pretrained), or download it to one",
             )
         try:
             return Path(snapshot_download(name, ignore_patterns=_PICKLES, **download))
         except (OSError, ValueError) as error:  # which of many depends on how the hub can't be reached
-            raise FileNotFoundError(
-                f"{name}: there is no such folder, and no model of that name came from the hub "
-                f"({type(error).__name__}: {str(error).splitlines()[0]}); check the name"
+            raise with_way_out(
+                FileNotFoundError(
+                    f"{name}: there is no such folder, and no model of that name came from the hub "
+                    f"({type(error).__name__}: {str(error).splitlines()[0]})"
+                ),
+                "check the name",
             ) from error
     check_folder(folder)
     return folder
@@ -232,14 +248,19 @@ def _load_reference(
     if file is not None:
         model, loading_info = read_gguf(file)[0], {}
     elif Path(name).is_absolute() and not Path(name).exists():
-        raise FileNotFoundError(
-            f"{name}: the backbone that {folder / MEMORY_FOLDER / BACKBONE_FILE} names isn't there; {way_out}"
+        raise with_way_out(
+            FileNotFoundError(
+                f"{name}: the backbone that {folder / MEMORY_FOLDER / BACKBONE_FILE} names isn't there"
+            ),
+            way_out,
         )
     else:
         options = {"use_safetensors": True, "revision": named.get("revision") or "main", **options}
         model, loading_info = model_class.from_pretrained(name, config=config, output_loading_info=True, **options)
     if not may_have_weights(named, model):
-        raise ValueError(f"{name} has other weights than the backbone that this memory was trained on; {way_out}")
+        raise with_way_out(
+            ValueError(f"{name} has other weights than the backbone that this memory was trained on"), way_out
+        )
     if file is not None:  # compared as it is in the file
         model = _in_type(model, options.get("dtype", config.dtype))
     return model.eval(), loading_info
@@ -257,9 +278,9 @@ def _load_base_of_adapter(folder: Path, options: dict[str, Any]) -> PreTrainedMo
     """Load what the adapter was trained on, without the memory that it may have been saved with."""
     name = json.loads((folder / ADAPTER_FILE).read_text(encoding="utf-8")).get("base_model_name_or_path")
     if not name:
-        raise ValueError(
-            f"{folder / ADAPTER_FILE} names no base_model_name_or_path: load the model that the adapter was trained "
-            "on yourself, and pass it as backbone="
+        raise with_way_out(
+            ValueError(f"{folder / ADAPTER_FILE} names no base_model_name_or_path"),
+            "load the model that the adapter was trained on yourself, and pass it as backbone=",
         )
     file = gguf_file(name)
     if file is not None:

@@ -18,6 +18,7 @@ import torch
 from torch import nn
 
 from sense_v2.core.config import EngramConfig
+from sense_v2.core.errors import with_way_out
 from sense_v2.engram import operators
 from sense_v2.engram.delta.chosen_rows import ChosenRows, plain
 from sense_v2.engram.delta.joined_tables import JoinedTables
@@ -103,10 +104,13 @@ class EngramMemory(nn.Module):
         owners = [change.owner for change in self.undo if hasattr(change, "owner")]
         owners += [owner.base_model for owner in owners]
         if owners and not any(id(owner) in memo for owner in owners):
-            raise ValueError(
-                "a memory is copied with its model, copy.deepcopy(model): alone, or with a layer, nothing would call "
-                "it. PEFT: leave modules_to_save=['engram'] out, as the memory is trained beside an adapter and "
-                "saved with it; use layer_replication before attach_engram"
+            raise with_way_out(
+                ValueError(
+                    "a memory is copied with its model, copy.deepcopy(model): alone, or with a layer, nothing would "
+                    "call it"
+                ),
+                "PEFT: leave modules_to_save=['engram'] out, as the memory is trained beside an adapter and "
+                "saved with it; use layer_replication before attach_engram",
             )
         copied = type(self).__new__(type(self))
         memo[id(self)] = copied
@@ -117,9 +121,12 @@ class EngramMemory(nn.Module):
         """Raises `ValueError` if an adapter lies on a weight of the memory."""
         adapted = [name for name, module in self.layers.named_modules() if hasattr(module, "base_layer")]
         if adapted:
-            raise ValueError(
-                f"the PEFT adapter reaches into the memory (engram.layers.{adapted[0]}), whose weights are trained "
-                "themselves: keep it to the backbone, LoraConfig(..., exclude_modules=r'(.*\\.)?engram\\..*')"
+            raise with_way_out(
+                ValueError(
+                    f"the PEFT adapter reaches into the memory (engram.layers.{adapted[0]}), whose weights are "
+                    "trained themselves"
+                ),
+                "keep it to the backbone, LoraConfig(..., exclude_modules=r'(.*\\.)?engram\\..*')",
             )
 
     # What a state dict says of the rows, which it doesn't hold
@@ -138,11 +145,14 @@ class EngramMemory(nn.Module):
         recorded = json.loads(bytes(state.cpu().tolist()))
         if recorded["rows"] != [storage.rows_digest() for storage in self.storages]:
             storage = self.storages[0]
-            raise ValueError(
-                f"these weights were kept beside other rows than the table at {storage.path} has now (after step "
-                f"{recorded['step']}; the table is at step {storage.committed_step}). A state dict holds no rows. "
-                "Keep a moment by save_pretrained(model, FOLDER) or copy.deepcopy(model); to load the weights all "
-                "the same, remove engram._extra_state from them"
+            raise with_way_out(
+                ValueError(
+                    f"these weights were kept beside other rows than the table at {storage.path} has now (after "
+                    f"step {recorded['step']}; the table is at step {storage.committed_step}). A state dict holds "
+                    "no rows"
+                ),
+                "Keep a moment by save_pretrained(model, FOLDER) or copy.deepcopy(model); to load the weights "
+                "all the same, remove engram._extra_state from them",
             )
 
     def use_storage(self, storage: RowSource) -> None:
@@ -270,7 +280,7 @@ def memory_of(model: nn.Module) -> EngramMemory:
     """`model.engram`, typed. Raises `ValueError` where nothing is attached."""
     memory = attached_memory(model)
     if memory is None:
-        raise ValueError("this model has no memory attached; attach_engram(model, config) does it")
+        raise with_way_out(ValueError("this model has no memory attached"), "attach_engram(model, config) does it")
     return memory
 
 

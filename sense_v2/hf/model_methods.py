@@ -23,6 +23,7 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel
 
+from sense_v2.core.errors import with_way_out
 from sense_v2.hf.forward_hooks import IDS_ARGUMENT, MASK_ARGUMENT, OVERLAY_ARGUMENT, is_plain_mask
 from sense_v2.hf.memory import memory_of, refuse_other_rows
 from sense_v2.hf.overlays import ids_with_overlay, overlay_numbers
@@ -145,9 +146,9 @@ def _save_with_memory(
 
     own = type(model).save_pretrained
     if options.get("distributed_checkpoint"):
-        raise ValueError(
-            "distributed_checkpoint=True writes a format that holds no memory; save without it, or "
-            "detach_engram(model) and save the backbone alone"
+        raise with_way_out(
+            ValueError("distributed_checkpoint=True writes a format that holds no memory"),
+            "save without it, or detach_engram(model) and save the backbone alone",
         )
     memory = memory_of(model)
     if memory.is_released:

@@ -21,6 +21,7 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel
 
+from sense_v2.core.errors import with_way_out
 from sense_v2.engram.delta.delta_file import read_delta
 from sense_v2.engram.delta.overlay import OverlayStorage, refuse_other_base
 from sense_v2.hf.memory import EngramMemory, attached_memory, memory_of
@@ -52,9 +53,9 @@ def add_overlay(
     """
     tables, there = tables_of(model), overlay_of(model)
     if there is not None:
-        raise ValueError(
-            f"this model has an overlay already ({there.path or 'in memory'}). Deltas of one table can be "
-            "made one: sense-engram delta merge; or remove_overlay(model) first"
+        raise with_way_out(
+            ValueError(f"this model has an overlay already ({there.path or 'in memory'})"),
+            "Deltas of one table can be made one: sense-engram delta merge; or remove_overlay(model) first",
         )
     overlay = OverlayStorage(tables.join_tables(), path, mode=mode)
     tables.use_storage(overlay.train(tables.training))
@@ -68,7 +69,7 @@ def remove_overlay(model: PreTrainedModel) -> None:
     """
     overlay = overlay_of(model)
     if overlay is None:
-        raise ValueError("this model has no overlay. add_overlay(model) puts one on")
+        raise with_way_out(ValueError("this model has no overlay"), "add_overlay(model) puts one on")
     tables_of(model).use_storage(overlay.release())
 
 
@@ -89,7 +90,9 @@ def load_overlay(model: PreTrainedModel, name: str, path: str | os.PathLike[str]
     """
     memory = memory_of(model)
     if name in memory.overlay_numbers:
-        raise ValueError(f"an overlay {name!r} is loaded already; unload_overlay(model, {name!r}) first")
+        raise with_way_out(
+            ValueError(f"an overlay {name!r} is loaded already"), f"unload_overlay(model, {name!r}) first"
+        )
     delta, storage = read_delta(path), memory.join_tables()
     refuse_other_base(delta, storage.table, storage.identity())
     number = memory.last_overlay + 1
@@ -115,7 +118,9 @@ def ids_with_overlay(model: PreTrainedModel, token_ids: Iterable[int], overlay: 
     memory, num_embeddings = memory_of(model), len(model.get_input_embeddings().weight)  # type: ignore[arg-type]
     number = 0 if overlay is None else _number(memory, overlay)
     if (number + 1) * num_embeddings > 2**31:  # engines keep token ids as int32
-        raise ValueError(f"{number} overlays were loaded, more than a prompt can name: load the model again")
+        raise with_way_out(
+            ValueError(f"{number} overlays were loaded, more than a prompt can name"), "load the model again"
+        )
     return [int(token_id) + number * num_embeddings for token_id in token_ids]
 
 
@@ -144,8 +149,9 @@ def overlay_names(memory: EngramMemory, numbers_B: torch.Tensor) -> str:
     names = {0: "none", **{number: name for name, number in memory.overlay_numbers.items()}}
     numbers = numbers_B.tolist()
     if not names.keys() >= set(numbers):
-        raise ValueError(
-            "the cache holds a sequence of an overlay that was unloaded: load it again and start with a new cache"
+        raise with_way_out(
+            ValueError("the cache holds a sequence of an overlay that was unloaded"),
+            "load it again and start with a new cache",
         )
     return ", ".join(names[number] for number in numbers)
 
@@ -153,7 +159,8 @@ def overlay_names(memory: EngramMemory, numbers_B: torch.Tensor) -> str:
 def _number(memory: EngramMemory, name: str) -> int:
     if name not in memory.overlay_numbers:
         loaded = ", ".join(memory.overlay_numbers) or "none"
-        raise ValueError(
-            f"no overlay {name!r} is loaded (loaded: {loaded}). load_overlay(model, {name!r}, FILE) does it"
+        raise with_way_out(
+            ValueError(f"no overlay {name!r} is loaded (loaded: {loaded})"),
+            f"load_overlay(model, {name!r}, FILE) does it",
         )
     return memory.overlay_numbers[name]

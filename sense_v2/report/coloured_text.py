@@ -19,6 +19,7 @@ from dataclasses import dataclass
 
 from markupsafe import Markup
 
+from sense_v2.core.errors import with_way_out
 from sense_v2.report import wording
 
 STEPS = 16
@@ -59,9 +60,12 @@ def coloured_text(tokens: Sequence[Token], layers: Sequence[int]) -> Markup:
     """
     for token in tokens:
         if len(token.gates) != len(layers) or len(token.layer_facts) not in (0, len(layers)):
-            raise ValueError(
-                f"token {token.text!r}: {len(token.gates)} gates and facts of {len(token.layer_facts)} layers, for "
-                f"{len(layers)} layers; give one of each a layer"
+            raise with_way_out(
+                ValueError(
+                    f"token {token.text!r}: {len(token.gates)} gates and facts of {len(token.layer_facts)} layers, "
+                    f"for {len(layers)} layers"
+                ),
+                "give one of each a layer",
             )
     if not any(wording.is_finite(token.gain) for token in tokens):
         return _by_gate(tokens, layers)

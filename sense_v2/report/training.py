@@ -48,6 +48,7 @@ from typing import Any
 
 from markupsafe import Markup
 
+from sense_v2.core.errors import with_way_out
 from sense_v2.report import page, verdict, wording
 from sense_v2.report.coloured_text import Token, gain_text, gate_scale, layer_text
 
@@ -210,14 +211,14 @@ def _names(results: dict[str, Any]) -> list[str]:
 def _check(results: dict[str, Any]) -> None:
     missing = [key for key in REQUIRED if key not in results]
     if missing:
-        raise ValueError(f"the results lack {', '.join(missing)}; {__name__} says what they hold")
+        raise with_way_out(ValueError(f"the results lack {', '.join(missing)}"), f"{__name__} says what they hold")
     runs = results["runs"]
     missing = [name for name in ("plain", "engram") if name not in runs]
     unknown = [name for name in runs if name not in verdict.RUNS]
     if missing or unknown:
-        raise ValueError(
-            f"results['runs'] holds {', '.join(runs) or 'nothing'}; allowed are {', '.join(verdict.RUNS)}, "
-            "and the first two must be there"
+        raise with_way_out(
+            ValueError(f"results['runs'] holds {', '.join(runs) or 'nothing'}"),
+            f"allowed are {', '.join(verdict.RUNS)}, and the first two must be there",
         )
     for name, run in runs.items():
         lengths = {key: len(run[key]) for key in ("steps", "train_loss", "seconds")}

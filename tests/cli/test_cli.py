@@ -16,7 +16,7 @@ from transformers import AutoModelForCausalLM, LlamaForCausalLM, PreTrainedToken
 
 from sense_v2.cli import demo, errors, main, train
 from sense_v2.core.config import Config, EngramConfig, TrainConfig
-from sense_v2.core.errors import CommandError
+from sense_v2.core.errors import CommandError, with_way_out
 from sense_v2.hf.experiments import from_scratch as experiment
 from sense_v2.hf.experiments import pretrained
 from sense_v2.hf.load import from_pretrained
@@ -88,8 +88,13 @@ def test_debug_shows_the_traceback_before_the_two_lines(run, tmp_path):
 @pytest.mark.parametrize(
     ("error", "what", "way_out"),
     [
-        (ValueError("a = 3. Use 4 instead."), "a = 3", "Use 4 instead"),
-        (ValueError("v1.2 of a.txt differs; copy it again"), "v1.2 of a.txt differs", "copy it again"),
+        (with_way_out(ValueError("a = 3; b. C is 4"), "Use 4 instead"), "a = 3; b. C is 4", "Use 4 instead"),
+        (with_way_out(OSError(28, "no room for t.dat"), "make room"), "no room for t.dat", "make room"),
+        (
+            ValueError("v1.2 of a.txt differs. Copy it again"),
+            "v1.2 of a.txt differs. Copy it again",
+            "`x run --help`",
+        ),
         (ValueError("a = 3: must be 4"), "a = 3: must be 4", "`x run --help` says what is allowed"),
         (OSError(28, "No space left on device", "t.dat"), "t.dat: No space left on device", "make room"),
         (PermissionError(13, "Permission denied", "t.dat"), "t.dat: Permission denied", "choose another path"),

@@ -1,4 +1,4 @@
-"""What is wrong and the way out: of a package that isn't installed, the exception itself carries both."""
+"""What is wrong and the way out: the exception carries both, and nothing is cut out of its sentences."""
 
 import ast
 import builtins

@@ -88,7 +88,7 @@ def test_arguments_that_are_refused_before_anything_is_written(path: Path, argum
 
 
 def test_a_table_that_is_not_there_cannot_be_read(path: Path) -> None:
-    with pytest.raises(FileNotFoundError, match=r"engram_table\.dat: no table there\. mode='r\+' makes one"):
+    with pytest.raises(FileNotFoundError, match=r"engram_table\.dat: no table there; mode='r\+' makes one"):
         make(path, mode="r")
     assert names(path.parent) == []
 

@@ -524,7 +524,7 @@ def test_output_paths_that_would_overwrite_something_else(tmp_path):
 
 
 def test_no_map(tmp_path):
-    with pytest.raises(FileNotFoundError, match=r"no shadow map at .*absent\.npy: make it with sense-engram setup"):
+    with pytest.raises(FileNotFoundError, match=r"no shadow map at .*absent\.npy; make it with sense-engram setup"):
         EngramTokenizer(tmp_path / "absent.npy")
 
 

@@ -194,7 +194,7 @@ def test_overrides_are_validated() -> None:
 
 def test_a_variant_can_t_be_named_twice() -> None:
     """It would have one variant's sizes and the other's gate."""
-    with pytest.raises(ValueError, match=r"^variant_config\('paper', variant='sense'\): name one variant$"):
+    with pytest.raises(ValueError, match=r"^variant_config\('paper', variant='sense'\); name one variant$"):
         variant_config("paper", variant="sense")
 
 

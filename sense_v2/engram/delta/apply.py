@@ -28,6 +28,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from sense_v2.core.errors import with_way_out
 from sense_v2.engram.delta.delta_file import (
     Delta,
     DeltaInfo,
@@ -124,8 +125,9 @@ def _refuse_other_kind(ours: MMapEmbeddingStorage, theirs: MMapEmbeddingStorage)
     ]
     found = "; ".join(f"{name} {old!r}, here {new!r}" for name, old, new in differences if old != new)
     if found:
-        raise ValueError(
-            f"{ours.path} can't have been made from {theirs.path}: {found}. Name the table that it was trained from"
+        raise with_way_out(
+            ValueError(f"{ours.path} can't have been made from {theirs.path}: {found}"),
+            "Name the table that it was trained from",
         )
 
 
@@ -157,9 +159,12 @@ def _check_leads_to(delta: Delta, base: MMapEmbeddingStorage, trained: MMapEmbed
         assert trained.manifest.checksums is not None
         is_same = is_same and _digest_with(base, delta) == digest_of_blocks(trained.manifest.checksums)
     if not is_same:
-        raise ValueError(
-            f"{delta.path} doesn't lead from {base.path} to {trained.path}: one of them isn't what its manifest "
-            f"says. Check both: sense-engram verify {trained.path}"
+        raise with_way_out(
+            ValueError(
+                f"{delta.path} doesn't lead from {base.path} to {trained.path}: one of them isn't what its manifest "
+                "says"
+            ),
+            f"Check both: sense-engram verify {trained.path}",
         )
 
 
@@ -212,10 +217,13 @@ def revert_delta(table: Path) -> Applied:
         fitting = undos[-1:] if is_done else [path for path in undos if path.stem.endswith(f"-{before[:12]}")]
         if not fitting:
             there = ", ".join(path.name for path in undos) or "none"
-            raise ValueError(
-                f"{table} has nothing to revert: its rows have digest {before}, and the undos beside it are {there}. "
-                "An undo fits the table as the delta left it, and rows that were changed since aren't in it. Go back "
-                "to a copy of the table"
+            raise with_way_out(
+                ValueError(
+                    f"{table} has nothing to revert: its rows have digest {before}, and the undos beside it are "
+                    f"{there}. An undo fits the table as the delta left it, and rows that were changed since aren't "
+                    "in it"
+                ),
+                "Go back to a copy of the table",
             )
         undo = fitting[-1]
         delta = read_delta(undo)
@@ -224,7 +232,10 @@ def revert_delta(table: Path) -> Applied:
             delta.info.base.refuse_other(storage.identity(), undo, table)
             _refuse_other_dtype(delta, storage)
             if _digest_with(storage, delta) != digest:
-                raise ValueError(f"{undo} doesn't lead back to what it says ({digest}). Go back to a copy of {table}")
+                raise with_way_out(
+                    ValueError(f"{undo} doesn't lead back to what it says ({digest})"),
+                    f"Go back to a copy of {table}",
+                )
             _store(storage, delta, updates=delta.info.updates)
         _check_is(storage, delta, digest)
         was, states = delta.info.base.digest, tuple(storage.manifest.states)
@@ -254,17 +265,18 @@ def _undos(table: Path) -> list[tuple[int, Path]]:
 def _open_to_change(table: Path, delta: Path) -> MMapEmbeddingStorage:
     manifest = read_manifest(TableFiles(table).manifest)
     if row_dtype(manifest.dtype).is_compact:
-        raise ValueError(
-            f"{table} has rows of {manifest.dtype}, which are only read. Look them up through {delta}: "
-            "from_pretrained(folder, overlay=…)"
+        raise with_way_out(
+            ValueError(f"{table} has rows of {manifest.dtype}, which are only read"),
+            f"Look them up through {delta}: from_pretrained(folder, overlay=…)",
         )
     return open_table_as_it_is(table, mode="r+")
 
 
 def _refuse_other_dtype(delta: Delta, storage: MMapEmbeddingStorage) -> None:
     if delta.rows_UD.dtype != storage.dtype:
-        raise ValueError(
-            f"{delta.path} has rows of {delta.rows_UD.dtype}, {storage.path} has {storage.dtype}. Make the delta anew"
+        raise with_way_out(
+            ValueError(f"{delta.path} has rows of {delta.rows_UD.dtype}, {storage.path} has {storage.dtype}"),
+            "Make the delta anew",
         )
 
 
@@ -295,11 +307,16 @@ def _has(storage: MMapEmbeddingStorage, delta: Delta) -> bool:
 
 def _check_is(storage: MMapEmbeddingStorage, delta: Delta, digest: str) -> None:
     if not _has(storage, delta):
-        raise ValueError(f"{storage.path}: rows that were stored read otherwise. Check it: sense-engram verify")
+        raise with_way_out(
+            ValueError(f"{storage.path}: rows that were stored read otherwise"), "Check it: sense-engram verify"
+        )
     if storage.identity().digest != digest:
-        raise ValueError(
-            f"{storage.path} has digest {storage.identity().digest} now, expected {digest}: rows outside of "
-            f"{delta.path} aren't what they were. Check it: sense-engram verify {storage.path}"
+        raise with_way_out(
+            ValueError(
+                f"{storage.path} has digest {storage.identity().digest} now, expected {digest}: rows outside of "
+                f"{delta.path} aren't what they were"
+            ),
+            f"Check it: sense-engram verify {storage.path}",
         )
 
 
@@ -331,7 +348,7 @@ def merge_deltas(paths: Sequence[Path], output: Path, *, prefer: str | None = No
         raise ValueError(f"prefer = {prefer!r}: must be one of {', '.join(PREFERENCES)}")
     deltas = [read_delta(path) for path in paths]
     if len(deltas) < 2:
-        raise ValueError(f"{len(deltas)} delta to merge; name two or more")
+        raise with_way_out(ValueError(f"{len(deltas)} delta to merge"), "name two or more")
     first = deltas[0]
     for other in deltas[1:]:
         first.info.base.refuse_other(other.info.base, first.path, f"that of {other.path}")
@@ -341,10 +358,12 @@ def merge_deltas(paths: Sequence[Path], output: Path, *, prefer: str | None = No
     shared_ids = row_ids_U[counts_U > 1]
     conflicts = _conflicts(deltas, shared_ids)
     if len(conflicts) and prefer is None:
-        raise ValueError(
-            f"{len(conflicts)} of {len(row_ids_U)} rows were changed by more than one of "
-            f"{', '.join(path.name for path in paths)}, to different values (row {conflicts[0]} first). Choose whose "
-            "are taken: --prefer first, last or mean"
+        raise with_way_out(
+            ValueError(
+                f"{len(conflicts)} of {len(row_ids_U)} rows were changed by more than one of "
+                f"{', '.join(path.name for path in paths)}, to different values (row {conflicts[0]} first)"
+            ),
+            "Choose whose are taken: --prefer first, last or mean",
         )
     info = DeltaInfo(first.info.base, extra={"merged": [path.name for path in paths]})
     is_mean = prefer == "mean"

@@ -28,6 +28,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from sense_v2.core.errors import with_way_out
 from sense_v2.engram.reading.safetensors_headers import TensorSpan, read_header_and_metadata
 from sense_v2.engram.table import disk
 from sense_v2.engram.table.checksums import HASH_VERSION, PART_BYTES, row_hashes
@@ -166,21 +167,24 @@ def read_delta(path: str | os.PathLike[str]) -> Delta:
     """
     path = Path(path).absolute()
     if not path.is_file():
-        raise FileNotFoundError(f"{path}: no delta there. Check the path; sense-engram delta export makes one")
+        raise with_way_out(
+            FileNotFoundError(f"{path}: no delta there"), "Check the path; sense-engram delta export makes one"
+        )
     spans, metadata = read_header_and_metadata(path)
     kind, version = metadata.get("format"), metadata.get("format_version")
     if kind != FORMAT or version not in HASHES:
         what = "no delta of a table" if kind != FORMAT else f"a delta of version {version!r}"
-        raise ValueError(
-            f"{path} is {what}; this library reads versions {' and '.join(map(repr, HASHES))} of {FORMAT!r} "
-            "(sense-engram delta export writes it)"
+        raise with_way_out(
+            ValueError(f"{path} is {what}"),
+            f"this library reads versions {' and '.join(map(repr, HASHES))} of {FORMAT!r} (sense-engram delta "
+            "export writes it)",
         )
     hashes = HASHES[version]
     try:
         info, checksums = _info(load_json(str(metadata.get("delta"))))
         _check_tensors(spans, info, checksums)
     except ValueError as error:
-        raise ValueError(f"{path}: {error}. Copy the file again") from None
+        raise with_way_out(ValueError(f"{path}: {error}"), "Copy the file again") from None
     row_ids_U = np.array(_mapped(spans["row_ids"], np.dtype("<i8")))
     _check_ids(path, row_ids_U, info.base.rows)
     tensors = {name: _tensor(span) for name, span in spans.items() if name != "row_ids"}
@@ -280,27 +284,34 @@ def _check_ids(path: Path, row_ids_U: np.ndarray[Any, Any], num_rows: int) -> No
     if (steps <= 0).any():
         at = int(np.flatnonzero(steps <= 0)[0])
         what = "twice" if steps[at] == 0 else f"before {row_ids_U[at + 1]}"
-        raise ValueError(f"{path}: row id {row_ids_U[at]} comes {what}; a delta's ids ascend. Make the delta anew")
+        raise with_way_out(
+            ValueError(f"{path}: row id {row_ids_U[at]} comes {what}; a delta's ids ascend"), "Make the delta anew"
+        )
     if len(row_ids_U) and (row_ids_U[0] < 0 or row_ids_U[-1] >= num_rows):
         outside = row_ids_U[0] if row_ids_U[0] < 0 else row_ids_U[-1]
-        raise ValueError(f"{path}: row id {outside}: its base has rows 0 to {num_rows - 1}. Make the delta anew")
+        raise with_way_out(
+            ValueError(f"{path}: row id {outside}: its base has rows 0 to {num_rows - 1}"), "Make the delta anew"
+        )
 
 
 def _check_finite(path: Path, name: str, row_ids_U: np.ndarray[Any, Any], values_UW: torch.Tensor) -> None:
     bad_U = ~torch.isfinite(values_UW).all(dim=1)
     if bad_U.any():
         row_id = int(row_ids_U[int(bad_U.nonzero()[0])])
-        raise ValueError(
-            f"{path}: row {row_id} has NaN or infinite values in {name}, {int(bad_U.sum())} rows at least have. A "
-            "delta keeps numbers only: go back to a state from before, and lower the learning rate"
+        raise with_way_out(
+            ValueError(
+                f"{path}: row {row_id} has NaN or infinite values in {name}, {int(bad_U.sum())} rows at least have"
+            ),
+            "A delta keeps numbers only: go back to a state from before, and lower the learning rate",
         )
 
 
 def _check_sum(path: Path, name: str, total: int, checksums: Mapping[str, str]) -> None:
     found = f"{total % 2**64:016x}"
     if found != checksums[name]:
-        raise ValueError(
-            f"{path}: {name} has checksum {found}, expected {checksums[name]}: the file is damaged. Copy it again"
+        raise with_way_out(
+            ValueError(f"{path}: {name} has checksum {found}, expected {checksums[name]}: the file is damaged"),
+            "Copy it again",
         )
 
 

@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from sense_v2.core.errors import CommandError
+from sense_v2.core.errors import CommandError, what_and_way_out
 from sense_v2.engram.delta.apply import export_delta, open_table_as_it_is, strip_delta
 from sense_v2.engram.delta.delta_file import Delta
 from sense_v2.engram.upkeep.check import check_table
@@ -138,7 +138,9 @@ def _table_in(path: Path) -> Path:
     try:
         return find_table(path / MEMORY_FOLDER if (path / MEMORY_FOLDER).is_dir() else path)
     except ValueError as error:
-        raise CommandError(str(error), "name a table, its folder, or the folder of a model with memory") from None
+        raise CommandError(
+            what_and_way_out(error)[0], "name a table, its folder, or the folder of a model with memory"
+        ) from None
 
 
 def _refuse_other_base(delta: Delta, table: Path) -> None:

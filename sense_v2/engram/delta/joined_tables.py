@@ -18,6 +18,7 @@ from typing import Any, cast
 import torch
 from torch import nn
 
+from sense_v2.core.errors import with_way_out
 from sense_v2.engram.reading import devices
 from sense_v2.engram.reading.read_stats import ReadStats
 from sense_v2.engram.row_source import RowSource
@@ -36,7 +37,9 @@ class JoinedTables(TableModule):
         first = tables[0]
         for table in tables:
             if table.mode != "r":
-                raise ValueError(f"{table.path} is open with mode={table.mode!r}; open it with mode='r'")
+                raise with_way_out(
+                    ValueError(f"{table.path} is open with mode={table.mode!r}"), "open it with mode='r'"
+                )
             if (table.embedding_dim, table.dtype) != (first.embedding_dim, first.dtype):
                 raise ValueError(
                     f"{table.path} has rows of {table.embedding_dim} {table.dtype}, and {first.path} of "
@@ -89,9 +92,9 @@ class JoinedTables(TableModule):
 
     @property
     def whole_table(self) -> Any:
-        raise ValueError(
-            f"{self._name} are a table for each of several layers, which no file has together. Save each by itself: "
-            "copy_to, or sense-engram convert for a released one"
+        raise with_way_out(
+            ValueError(f"{self._name} are a table for each of several layers, which no file has together"),
+            "Save each by itself: copy_to, or sense-engram convert for a released one",
         )
 
     @property

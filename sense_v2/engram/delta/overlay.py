@@ -33,6 +33,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from sense_v2.core.errors import with_way_out
 from sense_v2.engram.delta.delta_file import Delta, DeltaInfo, Source, read_delta, write_delta
 from sense_v2.engram.reading import devices
 from sense_v2.engram.reading.read_stats import ReadStats
@@ -158,8 +159,9 @@ class OverlayStorage(TableModule):
     def __init__(self, base: RowSource, path: str | os.PathLike[str] | None = None, *, mode: str = "r+") -> None:
         super().__init__(base.num_embeddings, base.embedding_dim, mode=mode)
         if base.mode != "r":
-            raise ValueError(
-                f"{base.path} is open with mode={base.mode!r}, and a base is only read. Open it with mode='r'"
+            raise with_way_out(
+                ValueError(f"{base.path} is open with mode={base.mode!r}, and a base is only read"),
+                "Open it with mode='r'",
             )
         self.base, self.dtype, self.is_released = base, base.dtype, base.is_released
         self.path = None if path is None else Path(path).absolute()
@@ -456,9 +458,12 @@ def refuse_other_base(delta: Delta, base: RowSource, identity: TableIdentity) ->
     """Raises `ValueError` where a delta wasn't made on `base`, which `identity` names."""
     delta.info.base.refuse_other(identity, delta.path, base.path)
     if delta.rows_UD.dtype != base.dtype:
-        raise ValueError(
-            f"{delta.path} has rows of {delta.rows_UD.dtype}, and those of {base.path} are looked up as "
-            f"{base.dtype}. Make the delta anew"
+        raise with_way_out(
+            ValueError(
+                f"{delta.path} has rows of {delta.rows_UD.dtype}, and those of {base.path} are looked up as "
+                f"{base.dtype}"
+            ),
+            "Make the delta anew",
         )
 
 

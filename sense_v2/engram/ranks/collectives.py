@@ -26,6 +26,7 @@ from typing import Any, TypeVar
 import torch
 import torch.distributed as dist
 
+from sense_v2.core.errors import with_way_out
 from sense_v2.engram.ranks.liveness import SILENT_BEATS, RankFailure, Watch
 
 T = TypeVar("T")
@@ -46,9 +47,11 @@ def start_ranks(*, backend: str = "gloo", timeout_seconds: float = 300.0, beat_s
         restart = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
         keeps_store = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
         if keeps_store and restart != "0" and os.environ.get("GROUP_WORLD_SIZE", "1") != "1":
-            raise RuntimeError(
-                "torchrun has started this again, on several hosts, with the store of the attempt before: start all "
-                "of them with TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 torchrun …"
+            raise with_way_out(
+                RuntimeError(
+                    "torchrun has started this again, on several hosts, with the store of the attempt before"
+                ),
+                "start all of them with TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 torchrun …",
             )
         store, rank, num_ranks = next(dist.rendezvous("env://", timeout=timeout))
         if keeps_store:

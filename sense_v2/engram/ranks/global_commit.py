@@ -25,6 +25,7 @@ from typing import Any
 
 import numpy as np
 
+from sense_v2.core.errors import with_way_out
 from sense_v2.engram.ranks.collectives import Ranks
 from sense_v2.engram.storage import MMapEmbeddingStorage
 from sense_v2.engram.table import disk
@@ -182,10 +183,12 @@ def settle(files: TableFiles, commit: str) -> None:
             disk.sync(files.table.parent)
     found = read_manifest(files.manifest)
     if found.commit != commit:
-        raise ValueError(
-            f"{files.table} is of commit {found.commit} (step {found.step}), and the global manifest says that its "
-            f"commit {commit} counts: they are of different moments, or the shard was trained on alone. Put both "
-            "back from one copy, or begin from a checkpoint"
+        raise with_way_out(
+            ValueError(
+                f"{files.table} is of commit {found.commit} (step {found.step}), and the global manifest says that "
+                f"its commit {commit} counts: they are of different moments, or the shard was trained on alone"
+            ),
+            "Put both back from one copy, or begin from a checkpoint",
         )
 
 

@@ -39,6 +39,7 @@ import torch
 import torch.nn.functional as F
 
 from sense_v2.core.config import EngramConfig
+from sense_v2.core.errors import with_way_out
 from sense_v2.engram.head_layout import HeadLayout
 from sense_v2.engram.model import table_settings
 from sense_v2.engram.ranks import global_commit, range_copy
@@ -195,8 +196,9 @@ class ShardedTable(TableModule):
     @property
     def whole_table(self) -> MMapEmbeddingStorage:
         if self.is_in_shards:
-            raise ValueError(
-                f"{self.path} lies in shards, so no file has all rows. On all ranks, table.copy_to(path) makes one"
+            raise with_way_out(
+                ValueError(f"{self.path} lies in shards, so no file has all rows"),
+                "On all ranks, table.copy_to(path) makes one",
             )
         return self._own
 
@@ -519,7 +521,9 @@ class ShardedTable(TableModule):
     def copy_to(self, path: str | os.PathLike[str], *, states: bool = True, reflink_only: bool = False) -> None:
         """Copies all ranks' rows to one ordinary table; see `sense_v2.engram.ranks.range_copy`. By all ranks."""
         if reflink_only:
-            raise OSError(f"{self.path} lies on several ranks, so a copy can't be a reflink. Leave reflink_only out")
+            raise with_way_out(
+                OSError(f"{self.path} lies on several ranks, so a copy can't be a reflink"), "Leave reflink_only out"
+            )
         range_copy.copy_table(self, path, states=states)
 
     def restore_from(self, path: str | os.PathLike[str]) -> None:
@@ -541,9 +545,12 @@ class ShardedTable(TableModule):
     def _copied(self) -> MMapEmbeddingStorage:
         """What a copy is one of: alone, of the storage."""
         if self.ranks.num_ranks > 1:
-            raise ValueError(
-                f"{self.path} is stored to by {self.ranks.num_ranks} ranks, so a copy wouldn't keep the rows of its "
-                "moment. Save the model (save_pretrained), and open what was saved: from_pretrained(FOLDER)"
+            raise with_way_out(
+                ValueError(
+                    f"{self.path} is stored to by {self.ranks.num_ranks} ranks, so a copy wouldn't keep the rows of "
+                    "its moment"
+                ),
+                "Save the model (save_pretrained), and open what was saved: from_pretrained(FOLDER)",
             )
         return self._own
 

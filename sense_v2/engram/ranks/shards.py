@@ -10,6 +10,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+from sense_v2.core.errors import with_way_out
 from sense_v2.engram.ranks import global_commit
 from sense_v2.engram.ranks.collectives import Ranks
 from sense_v2.engram.ranks.global_commit import GlobalManifest
@@ -59,10 +60,12 @@ def open_shards(
     found = ranks.together("open: global manifest", lambda: _read_global(global_path), only=0)
     known: GlobalManifest | None = ranks.broadcast("open: global manifest", found)
     if known is not None and tuple(known.bounds) != ownership.bounds:
-        raise ValueError(
-            f"{global_path} ties {len(known.files)} shards of rows from {known.bounds}; {ranks.num_ranks} "
-            f"ranks would own rows from {list(ownership.bounds)}. Go on with {len(known.files)} ranks, or "
-            "restore a checkpoint into another path"
+        raise with_way_out(
+            ValueError(
+                f"{global_path} ties {len(known.files)} shards of rows from {known.bounds}; {ranks.num_ranks} ranks "
+                f"would own rows from {list(ownership.bounds)}"
+            ),
+            f"Go on with {len(known.files)} ranks, or restore a checkpoint into another path",
         )
     provenance = settings["provenance"]
     provenance["shard"] = {
@@ -82,9 +85,12 @@ def open_shards(
         storage = MMapEmbeddingStorage(len(own_rows), width, path, first_row=first_row, **settings)
         commit = storage.manifest.commit
         if known is None and storage.manifest.generation:
-            raise ValueError(
-                f"{path} was trained (generation {storage.manifest.generation}), and no global manifest "
-                f"{global_path} on rank 0 says what it belongs to. Put it back, or remove the shards"
+            raise with_way_out(
+                ValueError(
+                    f"{path} was trained (generation {storage.manifest.generation}), and no global manifest "
+                    f"{global_path} on rank 0 says what it belongs to"
+                ),
+                "Put it back, or remove the shards",
             )
         if known is not None and known.commits[ranks.rank] != commit:
             raise ValueError(f"{path} is of commit {commit}, which {global_path} doesn't name")

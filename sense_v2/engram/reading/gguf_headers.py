@@ -24,6 +24,7 @@ from typing import Any, BinaryIO
 
 import numpy as np
 
+from sense_v2.core.errors import with_way_out
 from sense_v2.engram.reading.block_rows import BLOCK_FORMATS
 from sense_v2.engram.reading.safetensors_headers import MAX_HEADER_BYTES, TensorSpan
 from sense_v2.engram.table.format import MAX_FILE_BYTES
@@ -126,13 +127,18 @@ def find_gguf(place: str | os.PathLike[str]) -> GgufModel:
         metadata = metadata or own
         for name, span in spans.items():
             if name in tensors:
-                raise ValueError(f"{name} is in {tensors[name].path} and in {file}. Fetch the model again")
+                raise with_way_out(
+                    ValueError(f"{name} is in {tensors[name].path} and in {file}"), "Fetch the model again"
+                )
             tensors[name] = span
     total = metadata.get("split.tensors.count", len(tensors))
     if total != len(tensors):
-        raise ValueError(
-            f"{files[0]}: the {len(files)} parts have {len(tensors)} tensors, and it says {total}. They are of "
-            "different models; fetch them again"
+        raise with_way_out(
+            ValueError(
+                f"{files[0]}: the {len(files)} parts have {len(tensors)} tensors, and it says {total}. They are of "
+                "different models"
+            ),
+            "fetch them again",
         )
     return GgufModel(path, metadata, tensors)
 
@@ -141,8 +147,9 @@ def _of_folder(folder: Path) -> Path:
     files = sorted(folder.glob("*.gguf"))
     names = {match["stem"] if (match := _SPLIT_NAME.fullmatch(file.name)) else file.name for file in files}
     if len(names) != 1:
-        raise ValueError(
-            f"{folder} has {len(names)} GGUF models: {', '.join(sorted(names)[:8])}. Name the file that is meant"
+        raise with_way_out(
+            ValueError(f"{folder} has {len(names)} GGUF models: {', '.join(sorted(names)[:8])}"),
+            "Name the file that is meant",
         )
     return files[0]
 
@@ -156,8 +163,9 @@ def _parts(path: Path) -> list[Path]:
     missing = [file.name for file in files if not file.exists()]
     if missing:
         listed = ", ".join(missing[:8]) + (", …" if len(missing) > 8 else "")
-        raise FileNotFoundError(
-            f"{path.parent}: {path.name} is one of {count} parts, and {listed} isn't there. Fetch it"
+        raise with_way_out(
+            FileNotFoundError(f"{path.parent}: {path.name} is one of {count} parts, and {listed} isn't there"),
+            "Fetch it",
         )
     return files
 
@@ -165,24 +173,33 @@ def _parts(path: Path) -> list[Path]:
 def _check_part(file: Path, metadata: dict[str, Any], number: int, count: int) -> None:
     says = metadata.get("split.no", 0), metadata.get("split.count", 1) or 1
     if says != (number, count):
-        raise ValueError(
-            f"{file}: by its name it is part {number + 1} of {count}, and by its header part {_shorten(says[0])} "
-            f"(counted from 0) of {_shorten(says[1])}. Give the parts the names that they were fetched under"
+        raise with_way_out(
+            ValueError(
+                f"{file}: by its name it is part {number + 1} of {count}, and by its header part "
+                f"{_shorten(says[0])} (counted from 0) of {_shorten(says[1])}"
+            ),
+            "Give the parts the names that they were fetched under",
         )
 
 
 def read_gguf_header(path: Path) -> tuple[dict[str, Any], dict[str, TensorSpan]]:
     """Read (metadata, tensors) of one file. Raises `ValueError` naming the file and what is wrong with it."""
     if not path.is_file() and path.exists():
-        raise ValueError(f"{path}: a pipe or a device, which might be waited for forever. Name a file")
+        raise with_way_out(
+            ValueError(f"{path}: a pipe or a device, which might be waited for forever"), "Name a file"
+        )
     with open(path, "rb") as file:
         reader = _Reader(file, path, os.fstat(file.fileno()).st_size)
         if reader.total < 24 or reader.take(4, "its first bytes") != MAGIC:
-            raise ValueError(f"{path}: no GGUF file: it doesn't begin with {MAGIC.decode()}. Fetch it again")
+            raise with_way_out(
+                ValueError(f"{path}: no GGUF file: it doesn't begin with {MAGIC.decode()}"), "Fetch it again"
+            )
         version = reader.number("<I", "its version")
         if version not in VERSIONS:
             why = " (it is big-endian)" if version & 0xFFFF == 0 else ""
-            raise ValueError(f"{path}: GGUF version {version}{why}; versions 2 and 3, little-endian, are read")
+            raise with_way_out(
+                ValueError(f"{path}: GGUF version {version}{why}"), "versions 2 and 3, little-endian, are read"
+            )
         num_tensors, num_pairs = reader.number("<Q", "its counts"), reader.number("<Q", "its counts")
         reader.refuse_more(num_tensors, 24, "descriptions of tensors")
         reader.refuse_more(num_pairs, 13, "keys")
@@ -190,12 +207,16 @@ def read_gguf_header(path: Path) -> tuple[dict[str, Any], dict[str, TensorSpan]]
         for _ in range(num_pairs):
             key = reader.text(MAX_KEY_BYTES, "a key")
             if key in metadata:
-                raise ValueError(f"{path}: the key {_shorten(key)} is there twice. Fetch the file again")
+                raise with_way_out(
+                    ValueError(f"{path}: the key {_shorten(key)} is there twice"), "Fetch the file again"
+                )
             metadata[key] = reader.value(reader.number("<I", key), key)
         described = [_Described.read(reader) for _ in range(num_tensors)]
     alignment = metadata.get(ALIGNMENT_KEY, ALIGNMENT)
     if type(alignment) is not int or alignment < 1 or alignment & (alignment - 1):
-        raise ValueError(f"{path}: {ALIGNMENT_KEY} = {_shorten(alignment)}: must be a power of two. Fetch it again")
+        raise with_way_out(
+            ValueError(f"{path}: {ALIGNMENT_KEY} = {_shorten(alignment)}: must be a power of two"), "Fetch it again"
+        )
     return metadata, _spans(path, described, _aligned(reader.at, alignment), alignment, reader.total)
 
 
@@ -214,13 +235,17 @@ class _Described:
         name = reader.text(MAX_NAME_BYTES, "a tensor's name")
         num_dimensions = reader.number("<I", name)
         if num_dimensions > MAX_DIMENSIONS:
-            raise ValueError(f"{reader.path}: {name} has {num_dimensions} dimensions. Fetch the file again")
+            raise with_way_out(
+                ValueError(f"{reader.path}: {name} has {num_dimensions} dimensions"), "Fetch the file again"
+            )
         sizes = [reader.number("<Q", name) for _ in range(num_dimensions)]
         kind, offset = reader.number("<I", name), reader.number("<Q", name)
         if max([offset, *sizes]) > MAX_FILE_BYTES or math.prod(sizes) > MAX_FILE_BYTES:
-            raise ValueError(
-                f"{reader.path}: {name} has sizes {sizes} and begins at byte {offset}: more than a file can have. "
-                "Fetch it again"
+            raise with_way_out(
+                ValueError(
+                    f"{reader.path}: {name} has sizes {sizes} and begins at byte {offset}: more than a file can have"
+                ),
+                "Fetch it again",
             )
         return cls(name, tuple(reversed(sizes)), kind, offset)
 
@@ -232,34 +257,40 @@ def _spans(path: Path, described: list[_Described], start: int, alignment: int, 
     expected, is_exact = 0, True
     for one in described:
         if one.name in spans:
-            raise ValueError(f"{path}: {one.name} is there twice. Fetch the file again")
+            raise with_way_out(ValueError(f"{path}: {one.name} is there twice"), "Fetch the file again")
         if one.offset < expected or one.offset % alignment or (one.offset > expected and is_exact):
             what = "overlaps the tensor before it" if one.offset < expected else "leaves a gap before it"
             what = f"isn't at a multiple of {alignment}" if one.offset % alignment else what
-            raise ValueError(
-                f"{path}: {one.name} {what} (byte {one.offset} behind the header, expected {expected}). Fetch the "
-                "file again"
+            raise with_way_out(
+                ValueError(f"{path}: {one.name} {what} (byte {one.offset} behind the header, expected {expected})"),
+                "Fetch the file again",
             )
         name, block_values, block_bytes = TENSOR_TYPES.get(one.kind, (f"type {one.kind}", 1, 0))
         width = one.shape[-1] if one.shape else 1
         if width % block_values:
-            raise ValueError(
-                f"{path}: {one.name} has rows of {width} values, which isn't a whole number of blocks of "
-                f"{block_values}, as {name} has them. Fetch the file again"
+            raise with_way_out(
+                ValueError(
+                    f"{path}: {one.name} has rows of {width} values, which isn't a whole number of blocks of "
+                    f"{block_values}, as {name} has them"
+                ),
+                "Fetch the file again",
             )
         num_bytes = math.prod(one.shape) // block_values * block_bytes
         end = start + one.offset + num_bytes
         if end > total:
-            raise ValueError(
-                f"{path}: {one.name}, {name} {list(one.shape)}, ends at byte {end}, and the file has {total}: it was "
-                "cut short. Fetch it again"
+            raise with_way_out(
+                ValueError(
+                    f"{path}: {one.name}, {name} {list(one.shape)}, ends at byte {end}, and the file has {total}: "
+                    "it was cut short"
+                ),
+                "Fetch it again",
             )
         spans[one.name] = TensorSpan(one.name, name, one.shape, path, start + one.offset, num_bytes)
         expected, is_exact = _aligned(one.offset + num_bytes, alignment), one.kind in TENSOR_TYPES
     if is_exact and described and total > start + expected:
-        raise ValueError(
-            f"{path}: expected {start + expected} bytes, found {total}: it has bytes that no tensor owns. Fetch it "
-            "again"
+        raise with_way_out(
+            ValueError(f"{path}: expected {start + expected} bytes, found {total}: it has bytes that no tensor owns"),
+            "Fetch it again",
         )
     return spans
 
@@ -279,7 +310,7 @@ class _Reader:
         self.refuse_more(count, 1, f"bytes of {_shorten(of)}")
         raw = self._file.read(count)
         if len(raw) != count:
-            raise ValueError(f"{self.path}: it was cut short while it was read. Fetch it again")
+            raise with_way_out(ValueError(f"{self.path}: it was cut short while it was read"), "Fetch it again")
         self.at += count
         return raw
 
@@ -287,9 +318,12 @@ class _Reader:
         """Raises `ValueError` if there can't be so many items, of at least that many bytes."""
         left = min(self.total, MAX_HEADER_BYTES) - self.at
         if count > left // item_bytes:
-            raise ValueError(
-                f"{self.path}: its header says that {_shorten(count)} {what} follow, and {left} bytes are left of "
-                f"the file, or of what a header may have ({MAX_HEADER_BYTES}). Fetch it again"
+            raise with_way_out(
+                ValueError(
+                    f"{self.path}: its header says that {_shorten(count)} {what} follow, and {left} bytes are left "
+                    f"of the file, or of what a header may have ({MAX_HEADER_BYTES})"
+                ),
+                "Fetch it again",
             )
 
     def number(self, code: str, of: str) -> int:
@@ -299,13 +333,16 @@ class _Reader:
     def text(self, most: int, of: str) -> str:
         length = self.number("<Q", of)
         if length > most:
-            raise ValueError(
-                f"{self.path}: {_shorten(of)} of {_shorten(length)} bytes; at most {most} are allowed. Fetch it again"
+            raise with_way_out(
+                ValueError(f"{self.path}: {_shorten(of)} of {_shorten(length)} bytes; at most {most} are allowed"),
+                "Fetch it again",
             )
         try:
             return self.take(length, of).decode("utf-8")
         except UnicodeDecodeError:
-            raise ValueError(f"{self.path}: {_shorten(of)} isn't UTF-8. Fetch the file again") from None
+            raise with_way_out(
+                ValueError(f"{self.path}: {_shorten(of)} isn't UTF-8"), "Fetch the file again"
+            ) from None
 
     def value(self, kind: int, key: str) -> Any:
         if kind == STRING:
@@ -313,7 +350,9 @@ class _Reader:
         if kind == ARRAY:
             return self._array(key)
         if kind not in _NUMBERS:
-            raise ValueError(f"{self.path}: {_shorten(key)} is of type {kind}, which isn't known. Fetch it again")
+            raise with_way_out(
+                ValueError(f"{self.path}: {_shorten(key)} is of type {kind}, which isn't known"), "Fetch it again"
+            )
         dtype = np.dtype(_NUMBERS[kind])
         return np.frombuffer(self.take(dtype.itemsize, key), dtype)[0].item()
 
@@ -323,8 +362,9 @@ class _Reader:
             self._skip_texts(count, key)
             return StringArray(count)
         if kind not in _NUMBERS:
-            raise ValueError(
-                f"{self.path}: {_shorten(key)} is a list of type {kind}, which isn't known. Fetch it again"
+            raise with_way_out(
+                ValueError(f"{self.path}: {_shorten(key)} is a list of type {kind}, which isn't known"),
+                "Fetch it again",
             )
         dtype = np.dtype(_NUMBERS[kind])
         self.refuse_more(count, dtype.itemsize, f"numbers of {_shorten(key)}")

@@ -26,6 +26,7 @@ from typing import Any
 
 import numpy as np
 
+from sense_v2.core.errors import with_way_out
 from sense_v2.engram.reading import gather
 from sense_v2.engram.table import platform
 
@@ -149,9 +150,12 @@ class RowPages:
         explain."""
         found = self.pages.mapping.size()
         if found < self._end:
-            raise OSError(
-                f"{self.path}: expected at least {self._end} bytes, found {found}: the file was cut while it was "
-                f"open. {way_out}"
+            raise with_way_out(
+                OSError(
+                    f"{self.path}: expected at least {self._end} bytes, found {found}: the file was cut while it "
+                    "was open"
+                ),
+                way_out,
             )
 
 

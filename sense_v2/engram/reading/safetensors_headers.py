@@ -22,6 +22,7 @@ from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Any
 
+from sense_v2.core.errors import with_way_out
 from sense_v2.engram.table.format import MAX_FILE_BYTES, short_integer
 
 ITEM_BYTES = {
@@ -77,19 +78,22 @@ def find_tensors(place: str | os.PathLike[str], wanted: Callable[[str], bool]) -
         indexes = sorted(path.glob("*.safetensors.index.json"))
         index = path / INDEX_NAME if path / INDEX_NAME in indexes else (indexes[0] if len(indexes) == 1 else None)
         if index is None and indexes:
-            raise ValueError(
-                f"{path} has {len(indexes)} indexes, none called {INDEX_NAME}; name the one that is meant"
+            raise with_way_out(
+                ValueError(f"{path} has {len(indexes)} indexes, none called {INDEX_NAME}"),
+                "name the one that is meant",
             )
         files = sorted(path.glob("*.safetensors"))
         if index is None and not files:
-            raise FileNotFoundError(
-                f"{path}: no safetensors files there. Name the checkpoint's folder, index or file"
+            raise with_way_out(
+                FileNotFoundError(f"{path}: no safetensors files there"),
+                "Name the checkpoint's folder, index or file",
             )
         tensors = _from_files(files, wanted) if index is None else _from_index(index, wanted)
         return Checkpoint(path, tensors, _config_in(path))
     if not path.exists():
-        raise FileNotFoundError(
-            f"{path}: no such folder or file. Name a checkpoint's folder, index or safetensors file"
+        raise with_way_out(
+            FileNotFoundError(f"{path}: no such folder or file"),
+            "Name a checkpoint's folder, index or safetensors file",
         )
     tensors = _from_index(path, wanted) if path.suffix == ".json" else _from_files([path], wanted)
     return Checkpoint(path, tensors, _config_in(path.parent))
@@ -98,7 +102,10 @@ def find_tensors(place: str | os.PathLike[str], wanted: Callable[[str], bool]) -
 def _from_index(index: Path, wanted: Callable[[str], bool]) -> dict[str, list[TensorSpan]]:
     weight_map = _json_object(index).get("weight_map")
     if not isinstance(weight_map, dict) or not all(isinstance(file, str) for file in weight_map.values()):
-        raise ValueError(f"{index}: no weight_map of tensor names to file names; it is no safetensors index")
+        raise with_way_out(
+            ValueError(f"{index}: no weight_map of tensor names to file names; it is no safetensors index"),
+            "Name a checkpoint's folder, index or safetensors file",
+        )
     headers: dict[str, dict[str, TensorSpan]] = {}
     tensors = {}
     for name, file in weight_map.items():
@@ -107,9 +114,12 @@ def _from_index(index: Path, wanted: Callable[[str], bool]) -> dict[str, list[Te
         if file not in headers:
             headers[file] = read_header(_beside(index, file))
         if name not in headers[file]:
-            raise ValueError(
-                f"{index} says that {name} is in {file}, which doesn't have it. The files are of different "
-                "checkpoints; fetch the checkpoint again"
+            raise with_way_out(
+                ValueError(
+                    f"{index} says that {name} is in {file}, which doesn't have it. The files are of different "
+                    "checkpoints"
+                ),
+                "fetch the checkpoint again",
             )
         tensors[name] = [headers[file][name]]
     return tensors
@@ -119,10 +129,15 @@ def _beside(index: Path, file: str) -> Path:
     """An index names files of its own folder. (A file there may be a link: that is how the hub's cache looks.)"""
     parts = PurePosixPath(file).parts
     if not parts or file.startswith("/") or ".." in parts or "\\" in file or "\0" in file:
-        raise ValueError(f"{index} names {file!r}, which lies outside of its folder. No file of it was opened")
+        raise with_way_out(
+            ValueError(f"{index} names {file!r}, which lies outside of its folder. No file of it was opened"),
+            "Fetch the checkpoint from whom you trust",
+        )
     path = index.parent / file
     if not path.exists():
-        raise FileNotFoundError(f"{path}: missing, though {index.name} names it. Fetch the rest of the checkpoint")
+        raise with_way_out(
+            FileNotFoundError(f"{path}: missing, though {index.name} names it"), "Fetch the rest of the checkpoint"
+        )
     return path
 
 
@@ -132,9 +147,12 @@ def _from_files(files: list[Path], wanted: Callable[[str], bool]) -> dict[str, l
         numbers = sorted((int(match[1]), int(match[2])) for match in ranks if match)
         world = numbers[0][1]
         if numbers != [(rank, world) for rank in range(world)]:
-            raise ValueError(
-                f"{files[0].parent}: model0-mp{world} to model{world - 1}-mp{world} are one checkpoint, and there "
-                f"are {', '.join(file.name for file in files)}. Fetch the missing ones, or move the others away"
+            raise with_way_out(
+                ValueError(
+                    f"{files[0].parent}: model0-mp{world} to model{world - 1}-mp{world} are one checkpoint, and "
+                    f"there are {', '.join(file.name for file in files)}"
+                ),
+                "Fetch the missing ones, or move the others away",
             )
         files = sorted(files, key=lambda file: int(_RANK_FILE.fullmatch(file.name)[1]))  # type: ignore[index]
     tensors: dict[str, list[TensorSpan]] = {}
@@ -144,8 +162,9 @@ def _from_files(files: list[Path], wanted: Callable[[str], bool]) -> dict[str, l
                 tensors.setdefault(name, []).append(span)
                 if len(tensors[name]) > 1 and not all(ranks):
                     first = tensors[name][0].path
-                    raise ValueError(
-                        f"{name} is in {first} and in {file}; name the file, or the index, that is meant"
+                    raise with_way_out(
+                        ValueError(f"{name} is in {first} and in {file}"),
+                        "name the file, or the index, that is meant",
                     )
     return tensors
 
@@ -158,14 +177,18 @@ def read_header(path: Path) -> dict[str, TensorSpan]:
 def read_header_and_metadata(path: Path) -> tuple[dict[str, TensorSpan], dict[str, Any]]:
     """The same, and what the file's `__metadata__` says: an empty object where it has none."""
     if not path.is_file() and path.exists():
-        raise ValueError(f"{path}: a pipe or a device, which might be waited for forever. Name a file")
+        raise with_way_out(
+            ValueError(f"{path}: a pipe or a device, which might be waited for forever"), "Name a file"
+        )
     with open(path, "rb") as file:
         total = os.fstat(file.fileno()).st_size
         if total < 8:
-            raise ValueError(f"{path}: {total} bytes are no safetensors file. Fetch it again")
+            raise with_way_out(ValueError(f"{path}: {total} bytes are no safetensors file"), "Fetch it again")
         (length,) = struct.unpack("<Q", file.read(8))
         if length > min(MAX_HEADER_BYTES, total - 8):
-            raise ValueError(f"{path}: its header is said to have {length} bytes of {total}. Fetch the file again")
+            raise with_way_out(
+                ValueError(f"{path}: its header is said to have {length} bytes of {total}"), "Fetch the file again"
+            )
         raw = file.read(length)
     header = _parse(raw, path)
     start = 8 + length
@@ -174,14 +197,18 @@ def read_header_and_metadata(path: Path) -> tuple[dict[str, TensorSpan], dict[st
     for span in sorted(spans, key=lambda span: (span.offset, span.num_bytes)):
         if span.offset != end:
             what = "overlaps the tensor before it" if span.offset < end else "leaves a gap before it"
-            raise ValueError(f"{path}: {span.name} {what} (byte {span.offset}, expected {end}). Fetch the file again")
+            raise with_way_out(
+                ValueError(f"{path}: {span.name} {what} (byte {span.offset}, expected {end})"), "Fetch the file again"
+            )
         end += span.num_bytes
     if end != total:
         what = "was cut short" if total < end else "has bytes that no tensor owns"
-        raise ValueError(f"{path}: expected {end} bytes, found {total}: the file {what}. Fetch it again")
+        raise with_way_out(
+            ValueError(f"{path}: expected {end} bytes, found {total}: the file {what}"), "Fetch it again"
+        )
     metadata = header.get("__metadata__", {})
     if not isinstance(metadata, dict):
-        raise ValueError(f"{path}: its __metadata__ is no JSON object. Fetch the file again")
+        raise with_way_out(ValueError(f"{path}: its __metadata__ is no JSON object"), "Fetch the file again")
     return {span.name: span for span in spans}, metadata
 
 
@@ -191,17 +218,20 @@ def _span(path: Path, name: str, entry: Any, start: int) -> TensorSpan:
     offsets: Any = fields.get("data_offsets")
     are_sizes = _are_sizes(shape) and _are_sizes(offsets) and len(shape) <= MAX_DIMENSIONS
     if not (are_sizes and len(offsets) == 2 and offsets[0] <= offsets[1]):
-        raise ValueError(
-            f"{path}: the header's entry for {name} is damaged: {str(entry)[:200]}. Fetch the file again"
+        raise with_way_out(
+            ValueError(f"{path}: the header's entry for {name} is damaged: {str(entry)[:200]}"),
+            "Fetch the file again",
         )
     begin, end = offsets
     item_bytes = ITEM_BYTES.get(entry["dtype"])
     expected = None if item_bytes is None else math.prod(shape) * item_bytes
     if expected is not None and expected != end - begin:
         found = f"{expected} bytes" if expected <= MAX_FILE_BYTES else "more bytes than a file can have"
-        raise ValueError(
-            f"{path}: {name}, {entry['dtype']} {str(shape)[:200]}, has {found}, but {end - begin} by its offsets. "
-            "Fetch the file again"
+        raise with_way_out(
+            ValueError(
+                f"{path}: {name}, {entry['dtype']} {str(shape)[:200]}, has {found}, but {end - begin} by its offsets"
+            ),
+            "Fetch the file again",
         )
     return TensorSpan(name, entry["dtype"], tuple(shape), path, start + begin, end - begin)
 
@@ -220,15 +250,17 @@ def _parse(raw: bytes, path: Path) -> dict[str, Any]:
     try:
         values = json.loads(raw.decode("utf-8"), object_pairs_hook=unique, parse_int=short_integer)
     except (ValueError, RecursionError) as error:
-        raise ValueError(f"{path}: its header is no JSON ({error}). Fetch the file again") from None
+        raise with_way_out(ValueError(f"{path}: its header is no JSON ({error})"), "Fetch the file again") from None
     if not isinstance(values, dict):
-        raise ValueError(f"{path}: its header is no JSON object. Fetch the file again")
+        raise with_way_out(ValueError(f"{path}: its header is no JSON object"), "Fetch the file again")
     return values
 
 
 def _json_object(path: Path) -> dict[str, Any]:
     if not path.is_file() and path.exists():
-        raise ValueError(f"{path}: a pipe or a device, which might be waited for forever. Name a file")
+        raise with_way_out(
+            ValueError(f"{path}: a pipe or a device, which might be waited for forever"), "Name a file"
+        )
     return _parse(path.read_bytes(), path)
 
 

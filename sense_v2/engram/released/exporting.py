@@ -29,6 +29,7 @@ import torch
 from safetensors.torch import save as to_safetensors
 
 from sense_v2.core.config import EngramConfig
+from sense_v2.core.errors import with_way_out
 from sense_v2.engram.head_layout import HeadLayout
 from sense_v2.engram.reading.safetensors_headers import INDEX_NAME
 from sense_v2.engram.released.find_tables import released_tables
@@ -102,7 +103,7 @@ def export_tables(
     """
     folder = Path(folder)
     if variant not in LAYOUTS:
-        raise ValueError(f"{variant!r} is no released layout; there are {', '.join(LAYOUTS)}")
+        raise with_way_out(ValueError(f"{variant!r} is no released layout"), f"there are {', '.join(LAYOUTS)}")
     allowed = LAYOUTS[variant].dtypes
     name = row_dtype(dtype or allowed[0]).name
     if name not in allowed:
@@ -159,7 +160,9 @@ def _export(
     fusion_bytes = to_safetensors(fused, metadata={"format": "pt"}) if fused else b""
     for path, content in ((folder / "config.json", _as_json(settings)), (folder / files[-1], fusion_bytes)):
         if content and path.exists() and path.read_bytes() != content:
-            raise FileExistsError(f"{path} is there already, of something else; choose another --output")
+            raise with_way_out(
+                FileExistsError(f"{path} is there already, of something else"), "choose another --output"
+            )
     earlier = _earlier_errors(folder / INDEX_NAME)
     weight_map: dict[str, str] = {}
     for table, file in zip(tables, files, strict=False):
@@ -237,10 +240,13 @@ def described_table(path: Path, variant: str, config: EngramConfig | None) -> De
     if found != variant:
         one = found in VARIANTS and VARIANTS[found].one_table
         why = "one table for all layers, and row ids of its own" if one else "another layout"
-        raise ValueError(
-            f"{path} is of variant {found!r}: {why}, which an engine that computes {variant}'s row ids would never "
-            f"look up. Train a memory of that layout (variant_config({variant!r}, layer_indices=[…])), or serve this "
-            "one with sense-engram serve"
+        raise with_way_out(
+            ValueError(
+                f"{path} is of variant {found!r}: {why}, which an engine that computes {variant}'s row ids would "
+                "never look up"
+            ),
+            f"Train a memory of that layout (variant_config({variant!r}, layer_indices=[…])), or serve this one "
+            "with sense-engram serve",
         )
     try:
         described = known["layout"]
@@ -255,13 +261,14 @@ def described_table(path: Path, variant: str, config: EngramConfig | None) -> De
         place = layout.layer_ids.index(layer)
         missing = [name for name in ("compressed_vocab_size", "pad_token_id", "seed") if known.get(name) is None]
     except (KeyError, TypeError, ValueError, IndexError) as error:
-        raise ValueError(
-            f"{TableFiles(path).manifest} doesn't say which layout its rows have ({error!r}). Name the model's folder"
+        raise with_way_out(
+            ValueError(f"{TableFiles(path).manifest} doesn't say which layout its rows have ({error!r})"),
+            "Name the model's folder",
         ) from None
     if missing:
-        raise ValueError(
-            f"{TableFiles(path).manifest} doesn't say {', '.join(missing)}, which config.json needs. Name the "
-            "model's folder, or convert the checkpoint that it came from again, with its config.json"
+        raise with_way_out(
+            ValueError(f"{TableFiles(path).manifest} doesn't say {', '.join(missing)}, which config.json needs"),
+            "Name the model's folder, or convert the checkpoint that it came from again, with its config.json",
         )
     if layout.to_dict() != described:
         raise ValueError(
@@ -288,33 +295,44 @@ def _refuse_inexpressible(
     """Raise `ValueError` for what a config.json of that layout has no key for."""
     orders = list(layout.ngram_orders)
     if orders != list(range(2, max(orders) + 1)):
-        raise ValueError(f"{path}: n-gram orders {orders}; the released layouts have all from 2 on. Train with those")
+        raise with_way_out(
+            ValueError(f"{path}: n-gram orders {orders}; the released layouts have all from 2 on"), "Train with those"
+        )
     if variant == "deepseek_v41":
         if manifest.width % BLOCK_VALUES:
-            raise ValueError(
-                f"{path}: rows of {manifest.width} values, and the layout has a scale for each {BLOCK_VALUES}. Train "
-                f"with a row width that is a multiple of {BLOCK_VALUES}"
+            raise with_way_out(
+                ValueError(
+                    f"{path}: rows of {manifest.width} values, and the layout has a scale for each {BLOCK_VALUES}"
+                ),
+                f"Train with a row width that is a multiple of {BLOCK_VALUES}",
             )
         if known["seed"] != 0:
-            raise ValueError(
-                f"{path}: its hash has seed {known['seed']}, and the layout has no key for one: engines take 0. "
-                "Train with seed=0"
+            raise with_way_out(
+                ValueError(
+                    f"{path}: its hash has seed {known['seed']}, and the layout has no key for one: engines take 0"
+                ),
+                "Train with seed=0",
             )
         if config is not None and config.normalization != "deepseek":
-            raise ValueError(
-                f"{path}: its tokenizer map folds by {config.normalization!r}, and engines of that layout by "
-                "'deepseek'. Train with normalization='deepseek'"
+            raise with_way_out(
+                ValueError(
+                    f"{path}: its tokenizer map folds by {config.normalization!r}, and engines of that layout by "
+                    "'deepseek'"
+                ),
+                "Train with normalization='deepseek'",
             )
 
 
 def _refuse_strangers(tables: Sequence[DescribedTable]) -> None:
     """Raise `ValueError` unless one config.json describes all tables, and each layer once."""
     if not tables:
-        raise ValueError("no table to write; name one, or a folder of them")
+        raise with_way_out(ValueError("no table to write"), "name one, or a folder of them")
     first = tables[0]
     layers = [table.layer for table in tables]
     if len(set(layers)) != len(layers):
-        raise ValueError(f"{', '.join(str(t.path) for t in tables)}: two tables of one layer ({layers}); name one")
+        raise with_way_out(
+            ValueError(f"{', '.join(str(t.path) for t in tables)}: two tables of one layer ({layers})"), "name one"
+        )
     for table in tables[1:]:
         for name in ("layout", "seed", "pad_token_id", "compressed_vocab_size", "shadow_map_sha256"):
             if table.known.get(name) != first.known.get(name) or table.manifest.width != first.manifest.width:
@@ -354,7 +372,9 @@ def _largest_value(table: DescribedTable) -> float:
                 files.read(start, rows_UB)
                 found = float(side.coding.decode(rows_UB, width).abs().max())
                 if not math.isfinite(found):
-                    raise ValueError(f"{table.path} holds NaN or an infinity. sense-engram verify says where")
+                    raise with_way_out(
+                        ValueError(f"{table.path} holds NaN or an infinity"), "sense-engram verify says where"
+                    )
                 largest = max(largest, found)
     return largest
 
@@ -369,9 +389,11 @@ def _fusion_tensors(
         try:
             of_layer = theirs_from_ours(variant, weights)
         except KeyError as error:
-            raise ValueError(
-                f"the fusion weights of layer {layer} have no {error}: they aren't of the variant {variant}. Pass "
-                "those of EngramFusionLayer.state_dict()"
+            raise with_way_out(
+                ValueError(
+                    f"the fusion weights of layer {layer} have no {error}: they aren't of the variant {variant}"
+                ),
+                "Pass those of EngramFusionLayer.state_dict()",
             ) from None
         back = ours_from_theirs(variant, of_layer.get)
         lost = torch.cat(
@@ -390,7 +412,9 @@ def _fusion_tensors(
 def _refuse_another(made: NewFile) -> None:
     """Raise `FileExistsError` for a shard that isn't this conversion's."""
     if not is_made(made):
-        raise FileExistsError(f"{made.path} is there already, of something else; choose another --output")
+        raise with_way_out(
+            FileExistsError(f"{made.path} is there already, of something else"), "choose another --output"
+        )
 
 
 def _earlier_errors(index: Path) -> dict[str, dict[str, float]]:
@@ -401,7 +425,9 @@ def _earlier_errors(index: Path) -> dict[str, dict[str, float]]:
         found = json.loads(index.read_text(encoding="utf-8"))["metadata"]["conversion_errors"]
         return {layer: {name: float(value) for name, value in of.items()} for layer, of in found.items()}
     except (ValueError, KeyError, TypeError, AttributeError):
-        raise FileExistsError(f"{index} is there already, of another checkpoint; choose another --output") from None
+        raise with_way_out(
+            FileExistsError(f"{index} is there already, of another checkpoint"), "choose another --output"
+        ) from None
 
 
 def _write(path: Path, content: bytes) -> None:

@@ -25,6 +25,7 @@ import numpy as np
 import torch
 
 from sense_v2.core.config import EngramConfig
+from sense_v2.core.errors import with_way_out
 from sense_v2.engram.head_layout import HeadLayout, round_up
 from sense_v2.engram.reading.block_rows import BLOCK_FORMATS
 from sense_v2.engram.reading.gguf_headers import PLAIN_TYPES, is_gguf
@@ -123,9 +124,9 @@ def find_released_table(
     found = [key for key in tables if key[1] == layer and variant in (None, key[0])]
     if len(found) != 1:
         there = ", ".join(f"{name} layer {number}" for name, number in sorted(tables)) or "none"
-        raise ValueError(
-            f"{checkpoint.path}: {len(found)} released tables of layer {layer}. There are: {there}; layers are "
-            "counted from 0"
+        raise with_way_out(
+            ValueError(f"{checkpoint.path}: {len(found)} released tables of layer {layer}"),
+            f"There are: {there}; layers are counted from 0",
         )
     tensors = _checked_tensors(checkpoint, *found[0], tables[found[0]])
     _check_layout(tensors, checkpoint, config, tokenizer)
@@ -211,7 +212,9 @@ def released_config(config: Mapping[str, Any]) -> EngramConfig | None:
                 num_streams=text.get("hc_count", 4),
             )
     except (KeyError, TypeError, IndexError) as error:
-        raise ValueError(f"config.json describes a memory, but not all of it: {error!r}. Fetch it again") from None
+        raise with_way_out(
+            ValueError(f"config.json describes a memory, but not all of it: {error!r}"), "Fetch it again"
+        ) from None
     return None
 
 
@@ -221,7 +224,9 @@ def _count(text: Mapping[str, Any], name: str, largest: int) -> int:
     if value is None:
         raise TypeError(f"{name} is null")
     if type(value) is not int or not 1 <= value <= largest:
-        raise ValueError(f"config.json: {name} = {str(value)[:50]}: must be from 1 to {largest}. Fetch it again")
+        raise with_way_out(
+            ValueError(f"config.json: {name} = {str(value)[:50]}: must be from 1 to {largest}"), "Fetch it again"
+        )
     return value
 
 
@@ -244,31 +249,44 @@ def _checked_tensors(
     weights = _in_order(where, names, tensors, "weight")
     scales = _in_order(where, names, tensors, "scale")
     if not weights:
-        raise ValueError(f"{where}: {', '.join(tensors)}, and no weight. Fetch the rest of the checkpoint")
+        raise with_way_out(
+            ValueError(f"{where}: {', '.join(tensors)}, and no weight"), "Fetch the rest of the checkpoint"
+        )
     first = weights[0]
     dtypes = _GGUF_DTYPES if checkpoint.is_gguf else names.weight_dtypes
     for span in weights:
         if span.dtype not in dtypes or span.dtype != first.dtype:
             allowed = " or ".join(dtypes)
-            raise ValueError(f"{span.path}: {span.name} is {span.dtype}; expected {allowed}, in all parts alike")
+            raise with_way_out(
+                ValueError(f"{span.path}: {span.name} is {span.dtype}; expected {allowed}, in all parts alike"),
+                "Fetch the checkpoint again",
+            )
         if len(span.shape) != 2 or span.shape[1:] != first.shape[1:] or span.shape[1] < 1:
-            raise ValueError(
-                f"{span.path}: {span.name} has shape {list(span.shape)}; expected [rows, width], the same width as "
-                f"in {first.name} ({list(first.shape)})"
+            raise with_way_out(
+                ValueError(
+                    f"{span.path}: {span.name} has shape {list(span.shape)}; expected [rows, width], the same width "
+                    f"as in {first.name} ({list(first.shape)})"
+                ),
+                "Fetch the checkpoint again",
             )
     num_rows, width = sum(span.shape[0] for span in weights), first.shape[1]
     if num_rows == 0:
         raise ValueError(f"{first.path}: {first.name} has no rows")
     if first.dtype == "F8_E4M3" and not scales:
-        raise ValueError(f"{first.path}: {first.name} is F8_E4M3, and its scale isn't there. Fetch the rest")
+        raise with_way_out(
+            ValueError(f"{first.path}: {first.name} is F8_E4M3, and its scale isn't there"), "Fetch the rest"
+        )
     if names.scale_kind == "block" and not checkpoint.is_gguf:
         _check_block_scales(scales, num_rows, width)
     elif first.dtype == "F8_E4M3":
         one = scales[0]
         if len(scales) != 1 or one.dtype not in TORCH_TYPES or one.shape not in ((), (1,)):
-            raise ValueError(
-                f"{one.path}: {one.name} is {one.dtype} {list(one.shape)}, {len(scales)} in all; expected one number "
-                f"({', '.join(TORCH_TYPES)}) for the whole table, as transformers has it"
+            raise with_way_out(
+                ValueError(
+                    f"{one.path}: {one.name} is {one.dtype} {list(one.shape)}, {len(scales)} in all; expected one "
+                    f"number ({', '.join(TORCH_TYPES)}) for the whole table, as transformers has it"
+                ),
+                "Fetch the checkpoint again",
             )
     elif scales:
         raise ValueError(f"{scales[0].path}: {scales[0].name} beside {first.dtype} rows, which have no scale")
@@ -280,18 +298,29 @@ def _checked_tensors(
 
 def _check_block_scales(scales: list[TensorSpan], num_rows: int, width: int) -> None:
     if width % BLOCK_VALUES:
-        raise ValueError(f"{scales[0].path}: rows of {width} values; scales for {BLOCK_VALUES} each don't fit them")
+        raise with_way_out(
+            ValueError(f"{scales[0].path}: rows of {width} values; scales for {BLOCK_VALUES} each don't fit them"),
+            "Fetch the checkpoint again",
+        )
     for span in scales:
         if span.dtype != "F8_E8M0":
-            raise ValueError(f"{span.path}: {span.name} is {span.dtype}; expected F8_E8M0")
+            raise with_way_out(
+                ValueError(f"{span.path}: {span.name} is {span.dtype}; expected F8_E8M0"),
+                "Fetch the checkpoint again",
+            )
         if len(span.shape) != 2 or span.shape[1] != width // BLOCK_VALUES:
-            raise ValueError(
-                f"{span.path}: {span.name} has shape {list(span.shape)}; expected [rows, {width // BLOCK_VALUES}], "
-                f"one for {BLOCK_VALUES} of {width} values"
+            raise with_way_out(
+                ValueError(
+                    f"{span.path}: {span.name} has shape {list(span.shape)}; expected "
+                    f"[rows, {width // BLOCK_VALUES}], one for {BLOCK_VALUES} of {width} values"
+                ),
+                "Fetch the checkpoint again",
             )
     found = sum(span.shape[0] for span in scales)
     if found != num_rows:
-        raise ValueError(f"{scales[0].path}: scales of {found} rows beside {num_rows} rows. Fetch the rest")
+        raise with_way_out(
+            ValueError(f"{scales[0].path}: scales of {found} rows beside {num_rows} rows"), "Fetch the rest"
+        )
 
 
 def _in_order(
@@ -309,13 +338,17 @@ def _in_order(
             numbered[number] = spans
     if None in numbered:
         if len(numbered) > 1:
-            raise ValueError(f"{where}: its {kind} is there whole and in parts. Remove one of the two")
+            raise with_way_out(
+                ValueError(f"{where}: its {kind} is there whole and in parts"), "Remove one of the two"
+            )
         return numbered[None]
     numbers = sorted(number for number in numbered if number is not None)
     missing = sorted(set(range(max(numbers, default=-1) + 1)) - set(numbers))
     if missing:
         listed = ", ".join(map(str, missing[:8])) + (", …" if len(missing) > 8 else "")
-        raise ValueError(f"{where}: {kind} shard {listed} of {numbers[-1] + 1} isn't there. Fetch the rest")
+        raise with_way_out(
+            ValueError(f"{where}: {kind} shard {listed} of {numbers[-1] + 1} isn't there"), "Fetch the rest"
+        )
     return [span for number in numbers for span in numbered[number]]
 
 
@@ -369,9 +402,12 @@ def _fitting_layout(
     if multiple:
         expected = round_up(sum(layout.primes_LH[place]), multiple)
     if expected != facts.num_rows:
-        raise ValueError(
-            f"{where}: {facts.num_rows} rows, but the layout of {source} has {expected}. A part is missing, or the "
-            "rows are of another layout"
+        raise with_way_out(
+            ValueError(
+                f"{where}: {facts.num_rows} rows, but the layout of {source} has {expected}: a part is missing, or "
+                "the rows are of another layout"
+            ),
+            "Fetch the rest, or name the configuration that the rows were made with",
         )
     return layout
 
@@ -383,9 +419,11 @@ def _check_map(
     size, ids = text.get("engram_compressed_vocab_size"), text.get("engram_tokenizer_map")
     if tokenizer is not None and size is not None and tokenizer.compressed_vocab_size != size:
         name = tokenizer.tokenizer_name or tokenizer.path
-        raise ValueError(
-            f"{where}: {name} has {tokenizer.compressed_vocab_size} compressed ids, config.json says "
-            f"{size}. Make the map from the checkpoint's own tokenizer"
+        raise with_way_out(
+            ValueError(
+                f"{where}: {name} has {tokenizer.compressed_vocab_size} compressed ids, config.json says {size}"
+            ),
+            "Make the map from the checkpoint's own tokenizer",
         )
     if size is None and tokenizer is not None:
         size = tokenizer.compressed_vocab_size
@@ -399,9 +437,12 @@ def _check_map(
             tensors.map_sha256 = tokenizer.sha256
     elif known != tokenizer.sha256:
         name = tokenizer.tokenizer_name or tokenizer.path
-        raise ValueError(
-            f"{where}: the map of {name} is that of another tokenizer, or of another revision (SHA-256 "
-            f"{tokenizer.sha256[:12]}…, expected {known[:12]}…). Make it from the checkpoint's own tokenizer"
+        raise with_way_out(
+            ValueError(
+                f"{where}: the map of {name} is that of another tokenizer, or of another revision (SHA-256 "
+                f"{tokenizer.sha256[:12]}…, expected {known[:12]}…)"
+            ),
+            "Make it from the checkpoint's own tokenizer",
         )
     else:
         facts.checked.append("the tokenizer's map")
@@ -412,5 +453,5 @@ def _read_number(span: TensorSpan) -> torch.Tensor:
         file.seek(span.offset)
         number = torch.frombuffer(bytearray(file.read(span.num_bytes)), dtype=TORCH_TYPES[span.dtype])
     if not bool(number.isfinite().all()):
-        raise ValueError(f"{span.path}: {span.name} is {number.item()}. Fetch the file again")
+        raise with_way_out(ValueError(f"{span.path}: {span.name} is {number.item()}"), "Fetch the file again")
     return number

@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from sense_v2.core.config import EngramConfig
+from sense_v2.core.errors import with_way_out
 from sense_v2.engram.reading.gguf_headers import ALIGNMENT, ARRAY, MAGIC, STRING, TENSOR_TYPES, UINT32, UINT64
 from sense_v2.engram.released.exporting import described_table
 from sense_v2.engram.released.gguf_tables import DEEPSEEK_TENSOR, QWEN_ARCHITECTURE, QWEN_TENSOR
@@ -82,11 +83,16 @@ def export_gguf(
     described = described_table(source, str(manifest.provenance.get("variant")), config)
     name = row_dtype(dtype or manifest.dtype).name
     if name not in GGUF_DTYPES:
-        raise ValueError(f"{source}: GGUF has no rows of {name}; choose one of {', '.join(GGUF_DTYPES)}")
+        raise with_way_out(
+            ValueError(f"{source}: GGUF has no rows of {name}"), f"choose one of {', '.join(GGUF_DTYPES)}"
+        )
     if name == INT4 and manifest.width % BLOCK_VALUES:
-        raise ValueError(
-            f"{source}: rows of {manifest.width} values, and GGUF's {GGUF_DTYPES[name]} has whole blocks of "
-            f"{BLOCK_VALUES}. Choose another dtype"
+        raise with_way_out(
+            ValueError(
+                f"{source}: rows of {manifest.width} values, and GGUF's {GGUF_DTYPES[name]} has whole blocks of "
+                f"{BLOCK_VALUES}"
+            ),
+            "Choose another dtype",
         )
     coding = DtypeCoding(row_dtype(name))
     tensor, head = _head(described, GGUF_DTYPES[name])
@@ -95,7 +101,7 @@ def export_gguf(
     lock = WriterLock(output.with_name(f"{output.name}.lock"), str(output))
     try:
         if output.exists() or output.is_symlink():
-            raise FileExistsError(f"{output} is there already; choose another --output")
+            raise with_way_out(FileExistsError(f"{output} is there already"), "choose another --output")
         rows = Column(coding.row_bytes(manifest.width), (Piece(temporary(output), len(head), manifest.rows),))
         transfer = Transfer(
             table_side(source, manifest),

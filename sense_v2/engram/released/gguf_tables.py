@@ -22,6 +22,7 @@ from typing import Any
 import numpy as np
 
 from sense_v2.core.config import EngramConfig
+from sense_v2.core.errors import with_way_out
 from sense_v2.engram.hashing import NgramHasher
 from sense_v2.engram.head_layout import HeadLayout
 from sense_v2.engram.reading.gguf_headers import GgufModel, StringArray, find_gguf
@@ -91,7 +92,9 @@ class _Keys:
         return count
 
     def wrong(self, key: str, what: str) -> ValueError:
-        return ValueError(f"{self.model.path}: {self._name(key)} {what}. Fetch the file again, or convert it anew")
+        return with_way_out(
+            ValueError(f"{self.model.path}: {self._name(key)} {what}"), "Fetch the file again, or convert it anew"
+        )
 
     def _name(self, key: str) -> str:
         return f"{self.architecture}.{key}"

@@ -24,7 +24,7 @@ from safetensors import safe_open
 from safetensors.torch import save as to_safetensors
 
 from sense_v2.core.config import EngramConfig
-from sense_v2.core.errors import CommandError
+from sense_v2.core.errors import CommandError, with_way_out
 from sense_v2.core.progress import Progress, no_progress
 from sense_v2.engram.reading.block_rows import BLOCK_FORMATS, BlockCoding
 from sense_v2.engram.reading.gguf_headers import is_gguf
@@ -156,14 +156,17 @@ def import_table(
     warn_unchecked(found, stacklevel=3)
     coding = _coding_of(found)
     if dtype is None and isinstance(coding, BlockCoding):
-        raise ValueError(
-            f"{found.path}, layer {layer}: rows of {coding.name} are no row type of ours. dtype='float32' keeps "
-            "every value as it is looked up, 'int8' and 'int4' code them anew"
+        raise with_way_out(
+            ValueError(f"{found.path}, layer {layer}: rows of {coding.name} are no row type of ours"),
+            "dtype='float32' keeps every value as it is looked up, 'int8' and 'int4' code them anew",
         )
     if dtype is None and isinstance(coding, ScaledCodes):
-        raise ValueError(
-            f"{found.path}, layer {layer}: float8 codes with one scale ({coding.scale}) for the whole table are no "
-            "row type of ours. dtype='bfloat16' keeps every value as it is looked up, 'float8_e4m3fn' codes them anew"
+        raise with_way_out(
+            ValueError(
+                f"{found.path}, layer {layer}: float8 codes with one scale ({coding.scale}) for the whole table are "
+                "no row type of ours"
+            ),
+            "dtype='bfloat16' keeps every value as it is looked up, 'float8_e4m3fn' codes them anew",
         )
     wanted = Manifest(
         found.facts.num_rows, found.facts.width, dtype or coding.name, provenance=_provenance(found, tokenizer)
@@ -251,6 +254,7 @@ def _released_fusion(place: str | os.PathLike[str], variant: str, layer: int) ->
     try:
         return ours_from_theirs(variant, get)
     except (KeyError, ValueError, RuntimeError) as error:
-        raise ValueError(
-            f"{place}, layer {layer}: its fusion weights aren't whole ({error}). Fetch the rest of the checkpoint"
+        raise with_way_out(
+            ValueError(f"{place}, layer {layer}: its fusion weights aren't whole ({error})"),
+            "Fetch the rest of the checkpoint",
         ) from None

@@ -26,6 +26,7 @@ from typing import Any
 import torch
 
 from sense_v2.core.config import EngramConfig
+from sense_v2.core.errors import with_way_out
 from sense_v2.engram.reading import devices
 from sense_v2.engram.reading.block_rows import BLOCK_FORMATS
 from sense_v2.engram.reading.read_stats import ReadStats
@@ -83,9 +84,9 @@ class ReleasedTable(TableModule):
 
     @property
     def whole_table(self) -> Any:
-        raise ValueError(
-            f"{self.path} is a released checkpoint, which is read where it is. sense-engram convert makes a table of "
-            "ours from it"
+        raise with_way_out(
+            ValueError(f"{self.path} is a released checkpoint, which is read where it is"),
+            "sense-engram convert makes a table of ours from it",
         )
 
     def identity(self) -> TableIdentity:
@@ -118,7 +119,7 @@ class ReleasedTable(TableModule):
     def requires_grad_(self, requires_grad: bool = True) -> ReleasedTable:
         """Released rows are never trained. Raises `ValueError` where that is asked for."""
         if requires_grad:
-            raise ValueError(f"{self.path}: released rows are only read. Train a table of your own")
+            raise with_way_out(ValueError(f"{self.path}: released rows are only read"), "Train a table of your own")
         return self
 
     def close(self) -> None:

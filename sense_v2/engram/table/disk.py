@@ -31,6 +31,7 @@ from typing import Any, ClassVar
 import numpy as np
 import torch
 
+from sense_v2.core.errors import with_way_out
 from sense_v2.engram.table import platform
 
 TEMPORARY_SUFFIX = ".tmp"
@@ -79,9 +80,8 @@ def new_file(
     except OSError as error:
         if error.filename is None:  # this module's own, which says it all
             raise
-        raise OSError(
-            error.errno,
-            f"can't write {path}: {error.strerror} ({error.filename}). "
+        raise with_way_out(
+            OSError(error.errno, f"can't write {path}: {error.strerror} ({error.filename})"),
             "Make its folder writable, or choose another path",
         ) from error
     try:
@@ -192,8 +192,9 @@ def _failing_as_sync(path: Path) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        raise SyncError(
-            error.errno, f"can't sync {path}: {error.strerror}. What of it is on the disk isn't known"
+        raise with_way_out(
+            SyncError(error.errno, f"can't sync {path}: {error.strerror}. What of it is on the disk isn't known"),
+            "open the table again, which goes back to its last commit",
         ) from error
 
 
@@ -206,21 +207,24 @@ def open_own(path: Path, *, create: bool = True, write: bool = True) -> int:
         fd = os.open(path, flags, 0o666)
     except OSError as error:
         if error.errno == errno.ELOOP:
-            raise OSError(
-                errno.ELOOP, f"{path} is a link; a file of this name belongs to the table alone. Remove it"
+            raise with_way_out(
+                OSError(errno.ELOOP, f"{path} is a link; a file of this name belongs to the table alone"), "Remove it"
             ) from None
         raise
     try:
         found = os.fstat(fd)
         if not stat.S_ISREG(found.st_mode):
-            raise OSError(
-                errno.EINVAL,
-                f"{path} isn't a regular file; a file of this name belongs to the table alone. Remove it",
+            raise with_way_out(
+                OSError(errno.EINVAL, f"{path} isn't a regular file; a file of this name belongs to the table alone"),
+                "Remove it",
             )
         if write and found.st_nlink > 1:
-            raise OSError(
-                errno.EMLINK,
-                f"{path} is a file that has another name as well (a hard link), and writing would change that too. "
+            raise with_way_out(
+                OSError(
+                    errno.EMLINK,
+                    f"{path} is a file that has another name as well (a hard link), and writing would change that "
+                    "too",
+                ),
                 "Put a copy in its place",
             )
     except BaseException:
@@ -244,9 +248,11 @@ def allocate(fd: int, size_bytes: int, path: Path) -> None:
         # Given back before counting, since a failed allocation may have taken what there was.
         os.ftruncate(fd, 0)
         free_bytes = shutil.disk_usage(path.parent).free
-        raise OSError(
-            error.errno,
-            f"{path} needs {size_bytes} bytes, {free_bytes} are free in {path.parent}: {_NO_ROOM[error.errno]}. "
+        raise with_way_out(
+            OSError(
+                error.errno,
+                f"{path} needs {size_bytes} bytes, {free_bytes} are free in {path.parent}: {_NO_ROOM[error.errno]}",
+            ),
             "Make room, choose another path, or a smaller table (fewer rows, float16)",
         ) from None
 
@@ -263,11 +269,9 @@ def copy_file(source: Path, path: Path, *, reflink_only: bool = False) -> None:
         if platform.reflink(original.fileno(), fd):
             return
         if reflink_only:
-            raise OSError(
-                errno.EOPNOTSUPP,
-                f"{path}: {source} can't be shared with it as a reflink: the file system has none, or they lie on "
-                "two of them. Use a copy",
-            )
+            why = "the file system has none, or they lie on two of them"
+            what = f"{path}: {source} can't be shared with it as a reflink: {why}"
+            raise with_way_out(OSError(errno.EOPNOTSUPP, what), "Use a copy")
         found = os.fstat(original.fileno())
         if has_holes(source):
             os.ftruncate(fd, found.st_size)
@@ -313,10 +317,13 @@ def refuse_full_disk(path: Path, num_rows: int, row_bytes: list[int]) -> None:
     needed_bytes = num_rows * sum(-(-length // page) + 1 for length in row_bytes) * page
     free_bytes = shutil.disk_usage(path.parent).free
     if free_bytes < needed_bytes:
-        raise OSError(
-            errno.ENOSPC,
-            f"{path} is sparse: {num_rows} rows may need {needed_bytes} bytes of disk, {free_bytes} are free. "
-            "Nothing was stored. Make room, then go on, or commit() what there is",
+        raise with_way_out(
+            OSError(
+                errno.ENOSPC,
+                f"{path} is sparse: {num_rows} rows may need {needed_bytes} bytes of disk, {free_bytes} are free. "
+                "Nothing was stored",
+            ),
+            "Make room, then go on, or commit() what there is",
         )
 
 
@@ -377,10 +384,9 @@ class WriterLock:
                 # A model with hooks refers to itself, so one that nobody has any more waits for the collector.
                 gc.collect()
             if any(map(self._is_own, files)):
-                raise BlockingIOError(
-                    errno.EAGAIN,
-                    f"{what} is open for writing in this process already: close() it first (a model has it as "
-                    "model.engram.storage), or open this one with mode='r'",
+                raise with_way_out(
+                    BlockingIOError(errno.EAGAIN, f"{what} is open for writing in this process already"),
+                    "close() it first (a model has it as model.engram.storage), or open this one with mode='r'",
                 )
             try:
                 for file in files:
@@ -412,10 +418,9 @@ class WriterLock:
                 # `holder` takes the lock for a moment to see whether it is free.
                 if attempt < 2:
                     time.sleep(0.02)
-        raise BlockingIOError(
-            errno.EAGAIN,
-            f"{what} is being written to by process {_holder(path)}: wait for its end, or open with mode='r' to read "
-            "beside it",
+        raise with_way_out(
+            BlockingIOError(errno.EAGAIN, f"{what} is being written to by process {_holder(path)}"),
+            "wait for its end, or open with mode='r' to read beside it",
         )
 
     def release(self) -> None:

@@ -29,6 +29,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from sense_v2.core.errors import with_way_out
 from sense_v2.engram.table.checksums import HASH_VERSION, num_blocks
 from sense_v2.engram.table.compact_rows import FLOAT8, INT4, INT4_BLOCK_BYTES, INT8, num_scales
 
@@ -136,7 +137,8 @@ def manifest_name(table_name: str) -> str:
     """
     stem, suffix = _split(table_name)
     if suffix in (".json", JOURNAL_SUFFIX, LOCK_SUFFIX, PREPARED_SUFFIX):
-        raise ValueError(f"{table_name!r}: {suffix} is the suffix of another of its files; call the table {stem}.dat")
+        what = f"{table_name!r}: {suffix} is the suffix of another of its files"
+        raise with_way_out(ValueError(what), f"call the table {stem}.dat")
     return f"{stem}.json"
 
 
@@ -269,10 +271,8 @@ class Manifest:
         values = {"format_version": 0, "byte_order": BYTE_ORDER, **dataclasses.asdict(self)}
         text = json.dumps(values, indent=2, allow_nan=False) + "\n"
         if len(text) > MAX_MANIFEST_BYTES:
-            raise ValueError(
-                f"the manifest would have {len(text)} bytes, and {MAX_MANIFEST_BYTES} are allowed; keep less in "
-                "extra or provenance"
-            )
+            what = f"the manifest would have {len(text)} bytes, and {MAX_MANIFEST_BYTES} are allowed"
+            raise with_way_out(ValueError(what), "keep less in extra or provenance")
         return text
 
     @classmethod
@@ -284,10 +284,9 @@ class Manifest:
         # The version first: a newer one may have other fields, and that is what to tell.
         version = values.pop("format_version", None)
         if not _is_int(version) or version not in READABLE_VERSIONS:
-            raise ValueError(
-                f"format_version = {_shorten(version)}: this library reads versions "
-                f"{READABLE_VERSIONS[0]} to {READABLE_VERSIONS[-1]}; a newer release of sense-v2 may read it"
-            )
+            read = f"{READABLE_VERSIONS[0]} to {READABLE_VERSIONS[-1]}"
+            what = f"format_version = {_shorten(version)}: this library reads versions {read}"
+            raise with_way_out(ValueError(what), "a newer release of sense-v2 may read it")
         if values.pop("byte_order", None) != BYTE_ORDER:
             raise ValueError(f"byte_order: must be {BYTE_ORDER!r}")
         _check_keys("manifest", values, {f.name for f in dataclasses.fields(cls)}, {"rows", "width", "dtype"})

@@ -28,6 +28,7 @@ from typing import Any, Literal
 import numpy as np
 import torch
 
+from sense_v2.core.errors import with_way_out
 from sense_v2.engram.table import disk
 from sense_v2.engram.table.checksums import HASH_VERSION, PART_BYTES, block_rows, block_sums, row_hashes, to_hex
 from sense_v2.engram.table.format import MAX_ROW_BYTES, Committed
@@ -39,6 +40,7 @@ RECORD_MAGIC = b"rows"
 _HEADER = struct.Struct("<8sQQQQ")
 _RECORD = struct.Struct("<4sHHIIQ")
 _CRC = struct.Struct("<II")
+_GO_BACK = "Go back to a copy of the table, or, to keep the rows as they are now, remove the journal"
 HEADER_BYTES = _HEADER.size + _CRC.size
 RECORD_HEADER_BYTES = _RECORD.size + _CRC.size
 
@@ -100,7 +102,9 @@ class JournalBytes:
         with disk.naming(self.path):
             found = os.pread(self.fd, stop - at, at)
         if len(found) < stop - at:
-            raise OSError(errno.EIO, f"{self.path} was cut while it was read: a writer is at the table. Try again")
+            raise with_way_out(
+                OSError(errno.EIO, f"{self.path} was cut while it was read: a writer is at the table"), "Try again"
+            )
         return found
 
 
@@ -220,10 +224,13 @@ class Journal:
         parts = head + pack_record(self._salt, record, hash_sum)
         size = sum(len(part) for part in parts)
         if self._end + size > self.limit_bytes:
-            raise OSError(
-                errno.EFBIG,
-                f"{self.path} would grow past its limit of {self.limit_bytes} bytes: too many rows changed since the "
-                "last commit. Call commit() more often, or open the table with a larger journal_limit_bytes",
+            raise with_way_out(
+                OSError(
+                    errno.EFBIG,
+                    f"{self.path} would grow past its limit of {self.limit_bytes} bytes: too many rows changed "
+                    "since the last commit",
+                ),
+                "Call commit() more often, or open the table with a larger journal_limit_bytes",
             )
         if self._fd is not None and self._end == 0 and not self._is_at_its_path():
             self._let_go()  # it was removed: what isn't found undoes nothing
@@ -236,10 +243,13 @@ class Journal:
                 disk.write_at(self._fd, part, end)
                 end += len(part)
         except OSError as error:
-            raise OSError(
-                error.errno,
-                f"can't write {size} bytes to {self.path}: {error.strerror}. Nothing was stored to these rows; the "
-                "last commit is intact. Make room, and commit() more often",
+            raise with_way_out(
+                OSError(
+                    error.errno,
+                    f"can't write {size} bytes to {self.path}: {error.strerror}. Nothing was stored to these rows; "
+                    "the last commit is intact",
+                ),
+                "Make room, and commit() more often",
             ) from error
         self._end, self.unsynced = end, True
 
@@ -364,10 +374,13 @@ def _refuse_other_rows(path: Path, what: str, at: Committed) -> None:
             if bad:
                 first = bad[0] * block_rows(at.num_rows)
                 last = min(first + block_rows(at.num_rows), at.num_rows) - 1
-                raise ValueError(
-                    f"{path} {what}, but {len(bad)} of {len(found)} blocks of {path.with_name(file)} (the first: "
-                    f"rows {first} to {last}) don't have the checksum of the manifest's commit. Put table, states "
-                    "and manifest back from a copy, or, to keep the rows as they are now, remove the journal"
+                raise with_way_out(
+                    ValueError(
+                        f"{path} {what}, but {len(bad)} of {len(found)} blocks of {path.with_name(file)} (the "
+                        f"first: rows {first} to {last}) don't have the checksum of the manifest's commit"
+                    ),
+                    "Put table, states and manifest back from a copy, or, to keep the rows as they are now, "
+                    "remove the journal",
                 )
 
 
@@ -417,10 +430,13 @@ def check_journal(path: Path, data: bytes | JournalBytes, at: Committed) -> Live
     if header.generation < at.generation and header.commit != at.commit:
         return None
     if (header.generation, header.commit) != (at.generation, at.commit):
-        raise ValueError(
-            f"{path} goes back to generation {header.generation}, commit {header.commit:016x}, but the manifest is "
-            f"of generation {at.generation}, commit {at.commit:016x}: they are of different histories of the table. "
-            "Put back the manifest that belongs to it, or, to keep the rows as they are now, remove the journal"
+        raise with_way_out(
+            ValueError(
+                f"{path} goes back to generation {header.generation}, commit {header.commit:016x}, but the manifest "
+                f"is of generation {at.generation}, commit {at.commit:016x}: they are of different histories of the "
+                "table"
+            ),
+            "Put back the manifest that belongs to it, or, to keep the rows as they are now, remove the journal",
         )
     num_rows_of: dict[str, int] = {}
     seen: dict[str, np.ndarray[Any, Any]] = {}
@@ -429,26 +445,30 @@ def check_journal(path: Path, data: bytes | JournalBytes, at: Committed) -> Live
         expected = at.row_bytes_of.get(record.file)
         found = record.rows_UB.shape[1]
         if header.num_rows != at.num_rows or found != expected:
-            raise ValueError(
-                f"{path} has {header.num_rows} rows of {found} bytes for the file {record.file!r}; the manifest says "
-                f"{f'{at.num_rows} rows of {expected} bytes' if expected else 'nothing of such a file'}. The journal "
-                "isn't this table's, or is damaged; nothing was changed"
+            says = f"{at.num_rows} rows of {expected} bytes" if expected else "nothing of such a file"
+            raise with_way_out(
+                ValueError(
+                    f"{path} has {header.num_rows} rows of {found} bytes for the file {record.file!r}; the manifest "
+                    f"says {says}. The journal isn't this table's, or is damaged; nothing was changed"
+                ),
+                _GO_BACK,
             )
         low, high = int(record.row_ids_U.min()), int(record.row_ids_U.max())
         if low < 0 or high >= at.num_rows:
-            raise ValueError(
-                f"{path} has row id {low if low < 0 else high} for {record.file!r}, which has rows 0 to "
-                f"{at.num_rows - 1}. The journal is damaged; nothing was changed"
-            )
+            outside = low if low < 0 else high
+            raise _damaged(f"{path} has row id {outside} for {record.file!r}, which has rows 0 to {at.num_rows - 1}")
         # One bit a row; the memory of those that aren't touched is never there.
         if not _mark_new(seen.setdefault(record.file, np.zeros(-(-at.num_rows // 8), np.uint8)), record.row_ids_U):
-            raise ValueError(
-                f"{path} has a row of {record.file!r} more than once, so which bytes are the old ones isn't known. "
-                "The journal is damaged; nothing was changed"
+            raise _damaged(
+                f"{path} has a row of {record.file!r} more than once, so which bytes are the old ones isn't known"
             )
         num_rows_of[record.file] = num_rows_of.get(record.file, 0) + len(record.row_ids_U)
         end = record.end
     return LiveJournal(num_rows_of, len(data) - end)
+
+
+def _damaged(what: str) -> ValueError:
+    return with_way_out(ValueError(f"{what}. The journal is damaged; nothing was changed"), _GO_BACK)
 
 
 def _mark_new(bits: np.ndarray[Any, Any], row_ids_U: np.ndarray[Any, Any]) -> bool:

@@ -8,6 +8,7 @@ from __future__ import annotations
 import errno
 from pathlib import Path
 
+from sense_v2.core.errors import with_way_out
 from sense_v2.engram.table import disk, platform
 
 
@@ -31,8 +32,11 @@ class NamedFiles:
         """Raises `OSError` where a path names another file by now, or none."""
         for path, opened in self._identities.items():
             if disk.identity(path) != opened:
-                raise OSError(
-                    errno.ESTALE,
-                    f"{path} isn't the file that was opened there: it or its folder was renamed, removed or "
-                    "replaced. Nothing was committed or copied. Put it back there, and call again",
+                raise with_way_out(
+                    OSError(
+                        errno.ESTALE,
+                        f"{path} isn't the file that was opened there: it or its folder was renamed, removed or "
+                        "replaced. Nothing was committed or copied",
+                    ),
+                    "Put it back there, and call again",
                 )

@@ -28,6 +28,7 @@ from pathlib import Path
 
 import numpy as np
 
+from sense_v2.core.errors import what_and_way_out, with_way_out
 from sense_v2.engram.table import disk, platform
 from sense_v2.engram.table.checksums import block_sums, num_blocks, to_hex
 from sense_v2.engram.table.disk import (
@@ -124,9 +125,12 @@ def real_table(path: str | os.PathLike[str]) -> Path:
             theirs = target.with_name(manifest_name(target.name))
             if theirs.exists():
                 if own.exists() and not own.samefile(theirs):
-                    raise ValueError(
-                        f"{path} links to {target}, and each has a manifest: {own.name} and {theirs}. One of them "
-                        "isn't the rows'. Remove that one, once sense-engram verify has said which"
+                    raise with_way_out(
+                        ValueError(
+                            f"{path} links to {target}, and each has a manifest: {own.name} and {theirs}. One of "
+                            "them isn't the rows'"
+                        ),
+                        "Remove that one, once sense-engram verify has said which",
                     )
                 return target
     return path
@@ -193,9 +197,9 @@ def create_table(
             # Its temporary name, too: from the table's rename on it must be found.
             disk.sync(path.parent)
     if not path.exists():
-        raise FileNotFoundError(
-            f"{files.manifest} describes a table, but {path} isn't there. Put it back, or remove the manifest to "
-            "make a new one"
+        raise with_way_out(
+            FileNotFoundError(f"{files.manifest} describes a table, but {path} isn't there"),
+            "Put it back, or remove the manifest to make a new one",
         )
 
 
@@ -207,11 +211,11 @@ def refuse_leftovers(files: TableFiles) -> None:
     left = [found for found in path.parent.glob(pattern) if found != path and not _is_table(found)]
     if left:
         names = ", ".join(sorted(found.name for found in left))
-        raise ValueError(f"{path} isn't there, but optimizer state of an earlier table is: {names}. Remove it")
+        what = f"{path} isn't there, but optimizer state of an earlier table is: {names}"
+        raise with_way_out(ValueError(what), "Remove it")
     if has_journal(files.journal):
-        raise ValueError(
-            f"{path} isn't there, but the journal of an earlier table is: {files.journal.name}. Remove it"
-        )
+        what = f"{path} isn't there, but the journal of an earlier table is: {files.journal.name}"
+        raise with_way_out(ValueError(what), "Remove it")
 
 
 # Who writes
@@ -233,11 +237,8 @@ def lock_table(files: TableFiles, *, write: bool) -> WriterLock | None:
             holder = WriterLock.holder(path)
             if holder is not None:
                 lock.release()
-                raise BlockingIOError(
-                    errno.EAGAIN,
-                    f"process {holder} of an earlier run of several still writes to its share of {files.table}: end "
-                    "it first",
-                )
+                what = f"process {holder} of an earlier run of several still writes to its share of {files.table}"
+                raise with_way_out(BlockingIOError(errno.EAGAIN, what), "end it first")
         return lock
     # A maker holds the lock of what is not yet a table, until its manifest is there.
     holder = WriterLock.holder(files.lock, files.table if files.manifest.exists() else None)
@@ -254,7 +255,7 @@ def lock_table(files: TableFiles, *, write: bool) -> WriterLock | None:
 def cant_write(path: Path, error: OSError) -> OSError:
     way_out = "mode='r' opens a table that can't be written to"
     where = f" ({error.filename})" if error.filename else ""
-    return OSError(error.errno, f"can't open {path} to write: {error.strerror}{where}. {way_out}")
+    return with_way_out(OSError(error.errno, f"can't open {path} to write: {error.strerror}{where}"), way_out)
 
 
 # What is there
@@ -268,15 +269,16 @@ def read_manifest(path: Path) -> Manifest:
         if not stat.S_ISREG(found.st_mode):
             raise ValueError(f"{path} isn't a regular file")
         if found.st_size > MAX_MANIFEST_BYTES:
-            raise ValueError(
-                f"{path}: a manifest has {MAX_MANIFEST_BYTES} bytes at most, this has {found.st_size}. Put the "
-                "table's own there"
+            raise with_way_out(
+                ValueError(f"{path}: a manifest has {MAX_MANIFEST_BYTES} bytes at most, this has {found.st_size}"),
+                "Put the table's own there",
             )
         text = file.read(found.st_size)
     try:
         return Manifest.from_json(text.decode())
     except ValueError as error:
-        raise ValueError(f"{path}: {error}") from error
+        what, way_out = what_and_way_out(error)
+        raise with_way_out(ValueError(f"{path}: {what}"), way_out) from error
 
 
 def _open_without_waiting(path: str, flags: int) -> int:
@@ -327,9 +329,9 @@ def checked_manifest(files: TableFiles, wanted: Manifest, *, write: bool) -> Man
     differences += provenance_differences(manifest.provenance, wanted.provenance)
     if differences:
         found = "; ".join(f"{name} is {old!r}, asked for {new!r}" for name, old, new in differences)
-        raise ValueError(
-            f"{files.manifest} describes another table: {found}. Open it with the configuration it was made with, or "
-            "choose another path"
+        raise with_way_out(
+            ValueError(f"{files.manifest} describes another table: {found}"),
+            "Open it with the configuration it was made with, or choose another path",
         )
     if found_bytes != manifest.table_bytes:
         raise ValueError(
@@ -385,10 +387,12 @@ def refuse_live_journal(files: TableFiles, manifest: Manifest) -> None:
 def refuse_prepared(files: TableFiles) -> None:
     """For a shard that doesn't know whether its last commit counts: the global manifest does."""
     if files.prepared.exists():
-        raise ValueError(
-            f"{files.table} is a shard whose last commit was cut off, and {files.prepared.name} is what it has "
-            "if all shards committed. Open the shards together once: they ask the global manifest, and go forward or "
-            "back"
+        raise with_way_out(
+            ValueError(
+                f"{files.table} is a shard whose last commit was cut off, and {files.prepared.name} is what it has "
+                "if all shards committed"
+            ),
+            "Open the shards together once: they ask the global manifest, and go forward or back",
         )
 
 
@@ -407,10 +411,12 @@ def _refuse_live_journal(files: TableFiles, path: Path, manifest: Manifest) -> N
             )
         refuse_rows_of_another_commit(path, at)
     elif found.num_rows_of or found.torn_bytes:
-        raise ValueError(
-            f"{files.table}: a writer ended between two commits, and {path} says how to undo what it had "
-            "not committed, which mode='r' may not. Open it once with mode='r+', or run: sense-engram verify "
-            f"--repair {files.table}"
+        raise with_way_out(
+            ValueError(
+                f"{files.table}: a writer ended between two commits, and {path} says how to undo what it had not "
+                "committed, which mode='r' may not"
+            ),
+            f"Open it once with mode='r+', or run: sense-engram verify --repair {files.table}",
         )
 
 
@@ -426,19 +432,20 @@ def make_state_ready(files: TableFiles, manifest: Manifest, name: str, width: in
     _refuse_as_state(files, name, path)
     for other, listed in manifest.states.items():
         if entry is None and listed.file == path.name:
-            raise ValueError(
-                f"{files.manifest} says that {path} is optimizer state {other!r}, and lists no {name!r}; "
-                f"open {other!r}"
+            raise with_way_out(
+                ValueError(f"{files.manifest} says that {path} is optimizer state {other!r}, and lists no {name!r}"),
+                f"open {other!r}",
             )
     if entry is None and path.exists() and not files.manifest.exists():
-        raise ValueError(
-            f"{path} is there, but without a manifest nothing says what it holds. Remove it to begin with zeros"
+        raise with_way_out(
+            ValueError(f"{path} is there, but without a manifest nothing says what it holds"),
+            "Remove it to begin with zeros",
         )
     if not path.exists() or not (entry or files.share):  # share 0 has made it for the others
         if entry:
-            raise FileNotFoundError(
-                f"{files.manifest} lists optimizer state {path}, which isn't there. Put it back, or remove the entry "
-                f"states.{name} to begin with zeros"
+            raise with_way_out(
+                FileNotFoundError(f"{files.manifest} lists optimizer state {path}, which isn't there"),
+                f"Put it back, or remove the entry states.{name} to begin with zeros",
             )
         # One that the manifest doesn't list was never committed: it is made anew.
         with new_file(path, replace=True, like=files.table) as fd:
@@ -464,12 +471,16 @@ def _refuse_foreign_states(files: TableFiles, manifest: Manifest) -> None:
         if path.exists():
             first = seen.setdefault(disk.identity(path), path)
             if first is not path:
-                raise ValueError(f"optimizer state {path} and {first} are one file; put a copy in its place")
+                what = f"optimizer state {path} and {first} are one file"
+                raise with_way_out(ValueError(what), "put a copy in its place")
     for path in seen.values():
         if path.stat().st_nlink > 1:
-            raise OSError(
-                errno.EMLINK,
-                f"{path} has another name as well (a hard link: a backup, perhaps), which training would change too. "
+            raise with_way_out(
+                OSError(
+                    errno.EMLINK,
+                    f"{path} has another name as well (a hard link: a backup, perhaps), which training would change "
+                    "too",
+                ),
                 "Put a copy in the place of one of them, or open it with mode='r'",
             )
 
@@ -478,9 +489,9 @@ def _refuse_as_state(files: TableFiles, name: str, path: Path) -> None:
     if _is_table(path) or path == files.table:
         raise ValueError(f"{path} is a table: optimizer state {name!r} can't be there")
     if path.is_symlink():
-        raise ValueError(f"optimizer state {path} is a link; put the file itself there")
+        raise with_way_out(ValueError(f"optimizer state {path} is a link"), "put the file itself there")
     if path.exists() and not path.is_file():
-        raise ValueError(f"optimizer state {path} isn't a regular file; put the file itself there")
+        raise with_way_out(ValueError(f"optimizer state {path} isn't a regular file"), "put the file itself there")
 
 
 def _is_table(path: Path) -> bool:

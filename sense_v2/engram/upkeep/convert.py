@@ -18,6 +18,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from sense_v2.core.errors import with_way_out
 from sense_v2.engram.table import disk
 from sense_v2.engram.table.checksums import to_hex
 from sense_v2.engram.table.disk import WriterLock
@@ -130,7 +131,9 @@ def make_table(
             source_version=source_version,
         )
         if files.manifest.exists() and not transfer.resumed_rows:
-            raise FileExistsError(f"{files.manifest} is there, of a table that isn't; choose another --output")
+            raise with_way_out(
+                FileExistsError(f"{files.manifest} is there, of a table that isn't"), "choose another --output"
+            )
         transfer.run(advance)
         manifest = _publish(files, wanted, transfer)
         max_error, rms_error, rms = transfer.errors().values()
@@ -168,7 +171,7 @@ def _finished(files: TableFiles, identity: Mapping[str, Any], dtype: str) -> Con
         or manifest.dtype != dtype
         or not identity.items() <= found.items()
     ):
-        raise FileExistsError(f"{files.table} is there already; choose another --output")
+        raise with_way_out(FileExistsError(f"{files.table} is there already"), "choose another --output")
     progress_path(files.table).unlink(missing_ok=True)
     max_error, rms_error, rms = (float(found.get(name, math.nan)) for name in ERRORS)
     return Conversion(files.table, manifest, manifest.rows, max_error, rms_error, rms)
@@ -182,11 +185,13 @@ def readable_manifest(source: Path) -> Manifest:
         raise FileNotFoundError(f"{source}: no table there")
     if WriterLock.is_held(files.lock, source):
         holder = WriterLock.holder(files.lock, source) or os.getpid()
-        raise BlockingIOError(f"process {holder} is writing to {source}. Convert it when that has ended")
+        raise with_way_out(
+            BlockingIOError(f"process {holder} is writing to {source}"), "Convert it when that has ended"
+        )
     if files.lack_manifest():
-        raise ValueError(
-            f"{source} has no manifest {files.manifest.name}, so nothing says how long its rows are. Open it with "
-            "its configuration and commit()"
+        raise with_way_out(
+            ValueError(f"{source} has no manifest {files.manifest.name}, so nothing says how long its rows are"),
+            "Open it with its configuration and commit()",
         )
     manifest = read_manifest(files.manifest)
     lock_table(files, write=False)

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from sense_v2.core.errors import with_way_out
+
 DEFAULT_STEM = "engram_table"
 NO_TABLES = (".json", ".journal", ".lock", ".tmp")
 
@@ -20,16 +22,20 @@ def find_table(path: Path) -> Path:
     elif path.suffix == ".json" and path.exists():
         tables, where = _tables_of(path), f"beside {path}"
     elif path.suffix in NO_TABLES and path.exists():
-        raise ValueError(f"{path} belongs to a table, but isn't one; name the table, its manifest or its folder")
+        raise with_way_out(
+            ValueError(f"{path} belongs to a table, but isn't one"), "name the table, its manifest or its folder"
+        )
     elif path.exists() or path.is_symlink() or path.with_suffix(".json").exists():
         return path
     else:
         raise ValueError(f"{path} isn't there")
-    if len(tables) != 1:
-        found = (
-            f"more than one table is {where}: {', '.join(table.name for table in tables)}; name the one that is meant"
+    if not tables:
+        raise ValueError(f"no table is {where}")
+    if len(tables) > 1:
+        raise with_way_out(
+            ValueError(f"more than one table is {where}: {', '.join(table.name for table in tables)}"),
+            "name the one that is meant",
         )
-        raise ValueError(found if tables else f"no table is {where}")
     return tables[0]
 
 

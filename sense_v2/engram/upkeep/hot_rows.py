@@ -25,6 +25,7 @@ from typing import Any
 
 import numpy as np
 
+from sense_v2.core.errors import with_way_out
 from sense_v2.engram.reading.pages import page_runs
 from sense_v2.engram.table import disk, platform
 from sense_v2.engram.table.disk import new_file
@@ -128,7 +129,7 @@ def description_path(path: Path) -> Path:
 def save(hot: HotRows, path: Path) -> None:
     """Writes int64 [R, 2], (row id, count), to `path` (.npy) and the rest to the JSON beside it, which comes last."""
     if path.suffix != ".npy":
-        raise ValueError(f"{path}: hot rows are a .npy file; choose such a name")
+        raise with_way_out(ValueError(f"{path}: hot rows are a .npy file"), "choose such a name")
     raw = io.BytesIO()
     np.save(raw, np.stack([hot.row_ids, hot.counts], axis=1), allow_pickle=False)
     values = {name: value for name, value in asdict(hot).items() if name not in ("row_ids", "counts")}
@@ -154,7 +155,7 @@ def load(path: Path, manifest: Manifest) -> HotRows:
     description = description_path(path)
     for file in (path, description):
         if not file.is_file():
-            raise FileNotFoundError(f"{file}: no such file; `sense-engram profile` writes it")
+            raise with_way_out(FileNotFoundError(f"{file}: no such file"), "`sense-engram profile` writes it")
     raw = path.read_bytes()
     try:
         values = json.loads(description.read_text(encoding="utf-8"))
@@ -169,14 +170,16 @@ def load(path: Path, manifest: Manifest) -> HotRows:
         hot = HotRows(pairs[:, 0], pairs[:, 1], **values)
         differences = provenance_differences(hot.provenance, identity(manifest))
     except Exception as error:  # NumPy's reader lets through whatever a forged header makes Python say
-        raise ValueError(f"{description} isn't the JSON of hot rows: {error}. Make them again") from None
+        raise with_way_out(
+            ValueError(f"{description} isn't the JSON of hot rows: {error}"), "Make them again"
+        ) from None
     if hot.rows != manifest.rows:
         differences.insert(0, ("rows", hot.rows, manifest.rows))
     if differences:
         found = "; ".join(f"{name} is {old!r}, the table's {new!r}" for name, old, new in differences)
-        raise ValueError(f"{path} was counted for another table: {found}. Profile this one")
+        raise with_way_out(ValueError(f"{path} was counted for another table: {found}"), "Profile this one")
     if len(hot.row_ids) and not 0 <= hot.row_ids.min() <= hot.row_ids.max() < manifest.rows:
-        raise ValueError(f"{path} names rows that the table of {manifest.rows} hasn't. Make it again")
+        raise with_way_out(ValueError(f"{path} names rows that the table of {manifest.rows} hasn't"), "Make it again")
     return hot
 
 
@@ -239,7 +242,9 @@ def _read(path: Path, pieces: Sequence[tuple[int, int]], advance: Callable[[int]
             while length > 0:
                 found = os.preadv(fd, [buffer[:length]], at)
                 if found == 0:
-                    raise OSError(f"{path}: it was cut while it was read; check it with sense-engram verify")
+                    raise with_way_out(
+                        OSError(f"{path}: it was cut while it was read"), "check it with sense-engram verify"
+                    )
                 at, length = at + found, length - found
                 advance(found)
     finally:

@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from sense_v2.core.errors import with_way_out
 from sense_v2.engram.tokenizer import EngramTokenizer, EngramTokenizerBuilder, check_output_path
 
 NUM_EXAMPLES = 3
@@ -112,13 +113,17 @@ def _is_up_to_date(path: Path, builder: EngramTokenizerBuilder) -> bool:
             warnings.simplefilter("ignore", UserWarning)  # a map without its JSON gets one below
             there = EngramTokenizer(path)
     except (OSError, ValueError) as error:
-        raise FileExistsError(f"{path} is there and can't be used; --force overwrites it ({error})") from error
+        raise with_way_out(
+            FileExistsError(f"{path} is there and can't be used"), f"--force overwrites it ({error})"
+        ) from error
     if there.sha256 == builder.description().sha256:
         return there.description is not None
-    raise FileExistsError(
-        f"{path} is the map of {there.tokenizer_name or 'an unnamed tokenizer'} ({there.normalization or 'unknown'}, "
-        f"{there.vocab_size:,} token ids, {there.compressed_vocab_size:,} compressed), and not of "
-        f"{builder.tokenizer_name} ({builder.normalization}, {builder.vocab_size:,} token ids, "
-        f"{builder.description().compressed_vocab_size:,} compressed). Tables made with it need it: choose another "
-        "--output, or overwrite it with --force."
+    raise with_way_out(
+        FileExistsError(
+            f"{path} is the map of {there.tokenizer_name or 'an unnamed tokenizer'} "
+            f"({there.normalization or 'unknown'}, {there.vocab_size:,} token ids, {there.compressed_vocab_size:,} "
+            f"compressed), and not of {builder.tokenizer_name} ({builder.normalization}, {builder.vocab_size:,} "
+            f"token ids, {builder.description().compressed_vocab_size:,} compressed)"
+        ),
+        "Tables made with it need it: choose another --output, or overwrite it with --force",
     )

@@ -28,6 +28,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from sense_v2.core.errors import with_way_out
 from sense_v2.engram.table import disk, platform
 from sense_v2.engram.table.checksums import HASH_VERSION, add_rows, from_hex, num_blocks, to_hex
 from sense_v2.engram.table.disk import allocate, open_own
@@ -236,8 +237,9 @@ class Transfer:
         try:
             new_UB = self.target.coding.encode(values_UD)
         except NotRepresentableError as error:
-            raise ValueError(
-                f"{self.source.path}: row {start + error.row} {error.what}. sense-engram verify counts such values"
+            raise with_way_out(
+                ValueError(f"{self.source.path}: row {start + error.row} {error.what}"),
+                "sense-engram verify counts such values",
             ) from None
         add_rows(sums, ids_U, new_UB, self.num_rows)
         error_UD = self.target.coding.decode(new_UB, self.width) - values_UD
@@ -264,13 +266,17 @@ class Transfer:
             for file in self.files:
                 file.path.unlink(missing_ok=True)
         if changed:
-            raise ValueError(
-                f"{self.source.path}: the rows that were read aren't those it began with: it changed meanwhile, or "
-                "is damaged. sense-engram verify says which"
+            raise with_way_out(
+                ValueError(
+                    f"{self.source.path}: the rows that were read aren't those it began with: it changed meanwhile, "
+                    "or is damaged"
+                ),
+                "sense-engram verify says which",
             )
         if found != expected:
-            raise ValueError(
-                f"{self.target.path}: what was read back isn't what was written. Look at the disk, then convert again"
+            raise with_way_out(
+                ValueError(f"{self.target.path}: what was read back isn't what was written"),
+                "Look at the disk, then convert again",
             )
 
     def _sums_on_disk(self, advance: Callable[[int], Any]) -> list[str]:

@@ -27,6 +27,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from sense_v2.core.errors import with_way_out
 from sense_v2.hf.data.corpus_files import (
     EMPTY,
     OTHER_ENCODING,
@@ -149,9 +150,12 @@ def read_corpus(
             room = None if room is None else room - len(text.encode())
     if not texts:
         first = "".join(f"; {file} is {what}" for file, what in list(left_out.items())[:1])
-        raise ValueError(
-            f"the corpus {found.name or 'of no paths'} has no text: {num_read} files, {len(left_out)} not UTF-8 "
-            f"text, {num_empty} empty. Name files, or folders with files, of UTF-8 text, JSON lines or Parquet{first}"
+        raise with_way_out(
+            ValueError(
+                f"the corpus {found.name or 'of no paths'} has no text: {num_read} files, {len(left_out)} not UTF-8 "
+                f"text, {num_empty} empty"
+            ),
+            f"Name files, or folders with files, of UTF-8 text, JSON lines or Parquet{first}",
         )
     warn_of_left_out(left_out, num_read, found.named)
     if len(texts) == 1:
@@ -196,7 +200,9 @@ def split_documents(
             break
     if len(found) < 2:
         without = f", and {num_empty} without text" if num_empty else ""
-        raise ValueError(f"the corpus {name} has {len(found)} documents{without}; one is held out, so add text")
+        raise with_way_out(
+            ValueError(f"the corpus {name} has {len(found)} documents{without}"), "one is held out, so add text"
+        )
     threshold = held_out_threshold([share for share, _ in found], fraction)
     training = [text for share, text in found if share >= threshold]
     held_out = [text for share, text in found if share < threshold]
@@ -235,9 +241,12 @@ def _cut_end(text: str, fraction: float, name: str) -> tuple[str, str]:
     for cut in [*sorted(filter(None, borders), key=lambda border: abs(border - wanted)), wanted]:
         if text[:cut].strip() and text[cut:].strip():
             return text[:cut], text[cut:]
-    raise ValueError(
-        f"the corpus {name} is one file of {len(text)} characters, and the last {fraction:.0%} of it can't be held "
-        "out: one of the parts would be empty. Add text"
+    raise with_way_out(
+        ValueError(
+            f"the corpus {name} is one file of {len(text)} characters, and the last {fraction:.0%} of it can't be "
+            "held out: one of the parts would be empty"
+        ),
+        "Add text",
     )
 
 
@@ -302,9 +311,9 @@ class Batches:
     def __init__(self, token_ids: np.ndarray, *, batch_size: int, sequence_length: int, seed: int) -> None:
         self.num_blocks = len(token_ids) // sequence_length
         if self.num_blocks == 0:
-            raise ValueError(
-                f"the text has {len(token_ids)} tokens, less than one sequence of {sequence_length}; take more text "
-                "or a shorter sequence_length"
+            raise with_way_out(
+                ValueError(f"the text has {len(token_ids)} tokens, less than one sequence of {sequence_length}"),
+                "take more text or a shorter sequence_length",
             )
         self.blocks = token_ids[: self.num_blocks * sequence_length].reshape(self.num_blocks, sequence_length)
         self.batch_size = batch_size

@@ -29,7 +29,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from sense_v2.core.errors import MissingPackageError
+from sense_v2.core.errors import MissingPackageError, with_way_out
 
 TEXT, JSON_LINES, JSON_ARRAY, PARQUET, EMPTY = "text", "json lines", "json array", "parquet", "empty"
 DOCUMENTS = (JSON_LINES, JSON_ARRAY, PARQUET)
@@ -120,9 +120,12 @@ def find_corpus(paths: Sequence[str | Path]) -> CorpusFiles:
             del found.kind_of[file], found.name_of[file]
         if texts := found.of(TEXT):
             families = sorted({kind.split()[0] for kind in found.kind_of.values() if kind in (*DOCUMENTS, TEXT)})
-            raise ValueError(
-                f"a corpus is files of one kind; {found.name} has {', '.join(families)} ({found.documents[0]}, "
-                f"{texts[0]}). Name those of one kind, or keep the others in another folder"
+            raise with_way_out(
+                ValueError(
+                    f"a corpus is files of one kind; {found.name} has {', '.join(families)} ({found.documents[0]}, "
+                    f"{texts[0]})"
+                ),
+                "Name those of one kind, or keep the others in another folder",
             )
         if beside:
             warnings.warn(f"{beside[0]} describes the documents beside it and is left out", UserWarning, stacklevel=4)
@@ -135,8 +138,9 @@ def warn_of_left_out(left_out: dict[Path, str], num_read: int, named: set[Path])
         return
     first = next((file for file in left_out if file in named), next(iter(left_out)))
     if first in named:
-        raise ValueError(
-            f"{first} is no corpus but {left_out[first]}. Name files of UTF-8 text, JSON lines or Parquet"
+        raise with_way_out(
+            ValueError(f"{first} is no corpus but {left_out[first]}"),
+            "Name files of UTF-8 text, JSON lines or Parquet",
         )
     warnings.warn(
         f"{len(left_out)} of {num_read} files are not UTF-8 text and are left out, {first} first: {left_out[first]}",
@@ -223,7 +227,9 @@ def opened(path: str | Path) -> Iterator[BinaryIO]:
         except (EOFError, zlib.error, lzma.LZMAError, OSError) as error:
             if read is None or getattr(error, "errno", None) is not None:
                 raise
-            raise ValueError(f"{path}: the compressed data is damaged ({error}). Copy the file again") from error
+            raise with_way_out(
+                ValueError(f"{path}: the compressed data is damaged ({error})"), "Copy the file again"
+            ) from error
 
 
 def is_compressed(path: Path) -> bool:
@@ -252,7 +258,9 @@ def find_files(roots: Sequence[Path]) -> dict[Path, str]:
     names: dict[Path, tuple[str, Path]] = {}
     for root in roots:
         if not root.exists():
-            raise FileNotFoundError(f"{root}: no such file or folder; a corpus is files or folders of text")
+            raise with_way_out(
+                FileNotFoundError(f"{root}: no such file or folder"), "a corpus is files or folders of text"
+            )
         for name, file in sorted(_walk(root)) if root.is_dir() else [(root.name, root)]:
             real = file.resolve()
             # Through a link, or below two of the folders, a file has several names. Which one counts mustn't depend

@@ -19,7 +19,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
 
-from sense_v2.core.errors import MissingPackageError, one_line
+from sense_v2.core.errors import MissingPackageError, one_line, with_way_out
 from sense_v2.hf.data.corpus_files import (
     JSON_ARRAY,
     JSON_LINES,
@@ -56,8 +56,9 @@ def document_parts(files: CorpusFiles, text_column: str = "text", *, tokens: boo
     parts = [part for file, kind in files.kind_of.items() for part in _parts(file, kind, text_column, tokens)]
     columns = {part.column for part in parts}
     if len(columns) > 1:
-        raise ValueError(
-            f"a corpus is files of one kind; {files.name} has texts and token ids. Name those of one kind"
+        raise with_way_out(
+            ValueError(f"a corpus is files of one kind; {files.name} has texts and token ids"),
+            "Name those of one kind",
         )
     return parts
 
@@ -122,18 +123,24 @@ def text_of(document: dict[str, Any], column: str) -> str:
     """Return a document's text, "" if it has none. Raises `ValueError` if what it has is no text."""
     if column not in document:
         found = ", ".join(document) or "none"
-        raise ValueError(f"the documents have no text in a column {column!r}; they have {found}. {_WAY_OUT}")
+        raise with_way_out(
+            ValueError(f"the documents have no text in a column {column!r}; they have {found}"), _WAY_OUT
+        )
     return _text(document[column], column, lambda: "a document")
 
 
 def _value(part: Part, number: int, row: Any) -> Any:
     """The text, or the token ids, of a row that was read at `number` of a part."""
     if not isinstance(row, dict):
-        raise ValueError(f"{_where(part, number)}: {_named(row)}. A row is an object: {{{part.column!r}: …}}")
+        raise with_way_out(
+            ValueError(f"{_where(part, number)}: {_named(row)}"), f"A row is an object: {{{part.column!r}: …}}"
+        )
     if part.column not in row:
-        raise ValueError(
-            f"{_where(part, number)}: no text in a column {part.column!r}; they have {', '.join(row) or 'none'}. "
-            f"{_WAY_OUT}"
+        raise with_way_out(
+            ValueError(
+                f"{_where(part, number)}: no text in a column {part.column!r}; they have {', '.join(row) or 'none'}"
+            ),
+            _WAY_OUT,
         )
     value = row[part.column]
     if part.column == TOKEN_COLUMN and isinstance(value, list):
@@ -145,9 +152,9 @@ def _text(value: Any, column: str, where: Callable[[], str]) -> str:
     if value is None:
         return ""
     if not isinstance(value, str):
-        raise ValueError(
-            f"{where()}: the column {column!r} holds {_named(value)}, and should hold text. Write it as text, leave "
-            "the row out, or name another column with --text-column (in Python: text_column)"
+        raise with_way_out(
+            ValueError(f"{where()}: the column {column!r} holds {_named(value)}, and should hold text"),
+            "Write it as text, leave the row out, or name another column with --text-column (in Python: text_column)",
         )
     if not value.isascii():  # JSON can hold halves of characters, which no tokenizer takes
         value = value.encode("utf-8", "surrogatepass").decode("utf-8", "replace")
@@ -225,8 +232,9 @@ def _parsed(part: Part, number: int, raw: bytes) -> Any:
         where, what = (
             (part.path, error) if part.kind == JSON_ARRAY else (_where(part, number), getattr(error, "msg", error))
         )
-        raise ValueError(
-            f"{where}: not valid JSON ({what}). Mend it or remove it, or copy the file again if it was cut"
+        raise with_way_out(
+            ValueError(f"{where}: not valid JSON ({what})"),
+            "Mend it or remove it, or copy the file again if it was cut",
         ) from error
 
 
@@ -281,7 +289,9 @@ def _parquet(file: Path) -> Iterator[Any]:
     except (pyarrow.ArrowException, OSError) as error:
         if getattr(error, "errno", None) is not None:
             raise
-        raise ValueError(f"{file}: not a whole Parquet file ({one_line(str(error))}). Copy it again") from error
+        raise with_way_out(
+            ValueError(f"{file}: not a whole Parquet file ({one_line(str(error))})"), "Copy it again"
+        ) from error
 
 
 def _parquet_column(file: Path, schema: Any, column: str, tokens: bool) -> str:
@@ -293,9 +303,11 @@ def _parquet_column(file: Path, schema: Any, column: str, tokens: bool) -> str:
         found = found.value_type if types.is_dictionary(found) else found
         is_text = (types.is_string, types.is_large_string, types.is_string_view, types.is_null)
         if not any(is_one(found) for is_one in is_text):
-            raise ValueError(f"{file}: the column {column!r} holds {found}, and should hold text. {_WAY_OUT}")
+            raise with_way_out(
+                ValueError(f"{file}: the column {column!r} holds {found}, and should hold text"), _WAY_OUT
+            )
         return column
     if tokens and TOKEN_COLUMN in schema.names:
         return TOKEN_COLUMN
     has = ", ".join(schema.names) or "none"
-    raise ValueError(f"{file}: no text in a column {column!r}; they have {has}. {_WAY_OUT}")
+    raise with_way_out(ValueError(f"{file}: no text in a column {column!r}; they have {has}"), _WAY_OUT)

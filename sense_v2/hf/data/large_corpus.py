@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from sense_v2.core.config import TrainConfig
+from sense_v2.core.errors import with_way_out
 from sense_v2.hf.data.corpus import (
     Corpus,
     held_out_threshold,
@@ -111,7 +112,9 @@ def open_large_corpus(
     texts = [file for file in texts if file not in left_out]
     warn_of_left_out(left_out, len(found.name_of), found.named)
     if not texts:
-        raise ValueError(f"the corpus {found.name} has no text. Name files, or folders with files, of UTF-8 text")
+        raise with_way_out(
+            ValueError(f"the corpus {found.name} has no text"), "Name files, or folders with files, of UTF-8 text"
+        )
     if len(texts) == 1 and is_compressed(texts[0]):  # how long it is isn't known, so pieces of it are held out
         documents = streamed(list(text_parts(texts[0])))
         return _by_documents(found.name, documents, "text", held_out_fraction, held_out_bytes, sample_bytes)
@@ -141,9 +144,12 @@ def _open_hub(name: str, text_column: str) -> Any:
     except ImportError:
         raise
     except Exception as error:  # which of many depends on how the hub can't be reached
-        raise FileNotFoundError(
-            f"{name}: no such file or folder, and no dataset of that name came from the hub "
-            f"({type(error).__name__}: {str(error).splitlines()[0]}); check the name"
+        raise with_way_out(
+            FileNotFoundError(
+                f"{name}: no such file or folder, and no dataset of that name came from the hub "
+                f"({type(error).__name__}: {str(error).splitlines()[0]})"
+            ),
+            "check the name",
         ) from error
     text_of(next(iter(documents), {}), text_column)
     return documents

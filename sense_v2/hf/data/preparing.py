@@ -23,6 +23,7 @@ import numpy as np
 import torch
 
 from sense_v2.core.config import EngramConfig
+from sense_v2.core.errors import with_way_out
 from sense_v2.engram.hashing import NgramHasher
 from sense_v2.engram.model import compressed_pad_id
 from sense_v2.engram.table.disk import write_file
@@ -129,8 +130,9 @@ def read_memory(folder: Path) -> tuple[EngramConfig, EngramTokenizer, Manifest]:
     """
     path = folder / MEMORY_FOLDER / CONFIG_FILE
     if not path.is_file():
-        raise FileNotFoundError(
-            f"{folder}: no model with memory there; name a folder that `sense-engram train` wrote"
+        raise with_way_out(
+            FileNotFoundError(f"{folder}: no model with memory there"),
+            "name a folder that `sense-engram train` wrote",
         )
     table, map_path = memory_paths(folder)
     return EngramConfig.load(path), EngramTokenizer(map_path), read_manifest(TableFiles(table).manifest)
@@ -198,7 +200,7 @@ def tokenize_corpus(
     with locked_folder(unfinished):
         try:
             if output.exists():
-                raise FileExistsError(f"{output} is there already; name a new folder, or remove it")
+                raise with_way_out(FileExistsError(f"{output} is there already"), "name a new folder, or remove it")
             for left in unfinished.iterdir():  # by a process that was killed
                 left.unlink()
             workers.write(source, work, unfinished, text_column=text_column, split=split)
@@ -275,9 +277,12 @@ def _check_tokens(source: str | Path | Sequence[str | Path], tokenizer: Any) -> 
             continue
         found = json.loads(described.read_text(encoding="utf-8")).get("tokenizer_sha256")
         if found != tokenizer_digest(tokenizer):
-            raise ValueError(
-                f"{path} has the tokens of another tokenizer ({found}) than the model's "
-                f"({tokenizer_digest(tokenizer)}); tokenize the corpus with the model's"
+            raise with_way_out(
+                ValueError(
+                    f"{path} has the tokens of another tokenizer ({found}) than the model's "
+                    f"({tokenizer_digest(tokenizer)})"
+                ),
+                "tokenize the corpus with the model's",
             )
 
 

@@ -28,7 +28,7 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import save as to_safetensors
 
-from sense_v2.core.errors import MissingPackageError
+from sense_v2.core.errors import MissingPackageError, with_way_out
 from sense_v2.engram.table.disk import new_file, write_at
 from sense_v2.hf.data.corpus_files import find_corpus, warn_of_left_out
 from sense_v2.hf.data.documents import Part, document_parts, streamed, text_of
@@ -96,9 +96,9 @@ def parts_of(source: Source, text_column: str, *, tokens: bool = True) -> list[P
     parts = document_parts(found, text_column, tokens=tokens)
     if not parts:
         what = "".join(f"; {file} is {kind}" for file, kind in list(found.left_out.items())[:1])
-        raise ValueError(
-            f"a corpus is files of text, JSON lines or Parquet; {found.name} has none{what}. Name others, or folders "
-            "with files"
+        raise with_way_out(
+            ValueError(f"a corpus is files of text, JSON lines or Parquet; {found.name} has none{what}"),
+            "Name others, or folders with files",
         )
     warn_of_left_out(found.left_out, len(found.name_of), found.named)
     return parts
@@ -154,7 +154,10 @@ class PackedStream(ResumableStream):
         buffer_blocks: int = 1024,
     ) -> None:
         if (tokenizer is None) == (token_column is None):
-            raise ValueError("PackedStream: give a tokenizer, or the token_column that has token ids already")
+            raise with_way_out(
+                ValueError("PackedStream: nothing makes token ids"),
+                "give a tokenizer, or the token_column that has token ids already",
+            )
         if sequence_length < 2 or buffer_blocks < 1:
             raise ValueError(
                 f"PackedStream: sequence_length = {sequence_length} must be at least 2, buffer_blocks = "
@@ -171,7 +174,9 @@ class PackedStream(ResumableStream):
 
     def __iter__(self) -> Iterator[dict[str, torch.Tensor]]:
         if torch.utils.data.get_worker_info() is not None:
-            raise ValueError("PackedStream: each worker would read all of it; use dataloader_num_workers=0")
+            raise with_way_out(
+                ValueError("PackedStream: each worker would read all of it"), "use dataloader_num_workers=0"
+            )
         placeholders, self._placeholders = self._placeholders, 0
         nothing = torch.zeros(self.sequence_length, dtype=torch.int64)
         for _ in range(placeholders):

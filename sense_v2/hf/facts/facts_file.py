@@ -22,6 +22,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from sense_v2.core.errors import what_and_way_out, with_way_out
+
 PLACE = "{subject}"
 FIELDS = ("subject", "answer", "wordings", "hold_out", "prompt", "text")
 MOST_FACTS = 10_000
@@ -87,20 +89,25 @@ def read_facts(
     facts: list[Fact] = []
     for line, values in _csv_rows(path) if path.suffix.lower() == ".csv" else _json_rows(path):
         if len(facts) == MOST_FACTS:
-            raise ValueError(
-                f"{path}, line {line}: more than {MOST_FACTS:,} facts. Split the file, teach its parts one after the "
-                "other and merge their deltas; a corpus is for sense-engram train"
+            raise with_way_out(
+                ValueError(f"{path}, line {line}: more than {MOST_FACTS:,} facts"),
+                "Split the file, teach its parts one after the other and merge their deltas; a corpus is for "
+                "sense-engram train",
             )
         try:
             facts.append(_fact(values, line, path.parent, taught, asked))
         except ValueError as error:
-            raise ValueError(f"{path}, line {line}{error}") from None
+            what, way_out = what_and_way_out(error)
+            raise with_way_out(ValueError(f"{path}, line {line}{what}"), way_out) from None
     if not facts:
-        raise ValueError(f'{path} has no facts. Write one a line: {{"subject": …, "answer": …, "wordings": […]}}')
+        raise with_way_out(
+            ValueError(f"{path} has no facts"), 'Write one a line: {"subject": …, "answer": …, "wordings": […]}'
+        )
     try:
         return checked(facts)
     except ValueError as error:
-        raise ValueError(f"{path}, {error}") from None
+        what, way_out = what_and_way_out(error)
+        raise with_way_out(ValueError(f"{path}, {what}"), way_out) from None
 
 
 def read_wordings(path: str | Path) -> tuple[str, ...]:
@@ -111,10 +118,12 @@ def read_wordings(path: str | Path) -> tuple[str, ...]:
         if not line.strip():
             continue
         if PLACE not in line:
-            raise ValueError(f"{path}, line {number}: {line!r} has no {PLACE}. Say where the subject stands")
+            raise with_way_out(
+                ValueError(f"{path}, line {number}: {line!r} has no {PLACE}"), "Say where the subject stands"
+            )
         found[line.replace("\\n", "\n")] = None
     if not found:
-        raise ValueError(f"{path} has no wordings. Write one a line, as in: {PLACE} was born in")
+        raise with_way_out(ValueError(f"{path} has no wordings"), f"Write one a line, as in: {PLACE} was born in")
     return tuple(found)
 
 
@@ -131,9 +140,12 @@ def checked(facts: Iterable[Fact]) -> list[Fact]:
         for wording in (*fact.wordings, *fact.hold_out):
             other = answers.setdefault(fact.prompt(wording), fact)
             if other.answer.strip() != fact.answer.strip():
-                raise ValueError(
-                    f"{fact.name()}, field 'answer': after {fact.prompt(wording)!r} another fact says otherwise "
-                    f"({other.name()}). Leave one of them out"
+                raise with_way_out(
+                    ValueError(
+                        f"{fact.name()}, field 'answer': after {fact.prompt(wording)!r} another fact says otherwise "
+                        f"({other.name()})"
+                    ),
+                    "Leave one of them out",
                 )
         key = fact.subject, fact.answer
         known = merged.get(key)
@@ -175,24 +187,26 @@ def _ends_apart(prompt: str) -> bool:
 
 def _refuse_unusable(fact: Fact) -> None:
     if not fact.subject.strip():
-        raise ValueError(f"{fact.name()}, field 'subject': it is empty. Name what the fact is about")
+        raise with_way_out(ValueError(f"{fact.name()}, field 'subject': it is empty"), "Name what the fact is about")
     if not fact.answer.strip():
-        raise ValueError(f"{fact.name()}, field 'answer': it has no text. Say what is to be answered")
+        raise with_way_out(ValueError(f"{fact.name()}, field 'answer': it has no text"), "Say what is to be answered")
     if not fact.wordings:
-        raise ValueError(
-            f"{fact.name()}, field 'wordings': there are none. Give it wordings of its own, or name a file of them: "
-            "--wordings FILE"
+        raise with_way_out(
+            ValueError(f"{fact.name()}, field 'wordings': there are none"),
+            "Give it wordings of its own, or name a file of them: --wordings FILE",
         )
     for field, templates in (("wordings", fact.wordings), ("hold_out", fact.hold_out)):
         for wording in templates:
             if PLACE not in wording:
-                raise ValueError(
-                    f"{fact.name()}, field {field!r}: {wording!r} has no {PLACE}. Say where the subject stands"
+                raise with_way_out(
+                    ValueError(f"{fact.name()}, field {field!r}: {wording!r} has no {PLACE}"),
+                    "Say where the subject stands",
                 )
     both = set(fact.wordings) & set(fact.hold_out)
     if both:
-        raise ValueError(
-            f"{fact.name()}, field 'hold_out': {min(both)!r} is taught as well. Leave it out of one of the two"
+        raise with_way_out(
+            ValueError(f"{fact.name()}, field 'hold_out': {min(both)!r} is taught as well"),
+            "Leave it out of one of the two",
         )
 
 
@@ -205,15 +219,15 @@ def _fact(
     """Raises `ValueError` whose text goes on after "line N"."""
     unknown = [name for name in values if name not in FIELDS]
     if unknown:
-        raise ValueError(f", field {unknown[0]!r}: not known here. A fact has {', '.join(FIELDS)}")
+        raise with_way_out(ValueError(f", field {unknown[0]!r}: not known here"), f"A fact has {', '.join(FIELDS)}")
     for name in ("subject", "answer", "prompt", "text"):
         if not isinstance(values.get(name, ""), str):
-            raise ValueError(f", field {name!r}: {values[name]!r} is no text. Write it in quotes")
+            raise with_way_out(ValueError(f", field {name!r}: {values[name]!r} is no text"), "Write it in quotes")
     if "prompt" in values or "text" in values:
         return _free(values, line, hold_out)
     for name in ("subject", "answer"):
         if not values.get(name, "").strip():
-            raise ValueError(f", field {name!r}: it is missing. A fact has a subject and an answer")
+            raise with_way_out(ValueError(f", field {name!r}: it is missing"), "A fact has a subject and an answer")
     own = _templates(values, "wordings", folder)
     asked = _templates(values, "hold_out", folder)
     fact = Fact(
@@ -230,15 +244,19 @@ def _free(values: dict[str, Any], line: int, hold_out: tuple[str, ...]) -> Fact:
     """A pair of prompt and text."""
     for name in ("prompt", "text"):
         if not values.get(name, "").strip():
-            raise ValueError(f", field {name!r}: it is missing. A free pair has a prompt and a text")
+            raise with_way_out(ValueError(f", field {name!r}: it is missing"), "A free pair has a prompt and a text")
     for name in ("answer", "wordings"):
         if name in values:
-            raise ValueError(f", field {name!r}: a fact has either a prompt and a text, or this. Leave one out")
+            raise with_way_out(
+                ValueError(f", field {name!r}: a fact has either a prompt and a text, or this"), "Leave one out"
+            )
     prompt, subject = values["prompt"], values.get("subject") or subject_in(values["prompt"])
     if not subject:
-        raise ValueError(f", field 'subject': none was found in {prompt!r}. Name it")
+        raise with_way_out(ValueError(f", field 'subject': none was found in {prompt!r}"), "Name it")
     if subject not in prompt:
-        raise ValueError(f", field 'subject': {subject!r} doesn't stand in {prompt!r}. Name it as the prompt has it")
+        raise with_way_out(
+            ValueError(f", field 'subject': {subject!r} doesn't stand in {prompt!r}"), "Name it as the prompt has it"
+        )
     # The last mention: what comes after it reads all of them.
     head, _, tail = prompt.rpartition(subject)
     return _usable(Fact(subject, values["text"], (f"{head}{PLACE}{tail}",), hold_out, line))
@@ -248,7 +266,8 @@ def _usable(fact: Fact) -> Fact:
     try:
         _refuse_unusable(fact)
     except ValueError as error:
-        raise ValueError(str(error).removeprefix(fact.name())) from None
+        what, way_out = what_and_way_out(error)
+        raise with_way_out(ValueError(what.removeprefix(fact.name())), way_out) from None
     return fact
 
 
@@ -259,7 +278,9 @@ def _templates(values: dict[str, Any], field: str, folder: Path) -> tuple[str, .
     if isinstance(found, str):
         return (found,) if PLACE in found else read_wordings(folder / found)
     if not isinstance(found, list) or not all(isinstance(one, str) for one in found):
-        raise ValueError(f", field {field!r}: {found!r} is no list of templates, and no file of them. Write a list")
+        raise with_way_out(
+            ValueError(f", field {field!r}: {found!r} is no list of templates, and no file of them"), "Write a list"
+        )
     return tuple(dict.fromkeys(found))
 
 
@@ -270,9 +291,13 @@ def _json_rows(path: Path) -> Iterable[tuple[int, dict[str, Any]]]:
         try:
             values = json.loads(line)
         except (ValueError, RecursionError) as error:
-            raise ValueError(f"{path}, line {number}: no JSON ({error}). Write one object a line") from None
+            raise with_way_out(
+                ValueError(f"{path}, line {number}: no JSON ({error})"), "Write one object a line"
+            ) from None
         if not isinstance(values, dict):
-            raise ValueError(f"{path}, line {number}: {line[:40]!r} is no object. Write one object a line")
+            raise with_way_out(
+                ValueError(f"{path}, line {number}: {line[:40]!r} is no object"), "Write one object a line"
+            )
         yield number, values
 
 
@@ -282,18 +307,22 @@ def _csv_rows(path: Path) -> Iterable[tuple[int, dict[str, Any]]]:
         for row in reader:
             if None in row or None in row.values():
                 count = len(reader.fieldnames or ())
-                raise ValueError(f"{path}, line {reader.line_num}: it hasn't {count} fields. Quote what has commas")
+                raise with_way_out(
+                    ValueError(f"{path}, line {reader.line_num}: it hasn't {count} fields"), "Quote what has commas"
+                )
             yield reader.line_num, {name: value for name, value in row.items() if value != ""}
     except csv.Error as error:
-        raise ValueError(f"{path}, line {reader.line_num}: no CSV ({error}). Quote what has commas") from None
+        raise with_way_out(
+            ValueError(f"{path}, line {reader.line_num}: no CSV ({error})"), "Quote what has commas"
+        ) from None
 
 
 def text_lines(path: Path) -> Sequence[str]:
     """Read a file's lines. Raises `FileNotFoundError`, or `ValueError` where it isn't UTF-8."""
     if not path.is_file():
-        raise FileNotFoundError(f"{path}: no such file. Check the path")
+        raise with_way_out(FileNotFoundError(f"{path}: no such file"), "Check the path")
     try:
         text = path.read_text(encoding="utf-8-sig")
     except UnicodeDecodeError as error:
-        raise ValueError(f"{path} isn't UTF-8 (byte {error.start}). Save it as UTF-8") from None
+        raise with_way_out(ValueError(f"{path} isn't UTF-8 (byte {error.start})"), "Save it as UTF-8") from None
     return text.split("\n")

@@ -19,6 +19,7 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel
 
+from sense_v2.core.errors import with_way_out
 from sense_v2.hf.data.corpus import encode
 from sense_v2.hf.facts.facts_file import Fact, text_lines
 from sense_v2.hf.facts.wordings import Question, SubjectRows, ngrams_of_rows
@@ -135,7 +136,7 @@ def neutral_texts(path: Path, tokenizer: Any) -> list[list[int]]:
     texts = [encode([line], tokenizer, separator_id=None)[:MOST_TOKENS].tolist() for line in lines]
     texts = [ids for ids in texts if len(ids) > 1]
     if not texts:
-        raise ValueError(f"{path} has no text of two tokens. Write one text a line")
+        raise with_way_out(ValueError(f"{path} has no text of two tokens"), "Write one text a line")
     return texts
 
 

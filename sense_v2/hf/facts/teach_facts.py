@@ -33,6 +33,7 @@ import torch
 import torch.nn.functional as F
 from transformers import PreTrainedModel
 
+from sense_v2.core.errors import with_way_out
 from sense_v2.core.progress import Progress, no_progress
 from sense_v2.engram.delta.overlay import OverlayStorage
 from sense_v2.engram.optim import row_adam
@@ -269,9 +270,12 @@ def refuse_other_tokenizer(memory: EngramMemory, tokenizer: Any) -> None:
     """Raises `ValueError` where the memory's rows are of another tokenizer than this one."""
     theirs = EngramTokenizerBuilder(tokenizer, normalization=memory.config.normalization).description().sha256
     if VARIANTS[memory.config.variant].compresses and memory.tokenizer.sha256 != theirs:
-        raise ValueError(
-            f"this tokenizer isn't the memory's: its map has SHA-256 {theirs[:12]}…, and the memory's "
-            f"({memory.tokenizer.tokenizer_name}) {memory.tokenizer.sha256[:12]}…. Pass the model's own tokenizer"
+        raise with_way_out(
+            ValueError(
+                f"this tokenizer isn't the memory's: its map has SHA-256 {theirs[:12]}…, and the memory's "
+                f"({memory.tokenizer.tokenizer_name}) {memory.tokenizer.sha256[:12]}…"
+            ),
+            "Pass the model's own tokenizer",
         )
 
 
@@ -392,7 +396,7 @@ class Descent:
         """
         loss = self._loss(batch)
         if not torch.isfinite(loss):
-            raise FloatingPointError(f"the loss of step {self._steps + 1} is {loss.item()}; lower lr")
+            raise with_way_out(FloatingPointError(f"the loss of step {self._steps + 1} is {loss.item()}"), "lower lr")
         self.losses.append(loss.item())
         if self._neutral:
             loss = loss + self._kl_weight * self._kl()

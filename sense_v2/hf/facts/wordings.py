@@ -22,6 +22,7 @@ from typing import Any
 import torch
 from tokenizers import Tokenizer
 
+from sense_v2.core.errors import with_way_out
 from sense_v2.hf.facts.facts_file import PLACE, Fact
 from sense_v2.hf.memory import EngramMemory
 
@@ -81,7 +82,9 @@ def questions_of(facts: Sequence[Fact], tokenizer: Any) -> list[Question]:
             answer_ids, _ = _encoded(tokenizer, fact.text(wording))
             for what, found in (("subject", inside), ("answer", answer_ids)):
                 if not found:
-                    raise ValueError(f"{fact.name()}, field {what!r}: it has no tokens. Write it in other characters")
+                    raise with_way_out(
+                        ValueError(f"{fact.name()}, field {what!r}: it has no tokens"), "Write it in other characters"
+                    )
             first = len(opening) + inside[0]
             subject = range(first, len(opening) + inside[-1] + 1)
             words = [len(opening) + at for at in inside if at == inside[0] or _begins_word(text, spans[at])]
@@ -163,9 +166,12 @@ def _encoded(tokenizer: Any, text: str) -> tuple[list[int], list[tuple[int, int]
     try:
         found = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
     except NotImplementedError:
-        raise ValueError(
-            f"{type(tokenizer).__name__} can't say which characters a token stands for, so no subject is found in "
-            "its tokens. Use the model's fast tokenizer (tokenizer.json)"
+        raise with_way_out(
+            ValueError(
+                f"{type(tokenizer).__name__} can't say which characters a token stands for, so no subject is found "
+                "in its tokens"
+            ),
+            "Use the model's fast tokenizer (tokenizer.json)",
         ) from None
     return found["input_ids"], found["offset_mapping"]
 

@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 from transformers import PreTrainedModel
 
+from sense_v2.core.errors import with_way_out
 from sense_v2.core.progress import Progress, no_progress
 from sense_v2.hf.attach import detach_engram
 from sense_v2.hf.backbones import device_of, saved_tokenizer
@@ -67,9 +68,9 @@ def make_writable(
     memory = memory_of(model)
     refuse_other_tokenizer(memory, tokenizer)
     if overlay_of(model) is not None:
-        raise ValueError(
-            "this model has an overlay, whose rows would say something else behind other fusion layers. "
-            "remove_overlay(model) first"
+        raise with_way_out(
+            ValueError("this model has an overlay, whose rows would say something else behind other fusion layers"),
+            "remove_overlay(model) first",
         )
     questions = questions_of(made_up_facts(NUM_FACTS, seed=seed) if facts is None else facts, tokenizer)
     rows = subject_rows(memory, questions)
@@ -120,7 +121,7 @@ def make_folder_writable(
     started = time.perf_counter()
     folder, output = Path(folder), Path(output)
     if output.exists():
-        raise FileExistsError(f"{output} is there already. Choose a new folder")
+        raise with_way_out(FileExistsError(f"{output} is there already"), "Choose a new folder")
     facts = None if facts_file is None else read_facts(facts_file)
     place = device_of(device)
     model = from_pretrained(folder)

@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel
 
-from sense_v2.core.errors import CommandError
+from sense_v2.core.errors import CommandError, with_way_out
 from sense_v2.hf.backbones import max_positions
 from sense_v2.hf.data.corpus import encode
 from sense_v2.hf.data.token_texts import Words
@@ -164,7 +164,7 @@ def _end_ids(model: PreTrainedModel) -> list[int]:
 def _encoded(tokenizer: Any, prompt: str) -> torch.Tensor:
     ids_T = torch.from_numpy(encode([prompt], tokenizer, separator_id=None)).long()
     if len(ids_T) == 0:
-        raise ValueError("the prompt has no tokens; begin with at least one word")
+        raise with_way_out(ValueError("the prompt has no tokens"), "begin with at least one word")
     return ids_T
 
 

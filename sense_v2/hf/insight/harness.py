@@ -25,7 +25,7 @@ from typing import TYPE_CHECKING, Any, TextIO
 from tokenizers import Tokenizer
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
-from sense_v2.core.errors import MissingPackageError
+from sense_v2.core.errors import MissingPackageError, with_way_out
 from sense_v2.hf.attach import detach_engram
 from sense_v2.hf.insight.comparison import WITH_MEMORY, WITHOUT_MEMORY
 from sense_v2.hf.insight.evaluation import evaluating
@@ -73,9 +73,9 @@ def run_tasks(
             manager = lm_eval.TaskManager(include_path=include_path)
         unknown = [name for name in names if name not in manager.all_tasks and not Path(name).is_file()]
         if unknown:
-            raise ValueError(
-                f"{unknown[0]}: no task of lm_eval has that name, and no file. Name a task, a YAML file, or the "
-                "folder it is in with --include-path"
+            raise with_way_out(
+                ValueError(f"{unknown[0]}: no task of lm_eval has that name, and no file"),
+                "Name a task, a YAML file, or the folder it is in with --include-path",
             )
         found = lm_eval.simple_evaluate(
             model=harness_model(model, tokenizer, batch_size=batch_size),
@@ -158,9 +158,9 @@ def _with_padding(tokenizer: Any) -> PreTrainedTokenizerBase:
     else:
         tokenizer = copy.deepcopy(tokenizer)
     if tokenizer.eos_token_id is None:
-        raise ValueError(
-            "the tokenizer names no token that ends a text, which the harness begins and ends texts with. Set "
-            "tokenizer.eos_token"
+        raise with_way_out(
+            ValueError("the tokenizer names no token that ends a text, which the harness begins and ends texts with"),
+            "Set tokenizer.eos_token",
         )
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token

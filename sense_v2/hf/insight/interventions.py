@@ -22,6 +22,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from sense_v2.core.errors import with_way_out
 from sense_v2.engram.model import EngramFusionLayer
 from sense_v2.hf.experiments.controls import PermutedHasher
 from sense_v2.hf.memory import EngramMemory
@@ -141,7 +142,9 @@ def _named(memory: EngramMemory, layers: Sequence[int] | None) -> list[EngramFus
     known = [fusion.layer_id for fusion in memory]
     unknown = [layer for layer in layers or () if layer not in known]
     if unknown:
-        raise ValueError(f"layer {unknown[0]} has no memory; layers {', '.join(map(str, known))} have")
+        raise with_way_out(
+            ValueError(f"layer {unknown[0]} has no memory"), f"layers {', '.join(map(str, known))} have"
+        )
     return [fusion for fusion in memory if layers is None or fusion.layer_id in layers]
 
 

@@ -21,6 +21,7 @@ import transformers
 from transformers import PreTrainedModel
 
 from sense_v2 import __version__
+from sense_v2.core.errors import with_way_out
 from sense_v2.engram.tokenizer import EngramTokenizerBuilder
 
 BACKBONE_FILE = "backbone.json"
@@ -54,15 +55,17 @@ def backbone_reference(model: PreTrainedModel) -> dict[str, Any]:
     """
     name = str(model.name_or_path or "")
     if not name:
-        raise ValueError(
-            "this model was read from no folder and no hub, so nothing names its weights: save it with them"
+        raise with_way_out(
+            ValueError("this model was read from no folder and no hub, so nothing names its weights"),
+            "save it with them",
         )
     path = Path(name)
     where = {"model": str(path.resolve())} if path.exists() else {"model": name, "revision": _revision(model)}
     weights = _weights_digest(model, {})
     if weights is None:
-        raise ValueError(
-            "this model is quantized, adapted or not in memory, so nothing identifies its weights: save it with them"
+        raise with_way_out(
+            ValueError("this model is quantized, adapted or not in memory, so nothing identifies its weights"),
+            "save it with them",
         )
     return {**where, "weights": weights, "dtype": str(model.dtype).removeprefix("torch.")}
 
@@ -94,9 +97,11 @@ def read_facts(path: Path) -> dict[str, Any]:
     try:
         facts = json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:
-        raise ValueError(f"{path}: not valid JSON: {error}; copy it again") from error
+        raise with_way_out(ValueError(f"{path}: not valid JSON: {error}"), "copy it again") from error
     if not isinstance(facts, dict):
-        raise ValueError(f"{path}: expected a JSON object, found {type(facts).__name__}; copy it again")
+        raise with_way_out(
+            ValueError(f"{path}: expected a JSON object, found {type(facts).__name__}"), "copy it again"
+        )
     return facts
 
 
@@ -115,9 +120,10 @@ def check_backbone(recorded: dict[str, Any], model: PreTrainedModel, path: Path)
     ]
     text = "; ".join(f"{name} was {old}, is {new}" for name, old, new in differences)
     if any(name == "hidden_size" for name, _, _ in differences):
-        raise ValueError(
-            f"the memory in {path} was trained on another backbone: {text}. Its fusion layers have the width of that "
-            "one: load it on a model of the same width, or attach a new memory"
+        raise with_way_out(
+            ValueError(f"the memory in {path} was trained on another backbone: {text}"),
+            "Its fusion layers have the width of that one: load it on a model of the same width, or attach a "
+            "new memory",
         )
     if differences:
         warnings.warn(
@@ -146,18 +152,23 @@ def check_tokenizer(recorded: dict[str, Any], tokenizer: Any, map_path: Path, no
     map_V, given_V = np.load(map_path, mmap_mode="r", allow_pickle=False), builder.mapping()
     name = builder.tokenizer_name or type(tokenizer).__name__
     if len(map_V) != len(given_V):
-        raise ValueError(
-            f"the memory at {map_path} was trained with a tokenizer of {len(map_V)} token ids, {name} has "
-            f"{len(given_V)}; use the tokenizer that was saved with it"
+        raise with_way_out(
+            ValueError(
+                f"the memory at {map_path} was trained with a tokenizer of {len(map_V)} token ids, {name} has "
+                f"{len(given_V)}"
+            ),
+            "use the tokenizer that was saved with it",
         )
     differing_U = np.flatnonzero(map_V != given_V)
     if len(differing_U):
         first = int(differing_U[0])
-        raise ValueError(
-            f"the memory at {map_path} was trained with another tokenizer than {name}: {len(differing_U)} of "
-            f"{len(map_V)} token ids have another compressed id, the first is {first} "
-            f"({builder.token_texts[first]!r}: {int(map_V[first])}, now {int(given_V[first])}); use the tokenizer "
-            "that was saved with it"
+        raise with_way_out(
+            ValueError(
+                f"the memory at {map_path} was trained with another tokenizer than {name}: {len(differing_U)} of "
+                f"{len(map_V)} token ids have another compressed id, the first is {first} "
+                f"({builder.token_texts[first]!r}: {int(map_V[first])}, now {int(given_V[first])})"
+            ),
+            "use the tokenizer that was saved with it",
         )
     if "token_texts" in recorded:
         warnings.warn(

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from sense_v2.core.config import EngramConfig
+from sense_v2.core.errors import with_way_out
 from sense_v2.engram.table.disk import copy_file
 from sense_v2.engram.table.format import journal_name, lock_name, manifest_name
 from sense_v2.engram.upkeep.convert import Conversion, convert_table
@@ -49,12 +50,12 @@ def convert_trained(
         finish_interrupted(output)
     config = EngramConfig.load(memory / CONFIG_FILE)
     if (memory / OVERLAY_FILE).exists():
-        raise ValueError(
-            f"{folder} was saved with an overlay, which is of the table as it is and of no other. Put it into the "
-            f"table first: sense-engram delta apply {memory / OVERLAY_FILE} {folder}, and remove it"
+        raise with_way_out(
+            ValueError(f"{folder} was saved with an overlay, which is of the table as it is and of no other"),
+            f"Put it into the table first: sense-engram delta apply {memory / OVERLAY_FILE} {folder}, and remove it",
         )
     if (output / CONFIG_FILE).exists() and not (target / TABLE_FILE).exists():
-        raise FileExistsError(f"{output} holds another model already; choose another --output")
+        raise with_way_out(FileExistsError(f"{output} holds another model already"), "choose another --output")
     is_reference = (memory / REFERENCE_FILE).is_file()
     table = referenced_table(memory) if is_reference else memory / TABLE_FILE
     conversion = convert_table(table, target / TABLE_FILE, dtype, advance=advance)

@@ -32,6 +32,7 @@ import torch
 from safetensors.torch import load_file
 
 from sense_v2.core.config import EngramConfig
+from sense_v2.core.errors import with_way_out
 from sense_v2.engram.table.disk import new_file, write_at
 from sense_v2.engram.table.format import journal_name, manifest_name
 from sense_v2.engram.table.opening import read_manifest
@@ -71,32 +72,34 @@ def check_folder(folder: Path) -> dict[str, Any]:
     if not path.is_file() and (folder / ADAPTER_FILE).is_file():
         path = folder / ADAPTER_FILE
     if is_notice(path):
-        raise ValueError(
-            f"{folder}: a training goes on with the model that was there; wait for its end. One that ended early "
-            f"goes on with `sense-engram train --resume --output {folder}`"
+        raise with_way_out(
+            ValueError(f"{folder}: a training goes on with the model that was there; wait for its end"),
+            f"One that ended early goes on with `sense-engram train --resume --output {folder}`",
         )
     if not path.is_file():
-        raise FileNotFoundError(f"{folder}: no model there (it has no config.json); `sense-engram train` writes one")
+        raise with_way_out(
+            FileNotFoundError(f"{folder}: no model there (it has no config.json)"), "`sense-engram train` writes one"
+        )
     if (folder / MEMORY_FOLDER).is_dir():
         table_of(folder / MEMORY_FOLDER)
     try:
         values: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:
-        raise ValueError(f"{path}: not valid JSON: {error}; copy it again") from error
+        raise with_way_out(ValueError(f"{path}: not valid JSON: {error}"), "copy it again") from error
     return values
 
 
 def table_of(memory_folder: Path) -> Path:
     """Check that all parts of the memory are there, and return the table's path."""
     is_reference = (memory_folder / REFERENCE_FILE).is_file()
-    for name, what in (
-        (CONFIG_FILE, "configuration is missing: it was not saved to its end, so save it again"),
-        (REFERENCE_FILE if is_reference else TABLE_FILE, "table is missing; copy it back"),
-        (MAP_FILE, "shadow map is missing; copy it back, or make it from the tokenizer with `sense-engram setup`"),
-        (FUSION_FILE, "fusion layers' weights are missing; copy them back"),
+    for name, what, way_out in (
+        (CONFIG_FILE, "configuration is missing: it was not saved to its end", "save it again"),
+        (REFERENCE_FILE if is_reference else TABLE_FILE, "table is missing", "copy it back"),
+        (MAP_FILE, "shadow map is missing", "copy it back, or make it from the tokenizer with `sense-engram setup`"),
+        (FUSION_FILE, "fusion layers' weights are missing", "copy them back"),
     ):
         if not (memory_folder / name).is_file():
-            raise FileNotFoundError(f"{memory_folder / name}: the memory's {what}")
+            raise with_way_out(FileNotFoundError(f"{memory_folder / name}: the memory's {what}"), way_out)
     return referenced_table(memory_folder) if is_reference else memory_folder / TABLE_FILE
 
 
@@ -142,7 +145,9 @@ def read_reference(path: Path) -> dict[str, Any]:
         if not all(isinstance(named[name], str) for name in ("storage_path", "commit")):
             raise ValueError("storage_path and commit must be strings")
     except (ValueError, KeyError, TypeError) as error:
-        raise ValueError(f"{path} is no reference to a table: {error}; save the model again") from error
+        raise with_way_out(
+            ValueError(f"{path} is no reference to a table: {error}"), "save the model again"
+        ) from error
     return {"step": None, **named}
 
 
@@ -150,16 +155,21 @@ def referenced_table(memory_folder: Path) -> Path:
     named = read_reference(memory_folder / REFERENCE_FILE)
     path = Path(named["storage_path"])
     if not path.is_file():
-        raise FileNotFoundError(
-            f"{path}: the table that {memory_folder / REFERENCE_FILE} names isn't there (on another machine?); bring "
-            "it back, or save the model with table='copy'"
+        raise with_way_out(
+            FileNotFoundError(
+                f"{path}: the table that {memory_folder / REFERENCE_FILE} names isn't there (on another machine?)"
+            ),
+            "bring it back, or save the model with table='copy'",
         )
     manifest = read_manifest(path.with_name(manifest_name(path.name)))
     if manifest.commit != named["commit"]:
-        raise ValueError(
-            f"{memory_folder / REFERENCE_FILE} names {path} as committed at step {named['step']} (commit "
-            f"{named['commit']}). The table has gone on since then (step {manifest.step}, commit {manifest.commit}), "
-            "and rows that changed can't be had back; save the model again"
+        raise with_way_out(
+            ValueError(
+                f"{memory_folder / REFERENCE_FILE} names {path} as committed at step {named['step']} (commit "
+                f"{named['commit']}). The table has gone on since then (step {manifest.step}, commit "
+                f"{manifest.commit}), and rows that changed can't be had back"
+            ),
+            "save the model again",
         )
     return path
 

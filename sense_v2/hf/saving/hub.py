@@ -16,6 +16,7 @@ from typing import Any
 
 from huggingface_hub import HfApi
 
+from sense_v2.core.errors import with_way_out
 from sense_v2.engram.delta.apply import strip_delta
 from sense_v2.engram.table.format import manifest_name
 from sense_v2.engram.table.opening import TableFiles, read_manifest
@@ -80,31 +81,35 @@ def push_to_hub(
     memory = folder / MEMORY_FOLDER
     named = read_facts(memory / BACKBONE_FILE).get("reference")
     if not (folder / "config.json").is_file() or not (named or any(folder.glob("*.safetensors"))):
-        raise FileNotFoundError(f"{folder}: no model there (config.json and safetensors); save_pretrained writes one")
+        raise with_way_out(
+            FileNotFoundError(f"{folder}: no model there (config.json and safetensors)"), "save_pretrained writes one"
+        )
     if (memory / REFERENCE_FILE).is_file():
-        raise ValueError(
-            f"{folder} names its table by reference, which nobody else can follow; save the model with table='copy' "
-            "and push that folder"
+        raise with_way_out(
+            ValueError(f"{folder} names its table by reference, which nobody else can follow"),
+            "save the model with table='copy' and push that folder",
         )
     if named and Path(named["model"]).is_absolute() and not any(folder.glob("*.safetensors")):
-        raise ValueError(
-            f"{folder} names its backbone, {named['model']}, which nobody else can follow; open the model and save "
-            "it with its weights (save_pretrained without backbone=), and push that folder"
+        raise with_way_out(
+            ValueError(f"{folder} names its backbone, {named['model']}, which nobody else can follow"),
+            "open the model and save it with its weights (save_pretrained without backbone=), and push that folder",
         )
     if memory.is_dir():
         missing = [name for name in (CONFIG_FILE, FUSION_FILE, TABLE_FILE, MAP_FILE) if not (memory / name).is_file()]
         if missing or not (memory / manifest_name(TABLE_FILE)).is_file():
-            raise FileNotFoundError(
-                f"{memory} lacks {', '.join(missing) or manifest_name(TABLE_FILE)}: it was not saved to its end; "
-                "save it again"
+            raise with_way_out(
+                FileNotFoundError(
+                    f"{memory} lacks {', '.join(missing) or manifest_name(TABLE_FILE)}: it was not saved to its end"
+                ),
+                "save it again",
             )
         files = TableFiles(memory / TABLE_FILE)
         for journal in (files.journal, *files.other_journals):
             if not (journal.is_file() and journal.stat().st_size):
                 continue
-            raise ValueError(
-                f"{journal}: somebody trains {memory / TABLE_FILE}, or died doing it; commit or close it first, or "
-                "run `sense-engram verify --repair` where nobody does"
+            raise with_way_out(
+                ValueError(f"{journal}: somebody trains {memory / TABLE_FILE}, or died doing it"),
+                "commit or close it first, or run `sense-engram verify --repair` where nobody does",
             )
     api = HfApi(token=token)
     repo_id = api.create_repo(repo_id, private=private, exist_ok=True, repo_type="model").repo_id

@@ -17,6 +17,7 @@ from transformers.models.auto.modeling_auto import (
     MODEL_FOR_MASKED_LM_MAPPING_NAMES,
 )
 
+from sense_v2.core.errors import with_way_out
 from sense_v2.hf.saving.folder import replace_file
 
 MODEL_TYPE = "sense_engram"
@@ -39,8 +40,9 @@ class EngramModelConfig(PreTrainedConfig):
     def backbone(self) -> PreTrainedConfig:
         fields = dict(self._fields)
         if _BACKBONE_TYPE not in fields:
-            raise ValueError(
-                f"this {MODEL_TYPE} configuration names no {_BACKBONE_TYPE}; copy the model's config.json again"
+            raise with_way_out(
+                ValueError(f"this {MODEL_TYPE} configuration names no {_BACKBONE_TYPE}"),
+                "copy the model's config.json again",
             )
         model_type, fields["architectures"] = fields.pop(_BACKBONE_TYPE), fields.pop(_BACKBONE_ARCHITECTURES, None)
         return AutoConfig.for_model(model_type, **fields)

@@ -25,7 +25,7 @@ from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
-from sense_v2.core.errors import CommandError
+from sense_v2.core.errors import CommandError, with_way_out
 from sense_v2.core.folders import missing_folders, remove_empty
 from sense_v2.engram.table.disk import sync, write_file
 from sense_v2.engram.table.platform import LOCK_IS_HELD, NO_LOCKS, READ, lock
@@ -193,7 +193,9 @@ def _read_plan(path: Path) -> dict[str, Any]:
     back = plan.get("back", {"held": ".", "until": "."})
     for name in map(Path, (*plan["new"], *plan["old"], back["held"], back["until"])):
         if name.is_absolute() or ".." in name.parts:
-            raise ValueError(f"{path} names a file outside of its folder ({str(name)!r}); remove {path.parent}")
+            raise with_way_out(
+                ValueError(f"{path} names a file outside of its folder ({str(name)!r})"), f"remove {path.parent}"
+            )
     return plan
 
 

@@ -15,6 +15,7 @@ from safetensors.torch import save as to_safetensors
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
 from sense_v2.core.config import EngramConfig
+from sense_v2.core.errors import with_way_out
 from sense_v2.engram.row_source import TrainableRows
 from sense_v2.engram.table.disk import WriterLock, copy_file
 from sense_v2.engram.table.format import lock_name, manifest_name
@@ -94,41 +95,53 @@ def save_pretrained(
     if table not in TABLE_WAYS:
         raise ValueError(f"save_pretrained: table = {table!r}: must be one of {', '.join(TABLE_WAYS)}")
     if hasattr(model, "peft_config") and hasattr(model, "get_base_model"):
-        raise ValueError(
-            "save_pretrained: this model is wrapped in a PEFT adapter. model.save_pretrained(folder) saves the "
-            "adapter and the memory beside it; or save model.merge_and_unload()"
+        raise with_way_out(
+            ValueError("save_pretrained: this model is wrapped in a PEFT adapter"),
+            "model.save_pretrained(folder) saves the adapter and the memory beside it; or save "
+            "model.merge_and_unload()",
         )
     if getattr(model, "_hf_peft_config_loaded", False):
-        raise ValueError(
-            "save_pretrained: this model has adapters (add_adapter), and transformers would save those alone; "
-            "model.delete_adapter(…) first, or use peft.get_peft_model and save model.merge_and_unload()"
+        raise with_way_out(
+            ValueError(
+                "save_pretrained: this model has adapters (add_adapter), and transformers would save those alone"
+            ),
+            "model.delete_adapter(…) first, or use peft.get_peft_model and save model.merge_and_unload()",
         )
     memory = attached_memory(model)
     if backbone is not None:
         if memory is None:
-            raise ValueError("save_pretrained: backbone= names the weights of a model with memory; leave it out")
+            raise with_way_out(
+                ValueError("save_pretrained: backbone= names the weights of a model with memory"), "leave it out"
+            )
         if not has_weights(backbone, model):
-            raise ValueError(
-                f"save_pretrained: the backbone's weights have changed since {backbone['model']} was read; leave "
-                "backbone= out, and they are saved"
+            raise with_way_out(
+                ValueError(
+                    f"save_pretrained: the backbone's weights have changed since {backbone['model']} was read"
+                ),
+                "leave backbone= out, and they are saved",
             )
     finish_interrupted(folder)
     if memory is None and target.exists():
-        raise FileExistsError(
-            f"{target} is another model's memory, and this one, which has none, would be loaded with it; "
-            "remove it, or choose another folder"
+        raise with_way_out(
+            FileExistsError(
+                f"{target} is another model's memory, and this one, which has none, would be loaded with it"
+            ),
+            "remove it, or choose another folder",
         )
     if memory is not None and memory.is_released:
-        raise ValueError(
-            "save_pretrained: this memory reads tables of a released checkpoint, which stay there; save "
-            "model.engram.layers.state_dict() and the backbone by themselves, and attach the tables again to load "
-            "them. sense-engram convert makes a table of ours from each"
+        raise with_way_out(
+            ValueError(
+                "save_pretrained: this memory reads tables of a released checkpoint, which stay there; save "
+                "model.engram.layers.state_dict() and the backbone by themselves, and attach the tables again to "
+                "load them"
+            ),
+            "sense-engram convert makes a table of ours from each",
         )
     in_place = memory is not None and is_same_file(memory.table.path, target / TABLE_FILE)
     if table == "reference" and not in_place and (target / TABLE_FILE).exists():
-        raise FileExistsError(
-            f"{target / TABLE_FILE} is there already, and a reference would leave it without a use; remove it, or "
-            "choose another folder"
+        raise with_way_out(
+            FileExistsError(f"{target / TABLE_FILE} is there already, and a reference would leave it without a use"),
+            "remove it, or choose another folder",
         )
     with (
         contextlib.nullcontext() if in_place else _sole_writer(target / TABLE_FILE),
@@ -215,9 +228,11 @@ def _build_memory(
     """Write a memory to `staging`, from where it goes to `folder`; return what has to leave that."""
     target = folder / MEMORY_FOLDER
     if table in ("stay", "reference") and memory.table.has_gone_on:
-        raise ValueError(
-            f"{memory.table.path} has gone on since this model was copied: its rows aren't there any more. Save the "
-            "rows as well: choose another folder, and table='copy'"
+        raise with_way_out(
+            ValueError(
+                f"{memory.table.path} has gone on since this model was copied: its rows aren't there any more"
+            ),
+            "Save the rows as well: choose another folder, and table='copy'",
         )
     # Several processes commit together, and one of them may save alone what was committed.
     if memory.storage.mode == "r+" and not memory.storage.needs_all_ranks:
@@ -312,9 +327,9 @@ def _write_reference(storage: TrainableRows, target: Path) -> None:
     manifest = storage.manifest
     assert storage.path is not None
     if manifest.commit is None:
-        raise ValueError(
-            f"{storage.path} was never committed, so that nothing identifies its rows; commit() before it is "
-            "referenced, or save a copy"
+        raise with_way_out(
+            ValueError(f"{storage.path} was never committed, so that nothing identifies its rows"),
+            "commit() before it is referenced, or save a copy",
         )
     named = {"storage_path": str(storage.path), "commit": manifest.commit, "step": manifest.step}
     replace_file(target / REFERENCE_FILE, (json.dumps(named, indent=2) + "\n").encode())

@@ -26,6 +26,7 @@ from typing import Any
 
 import torch
 
+from sense_v2.core.errors import with_way_out
 from sense_v2.hf.memory import EngramMemory, attached_memory, memory_of
 from sense_v2.hf.serving import paged_state
 from sense_v2.hf.serving.paged_call import ID_DTYPE, TOKEN_VALUES, PagedCall
@@ -68,9 +69,12 @@ def manager_with_memory(
     graphs = given.use_cuda_graph
     compiled = (given.varlen_compile_config, given.decode_compile_config, given.default_compile_level or None)
     if any(compiled) or (any(graphs) if isinstance(graphs, tuple) else graphs):
-        raise ValueError(
-            "a step of continuous batching with memory reads rows from the disk, which no CUDA graph and no compiled "
-            "step holds: leave use_cuda_graph and the compile settings of ContinuousBatchingConfig alone"
+        raise with_way_out(
+            ValueError(
+                "a step of continuous batching with memory reads rows from the disk, which no CUDA graph and no "
+                "compiled step holds"
+            ),
+            "leave use_cuda_graph and the compile settings of ContinuousBatchingConfig alone",
         )
     layers = _layers(memory, config, model.dtype)
     num_more = sum(map(len, layers.values()))
@@ -110,9 +114,11 @@ def _refuse(model: Any, memory: EngramMemory, config: Any) -> None:
     from transformers.generation.continuous_batching import cache
 
     if not hasattr(cache.PagedAttentionCache, "count_storable_requests"):
-        raise ValueError(
-            "continuous batching with memory takes transformers 5.24 or later, whose paged cache has allocators: use "
-            "model.generate, a batch at a time, or detach_engram(model)"
+        raise with_way_out(
+            ValueError(
+                "continuous batching with memory takes transformers 5.24 or later, whose paged cache has allocators"
+            ),
+            "use model.generate, a batch at a time, or detach_engram(model)",
         )
     if not memory.config.causal:
         raise ValueError(
@@ -121,9 +127,12 @@ def _refuse(model: Any, memory: EngramMemory, config: Any) -> None:
         )
     windows = _windows(config)
     if windows and min(windows) <= memory.reach:
-        raise ValueError(
-            f"the memory of a position depends on {memory.reach} before it, and the model's paged cache keeps "
-            f"{min(windows) - 1} (sliding_window = {min(windows)}): use model.generate, a batch at a time"
+        raise with_way_out(
+            ValueError(
+                f"the memory of a position depends on {memory.reach} before it, and the model's paged cache keeps "
+                f"{min(windows) - 1} (sliding_window = {min(windows)})"
+            ),
+            "use model.generate, a batch at a time",
         )
     if getattr(model, "tp_size", None) not in (None, 1):
         raise ValueError("continuous batching with memory runs on one device; the model is spread over several")

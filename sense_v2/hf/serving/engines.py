@@ -25,6 +25,7 @@ from fastapi import HTTPException
 from transformers import ContinuousBatchingConfig, GenerationConfig
 from transformers.cli.serving.utils import BaseGenerateManager, CBStreamer, GenerateManager, GenerationState
 
+from sense_v2.core.errors import with_way_out
 from sense_v2.hf.memory import attached_memory
 from sense_v2.hf.overlays import ids_with_overlay
 from sense_v2.hf.serving.continuous_batching import why_not_batched
@@ -195,7 +196,7 @@ class Engines(BaseGenerateManager):
             **own,
         )
         if added is None:
-            raise RuntimeError("the engine has stopped; restart the server")
+            raise with_way_out(RuntimeError("the engine has stopped"), "restart the server")
 
 
 class State(GenerationState):

@@ -27,6 +27,7 @@ from torch import nn
 from torch.nn.modules.module import register_module_module_registration_hook
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
+from sense_v2.core.errors import with_way_out
 from sense_v2.engram.delta.joined_tables import JoinedTables
 from sense_v2.engram.released.find_tables import released_config
 from sense_v2.engram.released.released_table import ReleasedTable, open_released_table
@@ -67,7 +68,9 @@ class EmbeddingOnDisk(nn.Module):
 
     def forward(self, row_ids: torch.Tensor) -> torch.Tensor:
         if self.table is None:
-            raise ValueError("this model was built without its n-gram table; call offload_ngram_table(model, folder)")
+            raise with_way_out(
+                ValueError("this model was built without its n-gram table"), "call offload_ngram_table(model, folder)"
+            )
         dtype: torch.dtype = self.layer.norm_key.weight.dtype
         if self.overlay is None:
             return self.table.rows_as(row_ids, dtype)
@@ -147,8 +150,9 @@ def offload_ngram_table(model: PreTrainedModel, folder: str | os.PathLike[str]) 
     """
     places = list(_ngram_embeddings(model))
     if not places:
-        raise ValueError(
-            f"{type(model).__name__} has no n-gram table of Qwen4-Exp. For memory on other models: attach_engram"
+        raise with_way_out(
+            ValueError(f"{type(model).__name__} has no n-gram table of Qwen4-Exp"),
+            "For memory on other models: attach_engram",
         )
     config = released_config(model.config.get_text_config().to_dict())
     found = []
@@ -156,9 +160,12 @@ def offload_ngram_table(model: PreTrainedModel, folder: str | os.PathLike[str]) 
         table = open_released_table(folder, int(inner.layer_idx), variant="qwen_ple", config=config)
         old = inner.ngram_embedding
         if (old.num_embeddings, old.embedding_dim) != (table.num_embeddings, table.embedding_dim):
-            raise ValueError(
-                f"{table.path}, layer {inner.layer_idx}: {table.num_embeddings} rows of {table.embedding_dim}, but "
-                f"the model has {old.num_embeddings} of {old.embedding_dim}. Name the model's own checkpoint"
+            raise with_way_out(
+                ValueError(
+                    f"{table.path}, layer {inner.layer_idx}: {table.num_embeddings} rows of {table.embedding_dim}, "
+                    f"but the model has {old.num_embeddings} of {old.embedding_dim}"
+                ),
+                "Name the model's own checkpoint",
             )
         found.append((layer, inner, table))
     for layer, inner, table in found:

@@ -28,6 +28,7 @@ from typing import Any
 
 import torch
 
+from sense_v2.core.errors import with_way_out
 from sense_v2.hf.serving import paged_state
 from sense_v2.hf.serving.paged_call import PagedCall
 
@@ -56,9 +57,9 @@ def register() -> None:
             backbone = EngramModelConfig(**config_dict).backbone()
             (name,) = backbone.architectures or ["?"]
             if name not in ARCHITECTURES:
-                raise ValueError(
-                    f"{name} with memory isn't served by vLLM here; {', '.join(ARCHITECTURES)} are. "
-                    "`sense-engram serve` serves it"
+                raise with_way_out(
+                    ValueError(f"{name} with memory isn't served by vLLM here; {', '.join(ARCHITECTURES)} are"),
+                    "`sense-engram serve` serves it",
                 )
             backbone.architectures = [ARCHITECTURES[name][1]]
             return (backbone, kwargs) if asks_for_rest else backbone
@@ -221,14 +222,16 @@ def _add_memory(model: Any, layer_id: int, layer: Any, args: tuple[Any, ...]) ->
 def refuse(vllm_config: Any) -> None:
     """Raise `ValueError` for what the memory can't run in."""
     if not vllm_config.model_config.enforce_eager:
-        raise ValueError(
-            "a step with memory reads rows from the disk, which no compiled graph holds: serve with --enforce-eager "
-            "(enforce_eager=True)"
+        raise with_way_out(
+            ValueError("a step with memory reads rows from the disk, which no compiled graph holds"),
+            "serve with --enforce-eager (enforce_eager=True)",
         )
     if vllm_config.parallel_config.pipeline_parallel_size > 1:
-        raise ValueError("the memory is looked up by token ids, which only the first pipeline rank gets: use one")
+        raise with_way_out(
+            ValueError("the memory is looked up by token ids, which only the first pipeline rank gets"), "use one"
+        )
     if vllm_config.speculative_config is not None:
-        raise ValueError("speculative decoding with memory isn't tested: serve without")
+        raise with_way_out(ValueError("speculative decoding with memory isn't tested"), "serve without")
 
 
 def refuse_other_slots(metadata: Any, page_size: int) -> None:

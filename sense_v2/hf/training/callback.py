@@ -25,6 +25,7 @@ from transformers import TrainerCallback, TrainerState, TrainingArguments
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from sense_v2.core.config import DURABILITIES, ROW_OPTIMIZERS
+from sense_v2.core.errors import with_way_out
 from sense_v2.engram.optim import RowAdam, RowGradients, RowWiseAdagrad
 from sense_v2.engram.reading.safetensors_headers import find_tensors
 from sense_v2.hf.adapters import MemoryOfReference, follow_wrapper
@@ -146,19 +147,24 @@ class EngramCallback(TrainerCallback):
         self._num_ranks = args.world_size
         storage = self._memory.storage
         if storage.rows_require_grad and not self.writes:
-            raise ValueError(
-                f"{storage.path} is open read-only: attach with mode='r+' to train its rows, or freeze them "
-                "(storage.requires_grad_(False))"
+            raise with_way_out(
+                ValueError(f"{storage.path} is open read-only"),
+                "attach with mode='r+' to train its rows, or freeze them (storage.requires_grad_(False))",
             )
         if self.checkpoints != "copy" and storage.is_in_shards:
-            raise ValueError(
-                f"EngramCallback(checkpoints={self.checkpoints!r}) is for one file, and this table lies in shards; "
-                "use checkpoints='copy'"
+            raise with_way_out(
+                ValueError(
+                    f"EngramCallback(checkpoints={self.checkpoints!r}) is for one file, and this table lies in shards"
+                ),
+                "use checkpoints='copy'",
             )
         if self.checkpoints != "copy" and args.load_best_model_at_end:
-            raise ValueError(
-                f"load_best_model_at_end goes back to earlier rows, which EngramCallback(checkpoints="
-                f"{self.checkpoints!r}) doesn't keep; use checkpoints='copy'"
+            raise with_way_out(
+                ValueError(
+                    "load_best_model_at_end goes back to earlier rows, which "
+                    f"EngramCallback(checkpoints={self.checkpoints!r}) doesn't keep"
+                ),
+                "use checkpoints='copy'",
             )
         if hasattr(model, "get_base_model") and "save_pretrained" not in vars(model):  # attached to what is inside
             follow_wrapper(model, self._memory)
@@ -172,9 +178,12 @@ class EngramCallback(TrainerCallback):
         _keep_from_ddp(model, self._stand_in)
         if more.get("optimizer") is not None:
             if more.get("lr_scheduler") is not None:
-                raise ValueError(
-                    "EngramCallback: the optimizer that was given doesn't hold the rows, and its schedule is made "
-                    "already; pass optimizers=(optimizer, None), or let the Trainer make both"
+                raise with_way_out(
+                    ValueError(
+                        "EngramCallback: the optimizer that was given doesn't hold the rows, and its schedule is "
+                        "made already"
+                    ),
+                    "pass optimizers=(optimizer, None), or let the Trainer make both",
                 )
             more["optimizer"].add_param_group({"params": [self._stand_in], "weight_decay": 0.0})
 
@@ -194,14 +203,16 @@ class EngramCallback(TrainerCallback):
             )
         is_shared = self.memory.storage.needs_all_ranks
         if (is_shared or self._num_ranks > 1) and not self.averages_ranks:
-            raise ValueError(
-                "several processes train, and a plain Trainer doesn't bring their rows' gradients together: use "
-                "EngramTrainer, or put EngramTraining before your Trainer's class"
+            raise with_way_out(
+                ValueError(
+                    "several processes train, and a plain Trainer doesn't bring their rows' gradients together"
+                ),
+                "use EngramTrainer, or put EngramTraining before your Trainer's class",
             )
         if self._num_ranks > 1 and not is_shared:
-            raise ValueError(
-                f"{self._num_ranks} processes train, and this one has attached the table for itself: use "
-                "sense_v2.hf.training.ranks.attach_on_every_rank"
+            raise with_way_out(
+                ValueError(f"{self._num_ranks} processes train, and this one has attached the table for itself"),
+                "use sense_v2.hf.training.ranks.attach_on_every_rank",
             )
         self._step = state.global_step
         self._stop_listening()
@@ -291,9 +302,12 @@ class EngramCallback(TrainerCallback):
             if scale is not None:
                 grads_UD.div_(scale.to(grads_UD.device))
             if not torch.isfinite(grads_UD).all():
-                raise FloatingPointError(
-                    f"the rows' gradient isn't finite at step {self._step + 1}; the rows are those of step "
-                    f"{self._step}. Lower learning_rate or EngramCallback(row_rate=)"
+                raise with_way_out(
+                    FloatingPointError(
+                        f"the rows' gradient isn't finite at step {self._step + 1}; the rows are those of step "
+                        f"{self._step}"
+                    ),
+                    "Lower learning_rate or EngramCallback(row_rate=)",
                 )
             self._touched.append(storage.num_rows_met)
             self._rate = float(self._group["lr"] * self.row_rate)
@@ -313,9 +327,12 @@ class EngramCallback(TrainerCallback):
         given = self.resume_from_checkpoint
         checkpoint = Path(given) if given is not None else _checkpoint_folder(args, state.global_step)
         if not checkpoint.is_dir():
-            raise FileNotFoundError(
-                f"{checkpoint} isn't there: training resumes at step {state.global_step}, and the memory of that "
-                "step is looked for there. Give the folder: EngramCallback(resume_from_checkpoint=FOLDER)"
+            raise with_way_out(
+                FileNotFoundError(
+                    f"{checkpoint} isn't there: training resumes at step {state.global_step}, and the memory of "
+                    "that step is looked for there"
+                ),
+                "Give the folder: EngramCallback(resume_from_checkpoint=FOLDER)",
             )
         _refuse_fresh_weights(checkpoint, model)
         restore_rows(self.memory, checkpoint)
@@ -326,9 +343,12 @@ class EngramCallback(TrainerCallback):
             name for name, value in self.memory.layers.state_dict().items() if not torch.equal(value, loaded[name])
         ]
         if differs and not hasattr(model, "peft_config"):
-            raise ValueError(
-                f"the Trainer resumed from another folder than {checkpoint}, whose memory has another {differs[0]}. "
-                "Give that folder: EngramCallback(resume_from_checkpoint=FOLDER)"
+            raise with_way_out(
+                ValueError(
+                    f"the Trainer resumed from another folder than {checkpoint}, whose memory has another "
+                    f"{differs[0]}"
+                ),
+                "Give that folder: EngramCallback(resume_from_checkpoint=FOLDER)",
             )
 
     def take_metrics(self) -> dict[str, float]:
@@ -376,10 +396,12 @@ def _refuse_fresh_weights(checkpoint: Path, model: nn.Module) -> None:
     found = {value.data_ptr() for name, value in weights.items() if name in saved}
     fresh = [name for name, value in model.named_parameters() if value.numel() and value.data_ptr() not in found]
     if fresh:
-        raise ValueError(
-            f"{checkpoint} has no {fresh[0]}: its weights were saved under names that transformers converts, and a "
-            "Trainer doesn't, so it goes on with fresh ones. Begin a new run with the model that "
-            f"sense_v2.hf.from_pretrained({str(checkpoint)!r}, mode='r+') opens"
+        raise with_way_out(
+            ValueError(
+                f"{checkpoint} has no {fresh[0]}: its weights were saved under names that transformers converts, "
+                "and a Trainer doesn't, so it goes on with fresh ones"
+            ),
+            f"Begin a new run with the model that sense_v2.hf.from_pretrained({str(checkpoint)!r}, mode='r+') opens",
         )
 
 
@@ -396,9 +418,12 @@ class _WatchedReference:
     def __init__(self, args: TrainingArguments, state: TrainerState, memory: EngramMemory) -> None:
         is_early = getattr(args, "precompute_ref_log_probs", False)  # it was asked before the callback
         self._is_seen = is_early or memory.reference is not None
-        self._lost = ValueError(
-            f"the run goes on at step {state.global_step}, and the rows of a reference on {memory.storage.path} "
-            f"are those of that step, not those before it: {_WAY_OUT}"
+        self._lost = with_way_out(
+            ValueError(
+                f"the run goes on at step {state.global_step}, and the rows of a reference on {memory.storage.path} "
+                "are those of that step, not those before it"
+            ),
+            _WAY_OUT,
         )
         if memory.reference is not None and state.global_step > 0:
             memory.reference.error = self._lost
@@ -457,9 +482,12 @@ def _group_of(stand_in: RowGradients, optimizer: torch.optim.Optimizer) -> dict[
     for group in optimizer.param_groups:
         if any(parameter is stand_in for parameter in group["params"]):
             return group
-    raise ValueError(
-        f"{type(optimizer).__name__} doesn't hold the rows' stand-in: it was made before the Trainer had an "
-        "EngramCallback. Give the callback to the Trainer: Trainer(..., callbacks=[EngramCallback()])"
+    raise with_way_out(
+        ValueError(
+            f"{type(optimizer).__name__} doesn't hold the rows' stand-in: it was made before the Trainer had an "
+            "EngramCallback"
+        ),
+        "Give the callback to the Trainer: Trainer(..., callbacks=[EngramCallback()])",
     )
 
 

@@ -20,6 +20,7 @@ from pathlib import Path
 
 from transformers import PreTrainedModel
 
+from sense_v2.core.errors import with_way_out
 from sense_v2.engram.table.disk import sync
 from sense_v2.hf.memory import EngramMemory, memory_of
 from sense_v2.hf.saving.folder import (
@@ -82,9 +83,12 @@ def restore_rows(memory: EngramMemory, checkpoint: Path) -> None:
     """
     folder = checkpoint / MEMORY_FOLDER
     if not (folder / CONFIG_FILE).is_file():
-        raise FileNotFoundError(
-            f"{folder / CONFIG_FILE} isn't there: the checkpoint was saved without an EngramCallback, or saving was "
-            "cut off. Resume from an earlier one: trainer.train(resume_from_checkpoint=FOLDER)"
+        raise with_way_out(
+            FileNotFoundError(
+                f"{folder / CONFIG_FILE} isn't there: the checkpoint was saved without an EngramCallback, or saving "
+                "was cut off"
+            ),
+            "Resume from an earlier one: trainer.train(resume_from_checkpoint=FOLDER)",
         )
     storage = memory.storage
     if storage is not memory.table:
@@ -94,9 +98,12 @@ def restore_rows(memory: EngramMemory, checkpoint: Path) -> None:
         return
     if (folder / IN_TABLE_FILE).is_file():
         if not fits_table(memory, checkpoint) or storage.updates != storage.manifest.updates:
-            raise ValueError(
-                f"{checkpoint} has no rows of its own: they are in {storage.path}, which has gone on since then "
-                f"(step {storage.manifest.step}). Resume from the checkpoint of that step"
+            raise with_way_out(
+                ValueError(
+                    f"{checkpoint} has no rows of its own: they are in {storage.path}, which has gone on since then "
+                    f"(step {storage.manifest.step})"
+                ),
+                "Resume from the checkpoint of that step",
             )
         return
     if not (folder / REFERENCE_FILE).is_file():
@@ -104,9 +111,11 @@ def restore_rows(memory: EngramMemory, checkpoint: Path) -> None:
         return
     named, manifest = read_reference(folder / REFERENCE_FILE), storage.manifest
     if named["commit"] != manifest.commit or storage.updates != manifest.updates:
-        raise ValueError(
-            f"{checkpoint} names its rows by reference: {named['storage_path']} as committed at step "
-            f"{named['step']}. {storage.path} has gone on since then (step {manifest.step}), and rows that "
-            "changed can't be had back. Resume from the last checkpoint, or train with EngramCallback("
-            "checkpoints='copy')"
+        raise with_way_out(
+            ValueError(
+                f"{checkpoint} names its rows by reference: {named['storage_path']} as committed at step "
+                f"{named['step']}. {storage.path} has gone on since then (step {manifest.step}), and rows that "
+                "changed can't be had back"
+            ),
+            "Resume from the last checkpoint, or train with EngramCallback(checkpoints='copy')",
         )

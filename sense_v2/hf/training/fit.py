@@ -25,6 +25,7 @@ from transformers import PreTrainedModel, PrinterCallback, Trainer, TrainerCallb
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from sense_v2.core.config import TrainConfig
+from sense_v2.core.errors import with_way_out
 from sense_v2.hf.data.streaming import STREAM_FILE, ResumableStream
 from sense_v2.hf.insight.evaluation import Evaluation
 from sense_v2.hf.memory import EngramMemory, attached_memory
@@ -254,7 +255,7 @@ class _Sequences(ResumableStream):
 
     def __iter__(self) -> Iterator[dict[str, torch.Tensor]]:
         if torch.utils.data.get_worker_info() is not None:
-            raise ValueError("each worker would read all of the text; use dataloader_num_workers=0")
+            raise with_way_out(ValueError("each worker would read all of the text"), "use dataloader_num_workers=0")
         placeholders, self.placeholders = self.placeholders, 0
         nothing = torch.zeros(self.config.sequence_length, dtype=torch.int64)
         for _ in range(placeholders):
@@ -311,10 +312,15 @@ class _Run(TrainerCallback):
     def check(self, what: str, value: float) -> None:
         """Raise `FloatingPointError` where a value of the step at hand isn't finite."""
         if self.checks and not math.isfinite(value):
-            before = f"the weights and rows are those of step {self._step}; lower learning_rate or row_learning_rate"
-            untrained = "nothing was updated yet, so look for the cause in the weights that training began with"
-            raise FloatingPointError(
-                f"the {what} is {value} at step {self._step + 1}: {before if self._step else untrained}"
+            found = f"the {what} is {value} at step {self._step + 1}"
+            if not self._step:
+                raise with_way_out(
+                    FloatingPointError(f"{found}: nothing was updated yet"),
+                    "look for the cause in the weights that training began with",
+                )
+            raise with_way_out(
+                FloatingPointError(f"{found}: the weights and rows are those of step {self._step}"),
+                "lower learning_rate or row_learning_rate",
             )
 
     def on_train_begin(self, args: Any, state: TrainerState, control: TrainerControl, **_: Any) -> None:

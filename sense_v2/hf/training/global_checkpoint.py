@@ -26,6 +26,7 @@ import torch.distributed.checkpoint as dcp
 from torch import nn
 from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
 
+from sense_v2.core.errors import with_way_out
 from sense_v2.engram.ranks.range_copy import copy_table, restore_table
 from sense_v2.hf.saving.folder import TABLE_FILE
 from sense_v2.hf.training.ranks import table_of
@@ -53,9 +54,12 @@ def resume(model: nn.Module, optimizer: torch.optim.Optimizer, folder: str | Pat
     if name is None:
         return 0
     if not (folder / name / ".metadata").is_file():
-        raise FileNotFoundError(
-            f"{folder / name} isn't there, and the table's last commit (step {table.committed_step}) was made with "
-            "these weights. Give the folder of that run, or begin from a checkpoint"
+        raise with_way_out(
+            FileNotFoundError(
+                f"{folder / name} isn't there, and the table's last commit (step {table.committed_step}) was made "
+                "with these weights"
+            ),
+            "Give the folder of that run, or begin from a checkpoint",
         )
     _load_weights(model, optimizer, folder / name)
     return int(table.committed_step or 0)

@@ -23,6 +23,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from sense_v2.core.config import EngramConfig
+from sense_v2.core.errors import with_way_out
 from sense_v2.engram.ranks.collectives import Ranks
 from sense_v2.engram.ranks.sharded_table import ShardedTable, open_sharded_table
 from sense_v2.engram.ranks.tree_sum import Node, TreeSum, exact_sum, node_sizes, row_squares
@@ -50,9 +51,10 @@ def attach_on_every_rank(
     """
     num_ranks = int(os.environ.get("WORLD_SIZE", "1"))
     if num_ranks > 1 and not dist.is_initialized():
-        raise RuntimeError(
-            f"{num_ranks} processes were started, and they have no process group yet: make the TrainingArguments (or "
-            "an accelerate.PartialState), or call torch.distributed.init_process_group(), before memory is attached"
+        raise with_way_out(
+            RuntimeError(f"{num_ranks} processes were started, and they have no process group yet"),
+            "make the TrainingArguments (or an accelerate.PartialState), or call "
+            "torch.distributed.init_process_group(), before memory is attached",
         )
     num_here = int(os.environ.get("LOCAL_WORLD_SIZE", num_ranks))
     if layout == "file" and num_here != num_ranks:
@@ -76,7 +78,9 @@ def table_of(model: nn.Module) -> ShardedTable:
     """The table that `attach_on_every_rank` attached. Raises `ValueError` for another one."""
     storage: Any = memory_of(model).storage
     if not storage.needs_all_ranks:
-        raise ValueError("this model's memory was attached for one process: attach_on_every_rank(model, config)")
+        raise with_way_out(
+            ValueError("this model's memory was attached for one process"), "attach_on_every_rank(model, config)"
+        )
     table: ShardedTable = storage
     return table
 
@@ -137,7 +141,9 @@ class GlobalStep:
         for name, value in (("loss", loss), ("gradient's norm", norm)):
             if not value < float("inf"):
                 self.table.clear_gradients()
-                raise FloatingPointError(f"the {name} is {value}: nothing was updated. Lower the learning rates")
+                raise with_way_out(
+                    FloatingPointError(f"the {name} is {value}: nothing was updated"), "Lower the learning rates"
+                )
         if max_norm is not None:
             scale = min(1.0, max_norm / (norm + 1e-6))
             mean_P *= scale

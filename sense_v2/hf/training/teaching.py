@@ -28,6 +28,7 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel
 
+from sense_v2.core.errors import with_way_out
 from sense_v2.core.progress import Progress, no_progress
 from sense_v2.engram.delta.overlay import OverlayStorage
 from sense_v2.engram.optim import row_adam
@@ -61,7 +62,9 @@ class Taught:
     def undo(self) -> None:
         """Puts the rows back as they were, bit for bit. Raises `ValueError` where they were changed since."""
         if not _are_same_bits(self.overlay(self.row_ids_U), self._after_UD):
-            raise ValueError("rows of this text were changed since it was taught. Undo what was taught later first")
+            raise with_way_out(
+                ValueError("rows of this text were changed since it was taught"), "Undo what was taught later first"
+            )
         self.overlay.write(self.row_ids_U, self._before_UD)
         # Those that came from the base come from it again.
         self.overlay.forget(self.row_ids_U[~self._were_changed_U])
@@ -245,10 +248,13 @@ def moved(
 def refuse_unheard(tables: EngramMemory | OffloadedTables) -> None:
     """Raises `ValueError` where nothing that rows hold reaches the model."""
     if not tables.is_heard:
-        raise ValueError(
-            "this memory was never trained: W_v is zero in each of its layers, so whatever its rows hold isn't "
-            "heard. Train the memory first, or make it writable: sense-engram delta make-writable FOLDER --output "
-            "NEW, or sense_v2.hf.make_writable(model, tokenizer)"
+        raise with_way_out(
+            ValueError(
+                "this memory was never trained: W_v is zero in each of its layers, so whatever its rows hold isn't "
+                "heard"
+            ),
+            "Train the memory first, or make it writable: sense-engram delta make-writable FOLDER --output NEW, "
+            "or sense_v2.hf.make_writable(model, tokenizer)",
         )
 
 
@@ -256,7 +262,7 @@ def _loss(model: PreTrainedModel, token_ids_1T: torch.Tensor, labels_1T: torch.T
     """Of the text; the rows' gradients are left with the overlay."""
     loss: torch.Tensor = model(input_ids=token_ids_1T, labels=labels_1T, use_cache=False).loss
     if not torch.isfinite(loss):
-        raise FloatingPointError(f"the loss of the text is {loss.item()}; lower lr")
+        raise with_way_out(FloatingPointError(f"the loss of the text is {loss.item()}"), "lower lr")
     loss.backward()
     return loss.item()
 
@@ -275,7 +281,9 @@ def _tokens(model: PreTrainedModel, tokenizer: Any, prompt: str, text: str) -> t
     context, learned = (encode([part], tokenizer, separator_id=None).tolist() for part in (prompt, text))
     num_learned = len(learned) if context else len(learned) - 1  # nothing comes before the first token
     if num_learned < 1:
-        raise ValueError(f"{text!r} has {len(learned)} tokens, and none of them can be learned. Give a longer text")
+        raise with_way_out(
+            ValueError(f"{text!r} has {len(learned)} tokens, and none of them can be learned"), "Give a longer text"
+        )
     token_ids_1T = torch.tensor([[*context, *learned]], device=model.device)
     labels_1T = token_ids_1T.clone()
     labels_1T[:, : len(context)] = -100

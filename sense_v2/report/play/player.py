@@ -20,7 +20,7 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel
 
-from sense_v2.core.errors import CommandError
+from sense_v2.core.errors import CommandError, with_way_out
 from sense_v2.engram.delta.overlay import OverlayStorage
 from sense_v2.hf.backbones import max_positions
 from sense_v2.hf.data.corpus import encode
@@ -182,8 +182,9 @@ class Player:
     def _refuse_endless(self, *texts: str) -> None:
         for text in texts:
             if len(text) > MAX_CHARACTERS:
-                raise ValueError(
-                    f"the text has {len(text)} characters; {MAX_CHARACTERS} are the most here, so take a part of it"
+                raise with_way_out(
+                    ValueError(f"the text has {len(text)} characters"),
+                    f"{MAX_CHARACTERS} are the most here, so take a part of it",
                 )
 
     @contextmanager

@@ -91,7 +91,7 @@ def held_elsewhere(lock_path: Path, kind: str = "plain") -> Iterator[tuple[subpr
 def test_a_second_writer_in_another_process_is_refused_with_the_firsts_id(lock_path: Path) -> None:
     with held_elsewhere(lock_path) as (child, _):
         error = (
-            rf"^\[Errno {errno.EAGAIN}\] table is being written to by process {child.pid}: wait for its end, or open"
+            rf"^\[Errno {errno.EAGAIN}\] table is being written to by process {child.pid}; wait for its end, or open"
         )
         for _ in range(2):
             with pytest.raises(BlockingIOError, match=error):
@@ -113,7 +113,7 @@ def test_a_second_writer_in_the_same_process_is_refused(tmp_path: Path, lock_pat
     (tmp_path / "link").symlink_to(tmp_path)
     for other in (lock_path, tmp_path / "link" / lock_path.name):
         with pytest.raises(
-            BlockingIOError, match="table is open for writing in this process already: close\\(\\) it"
+            BlockingIOError, match="table is open for writing in this process already; close\\(\\) it"
         ):
             WriterLock(other, "table")
         # To look is not to let go.
@@ -218,7 +218,7 @@ def test_a_holder_that_is_no_number_is_unknown(lock_path: Path) -> None:
         for text in ("", "\x1b[2J", "12 34\n", "-5\n", "a" * 5000):
             lock_path.write_text(text)
             assert WriterLock.holder(lock_path) == "unknown"
-            with pytest.raises(BlockingIOError, match="written to by process unknown: wait"):
+            with pytest.raises(BlockingIOError, match="written to by process unknown; wait"):
                 WriterLock(lock_path, "table")
 
 

@@ -543,7 +543,7 @@ def saved(tmp_path) -> Path:
         ("engram_table.dat", "table is missing; copy it back"),
         ("shadow_map.npy", "shadow map is missing; copy it back, or make it from the tokenizer"),
         ("fusion.safetensors", "fusion layers' weights are missing; copy them back"),
-        ("config.json", "configuration is missing: it was not saved to its end, so save it again"),
+        ("config.json", "configuration is missing: it was not saved to its end; save it again"),
     ],
 )
 def test_a_missing_part_is_named(saved, name, message):

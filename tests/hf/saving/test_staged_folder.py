@@ -88,7 +88,7 @@ def test_a_fault_at_any_rename_is_taken_back(output, monkeypatch, at, error):
                 train(output)
         else:
             with pytest.raises(
-                CommandError, match=r"can't take its place: .*busy\. what was there is as it was\. The new"
+                CommandError, match=r"can't take its place: .*busy; what was there is as it was\. The new"
             ):
                 train(output)
         assert failing.calls >= at
