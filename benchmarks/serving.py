@@ -155,9 +155,9 @@ def main() -> None:
     results: dict[str, Any] = {}
     with tempfile.TemporaryDirectory() as folder:
         engines = models(given.model, 20_000 if given.tiny else given.rows, Path(folder))
-        serve = block
+        serve = vllm_block if given.engine == "vllm" else block
         if given.engine == "vllm":
-            engines, serve = vllm_engines(engines, Path(folder), new), vllm_block
+            engines = vllm_engines(engines, Path(folder), new)
         for clients in given.clients:
             found: dict[str, list[dict[str, Any]]] = {name: [] for name in engines}
             for number in range(blocks + 1):

@@ -54,7 +54,7 @@ class EngramInputs:
     rows: TokenRows
     state: EngramState | PagedCall | None
     is_kept: bool = False
-    """True if the cache has these tokens already: the first layer that has the cache puts them there."""
+    """True if the state has these tokens already: the first layer that has the cache puts them there."""
 
 
 _call: ContextVar[EngramInputs | None] = ContextVar("engram_inputs", default=None)
@@ -107,7 +107,7 @@ def carry_inputs(
             args = tuple(token_ids_BT if name == "input_ids" else one for name, one in zip(names, args, strict=False))
             if "input_ids" in kwargs:
                 kwargs["input_ids"] = token_ids_BT
-        inputs = EngramInputs(paged.rows(memory, token_ids_BT, overlays_BT), paged)
+        inputs = EngramInputs(paged.rows(memory, token_ids_BT, overlays_BT), paged, is_kept=True)
     memory.begin_rows(inputs.rows.row_ids_LBTH, inputs.rows.valid_BT)
     if hands_down:
         kwargs[CARRIER] = inputs
@@ -207,8 +207,11 @@ def add_memory(
     carried = kwargs.pop(CARRIER, None)
     if carried is None:
         carried = _call.get()
+    has_memory = str(layer_id) in fusions
+    if not has_memory and (carried is None or carried.is_kept):
+        return args, kwargs
     state = None if carried is None else _kept_in(carried, args, kwargs, memory)
-    if str(layer_id) not in fusions:
+    if not has_memory:
         return args, kwargs
     if carried is None:
         raise with_way_out(

@@ -103,3 +103,12 @@ def test_facts(tmp_path, monkeypatch, capsys):
         assert (one["kl"] > 0) == (one["way"] != "context")
         assert (one["bytes"] > 0) == (one["way"] != "context")
     assert results[0]["rows"] > 0
+
+
+@needs_compiler
+@pytest.mark.slow
+def test_prefill(tmp_path, monkeypatch, capsys):
+    found = last_line("prefill", f"--tiny --folder {tmp_path}", monkeypatch, capsys)
+    assert found["rows"] == 64 * 2 * 16
+    assert all(taken > 0 for taken in found["seconds"].values())
+    assert not [*tmp_path.iterdir()]
