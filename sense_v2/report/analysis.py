@@ -10,8 +10,8 @@ dictionary that JSON can hold:
       "counted": {"held_out": whether it is the part that training reads, "tokens", "of_tokens"},
       "loss", "perplexity", "bits_per_byte": {"with", "without"},
       "table": {"rows", "width", "dtype", "bytes", "heads"},
-      "gain", "gates", "classes", "text", "leaned_on", "helped", "harmed", "by_frequency", "heads", "zipf",
-      "hot_sets", "rows": what the functions of sense_v2.hf.insight.analysis return,
+      "gain", "scattered", "gates", "classes", "text", "leaned_on", "helped", "harmed", "by_frequency", "heads",
+      "zipf", "hot_sets", "rows": what the functions of sense_v2.hf.insight.analysis return,
       "seconds": of everything together
     }
 
@@ -213,8 +213,10 @@ def heads(found: list[dict[str, Any]]) -> list[dict[str, Any]]:
 
 
 def frequencies(found: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """The groups by order, each with the width of its bar: its gain against the largest of all, either way."""
-    largest = max((abs(one["gain"]) for one in found if is_finite(one["gain"])), default=0) or 1
+    """The groups by order, each with the places of its bar and of its interval, in percent of a track that has 0 in
+    its middle."""
+    values = [value for one in found for value in (one["gain"], *one["interval"]) if is_finite(value)]
+    largest = max(map(abs, values), default=0) or 1
     groups = []
     for order in sorted({one["order"] for one in found}):
         bars = []
@@ -224,14 +226,18 @@ def frequencies(found: list[dict[str, Any]]) -> list[dict[str, Any]]:
                 width = round(50 * abs(one["gain"]) / largest, 2) if drawn else 0
                 left = 50.0 if not drawn or one["gain"] >= 0 else round(50 - width, 2)
                 effect = "harms" if left < 50 else "helps"
-                bars.append({**one, "label": span(one), "width": width, "left": left, "effect": effect})
+                bar = {**one, "label": span(one), "width": width, "left": left, "effect": effect}
+                if all(map(is_finite, one["interval"])):
+                    low, high = (round(50 + 50 * end / largest, 2) for end in one["interval"])
+                    bar |= {"from": low, "spans": round(high - low, 2)}
+                bars.append(bar)
         groups.append({"order": order, "bars": bars})
     return groups
 
 
 def panels(results: dict[str, Any]) -> dict[str, Any]:
     """The charts: a name in the template and its SVG, or a list of them."""
-    from sense_v2.report.charts import Series, column_chart, line_chart
+    from sense_v2.report.charts import Series, column_chart, line_chart, loss_chart
 
     gates, rows, hot_sets = results["gates"], results["rows"], results["hot_sets"]
     bins = len(gates[0]["histogram"])
@@ -248,6 +254,7 @@ def panels(results: dict[str, Any]) -> dict[str, Any]:
         histograms.append({"layer": own["layer"], "svg": svg})
     drifts = rows["drift_histogram"]
     return {
+        "losses": loss_chart("loss-of-each-token", results["scattered"]["without"], results["scattered"]["with"]),
         "histograms": histograms,
         "positions": line_chart(
             "mean-gate-by-position", by_position, x_label="position in the sequence", y_range=(0, 1.02)

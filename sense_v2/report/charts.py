@@ -1,4 +1,4 @@
-"""Small charts for a page: lines and columns, as inline SVG in the page's colours (see plots.py).
+"""Small charts for a page: lines, columns and points, as inline SVG in the page's colours (see plots.py).
 
 Lines are named at their ends, and differ in dash and marker as well as in colour.
 """
@@ -91,6 +91,27 @@ def column_chart(name: str, edges: Sequence[float], counts: Sequence[int], *, x_
         low, high = _number(edges[highest]), _number(edges[highest + 1])
         told = f"{wording.percent(shares[highest])} lie between {low} and {high}"
         return svg_of(figure, name, told)
+
+
+def loss_chart(name: str, without: Sequence[float], with_memory: Sequence[float]) -> Markup:
+    """Draw each token's loss with memory over that without it, and the line on which memory changes nothing."""
+    pairs_P2 = np.array([without, with_memory], dtype=np.float64).T
+    pairs_P2 = pairs_P2[np.isfinite(pairs_P2).all(axis=1)]
+    helped_P = pairs_P2[:, 1] < pairs_P2[:, 0]
+    figure, axes = _axes(0.86)
+    with matplotlib.rc_context(style(13)):
+        prepare(axes, "loss without memory")
+        end = 1.02 * float(pairs_P2.max(initial=1.0))
+        axes.plot([0, end], [0, end], color=PALETTE["ink"], linewidth=1)
+        for points_P2, color in ((pairs_P2[helped_P], "run-engram"), (pairs_P2[~helped_P], "run-random_rows")):
+            axes.plot(*points_P2.T, "o", color=PALETTE[color], markersize=3, markeredgewidth=0, alpha=0.5)
+        axes.set_xlim(0, end)
+        axes.set_ylim(0, end)
+        for axis in (axes.xaxis, axes.yaxis):
+            axis.set_major_locator(MaxNLocator(5))
+            axis.set_major_formatter(FuncFormatter(_short))
+        share = wording.percent(helped_P.mean()) if len(helped_P) else "none"
+        return svg_of(figure, name, f"{share} of the points lie below the line")
 
 
 def _axes(width: float) -> tuple[Figure, Axes]:

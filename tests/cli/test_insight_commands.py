@@ -154,7 +154,17 @@ def broken(results):
             }
         return [spoil(value) for value in values] if isinstance(values, list) else values
 
-    for key in ("loss", "perplexity", "bits_per_byte", "gain", "classes", "by_frequency", "ablations", "text"):
+    for key in (
+        "loss",
+        "perplexity",
+        "bits_per_byte",
+        "gain",
+        "scattered",
+        "classes",
+        "by_frequency",
+        "ablations",
+        "text",
+    ):
         if key in results:
             results[key] = spoil({"": results[key]})[""]
 

@@ -153,23 +153,30 @@ def num_passes(memory: EngramMemory, *, single_heads: bool = True) -> int:
 
 
 def paired_bootstrap(
-    differences_B: np.ndarray[Any, Any], *, resamples: int, seed: Any, confidence: float = CONFIDENCE
+    differences_B: np.ndarray[Any, Any],
+    *,
+    resamples: int,
+    seed: Any,
+    confidence: float = CONFIDENCE,
+    weights_B: np.ndarray[Any, Any] | None = None,
 ) -> tuple[float, float]:
     """The interval that holds the mean difference with that confidence: percentiles of the means of `resamples`
-    draws of B blocks with replacement. nan where there is one block.
+    draws of B blocks with replacement, each with its weight. nan where there is one block.
 
     Source: Efron, "Bootstrap methods: another look at the jackknife", 1979.
     """
     num_blocks = len(differences_B)
     if num_blocks < 2:
         return float("nan"), float("nan")
+    weights_B = np.ones(num_blocks) if weights_B is None else weights_B
     generator = np.random.default_rng(seed)
     means = np.empty(resamples)
     # A few at a time: R × B numbers would be a gigabyte for long texts.
     step = max(1, (1 << 22) // num_blocks)
     for start in range(0, resamples, step):
         drawn = generator.integers(0, num_blocks, (min(step, resamples - start), num_blocks))
-        means[start : start + step] = differences_B[drawn].mean(axis=1)
+        weighed = (differences_B * weights_B)[drawn].sum(axis=1)
+        means[start : start + step] = weighed / weights_B[drawn].sum(axis=1)
     low, high = np.quantile(means, [(1 - confidence) / 2, (1 + confidence) / 2])
     return float(low), float(high)
 

@@ -23,6 +23,7 @@ from sense_v2.engram.head_layout import HeadLayout
 from sense_v2.engram.upkeep.ngram_usage import Ngrams, head_usage, ngrams_per_row
 from sense_v2.engram.upkeep.row_lengths import RowLengths
 from sense_v2.hf.data.token_texts import CLASSES, Words
+from sense_v2.hf.insight.ablation import paired_bootstrap
 from sense_v2.hf.insight.observation import Observation
 
 FREQUENCIES = (0, 1, 2, 4, 8, 16, 64, 256)
@@ -34,6 +35,9 @@ QUANTILES = (0.05, 0.25, 0.5, 0.75, 0.95)
 HOT_SHARES = (0.001, 0.003, 0.01, 0.03, 0.05, 0.1, 0.2, 0.5, 1.0)
 """Of the table's rows: the hot sets whose coverage is given."""
 CONTEXT_TOKENS = 12
+SCATTERED = 1000
+"""Tokens whose losses are given one by one, evenly spaced over the text."""
+RESAMPLES = 1000
 
 
 def gates(seen: Observation, layers: Sequence[int]) -> list[dict[str, Any]]:
@@ -184,7 +188,7 @@ def leaned_on(
 
 def by_frequency(seen: Observation, ngrams: Sequence[Ngrams]) -> list[dict[str, Any]]:
     """Of each order, tokens grouped by how often the n-gram that predicts them is in the counted text: how many, the
-    mean losses, the mean gain, and the group's part of all that is gained."""
+    mean losses, the mean gain and its 95 % interval over the blocks, and the group's part of all that is gained."""
     gain_BT = _gain(seen)
     total = float(gain_BT.sum())
     found = []
@@ -203,6 +207,7 @@ def by_frequency(seen: Observation, ngrams: Sequence[Ngrams]) -> list[dict[str, 
                     "loss_with": float(seen.losses_with_BT[group_BT].mean()),
                     "loss_without": float(seen.losses_without_BT[group_BT].mean()),
                     "gain": float(gain_BT[group_BT].mean()),
+                    "interval": mean_interval(gain_BT, group_BT),
                     "part": float(gain_BT[group_BT].sum()) / total if total else math.nan,
                 }
             )
@@ -243,6 +248,16 @@ def extreme_tokens(
             }
         )
     return found
+
+
+def scattered(seen: Observation) -> dict[str, list[float]]:
+    """The losses of some tokens, one by one: "with" the memory and "without"."""
+    number = seen.losses_with_BT.size
+    shown = np.unique(np.linspace(0, number - 1, min(SCATTERED, number)).round().astype(int))
+    return {
+        name: [round(float(loss), 3) for loss in losses_BT.ravel()[shown]]
+        for name, losses_BT in (("with", seen.losses_with_BT), ("without", seen.losses_without_BT))
+    }
 
 
 def gain_spread(seen: Observation) -> dict[str, Any]:
@@ -387,6 +402,14 @@ def _histogram(values: np.ndarray[Any, Any]) -> dict[str, Any]:
     high = float(values.max(initial=0.0)) or 1.0
     counts, edges = np.histogram(values, bins=HISTOGRAM_BINS, range=(0, high))
     return {"edges": edges.tolist(), "counts": counts.tolist()}
+
+
+def mean_interval(gain_BT: np.ndarray[Any, Any], group_BT: np.ndarray[Any, Any]) -> list[float]:
+    """Of a group's mean gain, from draws of its blocks: the tokens of one text aren't independent."""
+    tokens_B = group_BT.sum(axis=1)
+    there = tokens_B > 0
+    gains_B = (gain_BT * group_BT).sum(axis=1)[there] / tokens_B[there]
+    return list(paired_bootstrap(gains_B, resamples=RESAMPLES, seed=0, weights_B=tokens_B[there]))
 
 
 def _quantiles(values: np.ndarray[Any, Any]) -> dict[str, float]:

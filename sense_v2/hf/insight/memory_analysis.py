@@ -77,6 +77,7 @@ def analyze_memory(
             "heads": len(layers) * len(ngrams) * layout.num_heads,
         },
         "gain": analysis.gain_spread(seen),
+        "scattered": analysis.scattered(seen),
         "gates": analysis.gates(seen, layers),
         "classes": analysis.token_classes(seen, words),
         "text": analysis.coloured_text(seen, ngrams, rows_LO, layers, words, num_tokens=text_tokens),

@@ -211,7 +211,32 @@ def test_groups_by_frequency_are_a_recount(case):
             assert one["tokens"] == len(gains)
             assert one["gain"] == pytest.approx(np.mean(gains))
             assert one["gain"] == pytest.approx(one["loss_without"] - one["loss_with"])
+            low, high = one["interval"]
+            assert low <= one["gain"] <= high or math.isnan(low)
     assert {one["low"] for one in found} >= {0, 1, 2, 16}
+
+
+def test_the_interval_of_a_group_is_over_its_blocks_and_holds_the_mean_as_often_as_it_says(case):
+    generator = np.random.default_rng(0)
+    held = 0
+    for _ in range(100):
+        # All tokens of a block gain alike: 40 draws and not 800.
+        gain_BT = np.repeat(generator.normal(0.3, 1.0, (40, 1)), 20, axis=1)
+        group_BT = generator.random((40, 20)) < 0.5
+        low, high = analysis.mean_interval(gain_BT, group_BT)
+        held += low <= 0.3 <= high
+    assert 85 <= held <= 99
+    one_block = np.zeros((40, 20), dtype=bool)
+    one_block[3] = True
+    assert all(map(math.isnan, analysis.mean_interval(gain_BT, one_block)))
+
+
+def test_the_losses_of_single_tokens_are_those_of_the_text(case, monkeypatch):
+    found = analysis.scattered(case.seen)
+    assert found["with"] == pytest.approx(case.seen.losses_with_BT.ravel(), abs=6e-4)
+    assert found["without"] == pytest.approx(case.seen.losses_without_BT.ravel(), abs=6e-4)
+    monkeypatch.setattr(analysis, "SCATTERED", 7)
+    assert [len(losses) for losses in analysis.scattered(case.seen).values()] == [7, 7]
 
 
 @pytest.mark.parametrize("harm", [False, True])
