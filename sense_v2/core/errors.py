@@ -55,6 +55,14 @@ def what_and_way_out(error: BaseException) -> tuple[str, str | None]:
     return getattr(error, "what", str(error)), getattr(error, "way_out", None)
 
 
+def number_of(number: int, noun: str) -> str:
+    """
+    >>> number_of(1, "token"), number_of(2000, "token")
+    ('1 token', '2000 tokens')
+    """
+    return f"{number} {noun}{'' if number == 1 else 's'}"
+
+
 def one_line(text: str) -> str:
     """Put a text of several lines into one."""
     return " ".join(text.split())

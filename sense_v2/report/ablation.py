@@ -79,7 +79,7 @@ def write_report(results: dict[str, Any], path: str | Path) -> None:
 
 
 def terminal_table(results: dict[str, Any]) -> str:
-    """Return the ablations as a text table of at most 100 columns, and under it what they show."""
+    """Return the ablations as a text table of at most 80 columns, and under it what they show."""
     rows = [
         ("without", "perplexity", "loss", "change", f"{percent(results['confidence'])} interval"),
         ("nothing (as it is)", perplexity(results["perplexity"]), decimals(results["loss"], 4), "", ""),

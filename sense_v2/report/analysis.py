@@ -57,7 +57,7 @@ def write_report(results: dict[str, Any], path: str | Path) -> None:
 
 def lines(results: dict[str, Any]) -> list[str]:
     """The gist, for a terminal."""
-    return [wording.printable(wording.tie(line)) for line in [headline(results), *sentences(results)]]
+    return wording.wrapped([headline(results), *sentences(results)])
 
 
 def outcome(results: dict[str, Any]) -> str:

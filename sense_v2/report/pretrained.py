@@ -78,8 +78,8 @@ def write_picture(results: dict[str, Any], path: str | Path) -> None:
 
 
 def terminal_table(results: dict[str, Any]) -> str:
-    """Return the ways as a text table of at most 100 columns, and under it what they show."""
-    rows = [("way", "perplexity", "change", "loss", "damage, KL", "other tokens", "steps")]
+    """Return the ways as a text table of at most 80 columns, and under it what they show."""
+    rows = [("way", "perplexity", "change", "loss", "damage", "other tokens", "steps")]
     before = results["runs"]["untouched"]
     for run in results["runs"].values():
         lost = run["damage"]

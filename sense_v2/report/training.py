@@ -102,7 +102,7 @@ def write_picture(results: dict[str, Any], path: str | Path) -> None:
 
 
 def terminal_table(results: dict[str, Any]) -> str:
-    """Return the runs as a text table of at most 100 columns, and under it what they show.
+    """Return the runs as a text table of at most 80 columns, and under it what they show.
 
     Raises `ValueError` when `results` lacks a part.
     """

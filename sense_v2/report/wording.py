@@ -17,7 +17,7 @@ from typing import Any
 NOT_FINITE = "not finite"
 SAME = 0.005
 """Two values less than half a percent apart are called level: one run can't tell them from chance."""
-COLUMNS = 100
+COLUMNS = 80
 """Width of what a terminal shows."""
 
 
@@ -288,5 +288,9 @@ def terminal_text(rows: Sequence[Sequence[str]], sentences: Iterable[str]) -> st
     first, *others = widths
     lines = ["  ".join([row[0].ljust(first), *map(str.rjust, row[1:], others)]).rstrip() for row in rows]
     lines.insert(1, "  ".join("-" * width for width in widths))
-    told = [line for sentence in sentences for line in textwrap.wrap(tie(sentence), COLUMNS)]
-    return "".join(printable(line) + "\n" for line in [*lines, "", *told])
+    return "".join(printable(line) + "\n" for line in [*lines, "", *wrapped(sentences)])
+
+
+def wrapped(sentences: Iterable[str]) -> list[str]:
+    """Lines of at most `COLUMNS` columns; each sentence begins one."""
+    return [printable(line) for sentence in sentences for line in textwrap.wrap(tie(sentence), COLUMNS)]

@@ -294,10 +294,10 @@ def corpora(folder):
     [
         ("nowhere", "nowhere: no such file or folder"),
         ("nothing", "the corpus nothing has no text: 0 files"),
-        ("empty.txt", "the corpus empty.txt has no text: 1 files, 0 not UTF-8 text, 1 empty"),
+        ("empty.txt", "the corpus empty.txt has no text: 1 file, 0 not UTF-8 text, 1 empty"),
         ("blank.txt", "the corpus blank.txt has no text"),
-        ("binary.txt", "the corpus binary.txt has no text: 1 files, 1 not UTF-8 text"),
-        ("latin1.txt", "the corpus latin1.txt has no text: 1 files, 1 not UTF-8 text"),
+        ("binary.txt", "the corpus binary.txt has no text: 1 file, 1 not UTF-8 text"),
+        ("latin1.txt", "the corpus latin1.txt has no text: 1 file, 1 not UTF-8 text"),
         ("short.txt", "less than one sequence of 32"),
     ],
 )

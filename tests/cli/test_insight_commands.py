@@ -215,7 +215,7 @@ def test_pages_are_well_formed_and_ask_nothing_of_anybody(results, change, numbe
     assert not any(re.search(r"\d\.\d{7,}", text) for text in read.texts)
     told = ablation.terminal_table(changed) if number else "\n".join(analysis.lines(changed))
     assert not re.search(r"\b(nan|inf|None)\b", told)
-    assert all(len(line) <= 100 for line in told.splitlines() if number)
+    assert all(len(line) <= 80 for line in told.splitlines())
     assert written(report.write_report, json.loads(json.dumps(finite(changed))), tmp_path) == html
 
 

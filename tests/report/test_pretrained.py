@@ -116,7 +116,7 @@ def test_without_the_ways_that_quick_leaves_out(tmp_path):
 
 def test_the_table_for_a_terminal_is_narrow_and_its_numbers_are_those_of_the_page(tmp_path):
     table = pretrained.terminal_table(RESULTS)
-    assert max(map(len, table.splitlines())) <= 100
+    assert max(map(len, table.splitlines())) <= 80
     pretrained.write_report(RESULTS, tmp_path / "report.html")
     page = Page((tmp_path / "report.html").read_text()).text.replace("\u00a0", " ")
     for run in RESULTS["runs"].values():

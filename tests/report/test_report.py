@@ -514,7 +514,7 @@ def test_gates_have_a_scale_from_0_to_1():
 @pytest.mark.parametrize("make", SHAPES)
 def test_terminal_table_fits_and_aligns(make):
     lines = terminal_table(make()).splitlines()
-    assert all(len(line) <= 100 for line in lines)
+    assert all(len(line) <= 80 for line in lines)
     table = lines[: lines.index("")]
     assert len(table) == 2 + len(make()["runs"])
     ends = [match.end() for match in re.finditer(r"-+", table[1])]

@@ -87,8 +87,9 @@ def teach(
     echo = lines_to(as_json)
     result = teach_delta(folder, str(text), output, prompt=prompt, device=device, progress=progress_to(echo), **given)
     before, after = (wording.decimals(loss, 2) for loss in result["loss"])
+    after_prompt = f" after {prompt!r}" if prompt else ""
     lines = [
-        f"taught   {text!r} after {prompt!r}: loss {before} before, {after} now, "
+        f"taught   {text!r}{after_prompt}: loss {before} before, {after} now, "
         f"{wording.number_of(result['steps'], 'step')} in {wording.duration(result['seconds'])}"
     ]
     if result["before"] is not None:

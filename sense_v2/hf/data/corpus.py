@@ -27,7 +27,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from sense_v2.core.errors import with_way_out
+from sense_v2.core.errors import number_of, with_way_out
 from sense_v2.hf.data.corpus_files import (
     EMPTY,
     OTHER_ENCODING,
@@ -57,6 +57,8 @@ class Corpus:
     """What the documents call their text."""
     unit: str = "files"
     """What the texts are: files, or documents."""
+    is_cut: bool = False
+    """It is one file, whose end is held out."""
     num_empty: int = 0
     """Documents without text, which were skipped, as far as they were read."""
 
@@ -65,7 +67,10 @@ class Corpus:
         held_out = len(self.held_out_texts)
         empty = f"; {self.num_empty} documents without text are skipped" if self.num_empty else ""
         if self.documents is None:
-            return f"{self.name}, {self.num_files} {self.unit}, and {held_out} held out{empty}"
+            if self.is_cut:
+                return f"{self.name}, one file, the end of it held out"
+            files = number_of(len(self.train_texts), self.unit.removesuffix("s"))
+            return f"{self.name}, {files}, and {held_out} held out{empty}"
         return f"{self.name}, read while it trains; {held_out} held-out texts to evaluate on{empty}"
 
     @property
@@ -152,15 +157,15 @@ def read_corpus(
         first = "".join(f"; {file} is {what}" for file, what in list(left_out.items())[:1])
         raise with_way_out(
             ValueError(
-                f"the corpus {found.name or 'of no paths'} has no text: {num_read} files, {len(left_out)} not UTF-8 "
-                f"text, {num_empty} empty"
+                f"the corpus {found.name or 'of no paths'} has no text: {number_of(num_read, 'file')}, "
+                f"{len(left_out)} not UTF-8 text, {num_empty} empty"
             ),
             f"Name files, or folders with files, of UTF-8 text, JSON lines or Parquet{first}",
         )
     warn_of_left_out(left_out, num_read, found.named)
     if len(texts) == 1:
         train_text, held_out_text = _cut_end(texts[0][1], held_out_fraction, found.name)
-        return Corpus(found.name, [train_text], [held_out_text], len(left_out))
+        return Corpus(found.name, [train_text], [held_out_text], len(left_out), is_cut=True)
     threshold = held_out_threshold([share for share, _ in texts], held_out_fraction)
     if threshold <= min(share for share, _ in texts):
         # All files have one name, so the order decides.

@@ -16,7 +16,7 @@ import torch
 from transformers import PreTrainedModel
 
 from sense_v2.core.config import Config, TrainConfig
-from sense_v2.core.errors import CommandError, one_line
+from sense_v2.core.errors import CommandError, number_of, one_line
 from sense_v2.core.progress import Progress, no_progress
 from sense_v2.hf.backbones import max_positions, token_stream
 from sense_v2.hf.data.corpus import Batches, Corpus
@@ -55,14 +55,14 @@ class Blocks:
 
     def line(self) -> str:
         num_blocks, length = self.token_ids_BT.shape
-        unit = self.corpus.unit
-        files = f"{self.num_files} {unit.removesuffix('s') if self.num_files == 1 else unit}"
+        files = number_of(self.num_files, self.corpus.unit.removesuffix("s"))
         note = {
             True: "",
             False: "; not the corpus that the model was trained on",
             None: "; what the model was trained on isn't known",
         }[self.trained_on]
-        return f"{self.corpus.name}, {self.what} of {files}; {num_blocks} sequences of {length} tokens{note}"
+        sequences = number_of(num_blocks, "sequence")
+        return f"{self.corpus.name}, {self.what} of {files}; {sequences} of {length} tokens{note}"
 
 
 def read_blocks(
@@ -104,14 +104,14 @@ def read_blocks(
     texts = [*text.train_texts, *text.held_out_texts] if all_files else text.held_out_texts
     token_ids = token_stream(texts, tokenizer, progress)
     if len(token_ids) < length:
-        what = "text" if all_files else "held-out text"
+        what, tokens = "text" if all_files else "held-out text", number_of(len(token_ids), "token")
         raise CommandError(
-            f"corpus {text.name}: the {what} has {len(token_ids)} tokens, less than one sequence of {length}",
+            f"corpus {text.name}: the {what} has {tokens}, less than one sequence of {length}",
             "more text, a shorter --sequence-length" + ("" if all_files else ", or --all-files"),
         )
     blocks_BT = Batches(token_ids, batch_size=1, sequence_length=length, seed=0).sample(sequences)
     is_same = None if trained is None else trained["paths"] == absolute_paths(corpus)
-    return Blocks(blocks_BT, text, not all_files, len(texts), len(token_ids), is_same)
+    return Blocks(blocks_BT, text, not all_files, 1 if text.is_cut else len(texts), len(token_ids), is_same)
 
 
 def save_corpus(folder: Path, corpus: Sequence[str | Path] | None, text_column: str) -> None:

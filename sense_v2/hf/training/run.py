@@ -23,7 +23,7 @@ import torch
 from transformers import PreTrainedModel
 
 from sense_v2.core.config import Config, EngramConfig, TrainConfig
-from sense_v2.core.errors import CommandError, one_line
+from sense_v2.core.errors import CommandError, number_of, one_line
 from sense_v2.core.folders import refuse_other_encodings
 from sense_v2.core.progress import Progress, no_progress
 from sense_v2.engram.tokenizer import EngramTokenizerBuilder
@@ -328,7 +328,7 @@ def _batches(
         token_ids = token_stream(texts, backbone.tokenizer, watcher.progress)
         if len(token_ids) < settings.sequence_length:
             raise CommandError(
-                f"corpus {text.name}: the {name} has {len(token_ids)} tokens, less than one sequence of "
+                f"corpus {text.name}: the {name} has {number_of(len(token_ids), 'token')}, less than one sequence of "
                 f"{settings.sequence_length}",
                 "more text, or a shorter --sequence-length",
             )

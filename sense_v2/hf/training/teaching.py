@@ -28,7 +28,7 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel
 
-from sense_v2.core.errors import with_way_out
+from sense_v2.core.errors import number_of, with_way_out
 from sense_v2.core.progress import Progress, no_progress
 from sense_v2.engram.delta.overlay import OverlayStorage
 from sense_v2.engram.optim import row_adam
@@ -282,7 +282,8 @@ def _tokens(model: PreTrainedModel, tokenizer: Any, prompt: str, text: str) -> t
     num_learned = len(learned) if context else len(learned) - 1  # nothing comes before the first token
     if num_learned < 1:
         raise with_way_out(
-            ValueError(f"{text!r} has {len(learned)} tokens, and none of them can be learned"), "Give a longer text"
+            ValueError(f"{text!r} has {number_of(len(learned), 'token')}, and none can be learned"),
+            "Give a longer text",
         )
     token_ids_1T = torch.tensor([[*context, *learned]], device=model.device)
     labels_1T = token_ids_1T.clone()

@@ -163,6 +163,7 @@ def test_the_end_of_a_single_file_is_held_out_at_a_lines_border(tmp_path):
     assert train.endswith("\n")
     assert held_out.startswith("line")
     assert 0.18 < len(held_out) / len(text) < 0.22
+    assert corpus.line() == "only.txt, one file, the end of it held out"
     in_a_folder = read_corpus([tmp_path], held_out_fraction=0.2)
     assert in_a_folder.held_out_texts == [held_out]
 

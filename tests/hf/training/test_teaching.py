@@ -119,7 +119,7 @@ def test_teaching_stops_where_the_loss_is_low_enough(model):
 
 def test_what_cant_be_taught_is_an_error_and_changes_nothing(model):
     untouched = logits(model)
-    with pytest.raises(ValueError, match="'word3' has 1 tokens, and none"):
+    with pytest.raises(ValueError, match="'word3' has 1 token, and none"):
         teach(model, tiny_tokenizer(), "word3")
     with pytest.raises(FloatingPointError, match="lower lr"):
         teach(model, tiny_tokenizer(), **FACT, lr=float("nan"))
