@@ -73,7 +73,7 @@ class RowReader:
         tells = platform.tells_what_is_in_memory(path)
         self._pages = Pages(self._mapping, self._gather.address, rows_ND.nbytes, tells=tells)
         self._row_pages = RowPages(self._pages, path, len(rows_ND), self._gather.row_bytes)
-        self._fd = os.open(path, platform.READ)
+        self._fd = platform.open_file(path, platform.READ)
         self._close_fd = weakref.finalize(self, os.close, self._fd)
         self.small: SmallReads = NoSmallReads()
         """Reads small batches of a warm table, and has None for all others: the first to be asked."""

@@ -93,7 +93,7 @@ def new_file(
                 platform.take_mode(fd, like)
             yield fd
             sync_fd(fd, path)
-            os.replace(temporary, path)
+            _replace(temporary, path)
         platform.unlock(fd)  # who holds a table's lock writes to it
         sync(path.parent)
     except BaseException:
@@ -115,8 +115,19 @@ def write_file(path: Path, text: str, like: Path | None = None) -> None:
 
 def rename(temporary: Path, path: Path) -> None:
     """Renames a file that is synced, and makes that durable."""
-    os.replace(temporary, path)
+    _replace(temporary, path)
     sync(path.parent)
+
+
+def _replace(temporary: Path, path: Path) -> None:
+    if platform.windows is None:
+        os.replace(temporary, path)
+    else:
+        platform.replace(temporary, path)
+
+
+def _open(path: Path, flags: int) -> int:
+    return os.open(path, flags, 0o666) if platform.windows is None else platform.open_file(path, flags)
 
 
 def wait_for_new_file(path: Path) -> None:
@@ -170,7 +181,10 @@ def _lock(fd: int, *, shared: bool = False) -> None:
 
 def sync(path: Path) -> None:
     """Makes a file durable, or, of a folder, the renames in it."""
-    fd = os.open(path, os.O_RDONLY)
+    if platform.windows is not None and path.is_dir():
+        return  # a rename was written through already
+    # Windows syncs only what is open for writing.
+    fd = _open(path, os.O_RDONLY if platform.windows is None else platform.READ_WRITE)
     try:
         sync_fd(fd, path)
     finally:
@@ -204,7 +218,9 @@ def open_own(path: Path, *, create: bool = True, write: bool = True) -> int:
     flags = (platform.READ_WRITE if write else platform.READ) | platform.NO_WAITING | platform.NO_LINKS
     flags |= os.O_CREAT if create else 0
     try:
-        fd = os.open(path, flags, 0o666)
+        if not platform.NO_LINKS and path.is_symlink():
+            raise OSError(errno.ELOOP, os.strerror(errno.ELOOP))
+        fd = _open(path, flags)
     except OSError as error:
         if error.errno == errno.ELOOP:
             raise with_way_out(
@@ -277,24 +293,9 @@ def copy_file(source: Path, path: Path, *, reflink_only: bool = False) -> None:
             os.ftruncate(fd, found.st_size)
         elif found.st_size:
             allocate(fd, found.st_size, path)
-        for start, stop in _data_ranges(original.fileno(), found.st_size):
+        for start, stop in platform.data_ranges(original.fileno(), found.st_size):
             for at in range(start, stop, _COPY_BYTES):
-                write_at(fd, os.pread(original.fileno(), min(_COPY_BYTES, stop - at), at), at)
-
-
-def _data_ranges(fd: int, size_bytes: int) -> Iterator[tuple[int, int]]:
-    """(start, stop) of what isn't a hole."""
-    at = 0
-    while at < size_bytes:
-        try:
-            start = os.lseek(fd, at, os.SEEK_DATA)
-        except OSError as error:
-            if error.errno == errno.ENXIO:  # a hole up to the end
-                return
-            start, at = at, size_bytes  # a file system that doesn't tell
-        else:
-            at = os.lseek(fd, start, os.SEEK_HOLE)
-        yield start, at
+                write_at(fd, platform.read_at(original.fileno(), min(_COPY_BYTES, stop - at), at), at)
 
 
 def has_holes(path: Path) -> bool:
@@ -331,7 +332,7 @@ def write_at(fd: int, data: Any, offset: int) -> None:
     """Writes all of `data` (bytes, or a contiguous buffer) at `offset`, in as many calls as that takes."""
     raw = memoryview(data).cast("B")
     while raw:
-        written = os.pwrite(fd, raw, offset)
+        written = os.pwrite(fd, raw, offset) if hasattr(os, "pwrite") else platform.write_at(fd, raw, offset)
         if written == 0:
             raise OSError(errno.EIO, f"a write of {len(raw)} bytes at {offset} wrote nothing")
         raw, offset = raw[written:], offset + written
@@ -390,7 +391,7 @@ class WriterLock:
                 )
             try:
                 for file in files:
-                    fd = open_own(file) if file is path else os.open(file, platform.READ_WRITE | platform.NO_WAITING)
+                    fd = open_own(file) if file is path else _open(file, platform.READ_WRITE | platform.NO_WAITING)
                     found = os.fstat(fd)
                     self._own[os.getpid(), found.st_dev, found.st_ino] = fd
                     self._take(fd, what, path)
@@ -429,6 +430,7 @@ class WriterLock:
             for key, fd in self._own.items():
                 if key[0] == os.getpid():
                     del self._held[key]
+                    platform.unlock(fd)  # Windows takes its time after a close
                     os.close(fd)
             self._own = {}
 
@@ -463,7 +465,7 @@ class WriterLock:
                     if file is path:
                         fd = open_own(path, create=False, write=False)
                     else:
-                        fd = os.open(file, platform.READ | platform.NO_WAITING)
+                        fd = _open(file, platform.READ | platform.NO_WAITING)
                 except FileNotFoundError:
                     continue
                 try:
@@ -493,7 +495,7 @@ def _holder(path: Path) -> str:
         return "unknown"
     try:
         # Anybody may have written the file: nothing but a number goes to a terminal.
-        text = os.pread(fd, 32, 0).strip()
+        text = platform.read_at(fd, 32, 0).strip()
     finally:
         os.close(fd)
     return text.decode() if text.isdigit() else "unknown"

@@ -29,7 +29,7 @@ import numpy as np
 import torch
 
 from sense_v2.core.errors import with_way_out
-from sense_v2.engram.table import disk
+from sense_v2.engram.table import disk, platform
 from sense_v2.engram.table.checksums import HASH_VERSION, PART_BYTES, block_rows, block_sums, row_hashes, to_hex
 from sense_v2.engram.table.format import MAX_ROW_BYTES, Committed
 from sense_v2.engram.table.named_files import NamedFiles
@@ -100,7 +100,7 @@ class JournalBytes:
     def __getitem__(self, part: slice) -> bytes:
         at, stop, _ = part.indices(self._size)
         with disk.naming(self.path):
-            found = os.pread(self.fd, stop - at, at)
+            found = platform.read_at(self.fd, stop - at, at)
         if len(found) < stop - at:
             raise with_way_out(
                 OSError(errno.EIO, f"{self.path} was cut while it was read: a writer is at the table"), "Try again"

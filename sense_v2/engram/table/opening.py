@@ -283,7 +283,7 @@ def read_manifest(path: Path) -> Manifest:
 
 def _open_without_waiting(path: str, flags: int) -> int:
     # Without O_NONBLOCK a pipe would be waited for forever.
-    return os.open(path, flags | platform.NO_WAITING)
+    return platform.open_file(path, flags | platform.NO_WAITING)
 
 
 def is_committed(files: TableFiles, manifest: Manifest) -> bool:

@@ -53,7 +53,7 @@ class RowFiles:
         self._data_from: dict[Piece, int] = {}
         try:
             for path in paths_of(columns):
-                self._fds[path] = open_own(path) if write else os.open(path, platform.READ)
+                self._fds[path] = open_own(path) if write else platform.open_file(path, platform.READ)
                 if not write:
                     platform.advise(self._fds[path], "SEQUENTIAL")
         except BaseException:

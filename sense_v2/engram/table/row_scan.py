@@ -60,7 +60,7 @@ def scan_rows(
     buffer = np.empty((min(part_rows, num_rows), row_bytes), dtype=np.uint8)
     # A pipe would be waited for.
     no_link = 0 if is_link_allowed else platform.NO_LINKS
-    fd = os.open(path, platform.READ | platform.NO_WAITING | no_link)
+    fd = platform.open_file(path, platform.READ | platform.NO_WAITING | no_link)
     try:
         platform.advise(fd, "SEQUENTIAL")
         data_from = 0
@@ -84,16 +84,14 @@ def scan_rows(
 
 def next_data(fd: int, at: int) -> int:
     """Where the file goes on with something other than a hole."""
-    try:
-        return os.lseek(fd, at, os.SEEK_DATA)
-    except OSError as error:
-        return MAX_FILE_BYTES if error.errno == errno.ENXIO else at
+    found = platform.next_data(fd, at)
+    return MAX_FILE_BYTES if found is None else found
 
 
 def read_into(fd: int, rows_UB: np.ndarray[Any, Any], at: int) -> None:
     raw = rows_UB.data.cast("B")
     while raw:
-        found = os.preadv(fd, [raw], at)
+        found = platform.read_into(fd, raw, at)
         if found == 0:
             raise OSError(errno.EIO, "its length changed while it was read")
         raw, at = raw[found:], at + found

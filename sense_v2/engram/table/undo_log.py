@@ -15,7 +15,6 @@ U row ids, N rows.
 from __future__ import annotations
 
 import contextlib
-import mmap
 import os
 import threading
 from collections.abc import Iterator
@@ -25,6 +24,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from sense_v2.engram.table import platform
 from sense_v2.engram.table.checksums import HASH_VERSION, PART_BYTES, add_rows, add_to_blocks, num_blocks, row_hashes
 from sense_v2.engram.table.format import Manifest
 from sense_v2.engram.table.journal import Journal, Record
@@ -112,11 +112,7 @@ class RowSet:
 def _zero_bits(num_rows: int) -> np.ndarray[Any, Any]:
     """One bit a row, in pages that take memory when they are first set."""
     # Not np.zeros: the C library clears what it hands out again, and NumPy asks for pages of 2 MiB.
-    pages = mmap.mmap(-1, -(-num_rows // 8), flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
-    if hasattr(mmap, "MADV_NOHUGEPAGE"):
-        with contextlib.suppress(OSError):  # a kernel without such pages
-            pages.madvise(mmap.MADV_NOHUGEPAGE)
-    return np.frombuffer(pages, dtype=np.uint8)
+    return np.frombuffer(platform.private_pages(-(-num_rows // 8)), dtype=np.uint8)
 
 
 class TrackedFile:

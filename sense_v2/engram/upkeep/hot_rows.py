@@ -216,7 +216,7 @@ def warm_table(path: Path, *, advance: Callable[[int], Any] = lambda num_bytes: 
 def _data(path: Path) -> Iterator[tuple[int, int]]:
     """(first byte, length) of pieces that aren't wholly in a hole."""
     size = path.stat().st_size
-    fd = os.open(path, platform.READ)
+    fd = platform.open_file(path, platform.READ)
     try:
         at = 0
         while (at := next_data(fd, at)) < size:
@@ -232,7 +232,7 @@ def _read(path: Path, pieces: Sequence[tuple[int, int]], advance: Callable[[int]
     # Large pieces fill the queue by themselves; more ahead of them only takes memory.
     mean_bytes = max(1, sum(length for _, length in pieces) // max(1, len(pieces)))
     ahead = max(2, min(RUNS_AHEAD, 8 * READ_BYTES // mean_bytes))
-    fd = os.open(path, platform.READ)
+    fd = platform.open_file(path, platform.READ)
     try:
         for number, (at, length) in enumerate(pieces):
             if number % ahead == 0:
@@ -240,7 +240,7 @@ def _read(path: Path, pieces: Sequence[tuple[int, int]], advance: Callable[[int]
                 for next_at, next_length in pieces[number + (ahead if number else 0) : number + 2 * ahead]:
                     platform.advise(fd, "WILLNEED", next_at, next_length)
             while length > 0:
-                found = os.preadv(fd, [buffer[:length]], at)
+                found = platform.read_into(fd, buffer[:length], at)
                 if found == 0:
                     raise with_way_out(
                         OSError(f"{path}: it was cut while it was read"), "check it with sense-engram verify"

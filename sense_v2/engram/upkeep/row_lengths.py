@@ -65,7 +65,7 @@ def measure_rows(
         noise = InitialNoise(manifest.init_seed or 0, manifest.init_std, manifest.dtype)
     parts = _parts(manifest, max_rows)
     row_ids, norms, drifts = [], [], []
-    fd = os.open(path, platform.READ)
+    fd = platform.open_file(path, platform.READ)
     try:
         for first, count in parts:
             raw_UB = np.empty((count, row_bytes), dtype=np.uint8)

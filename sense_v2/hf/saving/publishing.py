@@ -28,7 +28,7 @@ from typing import Any
 from sense_v2.core.errors import CommandError, with_way_out
 from sense_v2.core.folders import missing_folders, remove_empty
 from sense_v2.engram.table.disk import sync, write_file
-from sense_v2.engram.table.platform import LOCK_IS_HELD, NO_LOCKS, READ, lock
+from sense_v2.engram.table.platform import LOCK_IS_HELD, NO_LOCKS, lock, open_folder
 
 PREFIX = ".saving-"
 PLAN_FILE = ".publishing.json"
@@ -44,9 +44,12 @@ NOTICE = (
 
 @contextmanager
 def locked_folder(folder: Path, *, wait: bool = False) -> Iterator[bool]:
-    """Hold a folder's lock; give False where the file system has none. Raises `CommandError` if another process holds
-    it."""
-    fd, is_held = os.open(folder, READ), True
+    """Hold a folder's lock; give False where the system or its file system has none. Raises `CommandError` if another
+    process holds it."""
+    fd, is_held = open_folder(folder), True
+    if fd is None:
+        yield False
+        return
     try:
         try:
             lock(fd, wait=wait)
