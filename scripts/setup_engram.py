@@ -18,6 +18,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from sense_v2.core.config import NORMALIZATIONS
+from sense_v2.core.errors import what_and_way_out
 from sense_v2.engram.tokenizer import EngramTokenizerBuilder
 from sense_v2.engram.upkeep.shadow_map_setup import make_shadow_map
 
@@ -39,7 +40,7 @@ def main(arguments: list[str] | None = None) -> int:
         builder = EngramTokenizerBuilder(options.tokenizer, options.normalization)
         result = make_shadow_map(builder, options.output, force=options.force)
     except (OSError, ValueError, ModuleNotFoundError) as error:
-        print(error, file=sys.stderr)
+        print(*filter(None, what_and_way_out(error)), sep="\n", file=sys.stderr)
         return 1
     print(*result.lines(), f"seconds        {time.perf_counter() - started:.2f}", sep="\n")
     return 0

