@@ -2,15 +2,16 @@
 
 The physics. A warm row is a random access: its cache lines come from memory, with the TLB miss in front of them, and
 the result goes back to memory; the ceiling is a C probe (benchmarks/probe.c, the best of memcpy, rows asked for ahead
-and rows side by side, stored to the cache or past it, one thread and two), measured on the same batches and into one
-buffer. A result of ours that the caller has dropped is the next one's buffer, too; NumPy's and `F.embedding`'s is new
-each time. A cold row is a random read of 4 KiB; the ceiling is what the disk gives past the page cache with two times
-64 reads in flight.
+and rows side by side, stored to the cache or past it, one thread and two), measured on the same batches, each into a
+buffer of its own that is used again. A result of ours that the caller has dropped is the next one's buffer, too;
+NumPy's and `F.embedding`'s is new each time. A cold row is a random read of 4 KiB; the ceiling is what the disk gives
+past the page cache with two times 64 reads in flight.
 
 Parts (`--parts`), each through the public `storage(row_ids)`, bounds checked:
 
-warm    16, 24 and 32,768 rows of 256 B, 2 KiB, 4 KiB, ids drawn anew for each call from a table of 2 GiB in the page
-        cache, against `memmap[ids]`, and a table in RAM with 4-KiB pages: `F.embedding` and `index_select(out=)`.
+warm    16, 24, 4,096 and 32,768 rows of 256 B, 2 KiB, 4 KiB, ids drawn anew for each call from a table of 2 GiB in
+        the page cache, against `memmap[ids]`, and a table in RAM with 4-KiB pages: `F.embedding` and
+        `index_select(out=)`.
 o1      the same number of distinct warm pages in sparse tables of 1 M, 100 M and 768 M rows.
 cold    16 and 16,384 rows of 4 KiB whose pages aren't in memory, against the default mapping and MADV_RANDOM.
 ahead   prefetch on and off, warm and cold, with as much other work between asking and reading as a small layer takes.
@@ -78,7 +79,7 @@ def warm(probe: Probe, folder: Path, scale: Scale) -> dict[str, Any]:
             # Both mappings have their page tables, so that no way pays for the other's first touch.
             touch(storage.mmap)
             touch(memmap)
-            for num_ids in (16, 24, scale.large_ids):
+            for num_ids in (16, 24, 4096, scale.large_ids):
                 figures = _warm_case(probe, storage, memmap, resident, num_ids, scale)
                 cases[f"{num_ids} x {row_bytes} B"] = figures
                 say(f"{num_ids} rows of {row_bytes} B", {k: v for k, v in figures.items() if k != "seconds"})
@@ -101,16 +102,22 @@ def _warm_case(
     batches = random_ids(len(memmap), num_ids, 4 if large else scale.small_calls)
     numbers = [batch.numpy() for batch in batches]
     flat = [batch.reshape(-1) for batch in batches]
-    out = torch.empty(num_ids, memmap.shape[1])
+
+    def new_out() -> torch.Tensor:
+        """Of each way its own, as ours: one that all of them filled in turn would be in the cache for them alone."""
+        return torch.empty(num_ids, memmap.shape[1])
+
+    selected = new_out()
     ways: Ways = {
         "numpy": lambda call: memmap[numbers[call]],
         "numpy_to_torch": lambda call: torch.from_numpy(memmap[batches[call].numpy()]),
         "embedding": lambda call: F.embedding(batches[call], resident),
-        "index_select": lambda call: torch.index_select(resident, 0, flat[call], out=out),
+        "index_select": lambda call: torch.index_select(resident, 0, flat[call], out=selected),
         "storage": lambda call: storage(batches[call]),
     }
 
     def add_probe(*way: int) -> None:
+        out = new_out()
         ways[probe.name(*way)] = lambda call: probe.gather(memmap, numbers[call].reshape(-1), out, *way)
 
     if large:
@@ -263,6 +270,10 @@ def main() -> None:
         if "warm" in parts:
             print("warm", flush=True)
             result["warm"] = warm(probe, folder, scale)
+            # How the extension copied large results: what it had found on the first of them.
+            result["ways"] = [dataclasses.asdict(found) for found in gather.found_ways()]
+            for found in result["ways"]:
+                say(f"rows of {found['row_bytes']} B", {"way": found["way"], **found["ns_per_row"]})
         if "o1" in parts:
             print("tables of several sizes, 4,096 warm pages of each", flush=True)
             result["o1"] = o1(probe, folder, scale)

@@ -34,6 +34,7 @@ from tables import N, make, names
 from torch import nn
 
 from sense_v2.engram.optim import RowAdam
+from sense_v2.engram.reading import gather
 from sense_v2.engram.table.checksums import block_sums, to_hex
 
 IDS = st.lists(st.integers(0, 4), max_size=4)
@@ -62,6 +63,18 @@ def look_up(table: Any, ids: torch.Tensor) -> torch.Tensor:
     table.begin(ids)
     found: torch.Tensor = table(ids)
     return found
+
+
+@pytest.mark.skipif(gather.compiled is None, reason="no _gather")
+def test_every_way_of_copying_gives_the_same_rows(table: Any, rows: np.ndarray[Any, Any]) -> None:
+    num_ids = (600 << 10) // (table.embedding_dim * table.dtype.itemsize)  # large enough for a choice
+    ids = torch.from_numpy(np.random.default_rng(0).integers(0, N, num_ids))
+    try:
+        for way in (None, *gather.WAYS):
+            gather.fix_way(way)
+            assert np.array_equal(look_up(table, ids).detach().float().numpy(), rows[ids.numpy()]), way
+    finally:
+        gather.fix_way(None)
 
 
 def test_what_a_table_says_of_itself(kind: str, table: Any, tmp_path: Path) -> None:

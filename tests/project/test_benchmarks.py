@@ -33,7 +33,7 @@ def test_lookup(tmp_path, monkeypatch, capsys):
     found = last_line("lookup", f"--tiny --parts {parts} --folder {tmp_path}", monkeypatch, capsys)
     assert found["compiled"] == (gather.compiled is not None)
     assert {*parts.split(",")} <= found.keys()
-    assert len(found["warm"]) == 9
+    assert len(found["warm"]) == 12
     for case in found["warm"].values():
         assert case["x numpy"] > 0
         assert all(0 < times["low"] <= times["median"] <= times["high"] for times in case["seconds"].values())

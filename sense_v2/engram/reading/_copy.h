@@ -1,21 +1,20 @@
 /* Rows of a table, copied or decoded one after the other into a result. No Python in here.
 
-   A random row is a miss of the cache and of the TLB, so what counts is how many lines are on their way at once. Short
-   rows are copied one by one, the lines of the next ones asked for ahead. Of a long row the processor would fetch the
-   next lines by itself, but only along one row at a time: four are copied side by side, a line of each in turn. A
-   result too large for the cache is stored past it, long rows then two by two: stores past the cache to four places
-   half a page apart, or a page, wait for each other on some processors (3.6 times as long on an AMD EPYC). Rows of
-   blocks (`_blocks.h`) are short, and decoded one by one as short rows are copied.
+   A random row is a miss of the cache and of the TLB, so what counts is how many lines are on their way at once. The
+   ways to have many of them:
 
-   Large results are shared out over PyTorch's own threads, through the OpenMP library that it brings: the others are
-   still spinning after its last operation, and a thread of ours would wait for their processors. Where there is no
-   such library, and in a forked child, which has none of its threads, one thread copies. */
+   one by one     memcpy, row after row: the processor fetches the lines of a long row by itself
+   ahead          the same, the lines of rows to come asked for before
+   2, 4 beside    so many rows side by side, a line of each in turn: the processor fetches along several rows at once
+
+   Each by ordinary stores, or by stores past the cache, for a result that is too large for it. Which one is the fastest
+   is the processor's: stores past the cache to four places a page apart take 3.6 times as long on one as on another.
+   A batch that isn't large is copied the `default_way`; `_ways.h` finds the best for large ones. Rows of blocks
+   (`_blocks.h`) are short, and decoded one by one, the next ones asked for ahead. */
 
 #ifndef SENSE_COPY_H
 #define SENSE_COPY_H
 
-#include <dlfcn.h>
-#include <pthread.h>
 #include <stdint.h>
 #include <string.h>
 #if defined(__x86_64__)
@@ -26,13 +25,13 @@
 
 enum {
     LINE_BYTES = 64,
-    AHEAD_BYTES = 2048, AHEAD_ROWS_MIN = 8, AHEAD_ROWS_MAX = 32,  /* of short rows, asked for before they are copied */
-    LONG_ROW_BYTES = 1024, BESIDE = 4, HEAD_LINES = 2,
-    APART_BYTES = 2048, APART_BESIDE = 2,  /* of rows stored past the cache */
+    AHEAD_BYTES = 2048, AHEAD_ROWS_MIN = 8, AHEAD_ROWS_MAX = 32,  /* of rows asked for before they are copied */
+    LONG_ROW_BYTES = 1024, HEAD_LINES = 2,
+    APART_BYTES = 2048,  /* rows that, stored past the cache, are copied two by two unless another way was found */
     FETCHED_LINES = 64,
-    STREAM_BYTES = 32 << 20,
-    SHARE_BYTES = 512 << 10,  /* the least that a thread is woken for */
 };
+
+enum { ONE_BY_ONE, AHEAD, BESIDE_2, BESIDE_4, PAST_CACHE, WAYS = 2 * PAST_CACHE };  /* a way, + PAST_CACHE */
 
 typedef struct {
     const char *table, *ids;
@@ -89,25 +88,30 @@ static inline void fetch_first_rows(const Copy *copy) {
         fetch(row_at(copy, k), num_bytes);
 }
 
-static void copy_short_rows(const Copy *copy) {
+static inline void copy_in_order(const Copy *copy, int stream, int64_t ahead) {
     const int64_t row_bytes = copy->row_bytes, num_ids = copy->num_ids;
-    int64_t ahead = AHEAD_BYTES / row_bytes;
-    ahead = ahead < AHEAD_ROWS_MIN ? AHEAD_ROWS_MIN : ahead > AHEAD_ROWS_MAX ? AHEAD_ROWS_MAX : ahead;
     for (int64_t k = 0; k < ahead && k < num_ids; k++) fetch(row_at(copy, k), row_bytes);
     for (int64_t k = 0; k < num_ids; k++) {
-        if (k + ahead < num_ids) fetch(row_at(copy, k + ahead), row_bytes);
+        if (ahead && k + ahead < num_ids) fetch(row_at(copy, k + ahead), row_bytes);
+        const char *row = row_at(copy, k);
         char *out = copy->out + k * copy->out_bytes;
-        if (copy->decode)
-            copy->decode((const uint8_t *)row_at(copy, k), (float *)out, copy->out_bytes / (int64_t)sizeof(float));
-        else copy_row(out, row_at(copy, k), row_bytes);
+        if (copy->decode) copy->decode((const uint8_t *)row, (float *)out, copy->out_bytes / (int64_t)sizeof(float));
+        else if (stream) for (int64_t at = 0; at < row_bytes; at += LINE_BYTES) copy_line(out + at, row + at, 1);
+        else if (row_bytes < LONG_ROW_BYTES) copy_row(out, row, row_bytes);
+        else memcpy(out, row, row_bytes);
     }
 }
 
-static inline void copy_long_rows(const Copy *copy, int stream, int beside) {
+static inline int64_t rows_ahead(int64_t row_bytes) {
+    const int64_t ahead = AHEAD_BYTES / row_bytes;
+    return ahead < AHEAD_ROWS_MIN ? AHEAD_ROWS_MIN : ahead > AHEAD_ROWS_MAX ? AHEAD_ROWS_MAX : ahead;
+}
+
+static inline void copy_beside(const Copy *copy, int stream, int beside) {
     const int64_t row_bytes = copy->row_bytes, num_ids = copy->num_ids, whole = row_bytes / LINE_BYTES * LINE_BYTES;
     int64_t k = 0;
     for (; k + beside <= num_ids; k += beside) {
-        const char *rows[BESIDE];
+        const char *rows[4];
         char *out = copy->out + k * row_bytes;
         for (int j = 0; j < beside; j++) {
             rows[j] = row_at(copy, k + j);
@@ -122,59 +126,38 @@ static inline void copy_long_rows(const Copy *copy, int stream, int beside) {
     for (; k < num_ids; k++) copy_row(copy->out + k * row_bytes, row_at(copy, k), row_bytes);
 }
 
-static void copy_rows(const Copy *copy, int stream) {
-    if (copy->row_bytes < LONG_ROW_BYTES || copy->decode) {
-        copy_short_rows(copy);
-    } else if (stream) {
-        if (copy->row_bytes < APART_BYTES) copy_long_rows(copy, 1, BESIDE);
-        else copy_long_rows(copy, 1, APART_BESIDE);
+/* Whether there is a choice: rows of less than a line, and rows of blocks, are copied one way alone. */
+static inline int has_ways(const Copy *copy) { return !copy->decode && copy->row_bytes >= LINE_BYTES; }
+
+/* Past the cache whole lines alone are stored, to places where lines begin. */
+static inline int can_stream(const Copy *copy) {
 #if defined(__x86_64__)
-        _mm_sfence();
+    return has_ways(copy) && copy->row_bytes % LINE_BYTES == 0 && (uintptr_t)copy->out % LINE_BYTES == 0;
+#else
+    (void)copy;
+    return 0;
 #endif
-    } else {
-        copy_long_rows(copy, 0, BESIDE);
+}
+
+static inline int default_way(const Copy *copy, int stream) {
+    if (!has_ways(copy) || copy->row_bytes < LONG_ROW_BYTES) return AHEAD;
+    return !stream ? BESIDE_4 : (copy->row_bytes < APART_BYTES ? BESIDE_4 : BESIDE_2) + PAST_CACHE;
+}
+
+static void copy_by(const Copy *copy, int way) {
+    switch (way) {
+    case ONE_BY_ONE: copy_in_order(copy, 0, 0); break;
+    case BESIDE_2: copy_beside(copy, 0, 2); break;
+    case BESIDE_4: copy_beside(copy, 0, 4); break;
+    case ONE_BY_ONE + PAST_CACHE: copy_in_order(copy, 1, 0); break;
+    case AHEAD + PAST_CACHE: copy_in_order(copy, 1, rows_ahead(copy->row_bytes)); break;
+    case BESIDE_2 + PAST_CACHE: copy_beside(copy, 1, 2); break;
+    case BESIDE_4 + PAST_CACHE: copy_beside(copy, 1, 4); break;
+    default: copy_in_order(copy, 0, rows_ahead(copy->row_bytes));
     }
-}
-
-/* PyTorch's threads */
-
-static struct {
-    void (*run)(void (*)(void *), void *, unsigned, unsigned);
-    int (*number)(void), (*count)(void);
-} openmp;
-
-static void leave_threads(void) { openmp.run = NULL; }
-
-static void find_threads(void) {
-    /* PyTorch makes the library's names known to the whole process. A pointer to data becomes one to a function. */
-    *(void **)&openmp.run = dlsym(RTLD_DEFAULT, "GOMP_parallel");
-    *(void **)&openmp.number = dlsym(RTLD_DEFAULT, "omp_get_thread_num");
-    *(void **)&openmp.count = dlsym(RTLD_DEFAULT, "omp_get_num_threads");
-    if (!openmp.number || !openmp.count || pthread_atfork(NULL, NULL, leave_threads)) leave_threads();
-}
-
-typedef struct { Copy copy; int stream; } Shared;
-
-static void copy_share(void *argument) {
-    const Shared *shared = argument;
-    const int64_t number = openmp.number(), count = openmp.count();
-    Copy part = shared->copy;
-    const int64_t first = part.num_ids * number / count, end = part.num_ids * (number + 1) / count;
-    part.ids += first * part.id_bytes;
-    part.out += first * part.out_bytes;
-    part.num_ids = end - first;
-    copy_rows(&part, shared->stream);
-}
-
-static void copy_all(Copy copy, long max_threads) {
-    const int64_t num_bytes = copy.num_ids * copy.out_bytes;
-    const int64_t shares = num_bytes / SHARE_BYTES;
-    const long num_threads = shares < max_threads ? (long)shares : max_threads;
-    const int stream = num_bytes >= STREAM_BYTES && copy.row_bytes % LINE_BYTES == 0 &&
-                       (uintptr_t)copy.out % LINE_BYTES == 0;
-    Shared shared = {copy, stream};
-    if (openmp.run && num_threads > 1) openmp.run(copy_share, &shared, (unsigned)num_threads, 0);
-    else copy_rows(&copy, stream);
+#if defined(__x86_64__)
+    if (way >= PAST_CACHE) _mm_sfence();
+#endif
 }
 
 /* The position of the first id outside 0 ... num_rows - 1, or -1. */

@@ -36,6 +36,12 @@
    will_need(table, runs) -> 0, or the first error number. `runs` is a buffer of pairs of int64, (offset, length) in
        bytes from the table's beginning, whole pages: the kernel begins to read them.
 
+   fix_way(way), fix_way(-1): large results are copied this way (`_copy.h` numbers them) from now on; or, as at the
+   start, the way that is found to be the fastest. A way past the cache counts where a result is stored past it.
+
+   found_ways() -> [(row_bytes, whether past the cache is allowed, way or -1, [nanoseconds a row, of each way]), …]:
+   what is known of the ways; 0 nanoseconds where nothing is yet.
+
    The GIL is released meanwhile: a page that isn't in memory is waited for without it.
 
    Of Python's C API, only what is in the limited one: a wheel has one build for every Python (setup.py). */
@@ -47,14 +53,13 @@
 #include <structmember.h>
 #include <sys/mman.h>
 #include <sys/stat.h>
-#include <time.h>
 #include <unistd.h>
 
-#include "_copy.h"
 #include "_results.h"
+#include "_ways.h"
 
 enum {
-    INTERFACE = 5,                            /* one more with each change of what this file offers */
+    INTERFACE = 6,                            /* one more with each change of what this file offers */
     SMALL_IDS = 1023, SMALL_BYTES = 1 << 20,  /* of a batch that is read without a look at anything else */
     LOOK_NS = 1000000,                        /* between two looks at the file's size */
     SAMPLES = 4, ASKED_IDS = 64,
@@ -75,12 +80,6 @@ typedef struct {
     char slow;
     long long calls, rows_read, asked, waits[WAIT_BUCKETS], waited_ns;
 } Lookup;
-
-static int64_t now_ns(void) {
-    struct timespec t;
-    clock_gettime(CLOCK_MONOTONIC, &t);
-    return t.tv_sec * INT64_C(1000000000) + t.tv_nsec;
-}
 
 /* Whether the file is shorter than it was: a touch of a page behind its end is a SIGBUS. A system call takes as long as
    the rows of a small batch, so it is looked at once a millisecond. */
@@ -180,7 +179,7 @@ static PyObject *lookup_read(Lookup *self, PyObject *row_ids) {
     if (!rows) return NULL;
     int64_t took;
     Py_BEGIN_ALLOW_THREADS
-    copy_rows(&copy, 0);
+    copy_by(&copy, default_way(&copy, 0));
     took = now_ns() - started;
     Py_END_ALLOW_THREADS
     self->calls++, self->rows_read += copy.num_ids, self->asked += asked != 0;
@@ -392,7 +391,39 @@ static PyObject *will_need(PyObject *module, PyObject *const *arguments, Py_ssiz
     return PyLong_FromLong(error);
 }
 
+static PyObject *fix_way(PyObject *module, PyObject *number) {
+    (void)module;
+    const long way = PyLong_AsLong(number);
+    if (PyErr_Occurred()) return NULL;
+    if (way < -1 || way >= WAYS) return PyErr_Format(PyExc_ValueError, "there are ways 0 to %d", WAYS - 1);
+    while (!take_ways()) Py_BEGIN_ALLOW_THREADS usleep(100); Py_END_ALLOW_THREADS
+    ways.fixed = (int)way;
+    leave_ways();
+    Py_RETURN_NONE;
+}
+
+static PyObject *found_ways(PyObject *module, PyObject *ignored) {
+    (void)module, (void)ignored;
+    PyObject *found = PyList_New(0);
+    for (int k = 0; found && k < WIDTHS; k++) {
+        const Known known = ways.widths[k];
+        if (!known.row_bytes) continue;
+        PyObject *times = PyList_New(0);
+        for (int way = 0; times && way < ways_of(&known); way++) {
+            PyObject *ns = PyFloat_FromDouble(known.num[way] < TIMINGS ? 0 : least_of(known.ns_per_row[way]));
+            if (!ns || PyList_Append(times, ns)) Py_CLEAR(times);
+            Py_XDECREF(ns);
+        }
+        PyObject *one = times ? Py_BuildValue("LiiN", (long long)known.row_bytes, known.stream, known.way, times) : NULL;
+        if (!one || PyList_Append(found, one)) Py_CLEAR(found);
+        Py_XDECREF(one);
+    }
+    return found;
+}
+
 static PyMethodDef methods[] = {
+    {"fix_way", (PyCFunction)(void (*)(void))fix_way, METH_O, "See the top of _gather.c."},
+    {"found_ways", (PyCFunction)(void (*)(void))found_ways, METH_NOARGS, "See the top of _gather.c."},
     {"gather", (PyCFunction)(void (*)(void))gather, METH_FASTCALL, "Copies rows; see the top of _gather.c."},
     {"will_need", (PyCFunction)(void (*)(void))will_need, METH_FASTCALL, "Reads ahead; see the top of _gather.c."},
     {NULL, NULL, 0, NULL},

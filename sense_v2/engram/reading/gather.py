@@ -3,7 +3,8 @@
 The array is usually a mapped file whose pages are in memory. A small call is dominated by what Python does around
 it, a large one by memory: page faults of a fresh result cost more than the copies.
 
-Where `_gather.c` was compiled (an optional extension), it copies, and a result's memory is filled again as soon as
+Where `_gather.c` was compiled (an optional extension), it copies, large results the way that it finds to be the
+fastest on this machine (`_ways.h`, `fix_way`), and a result's memory is filled again as soon as
 nothing refers to it: no tensor, no view of one, no array made from it, no operation that saved it for its backward.
 PyTorch tells when a tensor's storage is freed (`_results.h`). Without the extension NumPy and PyTorch copy, to the
 same bytes and several times slower, and every result is new memory. So it is with the extension under a PyTorch
@@ -16,6 +17,7 @@ from __future__ import annotations
 
 import importlib
 import warnings
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -26,7 +28,7 @@ from sense_v2.engram.table.compact_rows import decode, split
 from sense_v2.engram.table.format import RAW_BYTES, ROW_DTYPES, RowDtype
 
 # Of `_gather.c`: what it offers this version of the library.
-INTERFACE = 5
+INTERFACE = 6
 
 
 def _load_compiled() -> Any:
@@ -54,6 +56,18 @@ def _load_compiled() -> Any:
 
 compiled: Any = _load_compiled()
 
+WAYS = (
+    "one by one",
+    "ahead",
+    "2 side by side",
+    "4 side by side",
+    "one by one, past the cache",
+    "ahead, past the cache",
+    "2 side by side, past the cache",
+    "4 side by side, past the cache",
+)
+"""How the extension can copy the rows of a large result, in `_copy.h`'s order. The bytes are the same."""
+
 # From here on PyTorch's index_select, which has threads, is faster than NumPy's take.
 MANY_IDS = 1024
 _ID_BYTES = {torch.int64: 8, torch.int32: 4}
@@ -61,6 +75,56 @@ _ID_BYTES = {torch.int64: 8, torch.int32: 4}
 _exchange = getattr(torch.Tensor, "__dlpack_c_exchange_api__", None)
 # DLPack's numbers of the types that rows have.
 _DLPACK_CODES = {torch.uint8: 1, torch.float16: 2, torch.float32: 2, torch.bfloat16: 4}
+
+
+@dataclass(frozen=True)
+class FoundWay:
+    """What was found of rows of one width: see `found_ways`."""
+
+    row_bytes: int
+    past_the_cache: bool
+    """Whether the results are large enough to be stored past the cache."""
+    way: str | None
+    """The fastest way. None while not all of them have been timed often enough."""
+    ns_per_row: dict[str, float]
+    """The fastest piece of those that have."""
+
+
+def fix_way(way: str | None) -> None:
+    """Copy the rows of large results this way from now on, in this process.
+
+    Without it, or with None, the extension times the ways on the first large results of each row width and keeps the
+    fastest (`_ways.h`). A way past the cache is taken for results that are stored past it, others its namesake.
+
+    Args:
+        way: One of `WAYS`.
+
+    Raises:
+        ValueError: There is no such way.
+        RuntimeError: There is no compiled extension, without which NumPy and PyTorch copy.
+    """
+    if way is not None and way not in WAYS:
+        raise ValueError(f"way = {way!r}: must be None or one of {', '.join(map(repr, WAYS))}")
+    if compiled is None:
+        raise RuntimeError(
+            "the extension wasn't compiled, so NumPy and PyTorch copy rows, and there is no way to choose. "
+            "Install a C compiler, and sense-v2 again"
+        )
+    compiled.fix_way(-1 if way is None else WAYS.index(way))
+
+
+def found_ways() -> list[FoundWay]:
+    """Say which way was found to be the fastest, of each row width that large results have had in this process."""
+    found = [] if compiled is None else compiled.found_ways()
+    return [
+        FoundWay(
+            row_bytes,
+            bool(stream),
+            None if way < 0 else WAYS[way],
+            {name: ns for name, ns in zip(WAYS, medians, strict=False) if ns},
+        )
+        for row_bytes, stream, way, medians in found
+    ]
 
 
 def lookup_of(

@@ -97,6 +97,78 @@ def test_large_results_over_several_threads(way):
             torch.set_num_threads(before)
 
 
+# Ways of copying
+
+
+@pytest.fixture
+def any_way():
+    """What a test fixes or finds is forgotten by the next."""
+    yield
+    gather_module.fix_way(None)
+
+
+@needs_compiled
+@pytest.mark.parametrize("fixed", gather_module.WAYS)
+@pytest.mark.parametrize("row_bytes", [4, 60, 64, 100, 256, 1000, 1024, 2048, 3072, 4096, 8256])
+def test_every_way_gives_the_same_bytes(any_way, fixed, row_bytes):
+    rows_ND = table(row_bytes // 4, num_rows=300)
+    gather_module.fix_way(fixed)
+    for num_bytes in (600 << 10, 33 << 20):  # in the cache, and past it
+        ids = np.random.default_rng(1).integers(0, 300, num_bytes // row_bytes + 1)
+        rows = RowGather(rows_ND, row_dtype("float32"))(torch.from_numpy(ids))
+        assert raw(rows) == rows_ND[ids].tobytes()
+
+
+@needs_compiled
+@pytest.mark.parametrize("num_threads", [1, 3])
+def test_the_fastest_way_is_found_on_the_results_themselves(any_way, num_threads):
+    row_bytes = 4 * (700 + num_threads)  # a width that no other test has
+    row_bytes -= row_bytes % 64
+    rows_ND = table(row_bytes // 4)
+    gather = RowGather(rows_ND, row_dtype("float32"))
+    before = torch.get_num_threads()
+    torch.set_num_threads(num_threads)
+    try:
+        for num_bytes, ways in ((2 << 20, gather_module.WAYS[:4]), (40 << 20, gather_module.WAYS)):
+            past_the_cache = len(ways) == 8
+            for seed in range(200):
+                ids = np.random.default_rng(seed).integers(0, N, num_bytes // row_bytes)
+                assert raw(gather(torch.from_numpy(ids))) == rows_ND[ids].tobytes()
+                (found,) = (
+                    one
+                    for one in gather_module.found_ways()
+                    if (one.row_bytes, one.past_the_cache) == (row_bytes, past_the_cache)
+                )
+                if found.way:
+                    break
+            assert found.ns_per_row.keys() == {*ways}
+            # Or the usual way, if it is nearly as fast.
+            assert 0.95 * found.ns_per_row[found.way] <= min(found.ns_per_row.values())
+    finally:
+        torch.set_num_threads(before)
+
+
+@needs_compiled
+def test_a_way_that_is_fixed_isnt_measured(any_way):
+    gather_module.fix_way("ahead")
+    rows_ND = table(333)
+    ids = np.zeros(2000, dtype=np.int64)
+    assert raw(RowGather(rows_ND, row_dtype("float32"))(torch.from_numpy(ids))) == rows_ND[ids].tobytes()
+    assert 4 * 333 not in [one.row_bytes for one in gather_module.found_ways()]
+
+
+def test_a_way_that_isnt_there_is_refused(monkeypatch):
+    with pytest.raises(ValueError, match="way = 'fast': must be None or one of 'one by one', 'ahead'"):
+        gather_module.fix_way("fast")
+    monkeypatch.setattr(gather_module, "compiled", None)
+    with pytest.raises(RuntimeError, match="Install a C compiler"):
+        gather_module.fix_way("ahead")
+    assert gather_module.found_ways() == []
+
+
+# Ids
+
+
 def test_shapes_and_strides_of_the_ids(way):
     rows_ND, gather = table(), RowGather(table(), row_dtype("float32"))
     ids = torch.arange(24).reshape(2, 3, 4)
