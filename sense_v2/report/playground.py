@@ -176,7 +176,8 @@ def parting(found: dict[str, Any]) -> str:
 def lesson(found: dict[str, Any]) -> str:
     """Return what teaching a fact did, and what else it moved.
 
-    {"prompt", "text": str, "losses": [float], before and after each step, "rows": how many moved,
+    {"prompt", "text": str, "losses": [float], before and after each step, "said": whether the model says the text
+     now, "rows": how many moved,
      "table_rows": int, "continued": [str, str], from the prompt, before and after,
      "watched": [{"before", "after": what `inspect_text` found, "moved": [bool]}], whether a token's rows moved}
     """

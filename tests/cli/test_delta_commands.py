@@ -109,6 +109,17 @@ def test_a_fact_is_taught_into_a_file_and_another_one_beside_it(folder, run, mon
     assert "no folder of a model with memory" in error
 
 
+def test_a_text_that_is_not_learned_is_a_failure_and_writes_nothing(folder, run):
+    delta = folder / "not_learned.safetensors"
+    teach = ("teach", folder / "base", "word3 word1", "--prompt", "word5 word6", "--output", delta)
+    status, _, error = run(*teach, "--lr", 1e-6, "--steps", 2)
+    assert status == 1
+    what, way_out = error.splitlines()[-2:]
+    assert what.startswith("error: not learned: the model doesn't say 'word3 word1' (loss ")
+    assert "--lr" in way_out
+    assert not delta.exists()
+
+
 def test_two_deltas_are_merged_and_a_conflict_names_the_way_out(folder, run):
     base, first = folder / "base", folder / "first.safetensors"
     run("export", folder / "taught", "--base", base, "--output", first)

@@ -138,6 +138,7 @@ def lesson(text="Lutz", watched=(), losses=(2.3, 0.1, 0.05)):
         "prompt": "It is",
         "text": text,
         "losses": list(losses),
+        "said": losses[-1] < 1,
         "rows": 12,
         "table_rows": 1500,
         "continued": ["before", "now"],
@@ -152,6 +153,8 @@ def test_a_lesson_says_what_was_learned_and_what_else_moved():
     text = Read(html).text.replace("\xa0", " ")
     assert "with 10 % on (geometric) average, and now expects it with 95 %" in text
     assert "2 steps moved 12 of the table’s 1,500 rows" in text
+    assert "wasn’t learned" not in text
+    assert "It wasn’t learned: another token is" in Read(playground.lesson(lesson(losses=(4.44, 2.97)))).text
     assert "2 of 3 tokens look up a row that moved. Most changed: c 20 % → 2.0 %, 10 times less likely." in text
     assert re.findall(r'<span class="([^"]*)" tabindex', html) == ["moved", "", "down4 moved"]
 

@@ -61,7 +61,7 @@ def teach(
         int | None, typer.Option("--max-rows", min=1, help="Of facts: at most so many rows are learned.")
     ] = None,
     steps: Annotated[int | None, typer.Option(min=1, help="At most so many.")] = None,
-    lr: Annotated[float | None, typer.Option(help="How far a row moves in a step.")] = None,
+    lr: Annotated[float | None, typer.Option(help="How far a row moves in a step; chosen by itself.")] = None,
     device: DeviceOption = "auto",
     as_json: JsonOption = False,
 ) -> None:

@@ -28,7 +28,7 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel
 
-from sense_v2.core.errors import number_of, with_way_out
+from sense_v2.core.errors import CommandError, number_of, with_way_out
 from sense_v2.core.progress import Progress, no_progress
 from sense_v2.engram.delta.overlay import OverlayStorage
 from sense_v2.engram.optim import row_adam
@@ -42,6 +42,8 @@ from sense_v2.hf.overlays import add_overlay, overlay_of, remove_overlay, tables
 from sense_v2.hf.serving.offload import OffloadedTables, has_ngram_tables, load_with_tables_on_disk
 
 SHOWN_TOKENS = 12
+RATES = (0.02, 0.06, 0.2)
+"""How far a row moves in a step: small ones first, which change other texts less."""
 
 
 @dataclass
@@ -50,6 +52,9 @@ class Taught:
 
     losses: list[float]
     """Of the text, in nats a token: before, and after each step."""
+    is_said: bool | None
+    """Whether each of its tokens is now the likeliest, so that the model says the text; None of facts, each of which
+    is asked (`teach_facts`)."""
     row_ids_U: torch.Tensor
     """The rows that moved, ascending."""
     distances_U: torch.Tensor
@@ -77,11 +82,11 @@ def teach(
     *,
     prompt: str = "",
     steps: int = 40,
-    lr: float = 0.02,
+    lr: float | None = None,
     stop_below: float = 0.1,
     progress: Progress = no_progress,
 ) -> Taught:
-    """Move the rows that a text looks up until the model says it.
+    """Move the rows that a text looks up until the model says it; `is_said` tells whether it does.
 
     A model without an overlay gets one in memory (`add_overlay(model, path)` before makes it a file). Nothing is
     committed.
@@ -91,8 +96,9 @@ def teach(
         tokenizer: The model's.
         text: What the model is to say.
         prompt: The context before it; how it goes on itself isn't learned.
-        steps: At most so many.
-        lr: Adam's, in units of a row's values.
+        steps: At most so many, at each rate.
+        lr: Adam's, in units of a row's values. None: those of `RATES` in turn, from the rows as they were, until the
+            model says the text; where none does it, the one that comes nearest.
         stop_below: The loss, in nats a token, at which it ends earlier.
         progress: Told how many steps are taken.
 
@@ -108,9 +114,20 @@ def teach(
         learned_T = labels_1T[0, 1:] != -100  # whose next token is learned
         row_ids_LBTH = tables.hash_tokens(token_ids_1T)[1]
         row_ids_U = row_ids_LBTH[:, 0, :-1][:, learned_T.to(row_ids_LBTH.device)].unique().cpu()
-        with progress("teaching", steps, unit="steps") as advance:
-            settings: dict[str, Any] = {"steps": steps, "lr": lr, "stop_below": stop_below, "advance": advance}
-            return _descend(model, overlay, row_ids_U, token_ids_1T, labels_1T, **settings)
+        tried: list[Taught] = []
+        for rate in RATES if lr is None else (lr,):
+            if tried:
+                tried[-1].undo()
+            with progress(f"teaching at rate {rate:g}" if tried else "teaching", steps, unit="steps") as advance:
+                settings: dict[str, Any] = {"steps": steps, "lr": rate, "stop_below": stop_below, "advance": advance}
+                tried.append(_descend(model, overlay, row_ids_U, token_ids_1T, labels_1T, **settings))
+            if tried[-1].is_said:
+                return tried[-1]
+        nearest = min(tried, key=lambda one: one.losses[-1])
+        if nearest is not tried[-1]:
+            tried[-1].undo()
+            overlay.write(nearest.row_ids_U, nearest._after_UD)
+        return nearest
 
 
 def teach_delta(
@@ -131,6 +148,7 @@ def teach_delta(
         went on from the prompt "before" and "after" (None without one), and the arguments.
 
     Raises:
+        CommandError: The model doesn't say the text afterwards; nothing is written then.
         ValueError: As `from_pretrained` and `teach`.
     """
     place = device_of(device)
@@ -139,6 +157,7 @@ def teach_delta(
         add_overlay(model, output)
     else:
         model = from_pretrained(folder, overlay=output, mode="r+")
+    was_there, is_learned = output.exists(), False
     try:
         model.to(place)
         tokenizer = saved_tokenizer(Path(folder))
@@ -146,6 +165,15 @@ def teach_delta(
         started = time.perf_counter()
         taught = teach(model, tokenizer, text, prompt=prompt, **options)
         seconds = time.perf_counter() - started
+        is_learned = bool(taught.is_said)
+        if not is_learned:
+            before_after = f"{taught.losses[0]:.2f} before, {taught.losses[-1]:.2f} now"
+            loss = f"loss {before_after}, {number_of(len(taught.losses) - 1, 'step')}"
+            taught.undo()
+            raise CommandError(
+                f"not learned: the model doesn't say {text!r} ({loss}); nothing is written",
+                "more --steps or another --lr may do it; `sense-engram delta make-writable` fits a memory for facts",
+            )
         after = _continuation(model, tokenizer, prompt)
         taught.overlay.commit()
         return {
@@ -167,6 +195,8 @@ def teach_delta(
             remove_overlay(model)
         else:
             detach_engram(model)
+        if not was_there and not is_learned:
+            output.unlink(missing_ok=True)  # the overlay without rows
 
 
 def _continuation(model: PreTrainedModel, tokenizer: Any, prompt: str) -> str | None:
@@ -211,7 +241,16 @@ def _descend(
         overlay.write(row_ids_U, before_UD)
         overlay.forget(row_ids_U[~were_changed_U])
         raise
-    return moved(overlay, row_ids_U, before_UD, were_changed_U, losses)
+    is_said = _says(model, token_ids_1T, labels_1T)
+    return moved(overlay, row_ids_U, before_UD, were_changed_U, losses, is_said=is_said)
+
+
+def _says(model: PreTrainedModel, token_ids_1T: torch.Tensor, labels_1T: torch.Tensor) -> bool:
+    """Whether each token to learn is the likeliest after those before it."""
+    with torch.no_grad():
+        likeliest_T = model(input_ids=token_ids_1T, use_cache=False).logits[0, :-1].argmax(dim=-1)
+    expected_T = labels_1T[0, 1:]
+    return bool((likeliest_T == expected_T)[expected_T != -100].all())
 
 
 def moved(
@@ -220,6 +259,8 @@ def moved(
     before_UD: torch.Tensor,
     were_changed_U: torch.Tensor,
     losses: list[float],
+    *,
+    is_said: bool | None = None,
 ) -> Taught:
     """Say which of these rows are others than before; the overlay forgets those that aren't.
 
@@ -229,6 +270,7 @@ def moved(
         before_UD: As they were.
         were_changed_U: Which of them the overlay had already.
         losses: Before, and after each step.
+        is_said: Whether the model says what was taught.
     """
     after_UD = overlay(row_ids_U).detach()
     distances_U = (after_UD.float() - before_UD.float()).norm(dim=1)
@@ -236,6 +278,7 @@ def moved(
     overlay.forget(row_ids_U[~moved_U & ~were_changed_U])
     return Taught(
         losses,
+        is_said,
         row_ids_U[moved_U],
         distances_U[moved_U],
         overlay,

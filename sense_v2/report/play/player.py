@@ -137,6 +137,7 @@ class Player:
             "prompt": prompt,
             "text": text,
             "losses": taught.losses,
+            "said": taught.is_said,
             "rows": len(taught.row_ids_U),
             "table_rows": self.base.num_embeddings,
             "continued": continued,

@@ -6,10 +6,12 @@ import pytest
 import torch
 from tiny import tiny_config, tiny_model, tiny_tokenizer, wake
 
+from sense_v2.core.progress import no_progress
 from sense_v2.engram.delta.delta_file import read_delta
 from sense_v2.hf.attach import attach_engram, detach_engram
 from sense_v2.hf.memory import memory_of
 from sense_v2.hf.overlays import add_overlay, remove_overlay
+from sense_v2.hf.training import teaching
 from sense_v2.hf.training.teaching import teach
 
 IDS = torch.tensor([[16, 19, 10, 4, 26, 10]])  # the fact's tokens, and one more
@@ -115,6 +117,36 @@ def test_teaching_stops_where_the_loss_is_low_enough(model):
     assert len(taught.losses) == 1
     assert len(taught.row_ids_U) == 0
     taught.undo()
+
+
+def test_a_text_that_the_model_does_not_say_is_tried_again_at_higher_rates_and_told(model, monkeypatch):
+    tried = []
+
+    def progress(label, total, **unit):
+        tried.append(label)
+        return no_progress(label, total, **unit)
+
+    untouched = logits(model)
+    taught = teach(model, tiny_tokenizer(), **FACT, lr=1e-6, steps=2, progress=progress)
+    assert (taught.is_said, tried) == (False, ["teaching"])
+    taught.undo()
+    monkeypatch.setattr(teaching, "RATES", (1e-6, 0.5, 1e-5))
+    taught = teach(model, tiny_tokenizer(), **FACT, steps=40, progress=progress)
+    assert (taught.is_said, tried[1:]) == (True, ["teaching", "teaching at rate 0.5"])
+    assert torch.equal(logits(model)[0, 1:4].argmax(-1), IDS[0, 2:5])
+    taught.undo()
+    # Where none does it, the nearest: not the last.
+    monkeypatch.setattr(teaching, "RATES", (0.01, 1e-6))
+    nearest = teach(model, tiny_tokenizer(), **FACT, steps=3)
+    losses = nearest.losses
+    rows_UD = nearest.overlay(nearest.row_ids_U)
+    nearest.undo()
+    alone = teach(model, tiny_tokenizer(), **FACT, steps=3, lr=0.01)
+    assert not alone.is_said
+    assert losses == alone.losses
+    assert torch.equal(rows_UD, alone.overlay(alone.row_ids_U))
+    alone.undo()
+    assert torch.equal(logits(model), untouched)
 
 
 def test_what_cant_be_taught_is_an_error_and_changes_nothing(model):
