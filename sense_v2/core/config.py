@@ -25,7 +25,7 @@ from typing import Any, Dict, List, Literal, Optional, TypeVar, Union  # noqa: U
 
 from sense_v2.core.errors import what_and_way_out, with_way_out
 
-VARIANT_NAMES = ("sense", "paper", "deepseek_v41", "qwen_ple")
+VARIANT_NAMES = ("sense", "paper", "deepseek_v41", "qwen_ple", "longcat_flash")
 NORMALIZATIONS = ("nfkc", "deepseek")
 ROW_DTYPES = ("float32", "float16", "bfloat16")
 COMPACT_DTYPES = ("float8_e4m3fn", "int8", "int4")

@@ -3,7 +3,7 @@
     mix[t]   = c[t]·m[0] ⊕ c[t-1]·m[1] ⊕ … ⊕ c[t-n+1]·m[n-1]        for each n-gram order n
     row[t,h] = mix[t] mod prime[h] + offset[h]                       for each head h of that order
 
-The multipliers m are odd, drawn per layer, and bounded so that no product leaves int64. Every head has a prime of
+The multipliers m (`head_layout.py`) are odd and bounded so that no product leaves int64. Every head has a prime of
 its own, so heads that share an n-gram collide on different ones. A position before the sequence, behind padding or
 in another packed document counts as the pad id, and so does everything behind it: an n-gram never reaches across.
 
@@ -12,10 +12,14 @@ token ids, mask, positions and past to the row ids of all layers. NumPy arrays a
 the same values.
 
 In the `qwen_ple` variant the pad id is the model's end-of-sequence token, and behind one of those a new n-gram begins
-as if the sequence did.
+as if the sequence did. In `longcat_flash` it is the same, and token ids are the digits of a number in base V:
 
-Source: Engram (arXiv 2601.07372) and its demo, and transformers' models/qwen4_exp; held against
-tests/golden/{paper_demo,deepseek_v41,qwen_ple}_hash.json.
+    row[t,h] = (c[t] + c[t-1]·V + … + c[t-n+1]·V^(n-1)) mod size[h] + offset[h]
+
+with 0 for what lies behind an end.
+
+Source: Engram (arXiv 2601.07372) and its demo, transformers' models/qwen4_exp, and LongCat-Flash-Lite's own code;
+held against tests/golden/{paper_demo,deepseek_v41,qwen_ple,longcat_flash}_hash.json.
 
 B batch, T sequence, P positions of history, L layers, H heads in all (orders × heads per order), N rows.
 """
@@ -24,7 +28,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import Any, TypeVar
+from typing import TypeVar
 
 import numpy as np
 import torch
@@ -33,7 +37,7 @@ import torch.nn.functional as F
 from sense_v2.core.config import EngramConfig
 from sense_v2.core.errors import with_way_out
 from sense_v2.engram import operators
-from sense_v2.engram.head_layout import HeadLayout
+from sense_v2.engram.head_layout import HeadLayout, hash_multipliers, power_multipliers, splitmix_multipliers
 from sense_v2.engram.tokenizer import EngramTokenizer
 from sense_v2.engram.variants import VARIANTS
 
@@ -43,33 +47,6 @@ Ids = TypeVar("Ids", np.ndarray, torch.Tensor)
 NO_TOKEN = -1
 # What `TokenRows.to_remember` says of each token, in this order.
 COMPRESSED_ID, VALID, POSITION, OVERLAY = range(4)
-
-
-def hash_multipliers(layer_id: int, *, largest_order: int, compressed_vocab_size: int, seed: int) -> np.ndarray:
-    """Draw odd int64 multipliers m[0..largest_order-1] of one layer; m[k] belongs to the token k positions back.
-
-    They are below (2**63 - 1) / compressed_vocab_size, so that id × multiplier fits int64; they depend on the
-    compressed size for that reason. The generator and the factor 10007 are the published ones.
-    """
-    half_bound = max(1, (np.iinfo(np.int64).max // compressed_vocab_size) // 2)
-    generator = np.random.default_rng(seed + 10007 * layer_id)
-    return generator.integers(low=0, high=half_bound, size=(largest_order,), dtype=np.int64) * 2 + 1
-
-
-def splitmix_multipliers(
-    place: int, *, largest_order: int, compressed_vocab_size: int, seed: int
-) -> np.ndarray[Any, Any]:
-    """Draw as `hash_multipliers`, from SplitMix64, for the layer at that `place` among those with memory."""
-    bits, gamma = 2**64 - 1, 0x9E3779B97F4A7C15
-    half_bound = max(1, (np.iinfo(np.int64).max // compressed_vocab_size) // 2)
-    multipliers = []
-    for number in range(largest_order):
-        # The published code adds gamma once to number the multipliers and once more as SplitMix64 itself does.
-        z = (seed + 10007 * place + gamma * (number + 2)) & bits
-        z = ((z ^ (z >> 30)) * 0xBF58476D1CE4E5B9) & bits
-        z = ((z ^ (z >> 27)) * 0x94D049BB133111EB) & bits
-        multipliers.append(2 * ((z ^ (z >> 31)) % half_bound) + 1)
-    return np.array(multipliers, dtype=np.int64)
 
 
 def sequences_until(end_id: int, ids_BT: torch.Tensor, sequence_ids_BT: torch.Tensor | None) -> torch.Tensor:
@@ -144,6 +121,16 @@ def ngram_hash(
     return (mix_BTO1 % primes_H.view(len(ngram_orders), -1)).flatten(-2) + offsets_H
 
 
+def digits_hash(
+    ids_KBT: torch.Tensor, *, multipliers_KH: torch.Tensor, sizes_H: torch.Tensor, offsets_H: torch.Tensor
+) -> torch.Tensor:
+    """Hash what `look_back` made, int64, to row_ids_BTH: the ids as digits, see the module's docstring."""
+    sum_BTH = ids_KBT[0, ..., None] * multipliers_KH[0]
+    for ids_BT, multipliers_H in zip(ids_KBT[1:], multipliers_KH[1:], strict=True):
+        sum_BTH = sum_BTH + ids_BT[..., None] * multipliers_H
+    return sum_BTH % sizes_H + offsets_H
+
+
 class NgramHasher:
     """Hashes for one layer of a variant: `hasher(compressed_ids_BT) -> row_ids_BTH`.
 
@@ -203,14 +190,18 @@ class NgramHasher:
         self.num_rows = self.layout.num_rows_L[layer]
         rules = VARIANTS[variant]
         self._ends_at_pad = rules.lookback_ends == "end_of_sequence"
-        splitmix = rules.multipliers == "splitmix64"
-        self.multipliers = (splitmix_multipliers if splitmix else hash_multipliers)(
-            layer if splitmix else layer_id,
-            largest_order=max(ngram_orders),
-            compressed_vocab_size=compressed_vocab_size,
-            seed=seed,
-        )
-        self._multipliers_K = torch.from_numpy(self.multipliers)
+        self._is_digits = rules.multipliers == "powers"
+        if self._is_digits:
+            self.multipliers = power_multipliers(self.layout, layer, compressed_vocab_size=compressed_vocab_size)
+        else:
+            splitmix = rules.multipliers == "splitmix64"
+            self.multipliers = (splitmix_multipliers if splitmix else hash_multipliers)(
+                layer if splitmix else layer_id,
+                largest_order=max(ngram_orders),
+                compressed_vocab_size=compressed_vocab_size,
+                seed=seed,
+            )
+        self._multipliers = torch.from_numpy(self.multipliers)
         self._primes_H = torch.tensor(self.layout.primes_LH[layer], dtype=torch.int64)
         self._offsets_H = torch.tensor(self.layout.offsets_LH[layer], dtype=torch.int64)
         self.first_row = 0
@@ -304,17 +295,19 @@ class NgramHasher:
         if self._ends_at_pad:
             sequence_ids = sequences_until(self.pad_id, ids_BT, sequence_ids)
         masks = {"valid_BT": valid_BT, "sequence_ids_BT": sequence_ids}
-        ids_KBQ = look_back(ids_BT, largest_order=len(self.multipliers), pad_id=self.pad_id, **masks)
+        nothing = 0 if self._is_digits else self.pad_id
+        ids_KBQ = look_back(ids_BT, largest_order=len(self.multipliers), pad_id=nothing, **masks)
         return ids_KBQ[..., num_history:]
 
     def _rows(self, ids_KBT: torch.Tensor) -> torch.Tensor:
         device = ids_KBT.device
+        multipliers, primes_H = self._multipliers.to(device), self._primes_H.to(device)
+        offsets_H = self._offsets_H.to(device) + self.first_row
+        if self._is_digits:
+            return digits_hash(ids_KBT, multipliers_KH=multipliers, sizes_H=primes_H, offsets_H=offsets_H)
+        orders = self.layout.ngram_orders
         return ngram_hash(
-            ids_KBT,
-            multipliers_K=self._multipliers_K.to(device),
-            ngram_orders=self.layout.ngram_orders,
-            primes_H=self._primes_H.to(device),
-            offsets_H=self._offsets_H.to(device) + self.first_row,
+            ids_KBT, multipliers_K=multipliers, ngram_orders=orders, primes_H=primes_H, offsets_H=offsets_H
         )
 
 

@@ -1,8 +1,12 @@
 """Which rows of a table belong to which head of which layer: ranges of prime size, side by side.
 
-Source: Engram (arXiv 2601.07372) and its demo, and transformers' models/qwen4_exp.
+And what a layer's hash multiplies ids by (`sense_v2.engram.hashing`), which is as fixed by the variant as these are.
+In the variant `longcat_flash` sizes aren't prime, and go by the name all the same.
 
-L layers, H heads in all (orders × heads per order).
+Source: Engram (arXiv 2601.07372) and its demo, transformers' models/qwen4_exp, and LongCat-Flash-Lite (arXiv
+2601.21204).
+
+L layers, H heads in all (orders × heads per order), K the largest n-gram order.
 """
 
 from __future__ import annotations
@@ -57,6 +61,8 @@ class HeadLayout:
         count = len(layer_ids) * heads_per_layer
         if rules.head_sizes == "budget":
             primes = _primes_below(table_size // count + 1, count, table_size)
+        elif rules.head_sizes == "by_twos":
+            primes = [table_size + 2 * head + 1 for head in range(heads_per_layer)] * len(layer_ids)
         else:
             following = accumulate(range(count), lambda prime, _: int(nextprime(prime)), initial=table_size - 1)
             primes = list(following)[1:]
@@ -124,3 +130,47 @@ def _primes_below(start: int, count: int, table_size: int) -> list[int]:
             )
         primes.append(int(prevprime(limit)))
     return primes
+
+
+def hash_multipliers(layer_id: int, *, largest_order: int, compressed_vocab_size: int, seed: int) -> np.ndarray:
+    """Draw odd int64 multipliers m[0..largest_order-1] of one layer; m[k] belongs to the token k positions back.
+
+    They are below (2**63 - 1) / compressed_vocab_size, so that id × multiplier fits int64; they depend on the
+    compressed size for that reason. The generator and the factor 10007 are the published ones.
+    """
+    half_bound = max(1, (np.iinfo(np.int64).max // compressed_vocab_size) // 2)
+    generator = np.random.default_rng(seed + 10007 * layer_id)
+    return generator.integers(low=0, high=half_bound, size=(largest_order,), dtype=np.int64) * 2 + 1
+
+
+def splitmix_multipliers(
+    place: int, *, largest_order: int, compressed_vocab_size: int, seed: int
+) -> np.ndarray[Any, Any]:
+    """Draw as `hash_multipliers`, from SplitMix64, for the layer at that `place` among those with memory."""
+    bits, gamma = 2**64 - 1, 0x9E3779B97F4A7C15
+    half_bound = max(1, (np.iinfo(np.int64).max // compressed_vocab_size) // 2)
+    multipliers = []
+    for number in range(largest_order):
+        # The published code adds gamma once to number the multipliers and once more as SplitMix64 itself does.
+        z = (seed + 10007 * place + gamma * (number + 2)) & bits
+        z = ((z ^ (z >> 30)) * 0xBF58476D1CE4E5B9) & bits
+        z = ((z ^ (z >> 27)) * 0x94D049BB133111EB) & bits
+        multipliers.append(2 * ((z ^ (z >> 31)) % half_bound) + 1)
+    return np.array(multipliers, dtype=np.int64)
+
+
+def power_multipliers(layout: HeadLayout, layer: int, *, compressed_vocab_size: int) -> np.ndarray[Any, Any]:
+    """Powers of the vocabulary's size, [K, H]: of the token k positions back, modulo the head's rows; 0 beyond the
+    head's order. Raises `ValueError` where a sum of K products could leave int64."""
+    largest_order, largest_size = max(layout.ngram_orders), max(layout.primes_LH[layer])
+    if largest_order * compressed_vocab_size * largest_size > np.iinfo(np.int64).max:
+        raise ValueError(
+            f"{compressed_vocab_size} ids, heads of up to {largest_size} rows and n-grams of {largest_order}: the "
+            "hash would leave 64 bits; use a smaller table_size"
+        )
+    orders_H = np.repeat(layout.ngram_orders, layout.num_heads)
+    powers_HK = [
+        [pow(compressed_vocab_size, back, size) if back < order else 0 for back in range(largest_order)]
+        for order, size in zip(orders_H.tolist(), layout.primes_LH[layer], strict=True)
+    ]
+    return np.array(powers_HK, dtype=np.int64).T.copy()

@@ -16,6 +16,8 @@ do.
 The `paper` variant (arXiv 2601.07372 and its demo) takes the signed square root of the score before the sigmoid,
 norms the convolution's input, puts SiLU behind it, and can feed several residual streams. `qwen_ple` is the same
 without biases. `deepseek_v41` has the paper's gate and streams, no biases and no convolution: out = h + α·V.
+`longcat_flash`, before a model's first layer, has α = 1 and takes the mean of the token embedding and the H rows,
+each projected: out = (h + V) / (1 + H). It is the one variant whose fresh layer is not the identity.
 
 B batch, T sequence, Q positions of the past and then these T, C hidden size, S residual streams, H rows a position,
 D row width, V value (W_v memory), X = S·C channels of the convolution.
@@ -168,16 +170,19 @@ class StreamRMSNorm(nn.Module):
 class EngramGate(nn.Module):
     """α in float32: how much of the memory each position takes. A forward hook on it sees every gate.
 
-    `hidden_BTSC`, `key_BTSC` -> `alpha_BTS`.
+    `hidden_BTSC`, `key_BTSC` (None for a gate that is open) -> `alpha_BTS`.
     """
 
     def __init__(self, kind: str, num_streams: int, hidden_size: int, eps: float) -> None:
         super().__init__()
         self.kind = kind
-        self.query_norm = StreamRMSNorm(num_streams, hidden_size, eps)
-        self.key_norm = StreamRMSNorm(num_streams, hidden_size, eps)
+        if kind != "open":
+            self.query_norm = StreamRMSNorm(num_streams, hidden_size, eps)
+            self.key_norm = StreamRMSNorm(num_streams, hidden_size, eps)
 
-    def forward(self, hidden_BTSC: torch.Tensor, key_BTSC: torch.Tensor) -> torch.Tensor:
+    def forward(self, hidden_BTSC: torch.Tensor, key_BTSC: torch.Tensor | None) -> torch.Tensor:
+        if key_BTSC is None:
+            return torch.ones(hidden_BTSC.shape[:-1], device=hidden_BTSC.device)
         score_BTS = (self.query_norm(hidden_BTSC) * self.key_norm(key_BTSC)).sum(-1)
         score_BTS = score_BTS / math.sqrt(hidden_BTSC.shape[-1])
         if self.kind == "signed_sqrt":
@@ -242,7 +247,11 @@ class EngramFusionLayer(nn.Module):
         self.num_streams = config.num_streams
         self.hidden_size = backbone_hidden_size
         channels = config.num_streams * backbone_hidden_size
-        self.W_k = nn.Linear(config.engram_dim, channels, bias=rules.projection_bias)
+        self.W_k = (
+            nn.Linear(config.engram_dim, channels, bias=rules.projection_bias) if rules.gate != "open" else None
+        )
+        self._parts = 1 + config.total_heads if rules.averages else 1
+        """What the sum of hidden states and memory is divided by."""
         self.W_v = nn.Linear(config.engram_dim, backbone_hidden_size, bias=rules.projection_bias)
         self.gate = EngramGate(rules.gate, config.num_streams, backbone_hidden_size, rules.gate_norm_eps)
         self.conv_norm = (
@@ -289,8 +298,9 @@ class EngramFusionLayer(nn.Module):
         return max(max(self.config.ngram_orders) - 1, 0 if self.conv is None else self.conv.reach)
 
     def reset_parameters(self) -> None:
-        """Make the layer the identity: the convolution is zero, and W_v or the rows behind it. W_k stays noise."""
-        self.W_k.reset_parameters()
+        """Make the layer add nothing: the convolution is zero, and W_v or the rows behind it. W_k stays noise."""
+        if self.W_k is not None:
+            self.W_k.reset_parameters()
         if self.storage.is_new and self.storage.manifest.init_std == 0:
             # So that a row of length 1 gives a value of length 1, in whatever direction it points.
             nn.init.normal_(self.W_v.weight, std=self.hidden_size**-0.5)
@@ -368,7 +378,7 @@ class EngramFusionLayer(nn.Module):
         remember: Callable[[torch.Tensor], torch.Tensor] | None = None,
         places_T: torch.Tensor | None = None,
     ) -> torch.Tensor:
-        """Add the memory to hidden states: hidden + α·V + conv(α·V).
+        """Add the memory to hidden states: hidden + α·V + conv(α·V), or take the mean, as the variant has it.
 
         Takes token ids, or what an attached model has prepared of them: row ids, or the memory itself. A forward
         pre-hook may put `memory` in place of what would be looked up.
@@ -415,13 +425,15 @@ class EngramFusionLayer(nn.Module):
             if row_ids_BTH is None:
                 raise TypeError("a fusion layer takes input_ids, row_ids_BTH or memory beside hidden_states")
             memory = self.lookup(row_ids_BTH, valid_BT)
-        weight: Any = self.W_k.weight
+        weight: Any = self.W_v.weight
         if not (isinstance(weight, torch.Tensor) and weight.is_floating_point() and weight.itemsize > 1):
             weight = hidden_states  # the projection was quantized
         memory = memory.to(device=hidden_states.device, dtype=weight.dtype)
 
         hidden_BTSC = hidden_states if hidden_states.dim() == 4 else hidden_states[:, :, None]
-        key_BTSC = self.W_k(memory).unflatten(-1, (self.num_streams, self.hidden_size))
+        key_BTSC = None
+        if self.W_k is not None:
+            key_BTSC = self.W_k(memory).unflatten(-1, (self.num_streams, self.hidden_size))
         value_BT1C = self.W_v(memory)[:, :, None]
         alpha_BTS1 = self.gate(hidden_BTSC, key_BTSC)[..., None]
         gated_BTSC = alpha_BTS1.to(value_BT1C.dtype) * value_BT1C
@@ -430,7 +442,13 @@ class EngramFusionLayer(nn.Module):
         delta_BTSC = gated_BTSC
         if self.conv is not None:
             delta_BTSC = gated_BTSC + self._mixed(gated_BTSC, self.conv, valid_BT, documents_BQ, remember, places_T)
-        return hidden_states + delta_BTSC.reshape(hidden_states.shape).to(hidden_states.dtype)
+        fused = hidden_states + delta_BTSC.reshape(hidden_states.shape).to(hidden_states.dtype)
+        if self._parts == 1:
+            return fused
+        mean = fused / self._parts
+        if valid_BT is None:
+            return mean
+        return torch.where(valid_BT.view(*valid_BT.shape, *[1] * (mean.dim() - 2)), mean, hidden_states)
 
     def _mixed(
         self,

@@ -5,7 +5,9 @@ elsewhere asks for these fields and never for a name, so that a new variant is a
 
 Sources: `paper` is the demo configuration of Engram (arXiv 2601.07372); `deepseek_v41` the layout of the released
 DeepSeek-V4.1 tables; `qwen_ple` the per-layer embedding of Qwen4-Exp, as transformers has it (models/qwen4_exp);
-`sense` this project's own, with one table of a given size for all layers.
+`longcat_flash` the n-grams at the input embedding of LongCat-Flash-Lite (arXiv 2601.21204), as its own code has them
+(modeling_longcat_ngram.py in the model's repository); `sense` this project's own, with one table of a given size for
+all layers.
 """
 
 from __future__ import annotations
@@ -24,11 +26,12 @@ class Variant:
     """As `EngramConfig.variant` spells it."""
     head_sizes: str
     """budget: distinct primes just below table_size / (layers × heads), together at most table_size rows.
-    per_head: distinct primes just above table_size, one after the other over layers, orders and heads."""
+    per_head: distinct primes just above table_size, one after the other over layers, orders and heads.
+    by_twos: table_size + 1, + 3, + 5, …, in each layer; no primes."""
     one_table: bool
     """True: all layers' heads lie one after the other in one table. False: each layer has its own, from row 0."""
     gate: str
-    """sigmoid: σ(s); signed_sqrt: σ(sign(s)·√max(|s|, 1e-6)), with s = norm(h)·norm(k)/√C."""
+    """sigmoid: σ(s); signed_sqrt: σ(sign(s)·√max(|s|, 1e-6)), with s = norm(h)·norm(k)/√C; open: 1, without keys."""
     conv_kernel: int
     """Taps of the short depthwise convolution; 0: none."""
     conv_dilation: str
@@ -46,10 +49,14 @@ class Variant:
     the model's end of a sequence here and belongs to the sequence that it ends."""
     multipliers: str = "numpy"
     """Where the hash multipliers come from. numpy: its generator, seeded with the layer's number in the model.
-    splitmix64: that sequence, seeded with the layer's place among those with memory."""
+    splitmix64: that sequence, seeded with the layer's place among those with memory. powers: those of the number of
+    ids, so that ids are digits; products are added, not XORed, and what lies before a sequence counts as 0 instead of
+    the pad id."""
     vocab_size: int | None = None
     """Where tokens aren't compressed: the published model's vocab_size, which the multipliers depend on. It counts
     more ids than its tokenizer has tokens."""
+    averages: bool = False
+    """False: h + α·V. True: (h + α·V) / (1 + H), the mean of the hidden states and the H rows, each projected."""
     row_multiple: int = 1
     """A table's rows are filled up to a multiple of this; the last ones belong to no head."""
     defaults: Mapping[str, Any] = field(default_factory=dict)
@@ -135,6 +142,33 @@ VARIANTS: dict[str, Variant] = {
             "layer_indices": [1],
             "pad_token_id": 248_044,
             "seed": 1234,
+        },
+    ),
+    "longcat_flash": Variant(
+        name="longcat_flash",
+        head_sizes="by_twos",
+        one_table=False,
+        gate="open",
+        conv_kernel=0,
+        conv_dilation="one",
+        gate_norm_eps=1e-6,
+        conv_norm_eps=None,
+        projection_bias=False,
+        compresses=False,
+        vocab_size=131_072,
+        lookback_ends="end_of_sequence",
+        multipliers="powers",
+        averages=True,
+        defaults={
+            # ngram_vocab_size_ratio × vocab_size
+            "table_size": 78 * 131_072,
+            "engram_dim": 3072,
+            "num_heads": 4,
+            "ngram_orders": [2, 3, 4],
+            # What enters the first layer is the token embedding.
+            "layer_indices": [0],
+            "pad_token_id": 2,
+            "seed": 0,
         },
     ),
 }

@@ -47,8 +47,9 @@ def attach_engram(
 ) -> PreTrainedModel:
     """Put memory before the decoder layers named by `config.layer_indices`, in place.
 
-    The fusion layers get the backbone's dtype and device. A fresh memory changes no output. A KV cache also keeps
-    what the memory needs of earlier tokens; one that the model filled without this memory is refused.
+    The fusion layers get the backbone's dtype and device. A fresh memory changes no output, except in the variant
+    `longcat_flash`, which divides what it is added to. A KV cache also keeps what the memory needs of earlier tokens;
+    one that the model filled without this memory is refused.
 
     Args:
         model: A model of transformers, or a PEFT model around one.

@@ -110,7 +110,7 @@ def test_geometry(engram_dim: int, num_heads: int, orders: list[int], total_head
 # Refusals: (class, keyword arguments, the whole message).
 
 HEADS = "divisible by the 16 heads (2 orders × 8 heads)"
-VARIANTS = "one of sense, paper, deepseek_v41, qwen_ple"
+VARIANTS = "one of sense, paper, deepseek_v41, qwen_ple, longcat_flash"
 SEEDS = "from 0 to 2**63 - 1"
 ORDERS = "orders from 2 to 16"
 LAYERS = "layer numbers from 0, at least one"

@@ -7,8 +7,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from sense_v2.core.config import EngramConfig
-from sense_v2.engram.hashing import NO_TOKEN, NgramHasher, hash_multipliers
-from sense_v2.engram.head_layout import HeadLayout
+from sense_v2.engram.hashing import NO_TOKEN, NgramHasher
+from sense_v2.engram.head_layout import HeadLayout, hash_multipliers
 
 PAPER = {"layer_ids": [1, 15], "ngram_orders": [2, 3], "num_heads": 8, "table_size": 646_400}
 RELEASED = {"layer_ids": [1, 14], "ngram_orders": [2, 3, 4], "num_heads": 8, "table_size": 16_000_000}

@@ -91,6 +91,28 @@ PUBLISHED: dict[str, dict[str, Any]] = {
             "seed": 1234,
         },
     },
+    "longcat_flash": {
+        "head_sizes": "by_twos",
+        "one_table": False,
+        "gate": "open",
+        "conv_kernel": 0,
+        "conv_dilation": "one",
+        "projection_bias": False,
+        "compresses": False,
+        "vocab_size": 131_072,
+        "lookback_ends": "end_of_sequence",
+        "multipliers": "powers",
+        "averages": True,
+        "defaults": {
+            "table_size": 10_223_616,
+            "engram_dim": 3072,
+            "num_heads": 4,
+            "ngram_orders": [2, 3, 4],
+            "layer_indices": [0],
+            "pad_token_id": 2,
+            "seed": 0,
+        },
+    },
 }
 
 
@@ -144,12 +166,12 @@ def test_qwen_ple_against_transformers_own_numbers() -> None:
 @pytest.mark.parametrize("name", VARIANTS)
 def test_fields_take_the_values_they_document(name: str) -> None:
     variant = VARIANTS[name]
-    assert variant.head_sizes in ("budget", "per_head")
-    assert variant.gate in ("sigmoid", "signed_sqrt")
+    assert variant.head_sizes in ("budget", "per_head", "by_twos")
+    assert variant.gate in ("sigmoid", "signed_sqrt", "open")
     assert variant.conv_dilation in ("one", "largest_order")
     assert variant.conv_kernel >= 0
     assert variant.lookback_ends in ("padding", "end_of_sequence")
-    assert variant.multipliers in ("numpy", "splitmix64")
+    assert variant.multipliers in ("numpy", "splitmix64", "powers")
     assert variant.row_multiple >= 1
 
 
@@ -181,7 +203,9 @@ def test_configurations_share_no_lists() -> None:
 
 
 def test_unknown_variant_lists_the_known() -> None:
-    with pytest.raises(ValueError, match=r"^no variant 'deepseek'; there are sense, paper, deepseek_v41, qwen_ple$"):
+    with pytest.raises(
+        ValueError, match=r"^no variant 'deepseek'; there are sense, paper, deepseek_v41, qwen_ple, longcat_flash$"
+    ):
         variant_config("deepseek")
 
 

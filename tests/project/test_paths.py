@@ -47,6 +47,9 @@ NOT_OURS = {
     "docs/gguf.md",
     "conversion/qwen4exp.py",
     "mlx_vlm/models/longcat_flash_ngram/language.py",
+    "modeling_longcat_ngram.py",
+    "tests/kernels/test_ngram_embedding.py",
+    "vllm/model_executor/models/longcat_flash_ngram.py",
 }
 OWN_FOLDERS = {"project", "attacks", "fuzz", "contract", "vllm"}
 """Folders of tests/ that have no counterpart in sense_v2/."""

@@ -94,7 +94,7 @@ def heads_off(memory: EngramMemory, layer: int, heads: Sequence[int]) -> Iterato
 
     with _hooks() as hooks:
         for fusion in _named(memory, [layer]):
-            for projection in (fusion.W_k, fusion.W_v):
+            for projection in filter(None, (fusion.W_k, fusion.W_v)):
                 hooks.enter_context(projection.register_forward_pre_hook(without))
         yield
 
