@@ -9,7 +9,7 @@ Each round drops the table from the page cache, attaches it anew, and runs one p
 bare. The table is written, not sparse, and larger than what a round reads; the ceiling is the disk's random reads
 past the cache (benchmarks/probe.c).
 
-    python benchmarks/prefill.py [--tiny] [--model folder of a Llama] [--tokens 4096] [--gigabytes 4] [--rounds 3]
+    python benchmarks/prefill.py [--tiny] [--model folder of a Llama] [--tokens 4096] [--rows 30000000] [--rounds 3]
 
 The last line of stdout is JSON.
 """
@@ -48,10 +48,11 @@ def main() -> None:
     parser.add_argument("--tokens", type=int, default=4096)
     parser.add_argument("--rows", type=int, default=30_000_000)
     parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--folder", default=".", help="for the table: on the disk that is measured")
+    parser.add_argument("--folder", default="data", help="for the table, on the disk that is measured")
     given = parser.parse_args()
     if given.tiny:
         given.tokens, given.rows, given.rounds = 64, 20_000, 1
+    Path(given.folder).mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=given.folder) as name:
         print(json.dumps({"benchmark": "prefill", "tokens": given.tokens, **measured(given, Path(name))}))
 
