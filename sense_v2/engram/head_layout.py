@@ -164,9 +164,12 @@ def power_multipliers(layout: HeadLayout, layer: int, *, compressed_vocab_size: 
     head's order. Raises `ValueError` where a sum of K products could leave int64."""
     largest_order, largest_size = max(layout.ngram_orders), max(layout.primes_LH[layer])
     if largest_order * compressed_vocab_size * largest_size > np.iinfo(np.int64).max:
-        raise ValueError(
-            f"{compressed_vocab_size} ids, heads of up to {largest_size} rows and n-grams of {largest_order}: the "
-            "hash would leave 64 bits; use a smaller table_size"
+        raise with_way_out(
+            ValueError(
+                f"{compressed_vocab_size} ids, heads of up to {largest_size} rows and n-grams of {largest_order}: the "
+                "hash would leave 64 bits"
+            ),
+            "use a smaller table_size",
         )
     orders_H = np.repeat(layout.ngram_orders, layout.num_heads)
     powers_HK = [
