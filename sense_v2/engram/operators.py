@@ -17,6 +17,7 @@ L layers with memory, B batch, T sequence, P positions of history, H rows a posi
 from __future__ import annotations
 
 import hashlib
+import inspect
 import secrets
 import weakref
 from typing import Any
@@ -57,8 +58,11 @@ def _find(handle: int) -> Any:
         ) from None
 
 
-# A CUDA graph replays kernels and can't read the disk: the tag tells the compiler to leave the operators out.
-_TAGS = tuple(tag for tag in (getattr(torch.Tag, "cudagraph_unsafe", None),) if tag is not None)
+# A CUDA graph replays kernels and can't read the disk: the tag tells the compiler to leave the operators out. Older
+# versions of torch have no such tag, or give custom operators none.
+_TAGS: dict[str, Any] = {}
+if hasattr(torch.Tag, "cudagraph_unsafe") and "tags" in inspect.signature(torch.library.custom_op).parameters:
+    _TAGS = {"tags": (torch.Tag.cudagraph_unsafe,)}
 
 
 @torch.library.custom_op(
@@ -68,7 +72,7 @@ _TAGS = tuple(tag for tag in (getattr(torch.Tag, "cudagraph_unsafe", None),) if 
         "(Tensor token_ids, Tensor? history, Tensor? valid, Tensor? documents, int num_layers, int num_rows, "
         "int handle) -> (Tensor, Tensor)"
     ),
-    tags=_TAGS,
+    **_TAGS,
 )
 def hash_tokens(
     token_ids_BT: torch.Tensor,
@@ -104,7 +108,7 @@ def _(
     "sense_v2::read_rows",
     mutates_args=(),
     schema="(Tensor row_ids, Tensor? valid, int width, ScalarType dtype, int handle) -> Tensor",
-    tags=_TAGS,
+    **_TAGS,
 )
 def read_rows(
     row_ids_BTH: torch.Tensor, valid_BT: torch.Tensor | None, width: int, dtype: torch.dtype, handle: int

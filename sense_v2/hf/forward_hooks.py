@@ -83,7 +83,8 @@ def carry_inputs(
     given = kwargs if hands_down else {**_given.get(), **kwargs}
     given_ids_BT, given_mask = given.get(IDS_ARGUMENT), given.get(MASK_ARGUMENT)
     kwargs = {name: value for name, value in kwargs.items() if name not in _OF_MEMORY}
-    arguments = {**dict(zip(names, args, strict=False)), **kwargs}
+    # Of one length: before 2.8, torch.compile takes `strict=False` for True.
+    arguments = {**dict(zip(names[: len(args)], args, strict=True)), **kwargs}
     token_ids_BT = arguments.get("input_ids") if given_ids_BT is None else given_ids_BT
     if token_ids_BT is None:
         raise with_way_out(
@@ -228,7 +229,7 @@ def add_memory(
         )
     fused = fusions[str(layer_id)](
         args[0] if args else kwargs["hidden_states"],
-        row_ids_BTH=rows.row_ids_LBTH[list(fusions).index(str(layer_id))],
+        row_ids_BTH=rows.row_ids_LBTH[[*fusions.keys()].index(str(layer_id))],
         valid_BT=rows.valid_BT,
         documents_BQ=rows.documents_BQ,
         remember=None if state is None else partial(state.remember, layer_id),
@@ -247,7 +248,9 @@ def _kept_in(
     and empty."""
     if isinstance(carried.state, PagedCall):
         return carried.state
-    cache = next((value for value in (*args, *kwargs.values()) if isinstance(value, Cache)), None)
+    # No generator: before 2.8, torch.compile can't ask one for its first.
+    caches = [value for value in (*args, *kwargs.values()) if isinstance(value, Cache)]
+    cache = caches[0] if caches else None
     if cache is None:
         return None
     if carried.state is None:

@@ -20,9 +20,11 @@ from tiny import VOCABULARY, tiny_config, tiny_model, tiny_tokenizer, wake
 from transformers import (
     DynamicCache,
     LlamaForCausalLM,
+    MambaModel,
     PreTrainedTokenizerFast,
     QuantizedCache,
     StaticCache,
+    cache_utils,
     pipeline,
 )
 
@@ -391,6 +393,14 @@ BARE_CANNOT = {
         )
     ),
 }
+# Newer than transformers 5.18: static layers that are cropped, Mamba's cache by the name that all others have, and
+# ids that reach its layers through gradient checkpointing.
+STATIC_CACHES_ARE_CROPPED = hasattr(cache_utils.StaticLayer, "crop")
+MAMBA_IS_AS_OTHERS = "cache_params" not in inspect.signature(MambaModel.forward).parameters
+if not STATIC_CACHES_ARE_CROPPED:
+    BARE_CANNOT |= {(name, "static_cache_cropped") for name in MODELS}
+if not MAMBA_IS_AS_OTHERS:
+    BARE_CANNOT |= {("mamba2", mode) for name, mode in BARE_CANNOT if name == "mamba"}
 MATRIX = [(name, mode) for name in MODELS for mode in MODES]
 WITH_MEMORY = [(name, mode) for name, mode in MATRIX if (name, mode.__name__) not in BARE_CANNOT]
 WITHOUT = [(name, mode) for name, mode in MATRIX if (name, mode.__name__) in BARE_CANNOT]
@@ -407,10 +417,12 @@ def test_equal_to_the_full_forward(name, mode):
 
 @pytest.mark.parametrize(("name", "mode"), WITHOUT, ids=ids_of(WITHOUT))
 def test_what_is_left_out_fails_without_memory_as_well(name, mode):
-    with pytest.raises((AssertionError, AttributeError, IndexError, RuntimeError, ValueError)):
+    errors = (AssertionError, AttributeError, IndexError, RuntimeError, ValueError)
+    with pytest.raises(errors if MAMBA_IS_AS_OTHERS else (*errors, KeyError, TypeError)):
         mode(bare_model(name))
 
 
+@pytest.mark.skipif(not MAMBA_IS_AS_OTHERS, reason="this transformers keeps ids from checkpointed layers")
 def test_a_model_that_hands_nothing_down_trains_with_gradient_checkpointing_too(tmp_path):
     model, ids = copy.deepcopy(bare_model("mamba")).train(), some_ids()
     attach_engram(model, tiny_config(tmp_path), tiny_tokenizer())
@@ -427,7 +439,11 @@ def test_a_model_that_hands_nothing_down_trains_with_gradient_checkpointing_too(
     assert all(torch.equal(one, other) for one, other in zip(*found, strict=True))
 
 
-@pytest.mark.parametrize("mode", MODES, ids=lambda mode: mode.__name__)
+@pytest.mark.parametrize(
+    "mode",
+    [mode for mode in MODES if ("llama", mode.__name__) not in BARE_CANNOT],
+    ids=lambda mode: mode.__name__,
+)
 def test_the_papers_variant_reaches_nine_positions_back(mode):
     model = remembering("llama", variant="paper")
     assert model.engram.reach == 9
@@ -542,6 +558,8 @@ def uncompiled_quanto(monkeypatch):
 
 # quanto: its groups divide the tiny heads.
 QUANTIZED = {"fp8": {}, "quanto": {"nbits": 4, "q_group_size": 4, "residual_length": 2}}
+if not hasattr(cache_utils, "Fp8QuantizedLayer"):  # transformers 5.18 has none
+    del QUANTIZED["fp8"]
 
 
 @pytest.mark.parametrize("backend", QUANTIZED)
@@ -577,6 +595,7 @@ def test_a_quantized_cache(name, backend, uncompiled_quanto):
     assert (found - full_logits(remembered, ids)).abs().max() > 1e-3  # it shows
 
 
+@pytest.mark.skipif("fp8" not in QUANTIZED, reason="no such cache")
 def test_generate_with_a_quantized_cache():
     out = generated(
         remembering("llama"), some_ids(), cache_implementation="quantized", cache_config={"backend": "fp8"}

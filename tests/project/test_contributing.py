@@ -57,7 +57,8 @@ def test_each_workflow_runs_make_and_what_runs_here_runs_there() -> None:
     assert {"tests", "docs", "wheels"} <= called.keys()
     assert all(called.values())
     everything = calls((ROOT / ".ci" / "run").read_text(encoding="utf-8"))
-    assert set().union(*called.values()) == everything
+    # Other versions of what is installed are gigabytes: only the workflow tries them.
+    assert set().union(*called.values()) == everything | {"test-oldest", "test-newest"}
 
 
 def test_the_tests_run_on_every_python_that_is_promised() -> None:

@@ -26,6 +26,10 @@ from sense_v2.engram.table.format import row_dtype
 from sense_v2.engram.table.platform import usable_memory_bytes
 
 needs_compiled = pytest.mark.skipif(gather.compiled is None, reason="the extension wasn't compiled")
+needs_small_reads = pytest.mark.skipif(
+    gather.compiled is None or gather._exchange is None,
+    reason="the extension wasn't compiled, or this PyTorch can't be handed memory",
+)
 needs_smaps = pytest.mark.skipif(not Path("/proc/self/smaps").exists(), reason="asks /proc/self/smaps")
 MACHINE_BYTES = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
 
@@ -232,7 +236,7 @@ def drop(path: Path) -> None:
     os.close(fd)
 
 
-@needs_compiled
+@needs_small_reads
 @pytest.mark.skipif(not hasattr(os, "posix_fadvise"), reason="no page cache to drop")
 def test_the_extension_asks_for_small_batches_that_arent_in_memory(tmp_path, monkeypatch):
     path = tmp_path / "rows"
@@ -262,7 +266,7 @@ def test_the_extension_asks_for_small_batches_that_arent_in_memory(tmp_path, mon
     assert not opened.small.prefetch(torch.zeros(65, dtype=torch.int64))
 
 
-@needs_compiled
+@needs_small_reads
 def test_what_isnt_a_small_warm_batch_goes_the_other_way(tmp_path, monkeypatch):
     opened, values = open_reader(tmp_path / "rows")
     ids = torch.arange(16).reshape(2, 8)
