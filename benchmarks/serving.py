@@ -73,9 +73,9 @@ def models(name: str | None, rows: int, folder: Path) -> dict[str, Any]:
         engram_dim=256,
         layer_indices=[1, layers // 2],
     )
-    write_identity_map(memory.shadow_map_path, vocabulary)
+    write_identity_map(memory.paths()[1], vocabulary)
     with_memory = copy.deepcopy(bare)
-    attach_engram(with_memory, memory, EngramTokenizer(memory.shadow_map_path))
+    attach_engram(with_memory, memory, EngramTokenizer(memory.paths()[1]))
     with torch.no_grad():
         for fusion in memory_of(with_memory):
             fusion.W_v.weight.normal_(0, 0.02)

@@ -369,7 +369,7 @@ def run_limited(
         model = text.model(settings_of(1), memory)
         memory_of(model).storage.close()
         del model
-        drop_from_cache(Path(memory.storage_path))
+        drop_from_cache(Path(memory.paths()[0]))
     command = [sys.executable, __file__, "--limit-run", json.dumps(arguments)]
     done = subprocess.run(
         command, preexec_fn=enter if name == "limited" else None, capture_output=True, text=True, check=False

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import hashlib
 import json
 import sys
 import types
@@ -177,10 +178,12 @@ class EngramConfig(_Serializable):
 
     enabled: bool = True
     """False: `attach_engram` attaches nothing and says so."""
-    storage_path: str = "data/engram_table.dat"
-    """The table: raw rows, C order, little-endian. Its manifest lies beside it with the suffix .json."""
-    shadow_map_path: str = "data/shadow_map.npy"
-    """The map from token ids to compressed ids, written by `EngramTokenizerBuilder`."""
+    storage_path: Optional[str] = None  # noqa: UP045
+    """The table: raw rows, C order, little-endian. Its manifest lies beside it with the suffix .json. None: a folder
+    of its own for each tokenizer and layout, see `paths`."""
+    shadow_map_path: Optional[str] = None  # noqa: UP045
+    """The map from token ids to compressed ids, written by `EngramTokenizerBuilder`. None: beside the table, in the
+    folder that `paths` names."""
     table_size: int = 10_000_000
     """Variant sense: rows of the whole file, shared by all layers, orders and heads. The other variants: the least
     number of rows one head has, as their configurations count it."""
@@ -225,6 +228,23 @@ class EngramConfig(_Serializable):
     def row_dim(self) -> int:
         """D: width of one row."""
         return self.engram_dim // self.total_heads
+
+    def paths(self, tokenizer_name: str | None = None) -> tuple[str, str]:
+        """Return the table's path and the shadow map's.
+
+        Those that are None lie in a folder of data/ that is named after the tokenizer and what decides the rows, so
+        that memories of two tokenizers, or of two layouts, never meet in one file.
+
+        >>> EngramConfig().paths("org/gpt2")
+        ('data/gpt2-ae5a7c7f/engram_table.dat', 'data/gpt2-ae5a7c7f/shadow_map.npy')
+        """
+        own = ("enabled", "storage_path", "shadow_map_path", "tokenizer_name", "causal", "num_streams")
+        decides = {name: value for name, value in self.to_dict().items() if name not in own}
+        digest = hashlib.sha256(json.dumps(decides, sort_keys=True).encode()).hexdigest()[:8]
+        stem = re.sub(r"[^\w.-]+", "_", Path(self.tokenizer_name or tokenizer_name or "engram").name)
+        folder = f"data/{stem}-{digest}"
+        table, shadow_map = f"{folder}/engram_table.dat", f"{folder}/shadow_map.npy"
+        return self.storage_path or table, self.shadow_map_path or shadow_map
 
     def validate(self) -> None:
         super().validate()

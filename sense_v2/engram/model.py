@@ -65,7 +65,8 @@ def open_table(
         ValueError: The table's manifest differs from `config` or the shadow map; the error names where.
     """
     settings = table_settings(config, tokenizer, layer=layer)
-    return MMapEmbeddingStorage(path=config.storage_path, mode=mode, hold=hold, **settings)
+    path, _ = config.paths(tokenizer.tokenizer_name)
+    return MMapEmbeddingStorage(path=path, mode=mode, hold=hold, **settings)
 
 
 def table_settings(config: EngramConfig, tokenizer: EngramTokenizer, *, layer: int | None = None) -> dict[str, Any]:
@@ -235,7 +236,7 @@ class EngramFusionLayer(nn.Module):
                 ),
                 "use variant 'sense'",
             )
-        self.tokenizer = EngramTokenizer(config.shadow_map_path) if tokenizer is None else tokenizer
+        self.tokenizer = EngramTokenizer(config.paths()[1]) if tokenizer is None else tokenizer
         self.storage: RowSource = open_table(config, self.tokenizer) if storage is None else storage
         self.hasher = NgramHasher.from_config(
             config,

@@ -9,7 +9,9 @@ What was attached lies in `model.engram` (`EngramMemory`): one table, one shadow
 
 from __future__ import annotations
 
+import dataclasses
 import inspect
+import os
 import warnings
 from collections.abc import Sequence
 from functools import partial
@@ -87,6 +89,7 @@ def attach_engram(
         warnings.warn("EngramConfig.enabled is False: no memory is attached", UserWarning, stacklevel=2)
         return model
     forget_announcement(model)
+    named, config = config.storage_path, with_paths(config, tokenizer)
     layers = decoder_layers(model)
     depth = len(layers)
     text_config = model.config.get_text_config()
@@ -109,11 +112,18 @@ def attach_engram(
     tables = [] if given is None else [table for _, table in given.values()]
     num_embeddings = len(model.get_input_embeddings().weight)  # type: ignore[arg-type]  # transformers says Module
     shadow_map = shadow_map_of(config, tokenizer, tables, num_embeddings)
-    _check_vocabulary(shadow_map, num_embeddings, config)
+    _check_vocabulary(shadow_map, num_embeddings)
     refuse_another_map(tables, shadow_map)
     hidden_size, pad_token_id = int(text_config.hidden_size), getattr(model.config, "pad_token_id", None)
     kind = EngramMemory if len({id(table) for table in tables}) < 2 else MemoryOfSeveralTables
     memory = kind(config, hidden_size, shadow_map, pad_token_id, mode, given)
+    if named is None and given is None and memory.storage.committed_step:
+        warnings.warn(
+            f"{memory.storage.path} was trained before, up to step {memory.storage.committed_step}, and this memory "
+            "goes on with its rows; EngramConfig.storage_path names another table",
+            UserWarning,
+            stacklevel=2,
+        )
     memory.to(**_compute_type(model, layers[places[0]]))
     memory.train(model.training)
 
@@ -271,11 +281,20 @@ def decoder_layers(model: PreTrainedModel) -> nn.ModuleList:
     return next(iter(outer.values()))
 
 
+def with_paths(config: EngramConfig, tokenizer: Any) -> EngramConfig:
+    """Name the files that `config` leaves open, after `tokenizer` in any of the forms that `attach_engram` takes."""
+    name = tokenizer if isinstance(tokenizer, (str, os.PathLike)) else None
+    for attribute in ("tokenizer_name", "name_or_path"):
+        name = name or getattr(tokenizer, attribute, None)
+    storage_path, shadow_map_path = config.paths(None if name is None else os.fspath(name))
+    return dataclasses.replace(config, storage_path=storage_path, shadow_map_path=shadow_map_path)
+
+
 def shadow_map_of(
     config: EngramConfig, tokenizer: Any, tables: Sequence[Any], num_embeddings: int
 ) -> EngramTokenizer:
     """Open the map at `config.shadow_map_path`, made from `tokenizer` if there is none, else checked against it."""
-    path = Path(config.shadow_map_path)
+    path = Path(with_paths(config, tokenizer).paths()[1])
     if isinstance(tokenizer, EngramTokenizer):
         return tokenizer
     if not VARIANTS[config.variant].compresses:
@@ -307,13 +326,13 @@ def shadow_map_of(
     return shadow_map
 
 
-def _check_vocabulary(shadow_map: EngramTokenizer, num_embeddings: int, config: EngramConfig) -> None:
+def _check_vocabulary(shadow_map: EngramTokenizer, num_embeddings: int) -> None:
     """A few tokens may lack a row: one that was added for other models of the family, or for padding."""
     size, spare = shadow_map.vocab_size, num_embeddings - shadow_map.vocab_size
     if not -1 - size // 1000 <= spare <= max(MAX_PADDED_ROWS, size // 16):
         raise with_way_out(
             ValueError(
-                f"the shadow map {config.shadow_map_path} covers {size} token ids, the model embeds "
+                f"the shadow map {shadow_map.path} covers {size} token ids, the model embeds "
                 f"{num_embeddings}: it was made from another tokenizer"
             ),
             "make one with `sense-engram setup --tokenizer …`",

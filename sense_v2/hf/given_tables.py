@@ -110,7 +110,7 @@ def refuse_another_map(tables: Sequence[RowSource], shadow_map: EngramTokenizer)
 def identity_map(config: EngramConfig, tables: Sequence[RowSource], num_embeddings: int) -> EngramTokenizer:
     """The map of a variant that takes token ids as they are: read from `config.shadow_map_path`, or made there for as
     many ids as the model has whose table it is; a new table's are `num_embeddings`."""
-    path = Path(config.shadow_map_path)
+    path = Path(config.paths()[1])
     if not path.exists():
         sizes = [table.belongs_to.compressed_vocab_size for table in tables]
         size = next((size for size in sizes if size), num_embeddings)

@@ -29,8 +29,8 @@ CLASSES = (EngramConfig, TrainConfig, Config)
 def test_engram_defaults() -> None:
     assert dataclasses.asdict(EngramConfig()) == {
         "enabled": True,
-        "storage_path": "data/engram_table.dat",
-        "shadow_map_path": "data/shadow_map.npy",
+        "storage_path": None,
+        "shadow_map_path": None,
         "table_size": 10_000_000,
         "engram_dim": 1024,
         "num_heads": 8,
@@ -121,8 +121,8 @@ REFUSED: list[tuple[type, dict[str, Any], str]] = [
     (EngramConfig, {"enabled": "yes"}, "enabled = 'yes': must be of type bool"),
     (EngramConfig, {"enabled": None}, "enabled = None: must be of type bool"),
     (EngramConfig, {"causal": 0}, "causal = 0: must be of type bool"),
-    (EngramConfig, {"storage_path": None}, "storage_path = None: must be of type str"),
-    (EngramConfig, {"shadow_map_path": 3}, "shadow_map_path = 3: must be of type str"),
+    (EngramConfig, {"storage_path": 3}, "storage_path = 3: must be of type Optional[str]"),
+    (EngramConfig, {"shadow_map_path": 3}, "shadow_map_path = 3: must be of type Optional[str]"),
     (EngramConfig, {"table_size": True}, "table_size = True: must be of type int"),
     (EngramConfig, {"table_size": 1e6}, "table_size = 1000000.0: must be of type int"),
     (EngramConfig, {"table_size": "10"}, "table_size = '10': must be of type int"),
@@ -319,6 +319,26 @@ seeds = st.integers(0, 2**63 - 1)
 texts = st.text(st.characters(exclude_categories=["Cs"]), min_size=1)
 
 
+def test_paths_that_are_left_open_are_apart_for_each_tokenizer_and_each_layout() -> None:
+    config = EngramConfig()
+    folders = {
+        Path(one.paths(name)[0]).parent
+        for one in (config, EngramConfig(table_size=5), EngramConfig(seed=1), EngramConfig(ngram_orders=[2]))
+        for name in ("org/a", "org/b", None)
+    }
+    assert len(folders) == 12
+    assert all(folder.parent == Path("data") for folder in folders)
+    # What decides no row doesn't decide the place either.
+    assert EngramConfig(enabled=False, causal=False).paths("a") == config.paths("a")
+    assert EngramConfig(tokenizer_name="a").paths("b") == config.paths("a")
+    assert EngramConfig(storage_path="x.dat").paths("a") == ("x.dat", config.paths("a")[1])
+    assert EngramConfig(storage_path="x.dat", shadow_map_path="m.npy").paths() == ("x.dat", "m.npy")
+    for name in ("../up", "a b/c d", "..", "C:\\x"):
+        table = Path(EngramConfig().paths(name)[0])
+        assert ".." not in table.parts
+        assert len(table.parts) == 3
+
+
 @st.composite
 def engram_configs(draw: st.DrawFn) -> EngramConfig:
     orders = sorted(draw(st.sets(st.integers(2, 16), min_size=1)))
@@ -326,8 +346,8 @@ def engram_configs(draw: st.DrawFn) -> EngramConfig:
     variant = draw(st.sampled_from(config_module.VARIANT_NAMES))
     return EngramConfig(
         enabled=draw(st.booleans()),
-        storage_path=draw(texts),
-        shadow_map_path=draw(texts),
+        storage_path=draw(st.none() | texts),
+        shadow_map_path=draw(st.none() | texts),
         table_size=draw(st.integers(1, 2**63)),
         engram_dim=len(orders) * num_heads * draw(st.integers(1, 512)),
         num_heads=num_heads,

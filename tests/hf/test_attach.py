@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 import torch
 from tiny import VOCABULARY, tiny_config, tiny_model, tiny_tokenizer, wake
+from tokenizers import Tokenizer, models
 
 from sense_v2.engram.model import EngramFusionLayer, open_table
 from sense_v2.engram.optim import RowAdam, clip_grad_norm_
@@ -356,6 +357,37 @@ def test_attaching_twice_and_detaching_nothing_are_refused(tmp_path):
 def test_without_a_map_and_a_tokenizer_the_way_out_is_named(tmp_path):
     with pytest.raises(FileNotFoundError, match=r"no shadow map.*tokenizer=.*sense-engram setup"):
         attach_engram(tiny_model("llama"), tiny_config(tmp_path))
+
+
+def test_memories_of_two_tokenizers_or_layouts_do_not_meet_in_one_file(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    other = Tokenizer(models.WordLevel({f"w{number}": number for number in range(96)}, unk_token="w0"))
+    open_place = {"storage_path": None, "shadow_map_path": None}
+    places = set()
+    for tokenizer, name, changes in (
+        (tiny_tokenizer(), "tiny", {}),
+        (other, "other", {}),
+        (tiny_tokenizer(), "tiny", {"seed": 5}),
+    ):
+        config = tiny_config(tmp_path, tokenizer_name=name, **open_place, **changes)
+        model = attach_engram(tiny_model("llama"), config, tokenizer)
+        table = memory_of(model).storage.path
+        assert table.parent.parent == tmp_path / "data"
+        assert Path(memory_of(model).config.storage_path).absolute() == table
+        assert (table.parent / "shadow_map.npy").exists()
+        places.add(table)
+        detach_engram(model)
+    assert len(places) == 3
+    # The same again is the same table; that it isn't a fresh one is said.
+    config = tiny_config(tmp_path, tokenizer_name="tiny", **open_place)
+    model = attach_engram(tiny_model("llama"), config, tiny_tokenizer())
+    memory_of(model).storage.write(torch.tensor([0]), torch.ones(1, 8))
+    memory_of(model).storage.commit(step=7)
+    detach_engram(model)
+    with pytest.warns(UserWarning, match=r"was trained before, up to step 7.*storage_path names another"):
+        model = attach_engram(tiny_model("llama"), config, tiny_tokenizer())
+    assert memory_of(model).storage.path in places
+    detach_engram(model)
 
 
 def test_a_map_of_another_vocabulary_size_is_refused(tmp_path):

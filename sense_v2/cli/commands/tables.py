@@ -29,12 +29,13 @@ from sense_v2.core.config import Config
 from sense_v2.core.errors import CommandError
 from sense_v2.report import wording
 
+# Where `setup` writes, and `create` reads.
+DEFAULT_MAP = Path("data/shadow_map.npy")
+
 
 def setup(
     tokenizer: TokenizerOption = DEFAULT_TOKENIZER,
-    output: Annotated[Path, typer.Option(metavar="FILE.npy", help="Where the map goes.")] = Path(
-        "data/shadow_map.npy"
-    ),
+    output: Annotated[Path, typer.Option(metavar="FILE.npy", help="Where the map goes.")] = DEFAULT_MAP,
     normalization: NormalizationOption = "nfkc",
     force: Annotated[bool, typer.Option("--force", help="Overwrite the map of another tokenizer.")] = False,
     as_json: JsonOption = False,
@@ -57,8 +58,16 @@ def setup(
 
 def create(
     config: ConfigOption = None,
-    storage_path: Annotated[Path | None, typer.Option(metavar="FILE.dat", help="Where the table goes.")] = None,
-    shadow_map: Annotated[Path | None, typer.Option(metavar="FILE.npy", help="The tokenizer's map.")] = None,
+    storage_path: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="FILE.dat",
+            help="Where the table goes, by default a folder of data/ named after tokenizer and settings.",
+        ),
+    ] = None,
+    shadow_map: Annotated[
+        Path | None, typer.Option(metavar="FILE.npy", help="The tokenizer's map, by default where setup puts it.")
+    ] = None,
     table_size: TableSizeOption = None,
     engram_dim: Annotated[int | None, typer.Option(help="Width of all heads' rows together.")] = None,
     num_heads: Annotated[int | None, typer.Option(help="Heads per n-gram order.")] = None,
@@ -93,10 +102,11 @@ def create(
         "init_std": init_std,
     }
     settings = settings_of(config, Config(), given, {}).engram
-    tokens = EngramTokenizer(settings.shadow_map_path)
-    is_there = Path(settings.storage_path).exists()
+    tokens = EngramTokenizer(settings.shadow_map_path or DEFAULT_MAP)
+    path = Path(settings.paths(tokens.tokenizer_name)[0])
+    is_there = path.exists()
     started = time.perf_counter()
-    with new_folders(Path(settings.storage_path).parent):
+    with new_folders(path.parent):
         table = open_table(settings, tokens, mode="r" if is_there else "r+")
     seconds = time.perf_counter() - started
     heads = [rows for primes in HeadLayout.from_config(settings).primes_LH for rows in primes]

@@ -570,6 +570,5 @@ def open_sharded_table(
     settings = table_settings(config, tokenizer)
     num_rows, width = settings.pop("num_embeddings"), settings.pop("embedding_dim")
     head_rows = [row for offsets_H in HeadLayout.from_config(config).offsets_LH for row in offsets_H]
-    return ShardedTable(
-        num_rows, width, config.storage_path, ranks=ranks, layout=layout, head_rows=head_rows, mode=mode, **settings
-    )
+    path, _ = config.paths(tokenizer.tokenizer_name)
+    return ShardedTable(num_rows, width, path, ranks=ranks, layout=layout, head_rows=head_rows, mode=mode, **settings)

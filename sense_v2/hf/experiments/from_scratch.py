@@ -337,7 +337,7 @@ def measure_step_times(
             )
         finally:
             detach_engram(models["engram"])
-            shutil.rmtree(Path(memory.storage_path).parent)
+            shutil.rmtree(Path(memory.paths()[0]).parent)
 
 
 def compare_steps(

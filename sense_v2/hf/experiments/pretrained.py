@@ -290,7 +290,7 @@ def _step_times(
         found = compare_steps(
             learners, batches, settings, rounds=STEP_TIME_ROUNDS, block_steps=BLOCK_STEPS, base="lora", other="memory"
         )
-    shutil.rmtree(Path(memory.storage_path).parent)
+    shutil.rmtree(Path(memory.paths()[0]).parent)
     return found
 
 

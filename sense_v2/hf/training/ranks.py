@@ -27,7 +27,7 @@ from sense_v2.core.errors import with_way_out
 from sense_v2.engram.ranks.collectives import Ranks
 from sense_v2.engram.ranks.sharded_table import ShardedTable, open_sharded_table
 from sense_v2.engram.ranks.tree_sum import Node, TreeSum, exact_sum, node_sizes, row_squares
-from sense_v2.hf.attach import attach_engram, shadow_map_of
+from sense_v2.hf.attach import attach_engram, shadow_map_of, with_paths
 from sense_v2.hf.memory import memory_of
 
 
@@ -63,6 +63,7 @@ def attach_on_every_rank(
             "keeps each rank's rows on its own host"
         )
     ranks = Ranks() if ranks is None else ranks
+    config = with_paths(config, tokenizer)
     embedding: Any = model.get_input_embeddings()
     num_tokens: int = embedding.weight.shape[0]
     # One rank makes it where all see it; a host that sees none makes its own.

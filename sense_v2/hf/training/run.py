@@ -218,7 +218,7 @@ def _train(
         if not resumes:
             builder = EngramTokenizerBuilder(backbone.tokenizer, config.engram.normalization)
             builder.tokenizer_name = config.engram.tokenizer_name
-            builder.build_mapping(config.engram.shadow_map_path)
+            builder.build_mapping(config.engram.paths()[1])
         attach_engram(backbone.model, config.engram, backbone.tokenizer if resumes else None)
     model = with_lora(backbone.model, config.train.lora_rank)
     facts = _facts(backbone, config)
