@@ -98,7 +98,7 @@ def test_inspect(checkpoint, run, run_json):
     ("arguments", "message"),
     [
         (("inspect", "{tmp}/nowhere"), "no such folder or file"),
-        (("inspect", "{tmp}/plain"), "no released table of DeepSeek-V4.1 or Qwen PLE"),
+        (("inspect", "{tmp}/plain"), "no released table of DeepSeek-V4.1, Qwen PLE or LongCat"),
         (("inspect", "{tmp}/short"), "was cut short"),
         (("lookup", "text", "--tokenizer", "{tmp}/tokenizer.json"), "neither a FOLDER nor --variant"),
         (("lookup", "text", "--variant", "other", "--tokenizer", "{tmp}/tokenizer.json"), "no variant 'other'"),

@@ -22,7 +22,7 @@ def inspect(
     ],
     as_json: JsonOption = False,
 ) -> None:
-    """Say what released tables a checkpoint has (DeepSeek-V4.1, Qwen PLE), and check them. Reads no row.
+    """Say what released tables a checkpoint has (DeepSeek-V4.1, Qwen PLE, LongCat), and check them. Reads no row.
 
     Example: sense-engram inspect DeepSeek-V4.1-Flash/
     """
@@ -31,7 +31,7 @@ def inspect(
     found = released_tables(folder)
     if not found:
         raise CommandError(
-            f"{folder}: no released table of DeepSeek-V4.1 or Qwen PLE in its safetensors or GGUF files",
+            f"{folder}: no released table of DeepSeek-V4.1, Qwen PLE or LongCat in its safetensors or GGUF files",
             "name a checkpoint's folder, index or file; sense-engram verify looks at this project's own tables",
         )
     tables = [_facts(facts) for facts in found]

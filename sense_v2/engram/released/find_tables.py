@@ -5,8 +5,8 @@ checkpoint's config.json or what the caller passes, the layout (`HeadLayout`), t
 map. What could not be checked is said in a warning: rows of another layout are found without an error, and mean
 nothing.
 
-Sources: the names and shapes of deepseek-ai/DeepSeek-V4.1-Flash and of transformers' models/qwen4_exp, with its
-FP8Embedding.
+Sources: the names and shapes of deepseek-ai/DeepSeek-V4.1-Flash, of transformers' models/qwen4_exp, with its
+FP8Embedding, and of meituan-longcat/LongCat-Flash-Lite.
 
 N rows, D row width.
 """
@@ -16,7 +16,7 @@ from __future__ import annotations
 import os
 import re
 import warnings
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -41,10 +41,12 @@ class ReleasedNames:
     """How one variant's tables are called and typed in safetensors files."""
 
     tensor: re.Pattern[str]
-    """Groups: layer, shard (or None), and kind, `weight` or `scale`."""
+    """Groups: layer (without it 0), shard (or None), and kind, `weight` or `scale`."""
     weight_dtypes: tuple[str, ...]
     scale_kind: str
-    """block: F8_E8M0, one for 32 values of a row. table: one number for all rows of an F8_E4M3 table."""
+    """block: F8_E8M0, one for 32 values of a row. table: one number for all rows of an F8_E4M3 table. none."""
+    shards_are_heads: bool = False
+    """True if each shard is the rows of one head."""
 
 
 _NAMES = {
@@ -63,10 +65,20 @@ _NAMES = {
         ("BF16", "F8_E4M3"),
         "table",
     ),
+    "longcat_flash": ReleasedNames(
+        re.compile(r"(?:model\.)?ngram_embeddings\.embedders\.(?P<shard>\d+)\.(?P<kind>weight)"),
+        ("BF16", "F16", "F32"),
+        "none",
+        shards_are_heads=True,
+    ),
 }
+# Other models with `ngram_vocab_size_ratio` leave tokens out, or hash in another base.
+_LONGCAT_TYPES = ("longcat_flash_ngram", "longcat_flash")
 # Of a table in a GGUF file, whatever its variant.
 _GGUF_DTYPES = (*(name for name, *_ in PLAIN_TYPES.values()), *BLOCK_FORMATS)
 TORCH_TYPES = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32}
+# No table has more rows than int64 has numbers.
+MAX_RATIO, MAX_VOCABULARY = 1 << 20, 1 << 31
 # Two tokenizers of one size can map differently. That of the released DeepSeek-V4.1 tables, over little-endian int64.
 _RELEASED_MAPS = {
     ("deepseek_v41", 99_092): "26b9be2936d236a124ba318a998c417bc7032e3e92a3107fe98deee49f1dc496",
@@ -112,7 +124,7 @@ class ReleasedTensors:
 
 def find_released_table(
     place: str | os.PathLike[str],
-    layer: int,
+    layer: int | None = None,
     *,
     variant: str | None = None,
     config: EngramConfig | None = None,
@@ -121,11 +133,12 @@ def find_released_table(
     """Where the table that `open_released_table` opens lies, and what is known of it, checked in the same way."""
     checkpoint = find_checkpoint(place)
     tables = _tables(checkpoint)
-    found = [key for key in tables if key[1] == layer and variant in (None, key[0])]
+    found = [key for key in tables if layer in (None, key[1]) and variant in (None, key[0])]
     if len(found) != 1:
         there = ", ".join(f"{name} layer {number}" for name, number in sorted(tables)) or "none"
+        of = "" if layer is None else f" of layer {layer}"
         raise with_way_out(
-            ValueError(f"{checkpoint.path}: {len(found)} released tables of layer {layer}"),
+            ValueError(f"{checkpoint.path}: {len(found)} released tables{of}"),
             f"There are: {there}; layers are counted from 0",
         )
     tensors = _checked_tensors(checkpoint, *found[0], tables[found[0]])
@@ -141,6 +154,14 @@ def find_checkpoint(place: str | os.PathLike[str]) -> Checkpoint:
     if is_gguf(place):
         return gguf_checkpoint(place)
     return find_tensors(place, lambda name: any(names.tensor.fullmatch(name) for names in _NAMES.values()))
+
+
+def _rows_by_name(spans: Sequence[TensorSpan]) -> dict[str, int]:
+    """The rows of each tensor, in their order."""
+    rows: dict[str, int] = {}
+    for span in spans:
+        rows[span.name] = rows.get(span.name, 0) + span.shape[0]
+    return rows
 
 
 def row_bytes(facts: TableFacts) -> int:
@@ -211,11 +232,38 @@ def released_config(config: Mapping[str, Any]) -> EngramConfig | None:
                 seed=text.get("seed", 1234),
                 num_streams=text.get("hc_count", 4),
             )
+        if text.get("ngram_vocab_size_ratio"):
+            return _longcat_config(text)
     except (KeyError, TypeError, IndexError) as error:
         raise with_way_out(
             ValueError(f"config.json describes a memory, but not all of it: {error!r}"), "Fetch it again"
         ) from None
     return None
+
+
+def _longcat_config(text: Mapping[str, Any]) -> EngramConfig:
+    kind, ratio = text.get("model_type"), text["ngram_vocab_size_ratio"]
+    if kind not in _LONGCAT_TYPES:
+        raise ValueError(
+            f"config.json: the n-grams of model_type = {str(kind)[:50]!r} may follow other rules than those of "
+            f"LongCat-Flash-Lite ({' or '.join(_LONGCAT_TYPES)}), and aren't read"
+        )
+    if type(ratio) not in (int, float) or not 0 < ratio <= MAX_RATIO:
+        raise ValueError(
+            f"config.json: ngram_vocab_size_ratio = {str(ratio)[:50]}: must be above 0, and {MAX_RATIO} at most. "
+            "Fetch it again"
+        )
+    orders = list(range(2, _count(text, "emb_neighbor_num", MAX_ORDER) + 1))
+    heads = _count(text, "emb_split_num", MAX_HEADS)
+    num_tables, end = heads * len(orders), text["eos_token_id"]
+    return variant_config(
+        "longcat_flash",
+        table_size=int(ratio * _count(text, "vocab_size", MAX_VOCABULARY)),
+        num_heads=heads,
+        ngram_orders=orders,
+        engram_dim=text["hidden_size"] // max(num_tables, 1) * num_tables,
+        pad_token_id=end[0] if isinstance(end, list) else end,
+    )
 
 
 def _count(text: Mapping[str, Any], name: str, largest: int) -> int:
@@ -237,7 +285,8 @@ def _tables(checkpoint: Checkpoint) -> dict[tuple[str, int], dict[str, list[Tens
         for variant, names in _NAMES.items():
             match = names.tensor.fullmatch(name)
             if match:
-                tables.setdefault((variant, int(match["layer"])), {})[name] = spans
+                layer = int(match.groupdict().get("layer", 0))
+                tables.setdefault((variant, layer), {})[name] = spans
     return tables
 
 
@@ -269,6 +318,11 @@ def _checked_tensors(
                 ),
                 "Fetch the checkpoint again",
             )
+    if names.shards_are_heads:
+        of_first, *_ = _rows_by_name(weights).values()
+        for head, (name, rows) in enumerate(_rows_by_name(weights).items()):
+            if rows != of_first + 2 * head:
+                raise ValueError(f"{where}: {name} has {rows} rows; expected {of_first + 2 * head}, by the first")
     num_rows, width = sum(span.shape[0] for span in weights), first.shape[1]
     if num_rows == 0:
         raise ValueError(f"{first.path}: {first.name} has no rows")
@@ -364,7 +418,7 @@ def _check_layout(
     for source, layout_config in ((of_file, said), ("the configuration passed", config)):
         if layout_config is not None:
             multiple = text.get("make_ngram_vocab_size_divisible_by") if facts.variant == "qwen_ple" else None
-            facts.layout = _fitting_layout(facts, where, source, layout_config, multiple)
+            facts.layout = _fitting_layout(tensors, where, source, layout_config, multiple)
             tensors.config = layout_config
     if facts.layout is None:
         facts.unchecked.append("the number of rows against the layout")
@@ -388,8 +442,9 @@ def _check_layout(
 
 
 def _fitting_layout(
-    facts: TableFacts, where: str, source: str, config: EngramConfig, multiple: int | None
+    tensors: ReleasedTensors, where: str, source: str, config: EngramConfig, multiple: int | None
 ) -> HeadLayout:
+    facts = tensors.facts
     if config.variant != facts.variant:
         raise ValueError(f"{where}: {source} is of variant {config.variant!r}")
     if facts.layer not in config.layer_indices:
@@ -399,6 +454,13 @@ def _fitting_layout(
     layout = HeadLayout.from_config(config)
     place = config.layer_indices.index(facts.layer)
     expected = layout.num_rows_L[place]
+    if _NAMES[facts.variant].shards_are_heads:
+        rows_H = _rows_by_name(tensors.weights)
+        if len(rows_H) != config.total_heads:
+            raise ValueError(
+                f"{where}: {len(rows_H)} tables, up to {list(rows_H)[-1]}; {source} says {config.total_heads}, "
+                f"{config.num_heads} for each n-gram order"
+            )
     if multiple:
         expected = round_up(sum(layout.primes_LH[place]), multiple)
     if expected != facts.num_rows:

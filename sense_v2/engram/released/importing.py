@@ -178,7 +178,7 @@ def import_table(
         identity=lambda: _identity(found),
         advance=advance,
     )
-    weights = _released_fusion(place, found.facts.variant, layer)
+    weights = _released_fusion(place, found.facts.variant, layer, len({span.name for span in found.weights}))
     fusion_path = output.with_suffix(FUSION_SUFFIX) if weights else None
     if fusion_path is not None:
         content = to_safetensors(weights, metadata={"format": "pt"})
@@ -232,9 +232,34 @@ def _provenance(found: ReleasedTensors, tokenizer: EngramTokenizer | None) -> di
     return as_json_object({name: value for name, value in known.items() if value is not None})
 
 
-def _released_fusion(place: str | os.PathLike[str], variant: str, layer: int) -> Tensors:
+def released_projections(place: str | os.PathLike[str], num_heads: int) -> Tensors:
+    """Read LongCat's projections, `ngram_embeddings.post_projs.{h}.weight` [C, D], as the W_v [C, H·D] of
+    `EngramFusionLayer`. Returns {} if there are none; raises `ValueError` if one is missing or has another shape."""
+    named = re.compile(r"(?:model\.)?ngram_embeddings\.post_projs\.(\d+)\.weight")
+    spans = {
+        int(named.fullmatch(name)[1]): found[0]  # type: ignore[index]
+        for name, found in find_tensors(place, lambda name: named.fullmatch(name) is not None).tensors.items()
+    }
+    parts = []
+    for head in range(num_heads if spans else 0):
+        if head not in spans:
+            raise ValueError(f"{place}: ngram_embeddings.post_projs.{head}.weight isn't there. Fetch the rest")
+        span = spans[head]
+        if len(span.shape) != 2 or span.shape != spans[0].shape:
+            raise ValueError(
+                f"{span.path}: {span.name} has shape {list(span.shape)}; expected that of the first, "
+                f"{list(spans[0].shape)}"
+            )
+        with safe_open(span.path, framework="pt") as file:
+            parts.append(file.get_tensor(span.name).float())
+    return {"W_v.weight": torch.cat(parts, dim=1)} if parts else {}
+
+
+def _released_fusion(place: str | os.PathLike[str], variant: str, layer: int, num_heads: int) -> Tensors:
     if is_gguf(place):  # quantized, and under other names
         return {}
+    if variant not in FUSION_NAMES:
+        return released_projections(place, num_heads)
     names = [name.theirs for name in FUSION_NAMES[variant]]
     names += [scale_name(name.theirs) for name in FUSION_NAMES[variant] if name.blocks]
     of_layer = re.compile(rf"(?:model\.)?(?:language_model\.)?layers\.{layer}\.({'|'.join(map(re.escape, names))})")

@@ -3,6 +3,7 @@
     deepseek_v41   layers.{i}.engram.embed.weight  F8_E4M3 [N, D], .scale  F8_E8M0 [N, D/32]: looked up as bfloat16
     qwen_ple       layers.{i}.ple.ple_embedding.ngram_embedding.weight  BF16 [N, D], looked up as such; or F8_E4M3,
                    with one .weight_scale [1] for the whole table, looked up in that scale's type
+    longcat_flash  ngram_embeddings.embedders.{h}.weight  BF16 [N_h, D], one for each head, looked up as such
     GGUF           either one's table as llama.cpp has it (`gguf_tables.py`): F32, F16, BF16, or blocks
                    (`sense_v2.engram.reading.block_rows`), looked up as float32
 
@@ -165,14 +166,14 @@ def _looked_up_as(tensors: ReleasedTensors) -> torch.dtype:
 
 def open_released_table(
     place: str | os.PathLike[str],
-    layer: int,
+    layer: int | None = None,
     *,
     variant: str | None = None,
     config: EngramConfig | None = None,
     tokenizer: EngramTokenizer | None = None,
 ) -> ReleasedTable:
     """The table of decoder layer `layer`, counted from 0, of a checkpoint: its folder, index or one safetensors file;
-    or of a GGUF file, of which other parts are found beside it.
+    or of a GGUF file, of which other parts are found beside it. None: the only table that there is.
 
     `config` and `tokenizer` (the shadow map) are compared with what the checkpoint says of itself; where it has no
     config.json, `config` says which layout the rows must have. `variant` is needed only where a checkpoint has tables
