@@ -166,8 +166,8 @@ def power_multipliers(layout: HeadLayout, layer: int, *, compressed_vocab_size: 
     if largest_order * compressed_vocab_size * largest_size > np.iinfo(np.int64).max:
         raise with_way_out(
             ValueError(
-                f"{compressed_vocab_size} ids, heads of up to {largest_size} rows and n-grams of {largest_order}: the "
-                "hash would leave 64 bits"
+                f"{compressed_vocab_size} ids, heads of up to {largest_size} rows and n-grams of {largest_order}: "
+                "the hash would leave 64 bits"
             ),
             "use a smaller table_size",
         )

@@ -249,9 +249,11 @@ def _longcat_config(text: Mapping[str, Any]) -> EngramConfig:
             f"LongCat-Flash-Lite ({' or '.join(_LONGCAT_TYPES)}), and aren't read"
         )
     if type(ratio) not in (int, float) or not 0 < ratio <= MAX_RATIO:
-        raise ValueError(
-            f"config.json: ngram_vocab_size_ratio = {str(ratio)[:50]}: must be above 0, and {MAX_RATIO} at most. "
-            "Fetch it again"
+        raise with_way_out(
+            ValueError(
+                f"config.json: ngram_vocab_size_ratio = {str(ratio)[:50]}: must be above 0, and {MAX_RATIO} at most"
+            ),
+            "Fetch it again",
         )
     orders = list(range(2, _count(text, "emb_neighbor_num", MAX_ORDER) + 1))
     heads = _count(text, "emb_split_num", MAX_HEADS)

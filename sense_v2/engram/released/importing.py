@@ -243,7 +243,9 @@ def released_projections(place: str | os.PathLike[str], num_heads: int) -> Tenso
     parts = []
     for head in range(num_heads if spans else 0):
         if head not in spans:
-            raise ValueError(f"{place}: ngram_embeddings.post_projs.{head}.weight isn't there. Fetch the rest")
+            raise with_way_out(
+                ValueError(f"{place}: ngram_embeddings.post_projs.{head}.weight isn't there"), "Fetch the rest"
+            )
         span = spans[head]
         if len(span.shape) != 2 or span.shape != spans[0].shape:
             raise ValueError(
