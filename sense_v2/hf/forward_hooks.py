@@ -209,9 +209,10 @@ def add_memory(
     if carried is None:
         carried = _call.get()
     has_memory = str(layer_id) in fusions
-    if not has_memory and (carried is None or carried.is_kept):
-        return args, kwargs
-    state = None if carried is None else _kept_in(carried, args, kwargs, memory)
+    state = None
+    # Most layers of most models have no memory, and nothing to keep once an earlier one has: they look for no cache.
+    if carried is not None and (has_memory or not carried.is_kept):
+        state = _kept_in(carried, args, kwargs, memory)
     if not has_memory:
         return args, kwargs
     if carried is None:

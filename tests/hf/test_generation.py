@@ -28,6 +28,7 @@ from transformers import (
     pipeline,
 )
 
+from sense_v2.hf import forward_hooks
 from sense_v2.hf.attach import attach_engram, detach_engram
 from sense_v2.hf.cache import EngramState
 
@@ -849,3 +850,17 @@ def test_the_pipeline_generates_with_memory():
     for prompt, (answer,) in zip(prompts, answers, strict=True):
         ids = torch.tensor([tokenizer(prompt)["input_ids"]])
         assert answer["generated_token_ids"][-ids.shape[1] - NEW :] == full_greedy(model, ids)[0][0].tolist()
+
+
+def test_layers_without_memory_look_for_a_cache_only_until_its_tokens_are_kept(tmp_path, monkeypatch):
+    model = attach_engram(tiny_model("llama"), tiny_config(tmp_path, layer_indices=[1]), tiny_tokenizer()).eval()
+    assert model.config.num_hidden_layers == 3
+    looked = []
+    kept_in = forward_hooks._kept_in
+    monkeypatch.setattr(forward_hooks, "_kept_in", lambda *call: looked.append(call) or kept_in(*call))
+    with torch.inference_mode():
+        cache = model(torch.tensor([[1, 2, 3]]), use_cache=True).past_key_values
+        assert len(looked) == 2  # the first layer, which keeps the tokens, and the one with memory
+        model(torch.tensor([[4]]), past_key_values=cache, use_cache=True)
+    assert len(looked) == 4
+    assert cache.engram.length == 4

@@ -43,6 +43,13 @@ def test_lookup(tmp_path, monkeypatch, capsys):
     assert not [*tmp_path.iterdir()]
 
 
+def test_decode_cost(monkeypatch, capsys):
+    found = last_line("decode_cost", "--tiny --rounds 1 --tokens 2", monkeypatch, capsys)
+    assert found["tokens/s of bare"]["median"] > 0
+    assert len(found["share"]) == 8
+    assert all(share > 0 for share in found["share"].values())
+
+
 def test_compact(monkeypatch, capsys):
     found = last_line("compact", "--rows 64 --width 64 --rounds 1", monkeypatch, capsys)
     assert all(times > 0 for times in found["ours_times_as_fast"].values())
