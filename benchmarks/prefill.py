@@ -29,7 +29,6 @@ from reading import Probe
 from serving import models, spread
 from turns import drop_from_cache
 
-from sense_v2.engram.tokenizer import EngramTokenizer
 from sense_v2.hf.attach import attach_engram, detach_engram
 from sense_v2.hf.memory import memory_of
 
@@ -61,7 +60,7 @@ def measured(given: argparse.Namespace, folder: Path) -> dict[str, Any]:
     both = models(given.model, given.rows, folder)
     bare, model = both["bare"], both["with memory"]
     memory = memory_of(model)
-    config, path = memory.config, memory.storages[0].path
+    config, tokenizer, path = memory.config, memory.tokenizer, memory.storages[0].path
     num_rows = given.tokens * len(config.layer_indices) * config.total_heads
     disk = Probe(folder).reads(path, 64, 2)
     print(f"{path.stat().st_size / 1e9:.1f} GB of rows, {num_rows} of them a prompt; the disk: {disk:.0f} reads/s")
@@ -71,7 +70,7 @@ def measured(given: argparse.Namespace, folder: Path) -> dict[str, Any]:
         ids_1T = torch.randint(3, bare.config.vocab_size, (1, given.tokens), generator=torch.manual_seed(number))
         times = {"bare": prefill(bare, ids_1T)}
         drop_from_cache(path)
-        attach_engram(model, config, EngramTokenizer(config.shadow_map_path), mode="r")
+        attach_engram(model, config, tokenizer, mode="r")
         times["cold"] = prefill(model, ids_1T)
         times["warm"] = prefill(model, ids_1T)
         detach_engram(model)
