@@ -68,7 +68,11 @@ TokenizerOption = Annotated[
 ]
 CheckedTokenizerOption = Annotated[
     str | None,
-    choice(TOKENIZERS, "Of a checkpoint: check that its rows are of this tokenizer's map.", TOKENIZER_KINDS),
+    choice(
+        TOKENIZERS,
+        "Of a checkpoint: check that its rows are of this tokenizer's map. Of a model of ours: the new tokenizer.",
+        TOKENIZER_KINDS,
+    ),
 ]
 NormalizationOption = Annotated[str, choice(NORMALIZATIONS, "How token texts are folded.")]
 RowDtypeOption = Annotated[str | None, choice(ROW_DTYPES, "Row type on disk.")]

@@ -98,6 +98,7 @@ def from_pretrained(
         name,
         {"revision": revision, "cache_dir": cache_dir, "token": token, "local_files_only": local_files_only},
         mode if overlay is None else "r",
+        needs_model=backbone is None,
     )
     memory_folder = folder / MEMORY_FOLDER
     if (folder / ADAPTER_FILE).is_file() and not memory_folder.is_dir():  # one of several adapters
@@ -185,7 +186,7 @@ def _overlay_of(memory_folder: Path, given: str | Path | None) -> Path | None:
     return Path(given) if given is not None else saved if saved.is_file() else None
 
 
-def _found_folder(name: str | Path, download: dict[str, Any], mode: str) -> Path:
+def _found_folder(name: str | Path, download: dict[str, Any], mode: str, needs_model: bool) -> Path:
     folder = Path(name)
     if isinstance(name, str) and not folder.exists() and _HUB_NAME.fullmatch(name):
         if mode != "r":
@@ -203,7 +204,7 @@ def _found_folder(name: str | Path, download: dict[str, Any], mode: str) -> Path
                 ),
                 "check the name",
             ) from error
-    check_folder(folder)
+    check_folder(folder, needs_model=needs_model)
     return folder
 
 

@@ -26,6 +26,7 @@ COMMANDS = {
     "setup": ("setup", "--tokenizer", "tokenizer.json", "--output", "out/map.npy"),
     "create": ("create", "--shadow-map", "base/engram/shadow_map.npy", "--storage-path", "out/t.dat", *TABLE),
     "convert": ("convert", "base", "--dtype", "int8", "--output", "out"),
+    "tokenizer": ("convert", "base", "--tokenizer", "other.json", "--corpus", "corpus", "--output", "out"),
     "tokenize": ("tokenize", "--corpus", "corpus", "--tokenizer", "tokenizer.json", "--output", "out"),
     "profile": ("profile", "base", "--corpus", "corpus", "--output", "out/hot.npy"),
     "export": ("delta", "export", "taught", "--base", "base", "--output", "out/delta.safetensors"),
@@ -33,7 +34,7 @@ COMMANDS = {
     "revert": ("delta", "revert", "applied"),
 }
 # What these say once they are done; they can't be done twice.
-DONE = {"export": "is there already", "tokenize": "is there already"}
+DONE = {"export": "is there already", "tokenize": "is there already", "tokenizer": "is there already"}
 TRAIN = ("train", "--corpus", "corpus", "--output", "taught", "--force", "--config", "run.yaml")
 COMMANDS |= {"train": TRAIN, "resume": ("train", "--resume", "--output", "taught")}
 EVER_NEW = ("engram_table.json", "t.json", "engram_table.journal")
@@ -46,6 +47,7 @@ def original(tmp_path_factory):
     save_base_and_taught(folder)
     shutil.rmtree(folder / "table")
     tiny_tokenizer().save(str(folder / "tokenizer.json"))
+    tiny_tokenizer(60).save(str(folder / "other.json"))
     (folder / "corpus").mkdir()
     for number in range(6):
         words = [f"word{(number * 7 + place) % 30}" for place in range(300)]
@@ -54,7 +56,7 @@ def original(tmp_path_factory):
     assert main(["delta", "export", str(folder / "taught"), "--base", str(folder / "base"), "--output", delta]) == 0
     shutil.copytree(folder / "base", applied)
     assert main(["delta", "apply", delta, applied]) == 0
-    for name in ("tokenize", "profile", "setup"):  # what the children need is imported by then
+    for name in ("tokenize", "profile", "setup", "tokenizer"):  # what the children need is imported by then
         words = [str(folder / word) if (folder / word).exists() else word for word in COMMANDS[name][:-1]]
         assert main([*words, str(folder / "unused" / f"{name}.npy")]) == 0
     shutil.rmtree(folder / "unused")

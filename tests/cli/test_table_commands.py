@@ -14,6 +14,7 @@ from sense_v2.engram.storage import MMapEmbeddingStorage
 from sense_v2.hf.backbones import saved_tokenizer, separator_id
 from sense_v2.hf.data.corpus import encode, read_corpus
 from sense_v2.hf.load import from_pretrained
+from sense_v2.hf.training.fresh_model import train_bpe
 
 LENGTH = 32
 
@@ -130,6 +131,48 @@ def test_a_corpus_without_a_model_is_refused(run, trained, corpus, tmp_path):
     status, _, error = run("convert", table, "--dtype", "int8", "--output", tmp_path / "t.dat", "--corpus", corpus)
     assert (status, names(tmp_path)) == (1, [])
     assert "name the folder of the model" in error
+
+
+def other_tokenizer(corpus, folder):
+    """A BPE of fewer tokens than the model's."""
+    tokenizer = train_bpe([path.read_text() for path in corpus.iterdir()], vocabulary=300)
+    tokenizer.save(str(folder / "other.json"))
+    return folder / "other.json"
+
+
+def test_a_table_for_another_tokenizer(run, run_json, trained, corpus, tmp_path):
+    other, before = other_tokenizer(corpus, tmp_path), content(trained)
+    arguments = ("convert", trained, "--tokenizer", other, "--corpus", corpus)
+    result = run_json(*arguments, "--output", tmp_path / "new")
+    assert content(trained) == before
+    assert (result["source"], result["tokenizer"], result["layers"]) == (str(trained), str(other), [1])
+    assert result["orders"].keys() == {"2", "3"}
+    for one in result["orders"].values():
+        assert 0 < one["carried"] < one["ngrams"]
+        assert 0 < one["share_of_positions"] < 1
+    assert result["source_tokens"] < result["tokens"]
+    assert 0 < result["carried_rows"] < result["rows"]
+    assert run_json("verify", tmp_path / "new" / "engram")["wrong"] == 0
+
+    status, out, _ = run(*arguments, "--output", tmp_path / "again", "--dtype", "bfloat16")
+    assert status == 0
+    lines = {line.split()[0]: line for line in out.splitlines()}
+    assert "% of the positions" in lines["2-grams"]
+    assert "bfloat16" in lines["rows"]
+    assert lines["fusion"] == "fusion   layers 1 carried over, for a model of width 128"
+
+
+def test_a_tokenizer_that_nothing_is_carried_to(run, trained, corpus, tmp_path):
+    other = other_tokenizer(corpus, tmp_path)
+    before = names(tmp_path)
+    status, _, error = run("convert", trained, "--tokenizer", other, "--output", tmp_path / "new")
+    assert (status, "--corpus" in error) == (2, True)
+    arguments = ("--corpus", corpus, "--output", tmp_path / "new")
+    status, _, error = run("convert", trained, "--tokenizer", trained, *arguments)
+    assert (status, "has the shadow map that" in error) == (1, True)
+    status, _, error = run("convert", trained / "engram/engram_table.dat", "--tokenizer", other, *arguments)
+    assert (status, "name the model's folder" in error) == (1, True)
+    assert names(tmp_path) == before
 
 
 # profile

@@ -1,4 +1,4 @@
-"""The command convert: a table with rows of another type, or in a released layout."""
+"""The command convert: a table with rows of another type, in a released layout, or of another tokenizer."""
 
 from __future__ import annotations
 
@@ -45,15 +45,20 @@ def convert(
     tokenizer: CheckedTokenizerOption = None,
     corpus: Annotated[
         list[Path] | None,
-        typer.Option(metavar="PATH", help="Of a model: measure the loss on this, before and after; repeatable."),
+        typer.Option(
+            metavar="PATH",
+            help="Of a model: measure the loss on this, before and after; with --tokenizer, the text whose n-grams "
+            "are carried over. Repeatable.",
+        ),
     ] = None,
     text_column: TextColumnOption = "text",
     as_json: JsonOption = False,
 ) -> None:
-    """Make a table with rows of another type, or of a released checkpoint's layout, and say what that costs.
+    """Make a table with rows of another type, of a released layout, or for another tokenizer, and say what it costs.
 
     Between our tables and the layouts of DeepSeek-V4.1 and Qwen PLE, and GGUF files of these, both ways. Ended
-    early, the same command goes on.
+    early, the same command goes on. With --tokenizer, rows of a model's table follow the n-grams of --corpus that
+    both tokenizers cut alike.
 
     Example: sense-engram convert runs/train --dtype int8 --output runs/train-int8 --corpus my_texts/
     """
@@ -68,8 +73,11 @@ def convert(
     elif is_checkpoint(source):
         _refuse_options("a released checkpoint", {"--corpus": corpus})
         result = _import(source, output, dtype, layer, tokenizer, echo)
+    elif tokenizer is not None:
+        _refuse_options("a table of ours", {"--layer": layer})
+        result = _change_tokenizer(source, output, tokenizer, dtype, corpus, text_column, echo)
     else:
-        _refuse_options("a table of ours", {"--layer": layer, "--tokenizer": tokenizer})
+        _refuse_options("a table of ours", {"--layer": layer})
         source = table_or_model_path(source)
         if dtype is None:
             raise typer.BadParameter("a table of ours needs one, or --to a released layout", param_hint="--dtype")
@@ -168,6 +176,72 @@ def _losses(source: Path, output: Path, corpus: list[Path], text_column: str) ->
         "perplexity": [one["perplexity"][WITH] for one in found],
         "tokens": found[0]["tokens"],
         "corpus": found[0]["corpus"]["name"],
+    }
+
+
+# For another tokenizer
+
+
+def _change_tokenizer(
+    source: Path,
+    output: Path,
+    tokenizer: str,
+    dtype: str | None,
+    corpus: list[Path] | None,
+    text_column: str,
+    echo: Callable[..., Any],
+) -> dict[str, Any]:
+    from sense_v2.hf.saving.change_tokenizer import change_tokenizer
+
+    started = time.perf_counter()
+    _refuse_dtype(dtype)
+    if not corpus:
+        raise typer.BadParameter(
+            "with --tokenizer it is the text whose n-grams are carried over, best what was trained on",
+            param_hint="--corpus",
+        )
+    done = change_tokenizer(
+        source, output, tokenizer, corpus=corpus, text_column=text_column, dtype=dtype, progress=progress_to(echo)
+    )
+    seconds = time.perf_counter() - started
+    layers = ", ".join(map(str, done.layers))
+    echo(
+        f"corpus   {done.corpus}, {wording.count(done.new_tokens)} tokens of {done.tokenizer}, "
+        f"{wording.count(done.old_tokens)} of the model's own tokenizer",
+        *(
+            f"{f'{one.order}-grams':8} {wording.count(len(one.counts_U))} of {wording.count(one.num_ngrams)} carried "
+            f"over, at {wording.percent(one.share_of_positions)} of the positions"
+            for one in done.ngrams
+        ),
+        f"table    {done.path}",
+        f"rows     {wording.count(done.rows)} of {done.width} {done.dtype}, {wording.count(done.carried_rows)} of "
+        "them carried over, the others as in a new table",
+        f"fusion   layers {layers} carried over, for a model of width {done.hidden_size}",
+        f"to use   from_pretrained({str(output)!r}, backbone=MODEL, mode='r+')",
+        f"seconds  {seconds:.2f}",
+    )
+    return {
+        "path": str(done.path),
+        "source": str(source),
+        "tokenizer": done.tokenizer,
+        "corpus": done.corpus,
+        "tokens": done.new_tokens,
+        "source_tokens": done.old_tokens,
+        "orders": {
+            str(one.order): {
+                "ngrams": one.num_ngrams,
+                "carried": len(one.counts_U),
+                "share_of_positions": one.share_of_positions,
+            }
+            for one in done.ngrams
+        },
+        "rows": done.rows,
+        "carried_rows": done.carried_rows,
+        "width": done.width,
+        "dtype": done.dtype,
+        "layers": done.layers,
+        "hidden_size": done.hidden_size,
+        "seconds": seconds,
     }
 
 

@@ -286,6 +286,42 @@ def encode(
     return np.concatenate(pieces) if pieces else np.empty(0, dtype=np.int32)
 
 
+def encode_with_ends(
+    texts: Sequence[str],
+    tokenizer: Any,
+    *,
+    separator_id: int | None,
+    batch: int = 256,
+    advance: Callable[[int], Any] | None = None,
+) -> tuple[np.ndarray, np.ndarray]:
+    """As `encode`, and how many characters there are up to each token's end, int64; a separator is one character,
+    also where a tokenizer has none.
+
+    Raises `ValueError` for a tokenizer that doesn't say where its tokens are.
+    """
+    backend: Any = tokenizer if hasattr(tokenizer, "encode_batch") else getattr(tokenizer, "backend_tokenizer", None)
+    if not hasattr(backend, "encode_batch"):
+        raise ValueError(
+            f"{type(tokenizer).__name__} doesn't say which characters a token spans; name a tokenizer that has a "
+            "tokenizer.json"
+        )
+    ids, ends, before = [], [], 0
+    for start in range(0, len(texts), batch):
+        chunk = list(texts[start : start + batch])
+        with _whole_texts(backend):
+            encodings = backend.encode_batch(chunk, add_special_tokens=False)
+        for text, encoding in zip(chunk, encodings, strict=True):
+            tail = [] if separator_id is None else [separator_id]
+            ids.append(np.array([*encoding.ids, *tail], dtype=np.int32))
+            within = [end for _, end in encoding.offsets] + [len(text) + 1] * len(tail)
+            ends.append(np.array(within, dtype=np.int64) + before)
+            before += len(text) + 1
+        if advance is not None:
+            advance(sum(map(len, chunk)))
+    empty = np.empty(0, dtype=np.int64)
+    return np.concatenate([empty.astype(np.int32), *ids]), np.concatenate([empty, *ends])
+
+
 @contextmanager
 def _whole_texts(tokenizer: Any) -> Iterator[None]:
     """While it lasts, a `tokenizers.Tokenizer` neither pads nor truncates, as many a tokenizer.json tells it to."""

@@ -61,8 +61,9 @@ def memory_paths(folder: str | Path) -> tuple[Path, Path]:
     return memory / TABLE_FILE, memory / MAP_FILE
 
 
-def check_folder(folder: Path) -> dict[str, Any]:
-    """Check that all parts of a saved model are there, and return its config.json, or its adapter's.
+def check_folder(folder: Path, *, needs_model: bool = True) -> dict[str, Any]:
+    """Check that all parts of a saved model are there, and return its config.json, or its adapter's; {} of a memory
+    without a model, if `needs_model` is False.
 
     Raises `FileNotFoundError` naming a missing part, `ValueError` if the file is damaged or a reference's table has
     gone on.
@@ -76,6 +77,14 @@ def check_folder(folder: Path) -> dict[str, Any]:
             ValueError(f"{folder}: a training goes on with the model that was there; wait for its end"),
             f"One that ended early goes on with `sense-engram train --resume --output {folder}`",
         )
+    if not path.is_file() and (folder / MEMORY_FOLDER).is_dir():
+        if needs_model:
+            raise FileNotFoundError(
+                f"{folder}: a memory without a model (there is no config.json); attach it to the model that it is "
+                "for, and pass that model as backbone="
+            )
+        table_of(folder / MEMORY_FOLDER)
+        return {}
     if not path.is_file():
         raise with_way_out(
             FileNotFoundError(f"{folder}: no model there (it has no config.json)"), "`sense-engram train` writes one"

@@ -21,14 +21,14 @@ END_OF_TEXT = "<|endoftext|>"
 END_OF_TEXT_ID = 0
 
 
-def train_bpe(texts: list[str], progress: Progress = no_progress) -> Tokenizer:
+def train_bpe(texts: list[str], progress: Progress = no_progress, *, vocabulary: int = BPE_VOCABULARY) -> Tokenizer:
     """Train a byte-level BPE of 4,096 tokens, or fewer if the texts have no more to give; token 0 ends a text."""
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
     alphabet = pre_tokenizers.ByteLevel.alphabet()
     trainer = trainers.BpeTrainer(
-        vocab_size=BPE_VOCABULARY, special_tokens=[END_OF_TEXT], initial_alphabet=alphabet, show_progress=False
+        vocab_size=vocabulary, special_tokens=[END_OF_TEXT], initial_alphabet=alphabet, show_progress=False
     )
     with progress("making a tokenizer", sum(map(len, texts)), unit="characters") as advance:
 

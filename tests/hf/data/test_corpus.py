@@ -10,7 +10,7 @@ import torch
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerFast
 
-from sense_v2.hf.data.corpus import Batches, Corpus, encode, read_corpus, standard_library
+from sense_v2.hf.data.corpus import Batches, Corpus, encode, encode_with_ends, read_corpus, standard_library
 
 
 def write(folder, files: dict[str, str | bytes]):
@@ -439,6 +439,22 @@ def test_no_separator_and_no_other_token_added(tokenizer):
 def test_a_special_tokens_spelling_in_a_text_is_that_token(tokenizer):
     stream = encode([f"a{END_OF_TEXT}b", END_OF_TEXT], tokenizer, separator_id=0)
     assert (stream == 0).tolist() == [False, True, False, True, True, True]
+
+
+@pytest.mark.parametrize("batch", [1, 256])
+def test_ends_count_characters_and_a_separator_is_one(tokenizer, batch):
+    texts = ["one", "", "twö", "漢"]
+    stream, ends = encode_with_ends(texts, tokenizer, separator_id=0, batch=batch)
+    assert stream.tolist() == encode(texts, tokenizer, separator_id=0).tolist()
+    # The parts of a character end where it does.
+    assert ends.tolist() == [1, 2, 3, 4, 5, 6, 7, 8, 8, 9, 10, 10, 10, 11]
+    assert encode_with_ends(texts, tokenizer, separator_id=None)[1].tolist() == [1, 2, 3, 6, 7, 8, 8, 10, 10, 10]
+    assert [len(part) for part in encode_with_ends([], tokenizer, separator_id=0)] == [0, 0]
+
+
+def test_a_tokenizer_without_offsets_has_no_ends():
+    with pytest.raises(ValueError, match="object doesn't say which characters a token spans"):
+        encode_with_ends(["one"], object(), separator_id=None)
 
 
 def test_no_texts(tokenizer):
