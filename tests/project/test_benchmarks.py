@@ -55,6 +55,14 @@ def test_compact(monkeypatch, capsys):
     assert all(times > 0 for times in found["ours_times_as_fast"].values())
 
 
+def test_row_codes(trained, monkeypatch, capsys):
+    results = last_line("row_codes", f"{trained[0]} --sequences 2", monkeypatch, capsys)["results"]
+    found = {one["way"]: one for one in results}
+    assert found["int8"]["rms_error"] < found["int4 (the library's)"]["rms_error"] < 0.12
+    assert found["int8"]["kl"] < found["int4 (the library's)"]["kl"] < 1e-3
+    assert {one["row_bytes"] for one in results} == {36, 40, 68}
+
+
 def test_fill(tmp_path, monkeypatch, capsys):
     found = last_line("fill", f"--megabytes 2 --rounds 1 --folder {tmp_path}", monkeypatch, capsys)
     assert found["median_seconds"].keys() == {"dd", "numpy", "ours"}
