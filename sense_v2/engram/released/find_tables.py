@@ -3,7 +3,7 @@
 Everything that can be known is checked: types, shapes, bytes, that the parts are all there, and, against the
 checkpoint's config.json or what the caller passes, the layout (`HeadLayout`), the number of rows and the tokenizer's
 map. What could not be checked is said in a warning: rows of another layout are found without an error, and mean
-nothing.
+nothing. Long because each family has names, types and rules of its own, and what is checked stands beside them.
 
 Sources: the names and shapes of deepseek-ai/DeepSeek-V4.1-Flash, of transformers' models/qwen4_exp, with its
 FP8Embedding, and of meituan-longcat/LongCat-Flash-Lite.

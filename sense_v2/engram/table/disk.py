@@ -69,9 +69,8 @@ def new_file(
     """Gives the descriptor of an empty temporary; when the block ends well it is synced and renamed to `path`.
 
     It may be read and written by whom the file `like` may be. After an error it is removed, unless `keep()` says that
-    `finish_new_file` will want it.
-    Without `replace`, a `path` that exists once the lock is held is a `MadeMeanwhileError`. A folder that can't be
-    made or written to is an `OSError` (`PermissionError`, …) naming the path and the way out.
+    `finish_new_file` will want it. Without `replace`, a `path` that exists once the lock is held is a
+    `MadeMeanwhileError`. A folder that can't be made or written to is an `OSError` that names it and the way out.
     """
     temporary = path.with_name(path.name + TEMPORARY_SUFFIX)
     try:

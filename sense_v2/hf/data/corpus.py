@@ -301,9 +301,9 @@ def encode_with_ends(
     """
     backend: Any = tokenizer if hasattr(tokenizer, "encode_batch") else getattr(tokenizer, "backend_tokenizer", None)
     if not hasattr(backend, "encode_batch"):
-        raise ValueError(
-            f"{type(tokenizer).__name__} doesn't say which characters a token spans; name a tokenizer that has a "
-            "tokenizer.json"
+        raise with_way_out(
+            ValueError(f"{type(tokenizer).__name__} doesn't say which characters a token spans"),
+            "name a tokenizer that has a tokenizer.json",
         )
     ids, ends, before = [], [], 0
     for start in range(0, len(texts), batch):

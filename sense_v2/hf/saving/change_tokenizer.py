@@ -30,6 +30,7 @@ import torch
 from safetensors import safe_open
 
 from sense_v2.core.config import ROW_DTYPES, EngramConfig
+from sense_v2.core.errors import with_way_out
 from sense_v2.core.progress import Progress, no_progress
 from sense_v2.engram.model import open_table
 from sense_v2.engram.pretrained_tokenizer import load_tokenizer
@@ -127,7 +128,9 @@ def change_tokenizer(
             "memory to a model with it, from_pretrained(folder, backbone=model)"
         )
     if not corpus:
-        raise ValueError("without a corpus no n-grams are known to carry over; name text, best what was trained on")
+        raise with_way_out(
+            ValueError("without a corpus no n-grams are known to carry over"), "name text, best what was trained on"
+        )
     if isinstance(tokenizer, str | Path):
         tokenizer, _ = load_tokenizer(str(tokenizer))
     text = read_corpus(corpus, text_column=text_column)
@@ -137,7 +140,7 @@ def change_tokenizer(
     with locked_folder(unfinished):
         try:
             if output.exists():
-                raise FileExistsError(f"{output} is there already; name a new folder, or remove it")
+                raise with_way_out(FileExistsError(f"{output} is there already"), "name a new folder, or remove it")
             if memory.exists():  # of a process that was killed
                 shutil.rmtree(memory)
             memory.mkdir()
@@ -207,9 +210,9 @@ def _read_source(folder: Path, dtype: str | None) -> tuple[EngramConfig, MMapEmb
     """The model's configuration, table and shadow map, of which all can be carried over."""
     memory = folder / MEMORY_FOLDER
     if not memory.is_dir():
-        raise FileNotFoundError(
-            f"{folder}: no model with memory there. A table alone doesn't know how its tokenizer cuts text: name the "
-            "model's folder"
+        raise with_way_out(
+            FileNotFoundError(f"{folder}: no model with memory there"),
+            "name the model's folder: a table alone doesn't know how its tokenizer cuts text",
         )
     check_folder(folder)
     config = EngramConfig.load(memory / CONFIG_FILE)
@@ -220,14 +223,14 @@ def _read_source(folder: Path, dtype: str | None) -> tuple[EngramConfig, MMapEmb
             f"({', '.join(name for name, rules in VARIANTS.items() if rules.compresses)})"
         )
     if (memory / OVERLAY_FILE).exists():
-        raise ValueError(
-            f"{folder} was saved with an overlay, whose rows would be left behind. Put it into the table first: "
-            f"sense-engram delta apply {memory / OVERLAY_FILE} {folder}, and remove it"
+        raise with_way_out(
+            ValueError(f"{folder} was saved with an overlay, whose rows would be left behind"),
+            f"put it into the table first (sense-engram delta apply {memory / OVERLAY_FILE} {folder}), and remove it",
         )
     if (dtype or config.dtype) not in ROW_DTYPES:
-        raise ValueError(
-            f"rows of {dtype or config.dtype} can't be written to one by one: name the new rows' dtype, one of "
-            f"{', '.join(ROW_DTYPES)}, and convert the new table afterwards"
+        raise with_way_out(
+            ValueError(f"rows of {dtype or config.dtype} can't be written to one by one"),
+            f"name the new rows' dtype, one of {', '.join(ROW_DTYPES)}, and convert the new table afterwards",
         )
     paths: dict[str, Any] = {"storage_path": str(table_of(memory)), "shadow_map_path": str(memory / MAP_FILE)}
     config, shadow_map = dataclasses.replace(config, **paths), EngramTokenizer(memory / MAP_FILE)

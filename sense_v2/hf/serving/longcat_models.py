@@ -21,6 +21,7 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel
 
+from sense_v2.core.errors import with_way_out
 from sense_v2.engram.released.find_tables import released_config
 from sense_v2.engram.released.importing import released_projections
 from sense_v2.engram.released.released_table import open_released_table
@@ -37,9 +38,11 @@ def load_longcat(folder: str | os.PathLike[str], **options: Any) -> PreTrainedMo
     settings: dict[str, Any] = json.loads((Path(folder) / "config.json").read_text(encoding="utf-8"))
     described = released_config(settings)
     if described is None or described.variant != "longcat_flash":
-        raise ValueError(
-            f"{folder}: config.json describes no n-gram embedding of LongCat-Flash-Lite (ngram_vocab_size_ratio). "
-            "Name that model's folder"
+        raise with_way_out(
+            ValueError(
+                f"{folder}: config.json describes no n-gram embedding of LongCat-Flash-Lite (ngram_vocab_size_ratio)"
+            ),
+            "name that model's folder",
         )
     # The released config.json has a name that transformers doesn't know, and numbers that its types don't take.
     known = {

@@ -169,7 +169,7 @@ def test_the_memory_attaches_to_a_model_with_that_tokenizer(tmp_path, folder, co
 
 def test_rows_of_int8_become_another_type(tmp_path, folder, corpus, new_tokenizer):
     convert_trained(folder, tmp_path / "int8", "int8")
-    with pytest.raises(ValueError, match="rows of int8 can't be written to one by one: name the new rows' dtype"):
+    with pytest.raises(ValueError, match="rows of int8 can't be written to one by one"):
         change_tokenizer(tmp_path / "int8", tmp_path / "new", new_tokenizer, corpus=[corpus])
     done = change_tokenizer(tmp_path / "int8", tmp_path / "new", new_tokenizer, corpus=[corpus], dtype="float32")
     whole = change_tokenizer(folder, tmp_path / "whole", new_tokenizer, corpus=[corpus])
