@@ -46,10 +46,9 @@ NOT_OURS = {
     "ggml/src/ggml-common.h",
     "docs/gguf.md",
     "conversion/qwen4exp.py",
-    "mlx_vlm/models/longcat_flash_ngram/language.py",
+    "mlx_lm/models/longcat_flash_ngram.py",
     "modeling_longcat_ngram.py",
     "tests/kernels/test_ngram_embedding.py",
-    "vllm/model_executor/models/longcat_flash_ngram.py",
 }
 OWN_FOLDERS = {"project", "attacks", "fuzz", "contract", "vllm"}
 """Folders of tests/ that have no counterpart in sense_v2/."""

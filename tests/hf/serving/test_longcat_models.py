@@ -22,7 +22,14 @@ from test_longcat import (
 
 pytest.importorskip("transformers.models.longcat_flash", reason="a transformers before LongCat-Flash")
 from safetensors.torch import load_file, save_file
-from transformers import LlamaConfig, LlamaForCausalLM, LongcatFlashConfig, LongcatFlashForCausalLM
+from tiny import tiny_tokenizer
+from transformers import (
+    LlamaConfig,
+    LlamaForCausalLM,
+    LongcatFlashConfig,
+    LongcatFlashForCausalLM,
+    PreTrainedTokenizerFast,
+)
 
 from sense_v2.engram.optim import RowAdam
 from sense_v2.engram.released.find_tables import released_config
@@ -31,8 +38,10 @@ from sense_v2.engram.variants import variant_config
 from sense_v2.hf.attach import attach_engram, decoder_layers
 from sense_v2.hf.load import from_pretrained
 from sense_v2.hf.memory import attached_memory
+from sense_v2.hf.overlays import remove_overlay
 from sense_v2.hf.saving.save import save_pretrained
 from sense_v2.hf.serving.longcat_models import attach_longcat_tables, load_longcat
+from sense_v2.hf.training.teaching import teach
 
 # What transformers 5.24 calls the state of earlier tokens, and before it.
 NAME = "cache" if "cache" in inspect.signature(LongcatFlashForCausalLM.forward).parameters else "past_key_values"
@@ -229,6 +238,21 @@ def test_layers_are_found_though_two_are_counted_for_each(num_layers):
     sizes = {**SIZES, "routed_scaling_factor": 6.0, "num_layers": num_layers}
     model = LongcatFlashForCausalLM(LongcatFlashConfig(vocab_size=VOCABULARY, hidden_size=HIDDEN, **sizes))
     assert decoder_layers(model) is model.model.layers
+
+
+def test_changed_rows_lie_on_top_of_the_released_tables(saved):
+    folder, _, _ = saved
+    model = load_longcat(folder).eval()
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=tiny_tokenizer(VOCABULARY))
+    held = (folder / "ngrams.safetensors").read_bytes()
+    with torch.no_grad():
+        before = model(prompts()).logits
+    taught = teach(model, tokenizer, "ab", prompt="ba", steps=20)
+    assert taught.losses[-1] < taught.losses[0]
+    remove_overlay(model)
+    with torch.no_grad():
+        assert torch.equal(model(prompts()).logits, before)
+    assert (folder / "ngrams.safetensors").read_bytes() == held
 
 
 # --- trained as a variant of ours ---
