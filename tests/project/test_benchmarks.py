@@ -87,6 +87,18 @@ def test_serving(monkeypatch, capsys):
 
 
 @pytest.mark.slow
+def test_other_tokenizer(trained, corpus, monkeypatch, capsys):
+    arguments = f"{trained[0]} --vocabulary 300 --steps 2 --pretraining 2 --sequences 2 --other-text {corpus}"
+    found = last_line("other_tokenizer", arguments, monkeypatch, capsys)
+    assert 0 < found["carried_rows"] < found["rows"]
+    assert all(0 < one["positions"] < 1 for one in found["orders"].values())
+    assert [one["model"] for one in found["results"]] == ["retokenized"] * 4 + ["another"] * 4
+    none, new, rows, both = found["results"][:4]
+    assert none["at_once"] == new["at_once"] == rows["at_once"] != both["at_once"]
+    assert len({one["trained"] for one in found["results"]}) == 8
+
+
+@pytest.mark.slow
 def test_retrofit(tmp_path, monkeypatch, capsys):
     tokenizer = train_bpe(["def function(value):\n    return value\n"] * 9)
     tiny_model("llama", vocabulary=tokenizer.get_vocab_size(), max_position_embeddings=128).save_pretrained(tmp_path)

@@ -327,7 +327,7 @@ REFUSED = [
         r"7 tables, up to model\.ngram_embeddings\.embedders\.6\.weight; config\.json says 6, 2 for each",
     ),
     ({"swap": (1, 4)}, {}, r"embedders\.1\.weight has 159 rows; expected 153, by the first"),
-    ({}, {"ngram_vocab_size_ratio": 4}, r"936 rows, but the layout of config\.json has 1236\. A part is missing"),
+    ({}, {"ngram_vocab_size_ratio": 4}, r"936 rows, but the layout of config\.json has 1236: a part is missing"),
     ({}, {"hidden_size": 48}, r"rows of 4 values; config\.json says 8"),
     ({}, {"emb_neighbor_num": 3, "hidden_size": 16}, r"6 tables, up to .*embedders\.5\.weight; config\.json says 4"),
     ({}, {"ngram_vocab_size_ratio": float("nan")}, r"ngram_vocab_size_ratio = nan: must be above 0"),

@@ -183,7 +183,7 @@ def test_what_cannot_be_carried_over(tmp_path, folder, corpus, old_tokenizer, ne
         change_tokenizer(folder, new, old_tokenizer, corpus=[corpus])
     with pytest.raises(ValueError, match="without a corpus no n-grams are known"):
         change_tokenizer(folder, new, new_tokenizer, corpus=[])
-    with pytest.raises(FileNotFoundError, match="A table alone doesn't know how its tokenizer cuts text"):
+    with pytest.raises(FileNotFoundError, match="a table alone doesn't know how its tokenizer cuts text"):
         change_tokenizer(folder / "engram" / "engram_table.dat", new, new_tokenizer, corpus=[corpus])
     (tmp_path / "elsewhere").mkdir()
     (tmp_path / "elsewhere" / "text.txt").write_text("ééé" * 50)
