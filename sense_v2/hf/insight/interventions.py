@@ -23,6 +23,7 @@ import numpy as np
 import torch
 
 from sense_v2.core.errors import with_way_out
+from sense_v2.engram.hashing import NgramHasher
 from sense_v2.engram.model import EngramFusionLayer
 from sense_v2.hf.experiments.controls import PermutedHasher
 from sense_v2.hf.memory import EngramMemory
@@ -73,13 +74,19 @@ def rows_shuffled(memory: EngramMemory, seed: int) -> Iterator[None]:
 def one_row_per_head(memory: EngramMemory, row_ids_LH: torch.Tensor) -> Iterator[None]:
     """Look up the same row of each head at every position: a table of capacity one."""
     row_ids = dict(zip(memory, row_ids_LH, strict=True))
-
-    def constant(fusion: EngramFusionLayer) -> Callable[..., torch.Tensor]:
-        row_ids_H = row_ids[fusion]
-        return lambda compressed_BT, **masks: row_ids_H.to(compressed_BT.device).expand(*compressed_BT.shape, -1)
-
-    with _hashers(memory, constant):
+    with _hashers(memory, lambda fusion: ConstantHasher(fusion.hasher, row_ids[fusion])):
         yield
+
+
+class ConstantHasher:
+    """A hasher with the same row ids, [H], for every position."""
+
+    def __init__(self, hasher: NgramHasher, row_ids_H: torch.Tensor) -> None:
+        self.row_ids_H = row_ids_H
+        self.pad_id, self.look_back = hasher.pad_id, hasher.look_back
+
+    def __call__(self, compressed_ids_BT: torch.Tensor, **masks: Any) -> torch.Tensor:
+        return self.row_ids_H.to(compressed_ids_BT.device).expand(*compressed_ids_BT.shape, -1)
 
 
 @contextmanager
