@@ -214,7 +214,7 @@ def _read_source(folder: Path, dtype: str | None) -> tuple[EngramConfig, MMapEmb
             FileNotFoundError(f"{folder}: no model with memory there"),
             "name the model's folder: a table alone doesn't know how its tokenizer cuts text",
         )
-    check_folder(folder)
+    check_folder(folder, needs_model=False)
     config = EngramConfig.load(memory / CONFIG_FILE)
     if not VARIANTS[config.variant].compresses:
         raise ValueError(

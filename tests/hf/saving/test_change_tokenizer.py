@@ -167,6 +167,14 @@ def test_the_memory_attaches_to_a_model_with_that_tokenizer(tmp_path, folder, co
         from_pretrained(tmp_path / "other", backbone=wider)
 
 
+def test_there_and_back(tmp_path, folder, corpus, old_tokenizer, new_tokenizer):
+    """What comes back to the first tokenizer is in the rows that it was in, unless it shared one on the way."""
+    change_tokenizer(folder, tmp_path / "new", new_tokenizer, corpus=[corpus])
+    done = change_tokenizer(tmp_path / "new", tmp_path / "back", old_tokenizer, corpus=[corpus])
+    first, back = opened(folder)[0].weight, opened(tmp_path / "back")[0].weight
+    assert 0.5 < int((first == back).all(dim=1).sum()) / done.carried_rows <= 1
+
+
 def test_rows_of_int8_become_another_type(tmp_path, folder, corpus, new_tokenizer):
     convert_trained(folder, tmp_path / "int8", "int8")
     with pytest.raises(ValueError, match="rows of int8 can't be written to one by one"):
