@@ -232,7 +232,9 @@ def confined_hasher(layer: EngramFusionLayer, rows: int, chosen_K: torch.Tensor)
     def row_ids(compressed_ids_BT: torch.Tensor, **masks: Any) -> torch.Tensor:
         return chosen_K[hasher(compressed_ids_BT, **masks) % len(chosen_K)]
 
-    return row_ids
+    stand_in: Any = row_ids
+    stand_in.pad_id, stand_in.look_back = hasher.pad_id, hasher.look_back
+    return stand_in
 
 
 def drop_pages(storage: MMapEmbeddingStorage) -> None:
