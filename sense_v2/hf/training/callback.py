@@ -388,13 +388,18 @@ class EngramCallback(TrainerCallback):
 
 
 def _refuse_fresh_weights(checkpoint: Path, model: nn.Module) -> None:
-    """Raises `ValueError` if the Trainer, which loads weights by name, can't have found one in the checkpoint."""
+    """Raises `ValueError` if the Trainer, which loads weights by name, can't have found one that it trains in the
+    checkpoint. Frozen ones needn't be there: they are what the model came with."""
     if hasattr(model, "peft_config") or not list(checkpoint.glob("model*.safetensors")):
         return
     saved = find_tensors(checkpoint, lambda name: True).tensors
     weights = model.state_dict(keep_vars=True)
     found = {value.data_ptr() for name, value in weights.items() if name in saved}
-    fresh = [name for name, value in model.named_parameters() if value.numel() and value.data_ptr() not in found]
+    fresh = [
+        name
+        for name, value in model.named_parameters()
+        if value.requires_grad and value.numel() and value.data_ptr() not in found
+    ]
     if fresh:
         raise with_way_out(
             ValueError(

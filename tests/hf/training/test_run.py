@@ -91,6 +91,19 @@ def test_a_lora_trains_beside_the_memory_and_is_opened_with_it(plain):
     assert result["trainable"]["backbone"] == sum(value.numel() for value in lora) * 2
 
 
+@pytest.mark.filterwarnings("ignore:.*a writer ended between two commits")
+def test_a_run_on_a_frozen_backbone_resumes_bit_for_bit(plain):
+    """Its checkpoints have the weights that are trained, and no others."""
+    config = settings(train_backbone=False, row_learning_rate=0.5)
+    whole, output = trained(plain, config)
+    output.rename(plain.parent / "whole")
+    stopped, output = trained(plain, config, watcher=Stops())
+    assert stopped["stopped"]
+    assert resume_training(output)["train_loss"] == whole["train_loss"]
+    for name in ("engram/engram_table.dat", "engram/fusion.safetensors"):
+        assert (output / name).read_bytes() == (plain.parent / "whole" / name).read_bytes(), name
+
+
 class Stops(RunWatcher):
     def training(self, settings):
         taken = []
