@@ -19,20 +19,22 @@ from sense_v2.engram.tokenizer import EngramTokenizerBuilder
 from sense_v2.hf.data.corpus import encode
 from sense_v2.hf.gguf_models import gguf_file, read_gguf
 from sense_v2.hf.load import from_pretrained
-from sense_v2.hf.memory import EngramMemory, attached_memory
-from sense_v2.hf.saving.folder import MEMORY_FOLDER
+from sense_v2.hf.memory import EngramMemory, attached_memory, memory_of
+from sense_v2.hf.saving.folder import ADAPTER_FILE, MEMORY_FOLDER, OVERLAY_FILE
 from sense_v2.hf.training.fresh_model import END_OF_TEXT, fresh_backbone, train_bpe
 
 
 @dataclass
 class Backbone:
-    """A model without memory, and what belongs to it."""
+    """A model, and what belongs to it."""
 
     name: str
     model: PreTrainedModel
     tokenizer: Any
     """A transformers tokenizer, or a `tokenizers.Tokenizer`."""
     tokenizer_name: str
+    trained: Path | None = None
+    """The folder of a model that was trained with memory: it has that memory attached, to read."""
 
 
 def new_backbone(
@@ -44,15 +46,17 @@ def new_backbone(
     return Backbone("a fresh llama", model, tokenizer, tokenizer_name=f"BPE of {corpus_name}")
 
 
-def named_backbone(name: str) -> Backbone:
-    """A model of the hub, of a folder or of a GGUF file, in float32.
+def named_backbone(name: str, *, trained: bool = False) -> Backbone:
+    """A model of the hub, of a folder or of a GGUF file, in float32; with `trained`, also one that has a memory.
 
     Raises `OSError` naming what was tried, `ModuleNotFoundError` where it is a package that isn't there, or
     `CommandError`.
     """
     if (Path(name) / MEMORY_FOLDER).is_dir():
+        if trained:
+            return _trained_backbone(Path(name))
         raise CommandError(
-            f"{name} has a memory already, and training on isn't part of this version",
+            f"{name} has a memory already",
             "name the model that it was made from, or the folder of one without memory",
         )
     file = gguf_file(name)
@@ -69,6 +73,23 @@ def named_backbone(name: str) -> Backbone:
     except Exception as error:  # whatever is wrong with a repository's files
         raise _unusable(name, error) from error
     return Backbone(name, model, tokenizer, tokenizer_name=name)
+
+
+def _trained_backbone(folder: Path) -> Backbone:
+    for file, what, way_out in (
+        (ADAPTER_FILE, "an adapter beside its memory", "merge it (merge_and_unload) and save the model"),
+        (f"{MEMORY_FOLDER}/{OVERLAY_FILE}", "an overlay", "apply it (sense-engram delta apply) and remove it"),
+    ):
+        if (folder / file).exists():
+            raise CommandError(f"{folder} has {what}, with which it can't be trained further", way_out)
+    model, tokenizer = open_trained(folder, device="cpu", dtype="float32")
+    memory = memory_of(model)
+    if memory.is_released or len(memory.storages) > 1:
+        raise CommandError(
+            f"{folder} has a released table, or one for each layer", "train it in Python, with EngramTrainer"
+        )
+    name = memory.config.tokenizer_name or str(folder)
+    return Backbone(str(folder), model, tokenizer, tokenizer_name=name, trained=folder)
 
 
 def open_trained(folder: str | Path, *, device: str = "auto", dtype: str = "auto") -> tuple[PreTrainedModel, Any]:

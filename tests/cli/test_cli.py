@@ -281,9 +281,11 @@ def test_train_from_a_configuration_file_and_from_a_folder(run, run_json, corpus
     assert re.search(r"damage +on 1,024 tokens .* KL [\d.e-]+ nats a token", out), out
     assert list(run_json("eval", output, "--corpus", corpus)["perplexity"]) == ["with_memory"]
 
-    status, _, error = run("train", *settings, "--model", output, "--output", tmp_path / "more")
-    assert status == 1
-    assert "has a memory already, and training on isn't part of this version" in error
+    more = run_json("train", *settings, "--model", output, "--output", tmp_path / "more", "--steps", 3)
+    assert (more["memory"]["rows"], more["memory"]["layers"]) == (1500, [0, 1])
+    status, _, error = run("train", "--model", output, "--output", tmp_path / "even more", "--table-size", 9)
+    assert status == 2
+    assert "has a memory, which is trained further as it is: leave --table-size" in " ".join(error.split())
 
 
 def test_a_model_is_replaced_only_when_forced_and_other_files_never(run, run_json, corpus, tmp_path):

