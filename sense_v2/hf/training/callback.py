@@ -388,8 +388,7 @@ class EngramCallback(TrainerCallback):
 
 
 def _refuse_fresh_weights(checkpoint: Path, model: nn.Module) -> None:
-    """Raises `ValueError` if the Trainer, which loads weights by name, can't have found one that it trains in the
-    checkpoint. Frozen ones needn't be there: they are what the model came with."""
+    """Raises `ValueError` if the Trainer, which loads weights by name, can't have found one that it trains."""
     if hasattr(model, "peft_config") or not list(checkpoint.glob("model*.safetensors")):
         return
     saved = find_tensors(checkpoint, lambda name: True).tensors

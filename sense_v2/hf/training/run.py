@@ -4,6 +4,9 @@
 
 `from_pretrained` and the commands open the folder. Nothing appears in it before everything is there. What a run needs
 to go on lies beside it until it has taken all its steps (`hf/saving/staged_folder.py`).
+
+Long because a run is one story: what it begins with, what a resumed one compares, and what it saves and says at its
+end.
 """
 
 from __future__ import annotations
