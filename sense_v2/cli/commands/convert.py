@@ -206,7 +206,7 @@ def _change_tokenizer(
     seconds = time.perf_counter() - started
     layers = ", ".join(map(str, done.layers))
     echo(
-        f"corpus   {done.corpus}, {wording.count(done.new_tokens)} tokens of {done.tokenizer}, "
+        f"corpus   {done.corpus}, {wording.number_of(done.new_tokens, 'token')} of {done.tokenizer}, "
         f"{wording.count(done.old_tokens)} of the model's own tokenizer",
         *(
             f"{f'{one.order}-grams':8} {wording.count(len(one.counts_U))} of {wording.count(one.num_ngrams)} carried "

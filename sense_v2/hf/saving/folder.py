@@ -79,9 +79,10 @@ def check_folder(folder: Path, *, needs_model: bool = True) -> dict[str, Any]:
         )
     if not path.is_file() and (folder / MEMORY_FOLDER).is_dir():
         if needs_model:
-            raise FileNotFoundError(
-                f"{folder}: a memory without a model (there is no config.json); attach it to the model that it is "
-                "for, and pass that model as backbone="
+            raise with_way_out(
+                FileNotFoundError(f"{folder}: a memory, and no model there (it has no config.json)"),
+                "`sense-engram train` writes both; to attach the memory to the model that it is for, pass that model "
+                "as backbone=",
             )
         table_of(folder / MEMORY_FOLDER)
         return {}
