@@ -72,13 +72,19 @@ def attach_longcat_tables(model: PreTrainedModel, folder: str | os.PathLike[str]
         size = table.belongs_to.compressed_vocab_size
         hidden_size, num_ids = model.config.hidden_size, model.config.vocab_size
         if table.config is None or size != num_ids:
-            raise ValueError(f"{folder}: tables of {size} token ids, and the model has {num_ids}")
+            raise with_way_out(
+                ValueError(f"{folder}: tables of {size} token ids, and the model has {num_ids}"),
+                "name the model's own checkpoint",
+            )
         weights = released_projections(folder, table.config.total_heads)
         expected = [hidden_size, table.config.engram_dim]
         found = list(weights["W_v.weight"].shape) if weights else None
         if found != expected:
-            raise ValueError(
-                f"{folder}: its ngram_embeddings.post_projs are {found} side by side; expected {expected}"
+            raise with_way_out(
+                ValueError(
+                    f"{folder}: its ngram_embeddings.post_projs are {found} side by side; expected {expected}"
+                ),
+                "name the model's own checkpoint, or fetch it again",
             )
         # The map has to stay, as a copy of the model opens it again.
         temporary = tempfile.mkdtemp(prefix="longcat-map-")
