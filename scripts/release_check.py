@@ -29,8 +29,7 @@ OF_THE_SDIST = (
     "setup.py",
     "sense_v2/py.typed",
     "third_party/xxhash.h",
-    *(f"{name}.c" for name in COMPILED_OF),
-    *(f"sense_v2/engram/reading/_{name}.h" for name in ("blocks", "copy", "results")),
+    *(str(path.relative_to(ROOT)) for path in sorted((ROOT / "sense_v2").rglob("*.[ch]"))),
 )
 
 
