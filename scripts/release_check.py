@@ -20,7 +20,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
-COMPILED_OF = ("sense_v2/engram/reading/_gather", "sense_v2/engram/table/_row_hashes")
+COMPILED_OF = ("sense_v2/engram/_ngrams", "sense_v2/engram/reading/_gather", "sense_v2/engram/table/_row_hashes")
 """The extensions of a wheel that isn't for every machine, without the end of the name, which differs."""
 OF_THE_SDIST = (
     "LICENSE",

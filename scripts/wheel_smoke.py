@@ -94,9 +94,11 @@ def check_compiled(checkout: Path) -> str:
     has_said = any("no compiled part" in str(warning.message) for warning in said)
     hashes = importlib.import_module(f"{PACKAGE}.engram.table.checksums").compiled
     is_plain = "--plain" in sys.argv
-    if (gather.compiled is None, hashes is None, has_said) != (is_plain,) * 3:
-        raise AssertionError(f"_gather: {gather.compiled}, _row_hashes: {hashes}, said: {has_said}")
-    return "nothing, and it is said" if is_plain else f"{Path(gather.compiled.__file__).name}, {hashes.__name__}"
+    ngrams = importlib.import_module(f"{PACKAGE}.engram.hashing").compiled
+    if (gather.compiled is None, hashes is None, ngrams is None, has_said) != (is_plain,) * 4:
+        raise AssertionError(f"{gather.compiled}, {hashes}, {ngrams}, said: {has_said}")
+    files = ", ".join(Path(one.__file__).name for one in (gather.compiled, ngrams) if one is not None)
+    return "nothing, and it is said" if is_plain else f"{files}, {hashes.__name__}"
 
 
 def check_command(checkout: Path) -> str:

@@ -9,7 +9,7 @@ in another packed document counts as the pad id, and so does everything behind i
 
 `ngram_hash` is the pure function; `NgramHasher` holds what it needs for one layer. `token_rows` goes from a call's
 token ids, mask, positions and past to the row ids of all layers. NumPy arrays and torch tensors on any device give
-the same values.
+the same values; those in this machine's memory are hashed by `_ngrams.c` where it was compiled.
 
 In the `qwen_ple` variant the pad id is the model's end-of-sequence token, and behind one of those a new n-gram begins
 as if the sequence did. In `longcat_flash` it is the same, and token ids are the digits of a number in base V:
@@ -22,13 +22,16 @@ Source: Engram (arXiv 2601.07372) and its demo, transformers' models/qwen4_exp, 
 held against tests/golden/{paper_demo,deepseek_v41,qwen_ple,longcat_flash}_hash.json.
 
 B batch, T sequence, P positions of history, L layers, H heads in all (orders × heads per order), N rows.
+
+Long because the formula stands here alone: by operators, compiled, and for a call's tokens of every layer.
 """
 
 from __future__ import annotations
 
+import importlib
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
@@ -47,6 +50,16 @@ Ids = TypeVar("Ids", np.ndarray, torch.Tensor)
 NO_TOKEN = -1
 # What `TokenRows.to_remember` says of each token, in this order.
 COMPRESSED_ID, VALID, POSITION, OVERLAY = range(4)
+
+
+def _load_compiled() -> Any:
+    try:
+        return importlib.import_module("sense_v2.engram._ngrams")
+    except ImportError:  # no compiler where it was installed
+        return None
+
+
+compiled: Any = _load_compiled()
 
 
 def sequences_until(end_id: int, ids_BT: torch.Tensor, sequence_ids_BT: torch.Tensor | None) -> torch.Tensor:
@@ -204,6 +217,10 @@ class NgramHasher:
         self._multipliers = torch.from_numpy(self.multipliers)
         self._primes_H = torch.tensor(self.layout.primes_LH[layer], dtype=torch.int64)
         self._offsets_H = torch.tensor(self.layout.offsets_LH[layer], dtype=torch.int64)
+        orders_H = np.repeat(self.layout.ngram_orders, num_heads)
+        reach_KH = np.arange(len(self.multipliers))[:, None] < orders_H
+        multipliers_KH = self.multipliers if self._is_digits else self.multipliers[:, None] * reach_KH
+        self._of_heads = (multipliers_KH, self._is_digits, self._primes_H.numpy(), self._offsets_H.numpy())
         self.first_row = 0
         """Where the layer's table begins, if it is one of several that are joined."""
 
@@ -273,9 +290,13 @@ class NgramHasher:
                 raise ValueError(f"{name} has shape {tuple(extra_BT.shape)}; expected {tuple(ids_BT.shape)}")
         if history is not None and (history.dim() != 2 or history.shape[0] != ids_BT.shape[0]):
             raise ValueError(f"history has shape {tuple(history.shape)}; expected [{ids_BT.shape[0]}, positions]")
-        _check_range(ids_BT, 0, self.num_ids, "compressed ids")
-
+        nothing = 0 if self._is_digits else self.pad_id
         device = ids_BT.device
+        if compiled is not None and device.type == "cpu":
+            found_KBT = self._look_back_compiled(nothing, ids_BT, attention_mask, sequence_ids, history)
+            if found_KBT is not None:
+                return found_KBT
+        _check_range(ids_BT, 0, self.num_ids, "compressed ids")
         ids_BT = ids_BT.to(torch.int64)
         valid_BT = None if attention_mask is None else attention_mask.to(device) != 0
         if sequence_ids is not None:
@@ -295,12 +316,38 @@ class NgramHasher:
         if self._ends_at_pad:
             sequence_ids = sequences_until(self.pad_id, ids_BT, sequence_ids)
         masks = {"valid_BT": valid_BT, "sequence_ids_BT": sequence_ids}
-        nothing = 0 if self._is_digits else self.pad_id
         ids_KBQ = look_back(ids_BT, largest_order=len(self.multipliers), pad_id=nothing, **masks)
         return ids_KBQ[..., num_history:]
 
+    def _look_back_compiled(
+        self,
+        nothing: int,
+        ids_BT: torch.Tensor,
+        mask_BT: torch.Tensor | None,
+        documents_BT: torch.Tensor | None,
+        history_BP: torch.Tensor | None,
+    ) -> torch.Tensor | None:
+        """As `look_back`, of ids in memory; None where one of them is none that there is."""
+        if not (_are_integers(ids_BT) and (history_BP is None or _are_integers(history_BP))):
+            return None
+        ids, documents, history = (
+            None if x is None else x.to(device="cpu", dtype=torch.int64).contiguous().numpy()
+            for x in (ids_BT, documents_BT, history_BP)
+        )
+        valid = None if mask_BT is None else (mask_BT.cpu() != 0).contiguous().numpy()
+        found_KBT = torch.empty((len(self.multipliers), *ids_BT.shape), dtype=torch.int64, device="cpu")
+        end_id = self.pad_id if self._ends_at_pad else NO_TOKEN
+        is_inside = compiled.look_back(
+            ids, valid, documents, history, len(ids_BT), self.num_ids, end_id, nothing, found_KBT.numpy()
+        )
+        return found_KBT if is_inside else None
+
     def _rows(self, ids_KBT: torch.Tensor) -> torch.Tensor:
         device = ids_KBT.device
+        if compiled is not None and device.type == "cpu":
+            found_BTH = torch.empty((*ids_KBT.shape[1:], len(self._primes_H)), dtype=torch.int64, device="cpu")
+            compiled.hash_rows(ids_KBT.contiguous().numpy(), *self._of_heads, self.first_row, found_BTH.numpy())
+            return found_BTH
         multipliers, primes_H = self._multipliers.to(device), self._primes_H.to(device)
         offsets_H = self._offsets_H.to(device) + self.first_row
         if self._is_digits:
@@ -311,8 +358,12 @@ class NgramHasher:
         )
 
 
+def _are_integers(ids: torch.Tensor) -> bool:
+    return not (ids.dtype.is_floating_point or ids.dtype == torch.bool)
+
+
 def _check_range(ids: torch.Tensor, low: int, high: int, what: str) -> None:
-    if ids.dtype.is_floating_point or ids.dtype == torch.bool:
+    if not _are_integers(ids):
         raise TypeError(f"{what} are {ids.dtype}; expected integers")
     if ids.numel() == 0:
         return
@@ -397,6 +448,8 @@ def token_rows(
                 "0 at padding"
             )
         valid_BT = attention_mask.to(device) != 0
+        if not torch.compiler.is_compiling() and valid_BT.all():
+            valid_BT = None
     if position_ids is not None and position_ids.dim() == 3:
         # Of text, time, height and width (Qwen-VL); without text's, positions say nothing of documents.
         position_ids = position_ids[0] if position_ids.shape[0] == 4 else None
@@ -477,10 +530,12 @@ def packed_documents(position_ids_BT: torch.Tensor) -> torch.Tensor | None:
             [1, 1, 1, 1, 1]])
     """
     before_BT, after_BT = position_ids_BT[:, :-1], position_ids_BT[:, 1:]
+    # A compiled graph can't depend on what the positions are, only on their number.
+    if not torch.compiler.is_compiling() and (after_BT > before_BT).all():
+        return None
     stands_BT = after_BT == before_BT
     repeats_B1 = (stands_BT & (after_BT != 0)).any(dim=1, keepdim=True)
     starts_BT = (after_BT < before_BT) | (stands_BT & ~repeats_B1 & (after_BT == 0))
-    # A compiled graph can't depend on what the positions are, only on their number.
     if not torch.compiler.is_compiling() and not starts_BT.any():
         return None
     return F.pad(starts_BT.long().cumsum(dim=1), (1, 0)) + 1

@@ -7,12 +7,29 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from sense_v2.core.config import EngramConfig
+from sense_v2.engram import hashing
 from sense_v2.engram.hashing import NO_TOKEN, NgramHasher
 from sense_v2.engram.head_layout import HeadLayout, hash_multipliers
 
 PAPER = {"layer_ids": [1, 15], "ngram_orders": [2, 3], "num_heads": 8, "table_size": 646_400}
 RELEASED = {"layer_ids": [1, 14], "ngram_orders": [2, 3, 4], "num_heads": 8, "table_size": 16_000_000}
 PUBLISHED = {"compressed_vocab_size": 99_092, "pad_id": 2}
+
+
+COMPILED = hashing.compiled
+
+
+@pytest.fixture(scope="module", params=["compiled", "plain"], autouse=True)
+def way(request):
+    """Every test of this module runs with the compiled part, and with operators of torch alone."""
+    if request.param == "plain":
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(hashing, "compiled", None)
+            yield request.param
+    elif COMPILED is None:
+        pytest.skip("_ngrams.c isn't compiled here")
+    else:
+        yield request.param
 
 
 def is_prime(number: int) -> bool:
@@ -205,6 +222,52 @@ def test_equal_to_the_slow_oracle_in_numpy_and_torch(batch, orders):
     np.testing.assert_array_equal(rows, expected)
     np.testing.assert_array_equal(rows_torch.numpy(), expected)
     assert rows.dtype == np.int64
+
+
+ENDING = {"ngram_orders": [2, 3], "num_heads": 2, "table_size": 3_000, "compressed_vocab_size": VOCABULARY}
+
+
+@pytest.mark.skipif(COMPILED is None, reason="_ngrams.c isn't compiled here")
+@pytest.mark.parametrize("variant", ["sense", "qwen_ple", "longcat_flash"])
+@given(batch=batches(), pad_id=st.integers(0, 1))
+@settings(max_examples=60, deadline=None)
+def test_the_compiled_part_gives_the_operators_bits(variant, batch, pad_id):
+    """Also where n-grams end at a token, where digits are added up, and where products of spare ids wrap around."""
+    hasher = NgramHasher(variant, layer_id=0, layer_ids=[0], pad_id=pad_id, num_spare_ids=2**50, **ENDING)
+    ids, history = batch["ids"].copy(), batch["history"]
+    ids[0, 0] += 2**49
+    masks = {"attention_mask": batch["mask"], "sequence_ids": batch["documents"], "history": history}
+    found = []
+    for compiled in (COMPILED, None):
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(hashing, "compiled", compiled)
+            found.append(hasher(ids, **masks))
+    np.testing.assert_array_equal(*found)
+
+
+@pytest.mark.skipif(COMPILED is None, reason="_ngrams.c isn't compiled here")
+def test_buffers_that_do_not_fit_are_refused():
+    """Nobody calls it so; but a mistake in Python must not become a write outside the result."""
+    ids, found = np.zeros((2, 3), np.int64), np.zeros((2, 2, 3), np.int64)
+    look_back = COMPILED.look_back
+    for valid, documents, history, batch, out in (
+        (np.ones((2, 2), bool), None, None, 2, found),
+        (None, ids[:1], None, 2, found),
+        (None, None, np.zeros(3, np.int64), 2, found),
+        (None, None, None, 5, found),
+        (None, None, None, 2, found.ravel()[:-1].copy()),
+    ):
+        with pytest.raises(ValueError, match="aren't of one batch"):
+            look_back(ids, valid, documents, history, batch, 10, NO_TOKEN, 0, out)
+    heads = np.ones(4, np.int64)
+    for ids_KN, multipliers, sizes, out in (
+        (found, np.ones((3, 4), np.int64), heads, np.zeros((2, 3, 4), np.int64)),
+        (found, np.ones((2, 4), np.int64), heads[:3].copy(), np.zeros((2, 3, 4), np.int64)),
+        (found, np.ones((2, 4), np.int64), heads, np.zeros((2, 3, 3), np.int64)),
+        (found, np.ones((2, 4), np.int64), heads * 0, np.zeros((2, 3, 4), np.int64)),
+    ):
+        with pytest.raises(ValueError, match="aren't of one layer's heads"):
+            COMPILED.hash_rows(ids_KN, multipliers, False, sizes, heads, 0, out)
 
 
 @given(batches())

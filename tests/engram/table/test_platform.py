@@ -64,7 +64,7 @@ def without_mincore():
     without_compiled()
 
 def without_compiled():
-    for name in ("sense_v2.engram.reading._gather", "sense_v2.engram.table._row_hashes"):
+    for name in ("sense_v2.engram._ngrams", "sense_v2.engram.reading._gather", "sense_v2.engram.table._row_hashes"):
         sys.modules[name] = None
 
 def without_all():
