@@ -133,23 +133,31 @@ class ShortConv(nn.Conv1d):
         span = (self.kernel_size[0] - 1) * self.dilation[0]
         return span if self.causal else span // 2
 
-    def forward(self, inputs_BXT: torch.Tensor, sequence_ids_BT: torch.Tensor | None = None) -> torch.Tensor:
+    def forward(
+        self, inputs_BXT: torch.Tensor, sequence_ids_BT: torch.Tensor | None = None, *, num_last: int | None = None
+    ) -> torch.Tensor:
         """Convolve tap by tap: each can stop at its document's border, a position has the same bits however many come
-        with it, and on a processor it takes a third of `nn.Conv1d`'s time for few positions, as much for many."""
+        with it, and on a processor it takes a third of `nn.Conv1d`'s time for few positions, as much for many. With
+        `num_last` only so many of the last positions are computed."""
         num_positions, (dilation,) = inputs_BXT.shape[-1], self.dilation
+        num_last = num_positions if num_last is None else num_last
+        skipped = num_positions - num_last
         span = (self.kernel_size[0] - 1) * dilation
-        padded_BXQ = F.pad(inputs_BXT, (self.reach, span - self.reach))
+        before, after = max(self.reach - skipped, 0), span - self.reach
+        padded_BXQ = F.pad(inputs_BXT, (before, after)) if before or after else inputs_BXT
+        start = skipped - self.reach + before
         same = None if sequence_ids_BT is None else boundary_masks(None, sequence_ids_BT, farthest=span)
         total_BXT: torch.Tensor | None = None
-        for first in range(0, span + 1, dilation):
-            tapped_BXT = padded_BXQ[..., first : first + num_positions] * self.weight[:, 0, first // dilation, None]
+        for tap, weight_X1 in enumerate(self.weight.unbind(-1)):
+            first = tap * dilation
+            tapped_BXT = padded_BXQ[..., start + first : start + first + num_last] * weight_X1
             # A tap is used where t and t - back, and all between, are of one document; looking forward from t is
             # looking back from t + n.
             back = self.reach - first
             same_BT = None if same is None else same[abs(back)]
             if same_BT is not None:
                 same_BT = same_BT if back >= 0 else F.pad(same_BT[:, -back:], (0, min(-back, num_positions)))
-                tapped_BXT = tapped_BXT * same_BT[:, None]
+                tapped_BXT = tapped_BXT * same_BT[:, None, skipped:]
             total_BXT = tapped_BXT if total_BXT is None else total_BXT + tapped_BXT
         assert total_BXT is not None
         return total_BXT
@@ -467,12 +475,10 @@ class EngramFusionLayer(nn.Module):
         inputs_BQX = mixed_BTSC.flatten(-2)
         if remember is not None:
             inputs_BQX = remember(inputs_BQX)
-        mixed_BXQ = conv(inputs_BQX.transpose(1, 2), documents_BQ)
-        mixed_BQX = mixed_BXQ.transpose(1, 2)
-        if places_T is None:
-            mixed_BTX = mixed_BQX[:, inputs_BQX.shape[1] - gated_BTSC.shape[1] :]
-        else:
-            mixed_BTX = mixed_BQX.flatten(0, 1)[None, places_T]
+        num_last = gated_BTSC.shape[1] if places_T is None else None
+        mixed_BTX = conv(inputs_BQX.transpose(1, 2), documents_BQ, num_last=num_last).transpose(1, 2)
+        if places_T is not None:
+            mixed_BTX = mixed_BTX.flatten(0, 1)[None, places_T]
         mixed_BTSC = mixed_BTX.unflatten(-1, (self.num_streams, self.hidden_size))
         if self.conv_norm is not None:
             mixed_BTSC = F.silu(mixed_BTSC)

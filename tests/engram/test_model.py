@@ -514,6 +514,18 @@ def test_a_position_s_convolution_has_the_same_bits_however_many_come_with_it():
         assert torch.equal(conv(inputs_BXT[..., end - 3 : end])[..., -1], whole[..., end - 1])
 
 
+@pytest.mark.parametrize(("kernel", "dilation", "causal"), [(3, 1, True), (3, 1, False), (4, 3, True)])
+@pytest.mark.parametrize("documents", [None, [[1] * 4 + [2] * 7, [1] * 11]])
+def test_the_convolution_of_the_last_positions_alone_has_the_same_bits(kernel, dilation, causal, documents):
+    torch.manual_seed(0)
+    conv = ShortConv(5, kernel, dilation, causal=causal)
+    inputs_BXT = torch.randn(2, 5, 11)
+    documents_BT = None if documents is None else torch.tensor(documents)
+    whole = conv(inputs_BXT, documents_BT)
+    for num_last in (1, 2, 8, 10, 11):
+        assert torch.equal(conv(inputs_BXT, documents_BT, num_last=num_last), whole[..., -num_last:])
+
+
 def test_the_flow_imports_no_transformers():
     code = (
         "import sys, sense_v2.engram.model, sense_v2.engram.optim\n"
