@@ -99,6 +99,7 @@ def metrics(results: dict[str, Any]) -> dict[str, Any]:
         "gain_kept_by_controls": results["controls"],
         "compression": {name: results["compression"][name] for name in ("tokens", "ids")},
         "tokens": results["trained_tokens"],
+        "reading": results["reading"],
         "seconds": results["seconds"],
     }
 

@@ -84,21 +84,11 @@ def run_eval(
         "reading": reading,
         "seconds": time.perf_counter() - started,
     }
-    for line in (*_table(result, list(found)), *map(_reading, reading)):
+    for line in (*_table(result, list(found)), *(f"reading        {wording.reading(one)}" for one in reading)):
         echo(line)
     if len(found) == 2:
         echo(f"without memory: {wording.taken_off(not settings_of(folder).trains_beside_memory)}")
     return result
-
-
-def _reading(table: dict[str, float]) -> str:
-    """What reading a table has cost."""
-    calls, rows, asked, slow = (wording.count(int(table[name])) for name in ("calls", "rows", "asked", "slow"))
-    waits = f", {wording.duration(table['wait_seconds'])} in all" if table["slow"] else ""
-    return (
-        f"reading        {calls} lookups of {rows} rows, {wording.size(int(table['bytes']))}; {asked} asked for from "
-        f"the disk, {slow} slow{waits}"
-    )
 
 
 def _table(result: dict[str, Any], names: list[str]) -> list[str]:

@@ -12,6 +12,7 @@ returns:
       "runs": {"untouched": RUN, "memory": RUN, "lora": RUN, "both": RUN (optional), "random_rows": RUN (optional)},
       "changes": {"memory - lora": {"mean", "low", "high"}, …}: of the loss, over the same sequences,
       "random_rows_keep": share of the memory's gain that random rows keep, or None,
+      "reading": what the memory's lookups cost, as `ReadStats.summary` says it,
       "step_times": a step with a memory ("other") and one with a LoRA ("base"), measured in turns,
       "generations": [{"prompt", "untouched", "memory", …}], "machine": {…}, "seconds": float
     }

@@ -14,6 +14,7 @@ draws. The results are one dictionary that JSON can hold:
       "engram": the fields of EngramConfig, "train": the fields of TrainConfig,
       "trained_tokens": int, the tokens that each run read; "corpus"/"tokens" is all that it could have read,
       "table": {"rows", "width", "dtype", "bytes"}, "fusion_parameters": int,
+      "reading": what the memory's lookups cost, as `ReadStats.summary` says it,
       "runs": {"plain": RUN, "engram": RUN, "random_rows": RUN (optional), "shuffled": RUN (optional)},
       "step_times": how long a step of "engram" takes as against "plain", measured in turns, and
       "equal_time": both runs after equal training time, or None, as sense_v2.hf.experiments.step_times gives them,
@@ -56,6 +57,7 @@ REQUIRED = (
     *("title", "created", "corpus", "compression", "demo_compression", "model", "engram", "table"),
     *(
         "fusion_parameters",
+        "reading",
         "train",
         "trained_tokens",
         "runs",

@@ -199,6 +199,18 @@ def taken_off(trained_alone: bool) -> str:
     return "this model with its memory taken off; one that was trained without may do better"
 
 
+def reading(table: dict[str, Any]) -> str:
+    """What reading a table has cost, of a `ReadStats.summary`.
+
+    >>> reading({"calls": 1, "rows": 2048, "bytes": 524_288, "asked": 1, "slow": 1, "wait_seconds": 0.012})
+    '1 lookup of 2,048 rows, 524 KB; 1 asked for from the disk, 1 slow, 12 ms in all'
+    """
+    waits = f", {duration(table['wait_seconds'])} in all" if table["slow"] else ""
+    lookups = f"{number_of(table['calls'], 'lookup')} of {number_of(table['rows'], 'row')}"
+    asked = f"{count(table['asked'])} asked for from the disk"
+    return f"{lookups}, {size(table['bytes'])}; {asked}, {count(table['slow'])} slow{waits}"
+
+
 def setting(value: Any) -> str:
     """A value of a configuration, as it would be written in its file.
 

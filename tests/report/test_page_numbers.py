@@ -39,6 +39,8 @@ def test_the_demos_page_and_its_json_say_the_same(made):
         assert f"“{results['runs'][name]['label']}” keeps {wording.percent(kept)} of the gain" in text
     assert f"takes {wording.decimals(numbers['step_times']['ratio'], 2)} times as long" in text
     assert f"{wording.count(numbers['compression']['ids'])} compressed ids" in text
+    lookups = numbers["reading"]
+    assert f"{wording.count(lookups['calls'])} lookups of {wording.count(lookups['rows'])} rows" in text
     assert f"Everything together took{wording.duration(numbers['seconds'])}" in text
 
 

@@ -39,6 +39,7 @@ RESULTS = {
         "both - lora": {"mean": -0.16, "low": -0.19, "high": -0.12},
     },
     "random_rows_keep": 0.2,
+    "reading": {"calls": 70, "rows": 9_876, "bytes": 632_064, "asked": 0, "slow": 0, "wait_seconds": 0.0},
     "step_times": {"ratio": 0.78, "low": 0.74, "high": 0.83, "rounds": 6, "seconds": {}},
     "generations": [
         {"prompt": "def f(", "untouched": "x)", "memory": "y)", "lora": "z)", "both": "u)", "random_rows": HOSTILE}
@@ -64,6 +65,7 @@ def test_the_page_is_whole_and_says_what_the_results_hold(tmp_path):
     page = Page((tmp_path / "report.html").read_text())
     for told in ("2.400", "0.0080", "0.2400", "31 %", "2,097,074", "1,234,567", "def f(", "z)", "layer 8 of 30"):
         assert told in page.text.replace("\u00a0", " "), told
+    assert "70 lookups of 9,876 rows, 632 KB" in page.text.replace("\u00a0", " ")
     assert "<script>alert" not in (tmp_path / "report.html").read_text()
 
 

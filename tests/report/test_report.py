@@ -150,6 +150,15 @@ def made_results(engram: float = 2.47, controls: bool = True) -> dict:
                 "engram": "def test_read_rows(self):\n    with self.assertRaises(ValueError):\n        read(rows)\n",
             }
         ],
+        "reading": {
+            "calls": 1_300,
+            "rows": 8_123_456,
+            "bytes": 1_039_802_368,
+            "asked": 12,
+            "slow": 17,
+            "wait_seconds": 0.25,
+            "wait_seconds_p99": 0.065,
+        },
         "machine": {
             "cpu": "Intel Xeon Processor @ 2.10GHz",
             "cores": 2,

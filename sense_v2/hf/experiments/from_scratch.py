@@ -233,6 +233,7 @@ def _run_in(
             "dtype": config.engram.dtype,
             "bytes": memory.storage.path.stat().st_size,
         },
+        "reading": memory.storage.stats().summary(),
         "fusion_parameters": sum(parameter.numel() for parameter in memory.parameters()),
         "runs": runs,
         "step_times": step_times,

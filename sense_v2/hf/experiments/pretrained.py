@@ -230,6 +230,7 @@ def _run_in(
             written[name] = continuations(learner, prompts_BT, tokenizer)
             if name == "memory":
                 table = _table(model, engram)
+                reading = memory_of(model).storage.stats().summary()
                 evaluation = {f"perplexity, {WAYS[which].label}": runs[which]["perplexity"] for which in runs}
                 save_pretrained(
                     model,
@@ -262,6 +263,7 @@ def _run_in(
         "engram": engram.to_dict(),
         "train": settings.to_dict(),
         "table": table,
+        "reading": reading,
         "runs": runs,
         "changes": {
             f"{one} - {other}": _change(losses_of[one] - losses_of[other], settings.seed)
