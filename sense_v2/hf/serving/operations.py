@@ -79,7 +79,7 @@ class Operated:
                 alive = self.is_alive()
                 await _say(answer, 200 if alive else 503, json.dumps({"status": "ok" if alive else "unhealthy"}))
             elif not self._bears_key(scope):
-                await _refuse(answer, 401, "the Authorization header bears another key than this server's")
+                await _refuse(answer, 401, "the request bears no key, or another key (Authorization: Bearer KEY)")
             elif path == "/metrics":
                 await _say(answer, 200, self.metrics(), b"text/plain; version=0.0.4")
             elif is_text and self.in_work > self.max_waiting:
