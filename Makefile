@@ -151,11 +151,12 @@ wheel: $(INSTALLED) ## build the wheel into dist/, install it in an empty enviro
 
 # What is installed the second time is the sdist, where no compiler works.
 release-check: $(INSTALLED) ## make wheel, and the sdist, used without a compiler; metadata, versions, changelog (TAG=v0.1.0)
-	@$(BIN)/python -c 'import twine' 2>/dev/null || $(BIN)/python -m pip install --quiet -c $(TORCH_CONSTRAINTS) -e ".[release]"
+	@$(BIN)/python -c '$(PROBE)' twine $(if $(filter Linux,$(shell uname)),auditwheel abi3audit) || $(BIN)/python -m pip install --quiet -c $(TORCH_CONSTRAINTS) -e ".[release]"
 	rm -rf build dist
 	$(BIN)/python -m build --outdir dist .
 	$(BIN)/python -m twine check --strict dist/*
 	$(BIN)/python scripts/release_check.py dist $(if $(TAG),--tag $(TAG))
+	[ "$$(uname)" != Linux ] || { $(BIN)/python -m auditwheel show dist/*.whl && $(BIN)/python -m abi3audit --strict dist/*.whl; }
 	$(use_in_an_empty_environment); \
 	CC=false "$$python" -m pip install --quiet --force-reinstall --no-deps dist/*.tar.gz; \
 	cd "$$scratch/elsewhere"; "$$python" -I "$(CURDIR)/scripts/wheel_smoke.py" "$(CURDIR)" --plain

@@ -35,6 +35,11 @@ class BuildWheel(bdist_wheel):
             for extension in self.distribution.ext_modules:
                 extension.py_limited_api = True
                 extension.define_macros.append(("Py_LIMITED_API", version))
+        if sys.platform == "linux":
+            for extension in self.distribution.ext_modules:
+                # auditwheel tells a wheel's libc by what its first extension is linked with, and gives up where that
+                # calls nothing of it, as _ngrams.
+                extension.extra_link_args.append("-Wl,--no-as-needed")
         build = self.get_finalized_command("build_ext")
         self.run_command("build_ext")
         if any(Path(file).exists() for file in build.get_outputs()):
