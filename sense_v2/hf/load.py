@@ -7,6 +7,7 @@ import dataclasses
 import json
 import re
 import warnings
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -55,7 +56,7 @@ def from_pretrained(
     name: str | Path,
     *,
     mode: str = "r",
-    overlay: str | Path | None = None,
+    overlay: str | Path | Sequence[str | Path] | None = None,
     backbone: PreTrainedModel | None = None,
     tokenizer: Any = None,
     config: EngramModelConfig | None = None,
@@ -77,7 +78,8 @@ def from_pretrained(
         name: A folder; or, if there is no such folder, a model of the hub, which is downloaded to the hub's cache.
         mode: "r" only reads rows. "r+" trains them in place, a referenced table where it lies.
         overlay: A delta of this table: rows that it has are looked up there. With mode "r+" all that is trained goes
-            there, and the file is made if it isn't there yet. A folder that was saved with an overlay has its own.
+            there, and the file is made if it isn't there yet. Of several each lies on top of the one before, and only
+            the last is written to. A folder that was saved with an overlay has its own.
         backbone: A model to attach the memory to, in place of the saved one.
         tokenizer: Compared with the one that the memory was trained with.
         config: The backbone's configuration.
@@ -172,7 +174,9 @@ def load_fusion(memory: EngramMemory, folder: Path) -> None:
         ) from error
 
 
-def _overlay_of(memory_folder: Path, given: str | Path | None) -> Path | None:
+def _overlay_of(
+    memory_folder: Path, given: str | Path | Sequence[str | Path] | None
+) -> str | Path | Sequence[str | Path] | None:
     saved = memory_folder / OVERLAY_FILE
     if given is not None and not memory_folder.is_dir():
         raise with_way_out(
@@ -183,7 +187,7 @@ def _overlay_of(memory_folder: Path, given: str | Path | None) -> Path | None:
             ValueError(f"{memory_folder.parent} was saved with an overlay, and {given} would be a second one"),
             f"Make them one: sense-engram delta merge {saved} {given} --output FILE, and put that in its place",
         )
-    return Path(given) if given is not None else saved if saved.is_file() else None
+    return given if given is not None else saved if saved.is_file() else None
 
 
 def _found_folder(name: str | Path, download: dict[str, Any], mode: str, needs_model: bool) -> Path:

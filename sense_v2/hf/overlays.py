@@ -2,6 +2,7 @@
 
     add_overlay(model, "facts.safetensors")     from here on the model looks up, and trains, through the overlay
     remove_overlay(model)                       and without it again, bit for bit
+    add_overlay(model, ["facts.safetensors", "corrections.safetensors"])    the second on top of the first
 
     load_overlay(model, "a", "facts.safetensors")   one of several, for the sequences that choose it
     model(token_ids, overlay=["a", None, "b"])      each sequence through its own; None: through none of these
@@ -42,9 +43,15 @@ def overlay_of(model: PreTrainedModel) -> OverlayStorage | None:
 
 
 def add_overlay(
-    model: PreTrainedModel, path: str | os.PathLike[str] | None = None, *, mode: str = "r+"
+    model: PreTrainedModel,
+    path: str | os.PathLike[str] | Sequence[str | os.PathLike[str]] | None = None,
+    *,
+    mode: str = "r+",
 ) -> OverlayStorage:
     """Puts an overlay, the delta at `path` or one in memory alone, between the model and its table.
+
+    Of several paths each lies on top of the one before; all but the last are only read, and `remove_overlay` takes
+    the last away.
 
     The table must have been opened with mode "r" (`from_pretrained` does that by itself). Where layers have tables of
     their own, the overlay lies on all of them, joined to one (`sense_v2.engram.delta.joined_tables`); they stay
@@ -57,13 +64,19 @@ def add_overlay(
             ValueError(f"this model has an overlay already ({there.path or 'in memory'})"),
             "Deltas of one table can be made one: sense-engram delta merge; or remove_overlay(model) first",
         )
-    overlay = OverlayStorage(tables.join_tables(), path, mode=mode)
+    paths: list[Any] = [path] if path is None or isinstance(path, (str, os.PathLike)) else list(path)
+    *below, top = paths or [None]
+    storage = tables.join_tables()
+    for one in below:
+        storage = OverlayStorage(storage, one, mode="r")
+    overlay = OverlayStorage(storage, top, mode=mode)
     tables.use_storage(overlay.train(tables.training))
     return overlay
 
 
 def remove_overlay(model: PreTrainedModel) -> None:
-    """The model looks up its table alone again. What the overlay hadn't committed is lost; its file stays.
+    """The model looks up its table, or the overlay below, alone again. What the overlay hadn't committed is lost; its
+    file stays.
 
     Raises `ValueError` where there is none.
     """

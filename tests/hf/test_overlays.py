@@ -131,6 +131,29 @@ def test_an_overlay_is_named_when_a_model_is_loaded_and_made_where_there_is_none
         from_pretrained(tmp_path / "plain", overlay=tmp_path / "facts.safetensors")
 
 
+def test_overlays_lie_on_each_other_and_are_saved_as_one(folder, tmp_path):
+    files = [tmp_path / "first.safetensors", tmp_path / "second.safetensors"]
+    for path, rows in zip(files, ([3, 5], [5, 7]), strict=True):
+        model = from_pretrained(folder, overlay=path, mode="r+")
+        change(model, *rows)
+        memory_of(model).storage.commit()
+        detach_engram(model)
+    model = from_pretrained(folder, overlay=files)
+    changed = logits(model)
+    assert memory_of(model).storage.changed_ids.tolist() == [3, 5, 7]
+    save_pretrained(model, tmp_path / "changed")
+    assert torch.equal(logits(from_pretrained(tmp_path / "changed")), changed)
+    assert read_delta(tmp_path / "changed" / "engram" / "overlay.safetensors").row_ids_U.tolist() == [3, 5, 7]
+    other = copy.deepcopy(model)
+    remove_overlay(model)
+    assert memory_of(model).storage.path == files[0]
+    remove_overlay(other), remove_overlay(other)
+    with pytest.raises(FileNotFoundError, match="no delta there"):
+        add_overlay(other, [tmp_path / "none.safetensors", files[0]])
+    assert memory_of(other).storage is memory_of(other).table
+    assert torch.equal(logits(other), logits(from_pretrained(folder)))
+
+
 def test_a_copy_of_a_model_has_its_changes_and_is_a_model_of_its_own(folder, tmp_path):
     model = from_pretrained(folder)
     add_overlay(model)

@@ -135,7 +135,8 @@ class OverlayStorage(TableModule):
 
     With mode "r+", a delta that isn't there is made by the first commit; "r" only reads one that is. Without a `path`
     changed rows are in memory alone, and `export` writes them where they are wanted. `base` is a table of our own,
-    opened with mode "r", of any dtype, or a released one; the overlay owns it, and closes it with itself.
+    opened with mode "r", of any dtype, or a released one; the overlay owns it, and closes it with itself. It can be
+    another overlay, opened with mode "r": the delta then has what is changed on top of it, and is of the same table.
 
     Raises `ValueError` if the delta is damaged, or was made on another base than this one; `BlockingIOError` if a
     process writes to it already.
@@ -191,7 +192,7 @@ class OverlayStorage(TableModule):
 
     @property
     def table(self) -> RowSource:
-        return self.base
+        return self.base.table
 
     @property
     def whole_table(self) -> Any:
@@ -203,7 +204,12 @@ class OverlayStorage(TableModule):
 
     @property
     def changed_ids(self) -> torch.Tensor:
-        """int64, ascending: the rows that don't come from the base."""
+        """int64, ascending: the rows that don't come from the table."""
+        return torch.cat([self.own_ids, self.base.changed_ids]).unique()
+
+    @property
+    def own_ids(self) -> torch.Tensor:
+        """int64, ascending: the rows that don't come from the base, which may be an overlay itself."""
         return torch.from_numpy(self._changed_ids().copy())
 
     def identity(self) -> TableIdentity:
@@ -335,11 +341,19 @@ class OverlayStorage(TableModule):
         """A commit."""
         self.commit(step)
 
-    def copy_to(self, path: str | os.PathLike[str], *, states: bool = True, reflink_only: bool = False) -> None:
-        """Writes the changed rows as a delta of its own, and reads it back. Raises as `commit`."""
+    def copy_to(
+        self,
+        path: str | os.PathLike[str],
+        *,
+        states: bool = True,
+        reflink_only: bool = False,
+        whole: bool = False,
+    ) -> None:
+        """Writes the changed rows as a delta of its own, and reads it back; `whole`: with those of overlays below.
+        Raises as `commit`."""
         self._refuse_closed()
         with self.changing:
-            self._write(Path(path), self._next_info(None, None), states=states)
+            self._write(Path(path), self._next_info(None, None), states=states, whole=whole)
         read_delta(path)
 
     def restore_from(self, path: str | os.PathLike[str]) -> None:
@@ -383,9 +397,8 @@ class OverlayStorage(TableModule):
             state_steps={**old.state_steps, **{name: state.step for name, state in self._states.items()}},
         )
 
-    def _write(self, path: Path, info: DeltaInfo, *, states: bool) -> None:
-        row_ids_U = self._changed_ids()
-        ids_U = torch.from_numpy(row_ids_U)
+    def _write(self, path: Path, info: DeltaInfo, *, states: bool, whole: bool = False) -> None:
+        ids_U = self.changed_ids if whole else self.own_ids
         sources = {"rows": Source(self.embedding_dim, self.dtype, lambda part: self._rows(ids_U[part]))}
         if states:
             for name in info.state_steps:
@@ -397,7 +410,7 @@ class OverlayStorage(TableModule):
                 sources[f"state.{name}"] = Source(state.width, torch.float32, read)
         else:
             info = DeltaInfo(info.base, info.step, info.extra, info.updates)
-        write_delta(path, info, row_ids_U, sources, like=path if path.exists() else self.base.path)
+        write_delta(path, info, ids_U.numpy(), sources, like=path if path.exists() else self.base.path)
 
     def _kept_width(self, name: str) -> int:
         assert self._kept is not None

@@ -241,7 +241,7 @@ def teach_facts_delta(
             **done.report,
             "not_learned": done.not_learned,
             "delta": str(output),
-            "rows_in_all": len(overlay.changed_ids),
+            "rows_in_all": len(overlay.own_ids),
             "bytes": output.stat().st_size,
         }
     finally:
@@ -319,7 +319,7 @@ class Descent:
         self.model, self.overlay, self.row_ids_U = model, overlay, row_ids_U
         self.losses: list[float] = []
         self.before_UD = overlay(row_ids_U).detach()
-        self.were_changed_U = torch.isin(row_ids_U, overlay.changed_ids)
+        self.were_changed_U = torch.isin(row_ids_U, overlay.own_ids)
         # Kept in float32 between the steps, so that a step too small for the table's type still counts.
         self.rows_UD = self.before_UD.to(torch.float32, copy=True)
         self._shares_U1 = torch.ones(len(row_ids_U), 1) if spared_U is None else spared_U[:, None]

@@ -320,7 +320,7 @@ def _save_overlay(memory: EngramMemory, path: Path, states: bool) -> None:
     if memory.storage is memory.table:
         path.unlink(missing_ok=True)  # of another memory
     elif memory.storage.path is None or not is_same_file(memory.storage.path, path):
-        memory.storage.copy_to(path, states=states)
+        memory.storage.copy_to(path, states=states, whole=True)
 
 
 def _write_reference(storage: TrainableRows, target: Path) -> None:

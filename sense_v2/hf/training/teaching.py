@@ -187,7 +187,7 @@ def teach_delta(
             "before": before,
             "after": after,
             "delta": str(output),
-            "rows_in_all": len(taught.overlay.changed_ids),
+            "rows_in_all": len(taught.overlay.own_ids),
             "bytes": output.stat().st_size,
         }
     finally:
@@ -224,7 +224,7 @@ def _descend(
     losses = [_loss(model, token_ids_1T, labels_1T)]
     grads_UD = _taken(overlay, row_ids_U)
     before_UD = overlay(row_ids_U).detach()
-    were_changed_U = torch.isin(row_ids_U, overlay.changed_ids)
+    were_changed_U = torch.isin(row_ids_U, overlay.own_ids)
     # Kept in float32 between the steps, so that a step too small for the table's type still counts.
     rows_UD = before_UD.to(torch.float32, copy=True)
     moments = torch.zeros_like(rows_UD), torch.zeros_like(rows_UD)

@@ -164,7 +164,7 @@ class Player:
         if notebook is None:
             return playground.facts([], 0)
         pairs = [(fact.prompt, fact.text) for fact in notebook.facts]
-        return playground.facts(pairs, len(notebook.overlay.changed_ids))
+        return playground.facts(pairs, len(notebook.overlay.own_ids))
 
     def save(self, notebook: Notebook | None) -> str:
         """Write what the tab was taught to a delta, and say where."""
@@ -177,7 +177,7 @@ class Player:
                 notebook.overlay.copy_to(path, states=False)
         except (OSError, ValueError) as error:
             return self._refusal(error)
-        num_rows, num_bytes = len(notebook.overlay.changed_ids), path.stat().st_size
+        num_rows, num_bytes = len(notebook.overlay.own_ids), path.stat().st_size
         return playground.saved(str(path.resolve()), num_rows, num_bytes, model=self.name)
 
     def _refuse_endless(self, *texts: str) -> None:
