@@ -64,6 +64,7 @@ COMMANDS: dict[str, dict[str, Callable[..., None]]] = {
         "delta apply": deltas.apply,
         "delta revert": deltas.revert,
         "delta merge": deltas.merge,
+        "delta withdraw": deltas.withdraw,
         "delta show": deltas.show,
     },
     "Look into tables that others have released": {
@@ -73,7 +74,7 @@ COMMANDS: dict[str, dict[str, Callable[..., None]]] = {
 }
 GROUPS = {
     "delta": "Rows that were changed in a table, as small files: teach, make-writable, export, apply, revert, merge, "
-    "show."
+    "withdraw, show."
 }
 
 

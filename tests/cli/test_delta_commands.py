@@ -10,7 +10,10 @@ from transformers import AutoModelForCausalLM
 
 from sense_v2.cli import progress
 from sense_v2.cli.main import main
+from sense_v2.engram.delta.apply import open_table_as_it_is
 from sense_v2.engram.delta.delta_file import Source, read_delta, write_delta
+from sense_v2.engram.delta.kept_facts import KeptFact, facts_in, keep_facts
+from sense_v2.engram.delta.overlay import OverlayStorage
 from sense_v2.hf.attach import attach_engram, detach_engram
 from sense_v2.hf.saving.backbone_facts import backbone_reference
 from sense_v2.hf.saving.folder import FUSION_FILE
@@ -99,10 +102,17 @@ def test_a_fact_is_taught_into_a_file_and_another_one_beside_it(folder, run, mon
     first = read_delta(delta)
     assert 6 <= len(first.row_ids_U) <= 8  # 4 heads, 2 positions
     assert first.states == {}
-    status, out, _ = run(*teach[:2], "Word9 word2", *teach[3:], "--json")
+    beside = (*teach[:2], "Word9 word2", "--prompt", "word7 word8", *teach[5:])
+    status, out, _ = run(*beside, "--json")
     second = json.loads(out)
     assert second["loss"][1] < second["loss"][0]
     assert second["rows_in_all"] == len(read_delta(delta).row_ids_U) > len(first.row_ids_U)
+    # Another text after the first prompt takes the place of the first text, whose own rows are the table's again.
+    status, _, error = run(*teach[:2], "Word9 word2", *teach[3:])
+    assert status == 0, error
+    third = read_delta(delta)
+    assert not set(first.row_ids_U) <= set(third.row_ids_U)
+    assert [fact.name() for fact in facts_in(third)] == ["word7 word8 → Word9 word2", "word5 word6 → Word9 word2"]
     assert {file: file.read_bytes() for file in base.rglob("*") if file.is_file()} == files
     status, _, error = run("teach", folder / "table", "a", "--output", folder / "d")
     assert status == 1
@@ -197,6 +207,73 @@ def test_facts_of_a_file_are_taught_and_the_exit_status_says_what_was_not_learne
     status, _, error = run("teach", saved / "base", "a", "--facts", facts, "--output", delta)
     assert status == 2
     assert "either a text (and a prompt), or --facts FILE" in error
+
+
+def test_facts_are_corrected_on_top_merged_and_withdrawn(saved, run, tmp_path):
+    first, second, both = (tmp_path / f"{name}.safetensors" for name in ("first", "second", "both"))
+    facts, other = tmp_path / "facts.jsonl", tmp_path / "other.jsonl"
+    born = {"wordings": ["word3 {subject}", "word6 word7 {subject}"]}
+    lines = [{"subject": "word20 word21", "answer": "word1"}, {"subject": "word23 word24", "answer": "word2"}]
+    facts.write_text("".join(json.dumps({**one, **born}) + "\n" for one in lines))
+    other.write_text(json.dumps({"subject": "word20 word21", "answer": "word9", **born}) + "\n")
+    teach = ("teach", saved / "base", "--lr", 0.3, "--steps", 200)
+    status, out, error = run(*teach, "--facts", facts, "--output", first)
+    assert status == 0, error
+    raw = first.read_bytes()
+    status, out, error = run(*teach, "--facts", other, "--output", second, "--on", first)
+    assert status == 0, error
+    assert "note     line 1: word20 word21 → word9 corrects word20 word21 → word1\n" in out
+    assert first.read_bytes() == raw
+    status, out, _ = run("show", first)
+    assert "facts    2: word20 word21 → word1; word23 word24 → word2\n" in out
+    assert [one["answer"] for one in json.loads(run("show", first, "--json")[1])["facts"]] == ["word1", "word2"]
+
+    status, out, error = run("merge", first, second, "--output", both)
+    assert status == 1
+    assert "collide  2 rows (" in out
+    assert "): word20 word21 → word1 of first.safetensors; word20 word21 → word9 of second.safetensors\n" in out
+    assert "first): word20 word21 → word1 of first.safetensors; word20 word21 → word9 of second" in error
+    assert not both.exists()
+    status, out, _ = run("merge", first, second, "--output", both, "--prefer", "last", "--json")
+    merged = json.loads(out)
+    assert [one["answer"] for one in merged["facts"]] == ["word2", "word9"]
+    (met,) = merged["collisions"]
+    assert len(met["row_ids"]) == 2
+    assert met["facts"]["first.safetensors"] == ["word20 word21 → word1"]
+
+    less = tmp_path / "less.safetensors"
+    status, out, error = run("withdraw", both, "word20 word21", "--output", less)
+    assert status == 0, error
+    assert out.startswith("withdrew word20 word21 → word9: 2 rows are what they were without it\n")
+    assert "facts    1: word23 word24 → word2\n" in out
+    assert run("withdraw", both, "word20 word21", "--output", less)[0] == 1
+    status, out, _ = run("withdraw", both, "word20 word21", "word23 word24", "--output", tmp_path / "n", "--json")
+    done = json.loads(out)
+    assert (status, done["rows"], done["shared"], len(done["withdrawn"])) == (0, 0, [], 2)
+    status, _, error = run("withdraw", less, "word20 word21", "--output", tmp_path / "x")
+    assert status == 1
+    assert "no fact 'word20 word21' in" in error
+    # A single text is a fact as well.
+    status, _, error = run(*teach[:2], "word3", "--prompt", "word5 word6", "--output", less, "--lr", 0.3)
+    assert status == 0, error
+    status, out, _ = run("withdraw", less, "word5 word6", "--output", tmp_path / "y")
+    assert status == 0
+    assert out.startswith("withdrew word5 word6 → word3: ")
+
+
+def test_rows_that_stay_when_a_fact_is_withdrawn_are_said(saved, run, tmp_path):
+    path = tmp_path / "facts.safetensors"
+    base = saved / "base" / "engram" / "engram_table.dat"
+    overlay = OverlayStorage(open_table_as_it_is(base), path)
+    overlay.write(torch.tensor([3, 4, 5]), torch.ones(3, 8))
+    keep_facts(overlay, [KeptFact("a", "b", ("a is",), (3, 4)), KeptFact("c", "d", ("c is",), (4, 5))])
+    overlay.close()
+    status, out, _ = run("withdraw", path, "a", "--output", tmp_path / "less")
+    assert status == 0
+    assert "withdrew a → b: 1 row is what it was without it\n" in out
+    assert "stay     1 row of it (4), which c → d has as well\n" in out
+    status, out, _ = run("withdraw", path, "a", "--output", tmp_path / "l", "--json")
+    assert json.loads(out)["shared"] == [{"row": 4, "facts": ["c → d"]}]
 
 
 def test_a_memory_is_made_writable_in_a_new_folder(saved, run, tmp_path):

@@ -57,6 +57,12 @@ def teach(
     kl_weight: Annotated[
         float | None, typer.Option("--kl-weight", min=0, help="Of facts: how much neutral texts are held in place.")
     ] = None,
+    on: Annotated[
+        list[Path] | None,
+        typer.Option(
+            "--on", metavar="DELTA", help="Of facts: a delta that this one lies on top of; can be repeated."
+        ),
+    ] = None,
     max_rows: Annotated[
         int | None, typer.Option("--max-rows", min=1, help="Of facts: at most so many rows are learned.")
     ] = None,
@@ -75,8 +81,17 @@ def teach(
         if facts is not None or not has_ngram_tables(folder):
             raise CommandError(f"{folder} is no folder of a model with memory", "name what train, or demo, has saved")
     given = {name: value for name, value in (("steps", steps), ("lr", lr)) if value is not None}
-    of_facts = {"wordings": wordings, "hold_out": hold_out, "neutral": neutral, "kl_weight": kl_weight}
-    of_facts = {name: value for name, value in {**of_facts, "max_rows": max_rows}.items() if value is not None}
+    of_facts: dict[str, Any] = {
+        "wordings": wordings,
+        "hold_out": hold_out,
+        "neutral": neutral,
+        "kl_weight": kl_weight,
+    }
+    of_facts = {
+        name: value
+        for name, value in {**of_facts, "on": on or None, "max_rows": max_rows}.items()
+        if value is not None
+    }
     if (text is None) == (facts is None) or (facts is None and (of_facts or report)) or (facts and prompt):
         raise typer.BadParameter("give either a text (and a prompt), or --facts FILE (and its options)")
     if facts is not None:
@@ -214,12 +229,17 @@ def merge(
 
     Example: sense-engram delta merge facts.safetensors names.safetensors --output both.safetensors
     """
-    from sense_v2.engram.delta.apply import merge_deltas
+    from sense_v2.engram.delta.apply import collisions, merge_deltas
     from sense_v2.engram.delta.exporting import describe, refuse_existing
 
     if prefer is not None and prefer not in PREFERENCES:
         raise typer.BadParameter(f"{prefer!r}: {', '.join(PREFERENCES)}", param_hint="--prefer")
     refuse_existing(output)
+    echo = lines_to(as_json)
+    met = collisions(deltas)
+    for one in met:
+        if any(one.facts.values()):
+            echo(f"collide  {one.text()}")
     merged = merge_deltas(deltas, output, prefer=prefer)
     result = {
         **describe(merged.delta),
@@ -227,15 +247,57 @@ def merge(
         "shared": merged.num_shared,
         "conflicts": merged.num_conflicts,
         "prefer": prefer,
+        "collisions": [
+            {
+                "row_ids": list(one.row_ids),
+                "facts": {name: [fact.name() for fact in facts] for name, facts in one.facts.items()},
+            }
+            for one in met
+        ],
     }
     conflicts = ""
     if merged.num_conflicts:
         conflicts = f", {_rows(merged.num_conflicts)} to other values: the {prefer} taken"
-    lines_to(as_json)(
+    echo(
         f"delta    {output}, made of {len(deltas)}, written and verified",
         f"shared   {_rows(merged.num_shared)} in more than one{conflicts}",
         *_delta_lines(result),
     )
+    if as_json:
+        print_json(result)
+
+
+def withdraw(
+    delta: Annotated[Path, typer.Argument(help="A delta that facts were taught into.")],
+    facts: Annotated[list[str], typer.Argument(help="Their subjects, or 'subject → answer'.")],
+    output: OutputOption,
+    as_json: JsonOption = False,
+) -> None:
+    """Make a delta without some of its facts, whose rows are then what they were without them.
+
+    Example: sense-engram delta withdraw facts.safetensors "Kabo Rimu" --output fewer.safetensors
+    """
+    from sense_v2.engram.delta.exporting import describe, refuse_existing
+    from sense_v2.engram.delta.kept_facts import first_ids, names_of, withdraw_facts
+
+    refuse_existing(output)
+    done = withdraw_facts(delta, facts, output)
+    result = {
+        **describe(done.delta),
+        "withdrawn": [{"fact": fact.name(), "row_ids": list(fact.row_ids)} for fact in done.facts],
+        "shared": [{"row": row, "facts": [fact.name() for fact in facts]} for row, facts in done.shared.items()],
+    }
+    verb = "is what it was" if len(done.row_ids) == 1 else "are what they were"
+    without = "it" if len(done.facts) == 1 else "them"
+    lines = [f"withdrew {names_of(done.facts)}: {_rows(len(done.row_ids))} {verb} without {without}"]
+    if done.shared:
+        others = list(dict.fromkeys(fact for facts in done.shared.values() for fact in facts))
+        has = "has" if len(others) == 1 else "have"
+        lines.append(
+            f"stay     {_rows(len(done.shared))} of {without} ({first_ids(done.shared)}), "
+            f"which {names_of(others)} {has} as well"
+        )
+    lines_to(as_json)(*lines, f"delta    {output}, written and verified", *_delta_lines(result))
     if as_json:
         print_json(result)
 
@@ -306,6 +368,8 @@ def _teach_facts(folder: Path, facts: Path, output: Path, page: Path | None, as_
 
 
 def _delta_lines(result: dict[str, Any]) -> list[str]:
+    from sense_v2.engram.delta.kept_facts import KeptFact, names_of
+
     base = result["base"]
     share = result["rows"] / base["rows"]
     lines = [
@@ -324,6 +388,9 @@ def _delta_lines(result: dict[str, Any]) -> list[str]:
         digest = f"digest {str(table['digest'])[:SHORT]}…"
         lines.append(f"layer {table['layer']:<3}{_rows(table['rows'])} of its own table, {digest}")
     lines.append(f"base     {base['dtype']}, digest {base['digest'][:SHORT]}… (of its {base['digest_of']})")
+    if result["facts"]:
+        facts = [KeptFact(**fact) for fact in result["facts"]]
+        lines.append(f"facts    {wording.count(len(facts))}: {names_of(facts)}")
     if result["states"]:
         states = ", ".join(f"{name} ({wording.number_of(step, 'step')})" for name, step in result["states"].items())
         lines.append(f"states   {states}; sense-engram delta export leaves them out")

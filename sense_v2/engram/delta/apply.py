@@ -18,10 +18,12 @@ N rows, U row ids, D row width.
 from __future__ import annotations
 
 import dataclasses
+import functools
 import glob
 import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -36,6 +38,7 @@ from sense_v2.engram.delta.delta_file import (
     read_delta,
     write_delta,
 )
+from sense_v2.engram.delta.kept_facts import Collision, as_extra, colliding_facts, facts_in, together
 from sense_v2.engram.storage import MMapEmbeddingStorage
 from sense_v2.engram.table.checksums import PART_BYTES, add_to_blocks, block_rows, from_hex, row_hashes, to_hex
 from sense_v2.engram.table.format import FORMAT_VERSION, provenance_differences, row_dtype
@@ -342,32 +345,34 @@ def merge_deltas(paths: Sequence[Path], output: Path, *, prefer: str | None = No
 
     A row that several changed to different bits is a conflict: `prefer` "first" or "last" takes it from the first or
     last of them in the order of `paths`, "mean" the mean of them (which is the base and the mean of their changes).
-    Raises `ValueError` without it, and where bases differ.
+    Raises `ValueError` without it, naming the facts that collide, and where bases differ.
     """
     if prefer is not None and prefer not in PREFERENCES:
         raise ValueError(f"prefer = {prefer!r}: must be one of {', '.join(PREFERENCES)}")
-    deltas = [read_delta(path) for path in paths]
-    if len(deltas) < 2:
-        raise with_way_out(ValueError(f"{len(deltas)} delta to merge"), "name two or more")
+    deltas = _of_one_base(paths)
     first = deltas[0]
-    for other in deltas[1:]:
-        first.info.base.refuse_other(other.info.base, first.path, f"that of {other.path}")
-        if other.rows_UD.dtype != first.rows_UD.dtype:
-            raise ValueError(f"{other.path} has rows of {other.rows_UD.dtype}, {first.path} of {first.rows_UD.dtype}")
     row_ids_U, counts_U = np.unique(np.concatenate([delta.row_ids_U for delta in deltas]), return_counts=True)
     shared_ids = row_ids_U[counts_U > 1]
     conflicts = _conflicts(deltas, shared_ids)
     if len(conflicts) and prefer is None:
+        met, *more = colliding_facts(deltas, conflicts.tolist())
+        facts_met = f": {met.facts_text()}{', and others' * bool(more)}" if any(met.facts.values()) else ""
         raise with_way_out(
             ValueError(
                 f"{len(conflicts)} of {len(row_ids_U)} rows were changed by more than one of "
-                f"{', '.join(path.name for path in paths)}, to different values (row {conflicts[0]} first)"
+                f"{', '.join(path.name for path in paths)}, to different values (row {met.row_ids[0]} first)"
+                f"{facts_met}"
             ),
             "Choose whose are taken: --prefer first, last or mean",
         )
-    info = DeltaInfo(first.info.base, extra={"merged": [path.name for path in paths]})
     is_mean = prefer == "mean"
-    order = deltas if prefer == "last" else deltas[::-1]  # who comes later wins
+    order = deltas[::-1] if prefer == "first" else deltas  # who comes later wins
+    extra: dict[str, Any] = {"merged": [path.name for path in paths]}
+    facts = [facts_in(delta) for delta in order]
+    if any(facts):
+        # Of a mean no fact corrects another.
+        extra |= as_extra(functools.reduce(together, [[], [*chain(*facts)]] if is_mean else facts))
+    info = DeltaInfo(first.info.base, extra=extra)
 
     def read(part: slice) -> torch.Tensor:
         rows_UD = torch.empty(part.stop - part.start, first.rows_UD.shape[1], dtype=first.rows_UD.dtype)
@@ -381,6 +386,26 @@ def merge_deltas(paths: Sequence[Path], output: Path, *, prefer: str | None = No
     rows = Source(first.rows_UD.shape[1], first.rows_UD.dtype, read)
     write_delta(output, info, row_ids_U, {"rows": rows}, like=first.path)
     return Merged(read_delta(output), len(shared_ids), len(conflicts))
+
+
+def collisions(paths: Sequence[Path]) -> list[Collision]:
+    """Find rows that deltas of one base changed to different values, by the facts that they are of; nothing is
+    written. Raises `ValueError` where bases differ."""
+    deltas = _of_one_base(paths)
+    row_ids_U, counts_U = np.unique(np.concatenate([delta.row_ids_U for delta in deltas]), return_counts=True)
+    return colliding_facts(deltas, _conflicts(deltas, row_ids_U[counts_U > 1]).tolist())
+
+
+def _of_one_base(paths: Sequence[Path]) -> list[Delta]:
+    deltas = [read_delta(path) for path in paths]
+    if len(deltas) < 2:
+        raise with_way_out(ValueError(f"{len(deltas)} delta to merge"), "name two or more")
+    first = deltas[0]
+    for other in deltas[1:]:
+        first.info.base.refuse_other(other.info.base, first.path, f"that of {other.path}")
+        if other.rows_UD.dtype != first.rows_UD.dtype:
+            raise ValueError(f"{other.path} has rows of {other.rows_UD.dtype}, {first.path} of {first.rows_UD.dtype}")
+    return deltas
 
 
 def _conflicts(deltas: Sequence[Delta], shared_ids: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:

@@ -11,6 +11,7 @@ import numpy as np
 from sense_v2.core.errors import CommandError, what_and_way_out
 from sense_v2.engram.delta.apply import export_delta, open_table_as_it_is, strip_delta
 from sense_v2.engram.delta.delta_file import Delta
+from sense_v2.engram.delta.kept_facts import FACTS, facts_in
 from sense_v2.engram.upkeep.check import check_table
 from sense_v2.engram.upkeep.find_table import find_table
 
@@ -93,7 +94,8 @@ def describe(delta: Delta) -> dict[str, Any]:
         "base": dataclasses.asdict(info.base),
         "states": {name: info.state_steps[name] for name in delta.states},
         "step": info.step,
-        "extra": info.extra,
+        "extra": {name: value for name, value in info.extra.items() if name != FACTS},
+        "facts": [dataclasses.asdict(fact) for fact in facts_in(delta)],
         "heads": _heads(delta),
         "tables": _tables(delta),
     }

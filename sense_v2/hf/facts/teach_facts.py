@@ -35,6 +35,7 @@ from transformers import PreTrainedModel
 
 from sense_v2.core.errors import with_way_out
 from sense_v2.core.progress import Progress, no_progress
+from sense_v2.engram.delta.kept_facts import KeptFact, keep_facts, known_facts
 from sense_v2.engram.delta.overlay import OverlayStorage
 from sense_v2.engram.optim import row_adam
 from sense_v2.engram.tokenizer import EngramTokenizerBuilder
@@ -43,6 +44,7 @@ from sense_v2.hf.attach import detach_engram
 from sense_v2.hf.backbones import device_of, saved_tokenizer
 from sense_v2.hf.data.token_texts import Words
 from sense_v2.hf.facts.facts_file import Fact, checked, read_facts
+from sense_v2.hf.facts.notes import kept_fact, notes_on
 from sense_v2.hf.facts.outcome import (
     NO_LABEL,
     answer_logits,
@@ -53,7 +55,7 @@ from sense_v2.hf.facts.outcome import (
     success,
     texts_with_rows,
 )
-from sense_v2.hf.facts.wordings import Question, SubjectRows, questions_of, subject_rows
+from sense_v2.hf.facts.wordings import Question, questions_of, subject_rows
 from sense_v2.hf.insight.damage import log_probabilities
 from sense_v2.hf.insight.evaluation import evaluating
 from sense_v2.hf.load import from_pretrained
@@ -80,6 +82,12 @@ class FactsTaught:
     taught: Taught
     report: dict[str, Any]
     """What JSON can hold; `sense_v2.report.facts` says what."""
+    kept: list[KeptFact]
+    """The facts with the rows that each has, of those that moved."""
+
+    def commit(self) -> None:
+        """Write the overlay to its file, and in it which rows are of which fact. Raises as its `commit`."""
+        keep_facts(self.taught.overlay, self.kept)
 
     def undo(self) -> None:
         """Puts the rows back as they were, bit for bit. Raises `ValueError` where they were changed since."""
@@ -110,7 +118,7 @@ def teach_facts(
     """Teach a model facts, all together, in the rows of their subjects' n-grams.
 
     A model without an overlay gets one in memory (`add_overlay(model, path)` before makes it a file). Nothing is
-    committed.
+    committed: the result's `commit` does it.
 
     Args:
         model: With memory attached.
@@ -140,7 +148,7 @@ def teach_facts(
     questions = questions_of(facts, tokenizer)
     overlay = overlay_of(model) or add_overlay(model)  # by whose ids rows go: it may join tables
     rows = subject_rows(memory, questions, max_rows=max_rows)
-    for line in warnings_of(facts, rows):
+    for line in notes_on(facts, rows, known_facts(overlay)):
         tell(line)
     sampled = neutral is None
     texts = sampled_texts(model, seed=seed) if neutral is None else [list(ids) for ids in neutral]
@@ -191,7 +199,12 @@ def teach_facts(
         "damage": {**harm, "sampled": sampled},
         "seconds": time.perf_counter() - started,
     }
-    return FactsTaught(taught, report)
+    own: dict[int, list[int]] = {}
+    for row_id in taught.row_ids_U.tolist():
+        for place in rows.facts[row_id]:
+            own.setdefault(place, []).append(row_id)
+    kept = [kept_fact(fact, own.get(place, ())) for place, fact in enumerate(facts)]
+    return FactsTaught(taught, report, kept)
 
 
 def teach_facts_delta(
@@ -202,6 +215,7 @@ def teach_facts_delta(
     wordings: str | Path | None = None,
     hold_out: str | Path | None = None,
     neutral: Path | None = None,
+    on: Sequence[str | Path] = (),
     device: str = "cpu",
     **options: Any,
 ) -> dict[str, Any]:
@@ -216,6 +230,7 @@ def teach_facts_delta(
         wordings: A file of templates for facts without their own.
         hold_out: A file of templates that are asked and never taught.
         neutral: A file of texts that nothing is taught about, one a line.
+        on: Deltas that this one lies on top of, which are only read.
         device: Where the model runs, as `device_of` takes it.
         **options: Those of `teach_facts`.
 
@@ -227,14 +242,14 @@ def teach_facts_delta(
     """
     facts = read_facts(facts_file, wordings=wordings, hold_out=hold_out)  # before a model is loaded
     place = device_of(device)
-    model = from_pretrained(folder, overlay=output, mode="r+")
+    model = from_pretrained(folder, overlay=[*on, output], mode="r+")
     try:
         model.to(place)
         tokenizer = saved_tokenizer(Path(folder))
         texts = None if neutral is None else neutral_texts(neutral, tokenizer)
         done = teach_facts(model, tokenizer, facts, neutral=texts, **options)
         overlay = done.taught.overlay
-        overlay.commit()
+        done.commit()
         return {
             "model": str(folder),
             "created": datetime.now(timezone.utc).isoformat(timespec="seconds"),
@@ -246,24 +261,6 @@ def teach_facts_delta(
         }
     finally:
         detach_engram(model)
-
-
-def warnings_of(facts: Sequence[Fact], rows: SubjectRows) -> Iterator[str]:
-    """What a person should know of facts before they are taught."""
-    own: dict[int, int] = {}
-    for owners in rows.facts.values():
-        for place in owners:
-            own[place] = own.get(place, 0) + (len(owners) == 1)
-    for place, fact in enumerate(facts):
-        if place not in own:
-            yield f"{fact.name()} has no row to learn in: the budget leaves none"
-        elif not own[place]:
-            yield f"{fact.name()} shares all of its rows with other facts, and may not be told from them"
-    if rows.left_out:
-        yield f"{rows.left_out:,} rows of the subjects are left out, for which there is no room in the budget"
-    for group, count in rows.shared()[:5]:
-        named = "; ".join(facts[place].name() for place in group[:4])
-        yield f"{count} rows are shared by {len(group)} facts: {named}{'; …' * (len(group) > 4)}"
 
 
 def refuse_other_tokenizer(memory: EngramMemory, tokenizer: Any) -> None:

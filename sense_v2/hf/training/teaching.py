@@ -30,6 +30,7 @@ from transformers import PreTrainedModel
 
 from sense_v2.core.errors import CommandError, number_of, with_way_out
 from sense_v2.core.progress import Progress, no_progress
+from sense_v2.engram.delta.kept_facts import KeptFact, keep_facts
 from sense_v2.engram.delta.overlay import OverlayStorage
 from sense_v2.engram.optim import row_adam
 from sense_v2.hf.attach import detach_engram
@@ -63,6 +64,10 @@ class Taught:
     _before_UD: torch.Tensor
     _after_UD: torch.Tensor
     _were_changed_U: torch.Tensor
+
+    def as_fact(self, prompt: str, text: str) -> KeptFact:
+        """What a delta keeps of it."""
+        return KeptFact(prompt or text, text, (prompt,), tuple(self.row_ids_U.tolist()))
 
     def undo(self) -> None:
         """Puts the rows back as they were, bit for bit. Raises `ValueError` where they were changed since."""
@@ -175,7 +180,7 @@ def teach_delta(
                 "more --steps or another --lr may do it; `sense-engram delta make-writable` fits a memory for facts",
             )
         after = _continuation(model, tokenizer, prompt)
-        taught.overlay.commit()
+        keep_facts(taught.overlay, [taught.as_fact(prompt, text)])
         return {
             "model": str(folder),
             "prompt": prompt,

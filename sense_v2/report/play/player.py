@@ -9,6 +9,7 @@ other's facts, and the model's own table is only read.
 
 from __future__ import annotations
 
+import functools
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -21,6 +22,7 @@ import torch
 from transformers import PreTrainedModel
 
 from sense_v2.core.errors import CommandError, with_way_out
+from sense_v2.engram.delta.kept_facts import as_extra, together
 from sense_v2.engram.delta.overlay import OverlayStorage
 from sense_v2.hf.backbones import max_positions
 from sense_v2.hf.data.corpus import encode
@@ -174,6 +176,8 @@ class Player:
             with self._turn(notebook):
                 path = _unused(self.save_to / f"taught-{datetime.now():%Y%m%d-%H%M%S}.safetensors")
                 path.parent.mkdir(parents=True, exist_ok=True)
+                facts = [[fact.taught.as_fact(fact.prompt, fact.text)] for fact in notebook.facts]
+                notebook.overlay.commit(extra=as_extra(functools.reduce(together, facts)))
                 notebook.overlay.copy_to(path, states=False)
         except (OSError, ValueError) as error:
             return self._refusal(error)

@@ -5,11 +5,16 @@ import torch
 from tiny import tiny_config, tiny_model, tiny_tokenizer, wake
 from tokenizers import pre_tokenizers
 
+from sense_v2.engram.delta.apply import merge_deltas
+from sense_v2.engram.delta.delta_file import read_delta
+from sense_v2.engram.delta.kept_facts import KeptFact, facts_in, withdraw_facts
 from sense_v2.hf.attach import attach_engram, detach_engram
 from sense_v2.hf.facts.facts_file import Fact
+from sense_v2.hf.facts.outcome import answered
 from sense_v2.hf.facts.teach_facts import Descent, shuffled, teach_facts
 from sense_v2.hf.facts.wordings import questions_of, subject_rows
 from sense_v2.hf.memory import memory_of
+from sense_v2.hf.overlays import add_overlay, remove_overlay
 
 TAUGHT = ("word3 {subject} word4", "{subject} word6 word7", "word8 word9 {subject} word5")
 ASKED = ("word10 {subject} word11",)
@@ -220,3 +225,67 @@ def test_batches_hold_questions_of_like_length_and_each_once_an_epoch():
 
 def length_of(question):
     return len(question.prompt_ids) + len(question.answer_ids)
+
+
+# Later and again
+
+
+def said(model, fact):
+    """Which of a fact's questions the model answers."""
+    return [all(one) for one in answered(model, questions_of([fact], syllables()))]
+
+
+def test_a_fact_is_corrected_in_a_delta_on_top_and_the_other_stays(model, tmp_path):
+    first, second = tmp_path / "first.safetensors", tmp_path / "second.safetensors"
+    add_overlay(model, first)
+    taught(model).commit()
+    assert [fact.name() for fact in facts_in(read_delta(first))] == [fact.name()[8:] for fact in FACTS]
+    remove_overlay(model)
+    raw, table, plain = first.read_bytes(), (tmp_path / "engram_table.dat").read_bytes(), logits(model)
+    add_overlay(model, [first, second])
+    told = []
+    changed = Fact(FACTS[0].subject, "word3", TAUGHT, ASKED)
+    done = taught(model, [changed], tell=told.append)
+    assert told == [f"{changed.name()} corrects {FACTS[0].name()[8:]}"]
+    assert done.not_learned == []
+    assert said(model, FACTS[1]) == [True] * 4
+    done.undo()
+    assert said(model, FACTS[0]) == said(model, FACTS[1]) == [True] * 4
+    done = taught(model, [changed])
+    done.commit()
+    remove_overlay(model)
+    assert said(model, FACTS[0]) == [True] * 4
+    remove_overlay(model)
+    assert torch.equal(logits(model), plain)
+    assert (first.read_bytes(), (tmp_path / "engram_table.dat").read_bytes()) == (raw, table)
+    delta = read_delta(second)
+    assert facts_in(delta) == [
+        KeptFact(changed.subject, "word3", tuple(map(changed.prompt, TAUGHT)), facts_in(delta)[0].row_ids)
+    ]
+    assert facts_in(delta)[0].row_ids == tuple(delta.row_ids_U.tolist())
+    # One of both, with the correction's rows where they meet.
+    merge_deltas([first, second], tmp_path / "both.safetensors", prefer="last")
+    add_overlay(model, tmp_path / "both.safetensors")
+    assert said(model, changed) == said(model, FACTS[1]) == [True] * 4
+    remove_overlay(model)
+    # And the other one withdrawn.
+    withdraw_facts(tmp_path / "both.safetensors", [FACTS[1].subject], tmp_path / "one.safetensors")
+    add_overlay(model, tmp_path / "one.safetensors")
+    assert said(model, changed) == [True] * 4
+    assert said(model, FACTS[1]) == [False] * 4
+    remove_overlay(model)
+    done = withdraw_facts(tmp_path / "one.safetensors", [changed.subject], tmp_path / "none.safetensors")
+    assert len(done.delta.row_ids_U) == 0
+    add_overlay(model, tmp_path / "none.safetensors")
+    assert torch.equal(logits(model), plain)
+
+
+def test_facts_that_share_rows_with_those_of_a_delta_are_named_before_the_training(model, tmp_path):
+    add_overlay(model, tmp_path / "facts.safetensors")
+    taught(model, steps=1).commit()
+    told = []
+    other = Fact(FACTS[1].subject, "word9", ("word12 {subject}",))  # another relation
+    taught(model, [other], steps=1, tell=told.append)
+    assert told == [
+        f"{other.name()} learns in 4 rows that {FACTS[1].name()[8:]} has: ask it again, or teach both at once"
+    ]

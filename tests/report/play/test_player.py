@@ -11,6 +11,7 @@ from tiny import tiny_tokenizer
 
 from sense_v2.cli.errors import explain
 from sense_v2.engram.delta.delta_file import read_delta
+from sense_v2.engram.delta.kept_facts import facts_in
 from sense_v2.hf import from_pretrained, save_pretrained
 from sense_v2.hf.memory import memory_of
 from sense_v2.report.play.player import MAX_SHOWN, Player
@@ -119,6 +120,8 @@ def test_a_saved_delta_has_the_rows_that_were_taught(player, tmp_path):
     assert torch.equal(torch.from_numpy(delta.row_ids_U), changed_ids)
     assert torch.equal(delta.rows_UD, notebook.overlay(changed_ids).detach())
     assert not torch.equal(delta.rows_UD, player.base(changed_ids))
+    assert facts_in(delta)[0].name() == f"{PROMPT} → {FACT.strip()}"
+    assert set(facts_in(delta)[0].row_ids) == set(changed_ids.tolist())
 
 
 def test_a_file_that_cannot_be_written_is_said(player, tmp_path):
