@@ -28,6 +28,8 @@ PLACE = "{subject}"
 FIELDS = ("subject", "answer", "wordings", "hold_out", "prompt", "text")
 MOST_FACTS = 10_000
 """More are a corpus: `sense-engram train` is made for one, and teaching them would take days."""
+MOST_QUESTIONS = 500_000
+"""Facts times wordings."""
 _NAMED = r"[^\W_]*[A-Z\d][^\W_]*(?:[-'’.][^\W_]+)*"
 _NAMED_RUN = re.compile(f"{_NAMED}(?: {_NAMED})*")
 _OPENING_WORDS = frozenset(
@@ -99,6 +101,15 @@ def read_facts(
         except ValueError as error:
             what, way_out = what_and_way_out(error)
             raise with_way_out(ValueError(f"{path}, line {line}{what}"), way_out) from None
+    num_questions = sum(len(fact.wordings) + len(fact.hold_out) for fact in facts)
+    if num_questions > MOST_QUESTIONS:
+        raise with_way_out(
+            ValueError(
+                f"{path}, field 'wordings': {len(facts):,} facts make {num_questions:,} questions, of "
+                f"{MOST_QUESTIONS:,} at most"
+            ),
+            "Give fewer wordings; some eight of a fact are enough",
+        )
     if not facts:
         raise with_way_out(
             ValueError(f"{path} has no facts"), 'Write one a line: {"subject": …, "answer": …, "wordings": […]}'

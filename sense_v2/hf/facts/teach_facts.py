@@ -60,7 +60,7 @@ from sense_v2.hf.insight.damage import log_probabilities
 from sense_v2.hf.insight.evaluation import evaluating
 from sense_v2.hf.load import from_pretrained
 from sense_v2.hf.memory import EngramMemory, memory_of
-from sense_v2.hf.overlays import add_overlay, overlay_of
+from sense_v2.hf.overlays import add_overlay, overlay_of, remove_overlay
 from sense_v2.hf.training.teaching import Taught, moved, refuse_unheard, rows_alone
 
 RATES = (0.03, 0.1, 0.3)
@@ -173,11 +173,17 @@ def teach_facts(
                 if is_low and all(map(all, answered(model, held_out))):
                     stopped = "answered"
                     break
-    with progress("asking after", len(questions), unit="questions") as advance:
-        after = answered(model, questions, advance)
-    words = Words(tokenizer)
-    harm = damage(model, texts, words.text, rows, facts, descent.as_before)
-    taught = moved(overlay, rows.row_ids_U, descent.before_UD, descent.were_changed_U, descent.losses)
+    try:
+        if not torch.isfinite(descent.rows_UD).all():
+            raise with_way_out(FloatingPointError("a row isn't finite after the last step"), "lower lr")
+        with progress("asking after", len(questions), unit="questions") as advance:
+            after = answered(model, questions, advance)
+        words = Words(tokenizer)
+        harm = damage(model, texts, words.text, rows, facts, descent.as_before)
+        taught = moved(overlay, rows.row_ids_U, descent.before_UD, descent.were_changed_U, descent.losses)
+    except BaseException:
+        descent.put(True)
+        raise
     report = {
         "facts": len(facts),
         "lessons": len(lessons),
@@ -260,6 +266,7 @@ def teach_facts_delta(
             "bytes": output.stat().st_size,
         }
     finally:
+        remove_overlay(model)  # without what isn't committed, which detaching would commit
         detach_engram(model)
 
 

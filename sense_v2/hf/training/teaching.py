@@ -162,7 +162,6 @@ def teach_delta(
         add_overlay(model, output)
     else:
         model = from_pretrained(folder, overlay=output, mode="r+")
-    was_there, is_learned = output.exists(), False
     try:
         model.to(place)
         tokenizer = saved_tokenizer(Path(folder))
@@ -170,8 +169,7 @@ def teach_delta(
         started = time.perf_counter()
         taught = teach(model, tokenizer, text, prompt=prompt, **options)
         seconds = time.perf_counter() - started
-        is_learned = bool(taught.is_said)
-        if not is_learned:
+        if not taught.is_said:
             before_after = f"{taught.losses[0]:.2f} before, {taught.losses[-1]:.2f} now"
             loss = f"loss {before_after}, {number_of(len(taught.losses) - 1, 'step')}"
             taught.undo()
@@ -196,12 +194,9 @@ def teach_delta(
             "bytes": output.stat().st_size,
         }
     finally:
-        if attached_memory(model) is None:
-            remove_overlay(model)
-        else:
+        remove_overlay(model)  # without what isn't committed, which detaching would commit
+        if attached_memory(model) is not None:
             detach_engram(model)
-        if not was_there and not is_learned:
-            output.unlink(missing_ok=True)  # the overlay without rows
 
 
 def _continuation(model: PreTrainedModel, tokenizer: Any, prompt: str) -> str | None:
