@@ -16,6 +16,7 @@ import dataclasses
 import difflib
 import hashlib
 import json
+import os
 import re
 import sys
 import types
@@ -33,6 +34,8 @@ ROW_DTYPES = ("float32", "float16", "bfloat16")
 COMPACT_DTYPES = ("float8_e4m3fn", "int8", "int4")
 ROW_OPTIMIZERS = ("adagrad", "adam")
 DURABILITIES = ("process", "power")
+SAVED_CONFIG = "engram/config.json"
+"""Where a saved model's folder has the settings of its memory."""
 
 T = TypeVar("T", bound="_Serializable")
 
@@ -229,6 +232,35 @@ class EngramConfig(_Serializable):
     def row_dim(self) -> int:
         """D: width of one row."""
         return self.engram_dim // self.total_heads
+
+    @classmethod
+    def from_pretrained(cls, name: str | os.PathLike[str], **download: Any) -> EngramConfig:
+        """Read the settings of a saved memory, to make a new one like it.
+
+        The paths are left open, because the saved table is the saved model's. `sense_v2.hf.from_pretrained` opens the
+        trained memory itself.
+
+        Args:
+            name: A folder; or, if there is no such folder, a model of the hub.
+            **download: Those of huggingface_hub's `hf_hub_download` (`revision`, `token`, `cache_dir`, …).
+
+        Raises:
+            FileNotFoundError: The folder holds no memory.
+            ValueError: The file is damaged.
+            OSError: The hub has no such model, or can't be reached.
+        """
+        path = Path(name) / SAVED_CONFIG
+        if not Path(name).exists() and isinstance(name, str):
+            from huggingface_hub import hf_hub_download
+
+            path = Path(hf_hub_download(name, SAVED_CONFIG, **download))
+        if not path.is_file():
+            raise with_way_out(FileNotFoundError(f"{path}: no memory was saved there"), "name a saved model's folder")
+        return dataclasses.replace(cls.load(path), storage_path=None, shadow_map_path=None)
+
+    def save_pretrained(self, folder: str | os.PathLike[str]) -> None:
+        """Save the settings, without the paths, where `from_pretrained` finds them."""
+        dataclasses.replace(self, storage_path=None, shadow_map_path=None).save(Path(folder) / SAVED_CONFIG)
 
     def paths(self, tokenizer_name: str | None = None) -> tuple[str, str]:
         """Return the table's path and the shadow map's.

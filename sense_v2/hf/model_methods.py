@@ -5,11 +5,12 @@
     save_pretrained                  saves the memory as well, so that whatever calls it (`push_to_hub`, a Trainer's
                                      save_model) loses nothing
     init_continuous_batching         its paged cache has a place for the memory
+    disable_memory                   of no class: `memory_off`, where PEFT's models have `disable_adapter`
 
-The class and its other objects stay as they are. Transformers has no extension point for these. The first would go
-if generate handed its own ids and mask on to the model beside `inputs_embeds` and prepared masks, the second with a
-hook of `save_pretrained` for files that belong to a model, the third with a way to say what a model's paged
-cache holds beside keys and values.
+The class and its other objects stay as they are. Transformers has no extension point for the first four. Those of
+generation would go if generate handed its own ids and mask on to the model beside `inputs_embeds` and prepared masks,
+the one that saves with a hook of `save_pretrained` for files that belong to a model, the last with a way to say what
+a model's paged cache holds beside keys and values.
 """
 
 from __future__ import annotations
@@ -25,6 +26,7 @@ from transformers import PreTrainedModel
 
 from sense_v2.core.errors import with_way_out
 from sense_v2.hf.forward_hooks import IDS_ARGUMENT, MASK_ARGUMENT, OVERLAY_ARGUMENT, is_plain_mask
+from sense_v2.hf.insight.interventions import memory_off
 from sense_v2.hf.memory import memory_of, refuse_other_rows
 from sense_v2.hf.overlays import ids_with_overlay, overlay_numbers
 from sense_v2.hf.serving.continuous_batching import manager_with_memory
@@ -37,7 +39,7 @@ class OwnMethod:
         self.owner, self.name = owner, name
         self.replaced = {key: value for key, value in vars(owner).items() if key == name}
         # generate asks the signature which arguments it may pass on.
-        theirs = list(inspect.signature(getattr(type(owner), name)).parameters.values())
+        theirs = list(inspect.signature(getattr(type(owner), name, function)).parameters.values())
         ours = [p for p in inspect.signature(function).parameters.values() if p.kind is p.KEYWORD_ONLY]
         ours = [p for p in ours if p.name not in {theirs_p.name for theirs_p in theirs}]
         named = [p for p in theirs[1:] if p.kind is not p.VAR_KEYWORD]
@@ -57,6 +59,7 @@ def replace_methods(model: PreTrainedModel) -> list[Any]:
     """Put them on `model`; return what takes them off again."""
     return [
         model.register_load_state_dict_pre_hook(refuse_other_rows),
+        OwnMethod(model, "disable_memory", memory_off),
         *(
             OwnMethod(model, name, function)
             for name, function in (
@@ -139,6 +142,8 @@ def _save_with_memory(
     is_main_process: bool = True,
     state_dict: dict[str, Any] | None = None,
     push_to_hub: bool = False,
+    *,
+    memory_only: bool = False,
     **options: Any,
 ) -> None:
     """Do what `sense_v2.hf.save_pretrained` does, called as the class's own, which gets all but `push_to_hub`'s."""
@@ -151,7 +156,7 @@ def _save_with_memory(
             "save without it, or detach_engram(model) and save the backbone alone",
         )
     memory = memory_of(model)
-    if memory.is_released:
+    if memory.is_released and not memory_only:
         warnings.warn(
             "the tables of a released checkpoint stay there; what is saved are the weights, the fusion layers' among "
             "them (engram.layers.…): attach the tables again to load these",
@@ -159,7 +164,8 @@ def _save_with_memory(
             stacklevel=2,
         )
     # EngramCallback adds the memory to a checkpoint when the Trainer is done; it resumes from all weights in one.
-    if memory.is_released or memory.checkpoint == Path(save_directory) or not is_main_process:
+    is_other = memory.is_released or memory.checkpoint == Path(save_directory) or not is_main_process
+    if is_other and not (memory_only and is_main_process):
         # A Trainer resumes by the model's own names, and takes no other.
         options.setdefault("save_original_format", False)
         # Its rows are, or come, from elsewhere.
@@ -171,12 +177,12 @@ def _save_with_memory(
             save_before_memory(model, Path(save_directory), state_dict=state_dict, **options)
         return
     if not push_to_hub:
-        save_pretrained(model, save_directory, state_dict=state_dict, **options)
+        save_pretrained(model, save_directory, state_dict=state_dict, memory_only=memory_only, **options)
         return
     from sense_v2.hf.saving.hub import push_to_hub as push
 
     # What save_pretrained of the class doesn't name is push_to_hub's, as there.
     saved = {name: options.pop(name) for name in inspect.signature(own).parameters if name in options}
-    save_pretrained(model, save_directory, state_dict=state_dict, **saved)
+    save_pretrained(model, save_directory, state_dict=state_dict, memory_only=memory_only, **saved)
     options.setdefault("token", saved.get("token"))
     push(save_directory, options.pop("repo_id", Path(save_directory).name), **options)

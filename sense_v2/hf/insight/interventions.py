@@ -4,7 +4,7 @@ Each function here is a context manager. Inside it the model computes with the c
 was, whatever ended the block. The changes are forward hooks on fusion layers, gates and projections, and another
 `hasher` of a fusion layer, so weights and table aren't touched.
 
-    with memory_off(memory_of(model)):
+    with memory_off(model):
         model(input_ids=token_ids_BT, use_cache=False)
 
 A KV cache that was filled with the memory in another state doesn't go with these; pass `use_cache=False`.
@@ -26,7 +26,7 @@ from sense_v2.core.errors import with_way_out
 from sense_v2.engram.hashing import NgramHasher
 from sense_v2.engram.model import EngramFusionLayer
 from sense_v2.hf.experiments.controls import PermutedHasher
-from sense_v2.hf.memory import EngramMemory
+from sense_v2.hf.memory import EngramMemory, memory_of
 
 
 @contextmanager
@@ -37,8 +37,12 @@ def _hooks() -> Iterator[ExitStack]:
 
 
 @contextmanager
-def memory_off(memory: EngramMemory, layers: Sequence[int] | None = None) -> Iterator[None]:
-    """Let hidden states pass these layers (their numbers; all by default) as if no memory were attached."""
+def memory_off(model: torch.nn.Module, layers: Sequence[int] | None = None) -> Iterator[None]:
+    """Let hidden states pass these layers (their numbers; all by default) as if no memory were attached.
+
+    `model.disable_memory()` is the same, as a method. A memory may be given in the model's place.
+    """
+    memory = model if isinstance(model, EngramMemory) else memory_of(model)
 
     def pass_on(fusion: torch.nn.Module, args: Any, kwargs: dict[str, Any], fused: torch.Tensor) -> Any:
         return args[0] if args else kwargs["hidden_states"]

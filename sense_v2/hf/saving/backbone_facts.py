@@ -110,7 +110,8 @@ def check_backbone(recorded: dict[str, Any], model: PreTrainedModel, path: Path)
 
     Warns of each field that differs. Raises `ValueError` if the hidden sizes do.
     """
-    found = backbone_facts(model)
+    wrapped: Any = model
+    found = backbone_facts(wrapped.get_base_model() if hasattr(wrapped, "get_base_model") else model)
     compared = ["model_type", "architecture", "hidden_size", "num_hidden_layers", "vocab_size"]
     # Other rounding, or weights that aren't there yet, say nothing about whose they are.
     if found["dtype"] == recorded.get("dtype") and None not in (found["weights"], recorded.get("weights")):

@@ -31,7 +31,7 @@ from typing import Any
 import torch
 from safetensors.torch import load_file
 
-from sense_v2.core.config import EngramConfig
+from sense_v2.core.config import SAVED_CONFIG, EngramConfig
 from sense_v2.core.errors import with_way_out
 from sense_v2.engram.table.disk import new_file, write_at
 from sense_v2.engram.table.format import journal_name, manifest_name
@@ -39,8 +39,7 @@ from sense_v2.engram.table.opening import read_manifest
 from sense_v2.engram.tokenizer import description_path
 from sense_v2.hf.saving.publishing import finish_interrupted, is_notice
 
-MEMORY_FOLDER = "engram"
-CONFIG_FILE = "config.json"
+MEMORY_FOLDER, CONFIG_FILE = SAVED_CONFIG.split("/")
 FUSION_FILE = "fusion.safetensors"
 TABLE_FILE = "engram_table.dat"
 REFERENCE_FILE = "table_reference.json"

@@ -80,7 +80,10 @@ def push_to_hub(
     folder = Path(folder)
     memory = folder / MEMORY_FOLDER
     named = read_facts(memory / BACKBONE_FILE).get("reference")
-    if not (folder / "config.json").is_file() or not (named or any(folder.glob("*.safetensors"))):
+    has_weights = any(folder.glob("*.safetensors"))
+    is_model = (folder / "config.json").is_file() and bool(named or has_weights)
+    is_memory = memory.is_dir() and not has_weights and not (folder / "config.json").exists()
+    if not (is_model or is_memory):
         raise with_way_out(
             FileNotFoundError(f"{folder}: no model there (config.json and safetensors)"), "save_pretrained writes one"
         )
@@ -89,7 +92,7 @@ def push_to_hub(
             ValueError(f"{folder} names its table by reference, which nobody else can follow"),
             "save the model with table='copy' and push that folder",
         )
-    if named and Path(named["model"]).is_absolute() and not any(folder.glob("*.safetensors")):
+    if named and Path(named["model"]).is_absolute() and not has_weights:
         raise with_way_out(
             ValueError(f"{folder} names its backbone, {named['model']}, which nobody else can follow"),
             "open the model and save it with its weights (save_pretrained without backbone=), and push that folder",

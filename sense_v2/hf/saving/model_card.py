@@ -28,7 +28,12 @@ _MARK = "<!-- Written by sense_v2; without this line it is not written again. --
 
 
 def model_card(
-    model: PreTrainedModel, name: str, *, training: Mapping[str, Any], evaluation: Mapping[str, Any]
+    model: PreTrainedModel,
+    name: str,
+    training: Mapping[str, Any],
+    evaluation: Mapping[str, Any],
+    *,
+    memory_only: bool = False,
 ) -> str:
     """Return the card's text. `training` and `evaluation` become tables, one row for each name."""
     memory = attached_memory(model)
@@ -72,7 +77,8 @@ def model_card(
         if known:
             lines += ["", f"## {title}", "", "| | |", "|---|---|"]
             lines += [f"| {_cell(fact)} | {_cell(value)} |" for fact, value in known.items()]
-    lines += ["", "## Use", "", "```python", *_use(name, memory is not None), "```", ""]
+    use = _use_of_memory(name, front.base_model) if memory_only else _use(name, memory is not None)
+    lines += ["", "## Use", "", "```python", *use, "```", ""]
     return "\n".join(lines)
 
 
@@ -96,10 +102,17 @@ def _origin(backbone: str) -> dict[str, Any]:
 
 
 def write_card(
-    model: PreTrainedModel, folder: Path, name: str, *, training: Mapping[str, Any], evaluation: Mapping[str, Any]
+    model: PreTrainedModel,
+    folder: Path,
+    name: str,
+    training: Mapping[str, Any],
+    evaluation: Mapping[str, Any],
+    *,
+    memory_only: bool = False,
 ) -> None:
     """Write the card to `folder`."""
-    replace_file(folder / CARD_FILE, model_card(model, name, training=training, evaluation=evaluation).encode())
+    card = model_card(model, name, training, evaluation, memory_only=memory_only)
+    replace_file(folder / CARD_FILE, card.encode())
 
 
 def is_others_card(folder: Path) -> bool:
@@ -111,6 +124,15 @@ def is_others_card(folder: Path) -> bool:
 def _use(name: str, has_memory: bool) -> list[str]:
     lines = ["from transformers import pipeline", "", f'pipeline("text-generation", model="{name}")("…")']
     return ["import sense_v2.hf  # makes transformers know models with memory", *lines] if has_memory else lines
+
+
+def _use_of_memory(name: str, base_model: Any) -> list[str]:
+    return [
+        "from sense_v2.hf import from_pretrained",
+        "from transformers import AutoModelForCausalLM",
+        "",
+        f'from_pretrained("{name}", backbone=AutoModelForCausalLM.from_pretrained("{base_model or "…"}"))',
+    ]
 
 
 def _cell(value: Any) -> str:

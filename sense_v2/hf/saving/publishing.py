@@ -104,7 +104,7 @@ def publish(staging: Path, folder: Path, new: Iterable[str], old: Iterable[str],
     """
     assert (staging / gate).exists(), "a folder gets a whole model"
     replaced, model = staging / REPLACED, folder / gate
-    replaced.mkdir(exist_ok=True)
+    (replaced / gate).parent.mkdir(parents=True, exist_ok=True)
     (replaced / gate).unlink(missing_ok=True)  # of an attempt that was taken back
     if model.exists():
         shutil.copyfile(model, replaced / gate)

@@ -14,7 +14,7 @@ import torch
 from safetensors.torch import save as to_safetensors
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
-from sense_v2.core.config import EngramConfig
+from sense_v2.core.config import SAVED_CONFIG, EngramConfig
 from sense_v2.core.errors import with_way_out
 from sense_v2.engram.row_source import TrainableRows
 from sense_v2.engram.table.disk import WriterLock, copy_file
@@ -47,7 +47,14 @@ from sense_v2.hf.saving.folder import (
 )
 from sense_v2.hf.saving.model_card import CARD_FILE, is_others_card, write_card
 from sense_v2.hf.saving.model_config import announce_in_adapter, announce_memory
-from sense_v2.hf.saving.publishing import built_inside, files_in, finish_interrupted, locked_folder, publish
+from sense_v2.hf.saving.publishing import (
+    MODEL_FILE,
+    built_inside,
+    files_in,
+    finish_interrupted,
+    locked_folder,
+    publish,
+)
 
 TABLE_WAYS = ("copy", "reflink", "reference")
 
@@ -59,6 +66,7 @@ def save_pretrained(
     tokenizer: Any = None,
     table: str = "copy",
     backbone: Mapping[str, Any] | None = None,
+    memory_only: bool = False,
     training: Mapping[str, Any] | None = None,
     evaluation: Mapping[str, Any] | None = None,
     name: str | None = None,
@@ -78,6 +86,9 @@ def save_pretrained(
             the file system has them), "reflink" (refused where it hasn't), or "reference", its path and commit.
         backbone: What `backbone_reference(model)` returned before the memory was trained: the weights of a frozen
             backbone aren't saved, but named and compared when the folder is opened. None saves them.
+        memory_only: True to save nothing of the backbone, as PEFT does with an adapter:
+            `from_pretrained(folder, backbone=model)` loads the memory onto it. `model` may be wrapped by PEFT; its
+            adapters aren't saved.
         training: Names and values for the model card.
         evaluation: More of them.
         name: The model card's title, by default the folder's name.
@@ -85,7 +96,8 @@ def save_pretrained(
         **options: Those of the backbone's own `save_pretrained` (`max_shard_size`, `variant`, …).
 
     Raises:
-        FileExistsError: A model without memory would be saved beside another's memory, or a reference beside a table.
+        FileExistsError: A model without memory would be saved beside another's memory, a memory alone beside a model,
+            or a reference beside a table.
         BlockingIOError: Another process writes to the table whose place would be taken.
         ValueError: `table` is something else, a PEFT adapter wraps the model, or the backbone isn't the one named.
         OSError: There is no room, or no reflink.
@@ -94,19 +106,10 @@ def save_pretrained(
     target = folder / MEMORY_FOLDER
     if table not in TABLE_WAYS:
         raise ValueError(f"save_pretrained: table = {table!r}: must be one of {', '.join(TABLE_WAYS)}")
-    if hasattr(model, "peft_config") and hasattr(model, "get_base_model"):
-        raise with_way_out(
-            ValueError("save_pretrained: this model is wrapped in a PEFT adapter"),
-            "model.save_pretrained(folder) saves the adapter and the memory beside it; or save "
-            "model.merge_and_unload()",
-        )
-    if getattr(model, "_hf_peft_config_loaded", False):
-        raise with_way_out(
-            ValueError(
-                "save_pretrained: this model has adapters (add_adapter), and transformers would save those alone"
-            ),
-            "model.delete_adapter(…) first, or use peft.get_peft_model and save model.merge_and_unload()",
-        )
+    if memory_only:
+        model = _backbone_of_memory_alone(model, folder, backbone)
+    else:
+        _refuse_adapters(model)
     memory = attached_memory(model)
     if backbone is not None:
         if memory is None:
@@ -149,10 +152,11 @@ def save_pretrained(
     ):
         given = model.state_dict() if state_dict is None else state_dict
         weights = {name: value for name, value in given.items() if not name.startswith("engram.")}
-        # Under the model's own names: a class that is named in code doesn't find how transformers renames others.
-        options.setdefault("save_original_format", False)
-        # The class's: the object's own is this function, while memory is attached.
-        type(model).save_pretrained(model, staging, state_dict=dict(weights), **options)  # takes it apart
+        if not memory_only:
+            # Under the model's own names: a class that is named in code doesn't find how transformers renames others.
+            options.setdefault("save_original_format", False)
+            # The class's: the object's own is this function, while memory is attached.
+            type(model).save_pretrained(model, staging, state_dict=dict(weights), **options)  # takes it apart
         if backbone is not None:
             for name in weights_in(staging, options.get("variant")):
                 (staging / name).unlink()
@@ -171,7 +175,9 @@ def save_pretrained(
             )
             if backbone is not None:
                 facts["reference"] = dict(backbone)
-            describe_backbone(model, staging, facts, folder)
+            write_facts(staging, facts)
+            if not memory_only:
+                announce(model, staging, folder)
             fusion = {
                 name.removeprefix(FUSION_PREFIX): value
                 for name, value in given.items()
@@ -180,9 +186,42 @@ def save_pretrained(
             old += _build_memory(memory, folder, staging, "stay" if in_place else table, fusion or None)
         title = name or folder.resolve().name
         if not is_others_card(folder):
-            write_card(model, staging, title, training=training or {}, evaluation=evaluation or {})
+            write_card(model, staging, title, training or {}, evaluation or {}, memory_only=memory_only)
         with locked_folder(folder, wait=True):
-            publish(staging, folder, files_in(staging), old)
+            publish(staging, folder, files_in(staging), old, gate=SAVED_CONFIG if memory_only else MODEL_FILE)
+
+
+def _refuse_adapters(model: Any) -> None:
+    if hasattr(model, "peft_config") and hasattr(model, "get_base_model"):
+        raise with_way_out(
+            ValueError("save_pretrained: this model is wrapped in a PEFT adapter"),
+            "model.save_pretrained(folder) saves the adapter and the memory beside it; or save "
+            "model.merge_and_unload()",
+        )
+    if getattr(model, "_hf_peft_config_loaded", False):
+        raise with_way_out(
+            ValueError(
+                "save_pretrained: this model has adapters (add_adapter), and transformers would save those alone"
+            ),
+            "model.delete_adapter(…) first, or use peft.get_peft_model and save model.merge_and_unload()",
+        )
+
+
+def _backbone_of_memory_alone(model: Any, folder: Path, backbone: Any) -> PreTrainedModel:
+    """The model under PEFT's adapters, whose memory is saved alone. Raises where that would be another thing."""
+    memory_of(model)
+    if backbone is not None:
+        raise with_way_out(
+            ValueError("save_pretrained: memory_only=True saves nothing of the backbone, and backbone= names it"),
+            "leave one of the two out",
+        )
+    for name in (MODEL_FILE, ADAPTER_FILE):
+        if (folder / name).exists():
+            raise with_way_out(
+                FileExistsError(f"{folder} holds a model ({name}), whose memory this one would be taken for"),
+                "choose another folder",
+            )
+    return model.get_base_model() if hasattr(model, "get_base_model") else model
 
 
 def save_adapter(wrapper: Any, folder: Path, tokenizer: Any, backbone: Mapping[str, Any] | None) -> None:
@@ -256,15 +295,14 @@ def save_before_memory(model: PreTrainedModel, folder: Path, **options: Any) -> 
     """Save a model as its class does, to a folder that is no whole model before `save_memory` has been there."""
     with built_inside(folder) as staging:
         type(model).save_pretrained(model, staging, **options)
-        describe_backbone(model, staging, backbone_facts(model), folder)
+        write_facts(staging, backbone_facts(model))
+        announce(model, staging, folder)
         with locked_folder(folder, wait=True):
             publish(staging, folder, files_in(staging), weights_in(folder, options.get("variant")))
 
 
-def describe_backbone(model: PreTrainedModel, folder: Path, facts: Mapping[str, Any], to_be: Path) -> None:
-    """Say in the folder that transformers saved `model` to that it has a memory, and what that was trained on. Its
-    files go to the folder `to_be`."""
-    write_facts(folder, facts)
+def announce(model: PreTrainedModel, folder: Path, to_be: Path) -> None:
+    """Say in the folder that transformers saved `model` to that it has a memory. Its files go to `to_be`."""
     if not announce_memory(folder, model):
         warnings.warn(
             f"{type(model).__name__} is none of transformers' own models with a language head: "

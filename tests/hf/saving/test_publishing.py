@@ -114,6 +114,25 @@ def test_over_another_model_ended_at_every_call(tmp_path, models, monkeypatch, i
         assert {*outcomes} == {"old", "new"}
 
 
+@pytest.mark.parametrize("is_kill", [True, False])
+def test_a_memory_alone_over_another_ended_at_every_call(tmp_path, monkeypatch, is_kill):
+    outcomes = []
+    for seed, name in ((1, "memory"), (2, "new")):
+        save_pretrained(with_memory(tmp_path / f"table{seed}", seed=seed), tmp_path / name, memory_only=True)
+    # Only read: a save's commit that ends early would close a table that trains.
+    old, new = (from_pretrained(tmp_path / name, backbone=tiny_model("llama")) for name in ("memory", "new"))
+    for last in range(0, 120, 5):
+        folder = tmp_path / str(last)
+        shutil.copytree(tmp_path / "memory", folder)
+        interrupted(monkeypatch, last, is_kill, lambda to=folder: save_pretrained(new, to, memory_only=True))
+        found = logits(from_pretrained(folder, backbone=tiny_model("llama")))
+        outcomes.append("new" if torch.equal(found, logits(new)) else "old")
+        assert torch.equal(found, logits({"new": new, "old": old}[outcomes[-1]]))
+        shutil.rmtree(folder)
+    assert {*outcomes} == {"old", "new"}
+    assert outcomes == sorted(outcomes, reverse=True) or not is_kill
+
+
 def test_over_its_own_folder_ended_while_it_is_published(tmp_path, monkeypatch):
     model = in_place(tmp_path / "saved")
     save_pretrained(model, tmp_path / "saved")
@@ -126,12 +145,12 @@ def test_over_its_own_folder_ended_while_it_is_published(tmp_path, monkeypatch):
     for is_kill in (True, False):
         for last in range(0, 60, 7):
 
-            def ends(*args, last=last, is_kill=is_kill):
+            def ends(*args, last=last, is_kill=is_kill, **gate):
                 calls = Calls(last, is_kill)
                 with monkeypatch.context() as patched:
                     patched.setattr(publishing, "os", Watched(os, calls))
                     patched.setattr(disk, "os", Watched(os, calls))
-                    own(*args)
+                    own(*args, **gate)
 
             with monkeypatch.context() as patched:
                 patched.setattr("sense_v2.hf.saving.save.publish", ends)
