@@ -55,7 +55,7 @@ def inspection(found: dict[str, Any]) -> str:
                 if place + 1 >= order
             ),
             *(
-                (f"expected {label.lower()}", wording.chance(found["probabilities"][name][place]))
+                (f"probability {label.lower()}", wording.chance(found["probabilities"][name][place]))
                 for name, label, _ in SIDES
                 if place > 0
             ),
@@ -82,7 +82,7 @@ def _row_facts(layer: dict[str, Any], place: int, orders: Sequence[int]) -> list
         own = slice(number * heads, (number + 1) * heads)
         facts.append((f"rows, {order}-gram", " ".join(map(str, row_ids[own]))))
         facts.append(("their norms", " ".join(wording.decimals(norm, 2) for norm in norms[own])))
-        facts.append(("they add, of the hidden state", wording.percent(layer["shares"][order][place])))
+        facts.append(("they add", f"{wording.percent(layer['shares'][order][place])} of the hidden state’s length"))
     if any(moved):
         facts.append(("taught here", f"{sum(moved)} of these {len(moved)} rows"))
     return facts

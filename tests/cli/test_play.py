@@ -193,7 +193,7 @@ def test_what_is_typed_is_seen_as_it_is_typed(page):
     token.hover()
     tip = token.locator(".tip")
     assert tip.is_visible()
-    for label in ("gate", "token id", "compressed id", "2-gram", "rows, 3-gram", "expected with memory"):
+    for label in ("gate", "token id", "compressed id", "2-gram", "rows, 3-gram", "probability with memory"):
         assert label in tip.inner_text()
     page.click("text=as a table")
     page.locator("#rows tbody tr").nth(1).wait_for()  # drawn when it is opened

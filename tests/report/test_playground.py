@@ -115,10 +115,10 @@ def test_empty_lines_take_one_line_in_a_row():
 def test_an_inspected_text_opens_its_rows_and_says_which_were_taught():
     found = inspected(["a", "b"], moved=[[False] * 4, [True, False, True, False]])
     text = "".join(Read(playground.inspection(found)).texts).replace("\xa0", " ")
-    assert "token id101compressed id12-gramabexpected with memory25 %expected without memory25 %" in text
+    assert "token id101compressed id12-gramabprobability with memory25 %probability without memory25 %" in text
     assert (
-        "rows, 2-gram11 12their norms1.00 2.00they add, of the hidden state12 %"
-        "rows, 3-gram13 14their norms3.00 4.00they add, of the hidden state50 %" in text
+        "rows, 2-gram11 12their norms1.00 2.00they add12 % of the hidden state’s length"
+        "rows, 3-gram13 14their norms3.00 4.00they add50 % of the hidden state’s length" in text
     )
     assert text.count("taught here2 of these 4 rows") == 1
     assert "token id100compressed id0gate0.500rows, 2-gram" in text  # nothing was expected before the first token
@@ -151,7 +151,7 @@ def test_a_lesson_says_what_was_learned_and_what_else_moved():
     after = inspected(["a", "b", "c"], [None, 0.49, 0.02])
     html = playground.lesson(lesson(watched=[{"before": before, "after": after, "moved": [True, False, True]}]))
     text = Read(html).text.replace("\xa0", " ")
-    assert "with 10 % on (geometric) average, and now expects it with 95 %" in text
+    assert "a probability of 10 % (the geometric mean), and now gives it 95 %" in text
     assert "2 steps moved 12 of the table’s 1,500 rows" in text
     assert "wasn’t learned" not in text
     assert "It wasn’t learned: another token is" in Read(playground.lesson(lesson(losses=(4.44, 2.97)))).text
