@@ -124,6 +124,8 @@ class ByteProgress:
         ):
             self.told = now
             rate = self.done / (now - self.started)
-            per_second = wording.size(rate) if self.unit == "B" else f"{wording.short(rate)} {self.unit}"
+            short = f"{rate:.3g}" if rate < 100 else wording.short(rate)
+            counted = self.unit.removesuffix("s") if short == "1" else self.unit
+            per_second = wording.size(rate) if self.unit == "B" else f"{short} {counted}"
             left = wording.duration((self.total - self.done) / rate if rate else None)
             self.echo(f"  {self.label}: {self.done / self.total:.0%}, {per_second}/s, {left} left")

@@ -63,6 +63,14 @@ def number_of(number: int, noun: str) -> str:
     return f"{number} {noun}{'' if number == 1 else 's'}"
 
 
+def are(number: int) -> str:
+    """
+    >>> are(1), are(2)
+    ('is', 'are')
+    """
+    return "is" if number == 1 else "are"
+
+
 def one_line(text: str) -> str:
     """Put a text of several lines into one."""
     return " ".join(text.split())

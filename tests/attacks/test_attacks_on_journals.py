@@ -280,7 +280,7 @@ def test_a_record_that_was_cut_off_by_damage(path: Path, missing: int) -> None:
     assert path.with_name(JOURNAL).read_bytes() == journal[:-missing]
     # The whole journal brings the table back.
     path.with_name(JOURNAL).write_bytes(journal)
-    with pytest.warns(UserWarning, match="1 rows were put back"):
+    with pytest.warns(UserWarning, match="1 row was put back"):
         open_table(path).close()
     assert path.read_bytes()[:16] == old
     assert check_table(path).findings == []

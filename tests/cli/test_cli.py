@@ -313,7 +313,7 @@ def test_files_that_are_no_text_are_a_note_of_one_line(run, corpus, tmp_path):
     status, _, error = run("train", "--corpus", mixed, "--output", tmp_path / "run", *SMALL, "--steps", 1)
     assert status == 0
     (line,) = error.splitlines()
-    assert line.startswith("note: 1 of 13 files are not UTF-8 text")
+    assert line.startswith("note: 1 of 13 files is not UTF-8 text")
 
 
 def test_any_setting_of_the_trainer_can_be_given(run, run_json, corpus, tmp_path):

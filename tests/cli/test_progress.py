@@ -56,6 +56,15 @@ def test_elsewhere_a_few_plain_lines_say_the_time_left(clock, capfd):
     assert capfd.readouterr() == ("", "")
 
 
+def test_a_rate_of_one_is_one_step(clock):
+    lines = []
+    with progress.ByteProgress("training", 20, unit="steps", echo=lines.append) as told:
+        for seconds in (4, 8):
+            clock.now += seconds
+            told(4)
+    assert lines == ["  training: 20%, 1 step/s, 16 s left", "  training: 40%, 0.667 steps/s, 18 s left"]
+
+
 def test_what_is_done_within_two_seconds_says_nothing(clock, capfd):
     assert advance(clock, seconds=1.9) == []
     assert capfd.readouterr() == ("", "")

@@ -322,7 +322,7 @@ def test_what_was_committed_comes_back_and_what_wasnt_does_not(
     with pytest.warns(UserWarning, match=r"is closed with 1 updates since its last commit \(step 13\)"):
         table.close()
     with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", ".*rows were put back", UserWarning)
+        warnings.filterwarnings("ignore", ".*(was|were) put back", UserWarning)
         table = open_kind(kind, tmp_path)
     assert (table.committed_step, table.committed_extra, table.updates) == (13, {"epoch": 1.5}, updates)
     expected = rows.copy()

@@ -78,7 +78,7 @@ def test_its_commits_are_those_of_any_table(path: Path) -> None:
     assert manifest(path)["checksums"] == slow_sums(path)
     table.write(torch.tensor([4]), torch.ones(1, D))
     let_go(table)
-    with pytest.warns(UserWarning, match="1 rows were put back"):
+    with pytest.warns(UserWarning, match="1 row was put back"):
         table = make(path, sparse=True)
     assert table.weight.any(dim=1).nonzero().flatten().tolist() == [3]
 

@@ -864,7 +864,7 @@ def test_a_reader_may_hold_the_rows_that_it_opened(path: Path) -> None:
     table.write(ids[:1], torch.ones(1, D))
     with pytest.warns(UserWarning, match="the next opening undoes them"):
         table.close()
-    with pytest.warns(UserWarning, match="1 rows were put back"):
+    with pytest.warns(UserWarning, match="1 row was put back"):
         table = make(path)
     table.write(ids[1:], torch.ones(1, D))
     table.commit()
@@ -974,7 +974,7 @@ class AgainstArrays(RuleBasedStateMachine):
             value.copy() if isinstance(value, np.ndarray) else value for value in self.committed
         )
         with warnings.catch_warnings():
-            warnings.filterwarnings("ignore", ".*rows were put back as they were at the last commit", UserWarning)
+            warnings.filterwarnings("ignore", ".*put back as .* at the last commit", UserWarning)
             self.table = make(self.path, dtype=self.dtype)
         self.writes = 0
 

@@ -367,9 +367,10 @@ def recover(files: TableFiles, manifest: Manifest) -> None:
         with contextlib.suppress(OSError):
             disk.os.unlink(path)
     if num_restored:
+        were = "row was put back as it was" if num_restored == 1 else "rows were put back as they were"
         warnings.warn(
-            f"{files.table}: a writer ended between two commits; {num_restored} rows were put back as they were at "
-            f"the last commit (generation {manifest.generation}, step {manifest.step})",
+            f"{files.table}: a writer ended between two commits; {num_restored} {were} at the last "
+            f"commit (generation {manifest.generation}, step {manifest.step})",
             UserWarning,
             stacklevel=_CONSTRUCTORS_CALLER,
         )

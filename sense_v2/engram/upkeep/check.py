@@ -24,6 +24,7 @@ from typing import Any
 
 from tqdm import tqdm
 
+from sense_v2.core.errors import are, number_of
 from sense_v2.engram.table import disk
 from sense_v2.engram.table.checksums import block_rows, to_hex
 from sense_v2.engram.table.disk import WriterLock
@@ -137,7 +138,7 @@ def repair_table(path: str | os.PathLike[str], *, progress: bool | None = None) 
         if manifest is not None and check.journal is not None and check.num_wrong == 1:
             at, others = manifest.committed(path.name), TableFiles(path).other_journals
             num_rows = roll_back(_beside(path, journal_name), at, others)
-            done.append(f"{num_rows:,} rows put back as they were at {_commit_of(manifest)}")
+            done.append(f"{number_of(num_rows or 0, 'row')} put back as they were at {_commit_of(manifest)}")
             check = _check_around(path, is_own=True)
         _check_rows(check, progress=progress)
         is_old = check.manifest is not None and check.manifest.format_version < FORMAT_VERSION
@@ -291,7 +292,7 @@ def _check_journal(check: Check) -> None:
         check.journal = None
         check.add("journal", path, UNDOES_NOTHING, is_wrong=False)
         return
-    rows = ", ".join(f"{count:,} rows of {file}" for file, count in check.journal.num_rows_of.items())
+    rows = ", ".join(f"{number_of(count, 'row')} of {file}" for file, count in check.journal.num_rows_of.items())
     torn = f", and ends in {check.journal.torn_bytes:,} bytes that are no whole record" * (
         check.journal.torn_bytes > 0
     )
@@ -403,8 +404,8 @@ def _report_values(check: Check, file: TableFile, scan: Scan) -> None:
         check.add(
             "zeros",
             file.path,
-            f"{scan.num_zero_rows:,} of {num_rows:,} rows ({scan.num_zero_rows / num_rows:.1%}) are all zeros"
-            + sparse * (on_disk < found.st_size),
+            f"{scan.num_zero_rows:,} of {num_rows:,} rows ({scan.num_zero_rows / num_rows:.1%}) "
+            f"{are(scan.num_zero_rows)} all zeros" + sparse * (on_disk < found.st_size),
             is_wrong=False,
         )
 

@@ -27,7 +27,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from sense_v2.core.errors import number_of, with_way_out
+from sense_v2.core.errors import are, number_of, with_way_out
 from sense_v2.hf.data.corpus_files import (
     EMPTY,
     OTHER_ENCODING,
@@ -65,7 +65,11 @@ class Corpus:
     def line(self) -> str:
         """Say what it is, to a person."""
         held_out = len(self.held_out_texts)
-        empty = f"; {self.num_empty} documents without text are skipped" if self.num_empty else ""
+        empty = (
+            f"; {number_of(self.num_empty, 'document')} without text {are(self.num_empty)} skipped"
+            if self.num_empty
+            else ""
+        )
         if self.documents is None:
             if self.is_cut:
                 return f"{self.name}, one file, the end of it held out"

@@ -29,7 +29,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from sense_v2.core.errors import MissingPackageError, with_way_out
+from sense_v2.core.errors import MissingPackageError, are, number_of, with_way_out
 
 TEXT, JSON_LINES, JSON_ARRAY, PARQUET, EMPTY = "text", "json lines", "json array", "parquet", "empty"
 DOCUMENTS = (JSON_LINES, JSON_ARRAY, PARQUET)
@@ -143,7 +143,8 @@ def warn_of_left_out(left_out: dict[Path, str], num_read: int, named: set[Path])
             "Name files of UTF-8 text, JSON lines or Parquet",
         )
     warnings.warn(
-        f"{len(left_out)} of {num_read} files are not UTF-8 text and are left out, {first} first: {left_out[first]}",
+        f"{len(left_out)} of {number_of(num_read, 'file')} {are(len(left_out))} not UTF-8 text and "
+        f"{are(len(left_out))} left out, {first} first: {left_out[first]}",
         UserWarning,
         stacklevel=3,
     )

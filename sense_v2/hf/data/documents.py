@@ -19,7 +19,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
 
-from sense_v2.core.errors import MissingPackageError, one_line, with_way_out
+from sense_v2.core.errors import MissingPackageError, are, number_of, one_line, with_way_out
 from sense_v2.hf.data.corpus_files import (
     JSON_ARRAY,
     JSON_LINES,
@@ -113,7 +113,8 @@ def read_parts(parts: Sequence[Part]) -> Iterator[dict[str, Any]]:
             yield {part.column: value}
         if num_empty:
             warnings.warn(
-                f"{num_empty} documents without text in {part.path} are skipped, {_place(part, first)} first",
+                f"{number_of(num_empty, 'document')} without text in {part.path} {are(num_empty)} skipped, "
+                f"{_place(part, first)} first",
                 UserWarning,
                 stacklevel=2,
             )

@@ -254,7 +254,7 @@ def test_rows_that_were_only_looked_up_leave_nothing_to_undo(tmp_path):
                 storage.commit()
         del storage, state
         assert {name for name, _, _ in journaled(journal)} == {TABLE if change == "row" else STATE}
-        with pytest.warns(UserWarning, match="1 rows were put back"):
+        with pytest.warns(UserWarning, match="1 row was put back"):
             MMapEmbeddingStorage(ROWS, WIDTH, path).close()
 
 

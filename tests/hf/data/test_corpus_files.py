@@ -115,7 +115,7 @@ def test_what_is_no_corpus_is_refused_by_name(tmp_path, name):
             read([path])
         with pytest.raises(ValueError, match=rf"{name} is no corpus but .*{what}"):
             read([path, tmp_path / "a.txt"])
-        with pytest.warns(UserWarning, match=rf"1 of 2 files are not .* left out, .*{name} first: {what}"):
+        with pytest.warns(UserWarning, match=rf"1 of 2 files is not .* left out, .*{name} first: {what}"):
             read([tmp_path])
 
 

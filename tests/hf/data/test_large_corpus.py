@@ -69,9 +69,9 @@ def test_of_text_files_the_same_are_held_out_as_in_memory(tmp_path):
     for number in range(30):
         (tmp_path / f"{number}.txt").write_text(f"the text of file {number}\n" * 3)
     (tmp_path / "picture.png").write_bytes(b"\x89PNG\xff\xfe\x00")
-    with pytest.warns(UserWarning, match="1 of 31 files are not UTF-8 text"):
+    with pytest.warns(UserWarning, match="1 of 31 files is not UTF-8 text"):
         resident = read_corpus([tmp_path])
-    with pytest.warns(UserWarning, match="1 of 31 files are not UTF-8 text"):
+    with pytest.warns(UserWarning, match="1 of 31 files is not UTF-8 text"):
         large = open_large_corpus([tmp_path])
     assert sorted(large.held_out_texts) == sorted(resident.held_out_texts)
     assert streamed(large) == large.train_texts

@@ -406,7 +406,7 @@ def test_over_another_model_with_memory(tmp_path):
     assert not (tmp_path / "saved" / "engram" / "engram_table.adagrad.dat").exists()
 
 
-@pytest.mark.filterwarnings("ignore:.*rows were put back")
+@pytest.mark.filterwarnings("ignore:.*(was|were) put back")
 def test_a_journal_of_the_table_before_is_not_undone_in_the_new_one(tmp_path):
     other = in_place(tmp_path / "saved", seed=2)
     save_pretrained(other, tmp_path / "saved")
