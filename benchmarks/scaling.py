@@ -285,8 +285,9 @@ def panel(
     else:
         close = [False] * len(means)
     for number in (0, -1):
-        # Above the line of the model without memory, where that is just above this one.
-        at = (sizes[number], middle if close[number] else means[number])
+        # Above its seeds' dots, and above the line of the model without memory where that is just above this one.
+        highest_here = max(value(run) for run in runs[sizes[number]])
+        at = (sizes[number], max(middle, highest_here) if close[number] else highest_here)
         style: dict[str, Any] = {"textcoords": "offset points", "color": color, "weight": "bold", "ha": "center"}
         axes.annotate(form.format(means[number]), at, (0, 8), **style)
     room = 0.12 * (highest - lowest) or 0.05 * highest

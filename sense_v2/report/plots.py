@@ -87,29 +87,42 @@ def write_picture(results: dict[str, Any], path: str | Path) -> None:
     """Draw the picture for a README: validation perplexity over steps, each run named at its end with its value."""
     corpus = textwrap.shorten(wording.printable(results["corpus"]["name"]), 50, placeholder="…")
     told = f"Perplexity on held-out text of {corpus}, log scale; lower is better."
-    with titled(path, verdict.headline(results), told) as figure:
-        lines = validation_lines(results, "perplexity")
+    lines = validation_lines(results, "perplexity")
+    ends = _told(lines, wording.perplexity)
+    with titled(path, verdict.headline(results), told, ends) as figure:
         axes = figure.add_axes((0.075, 0.13, 0.7, 0.68))
         _draw(axes, lines, "steps", markers=True, log=True, format_value=wording.perplexity)
 
 
 @contextmanager
-def titled(path: str | Path, title: str, told: str) -> Iterator[Figure]:
-    """Give the figure of a README's picture, with a title and a line below it; afterwards it is a PNG at `path`."""
+def titled(path: str | Path, title: str, told: str, values: str) -> Iterator[Figure]:
+    """Give the figure of a README's picture, with a title and a line below it; afterwards it is a PNG at `path`.
+
+    Its `Description` says what `values` it shows, so that a README's table can be compared with its picture.
+    """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     figure = Figure(figsize=(8, 4.5), dpi=200, facecolor=PALETTE["page"])
     with matplotlib.rc_context(style(11)):
-        title = _balanced(wording.typeset(title), 74)
-        figure.text(0.03, 0.965, title, size=12.5, weight="bold", va="top", parse_math=False)
-        below = 0.94 - 0.05 * len(title.splitlines())
+        balanced = _balanced(wording.typeset(title), 74)
+        figure.text(0.03, 0.965, balanced, size=12.5, weight="bold", va="top", parse_math=False)
+        below = 0.94 - 0.05 * len(balanced.splitlines())
         figure.text(0.03, below, told, size=10, va="top", color=PALETTE["muted"], parse_math=False)
         yield figure
-        figure.savefig(path, format="png", metadata={"Software": None})
+        figure.savefig(path, format="png", metadata={"Software": None, "Title": title, "Description": values})
 
 
 def validation_lines(results: dict[str, Any], value: str = "loss") -> list[Line]:
-    return _lines(results, lambda run: ([e["step"] for e in run["evals"]], [e[value] for e in run["evals"]]))
+    """Each run's held-out values over steps. The last one is the run's own, which the tables have too: a control that
+    deals rows at random gives another value each time it is evaluated."""
+
+    def points(run: dict[str, Any]) -> tuple[list[Any], list[Any]]:
+        steps, values = [e["step"] for e in run["evals"]], [e[value] for e in run["evals"]]
+        if steps and steps[-1] == run["steps"][-1]:
+            values[-1] = run[value]
+        return steps, values
+
+    return _lines(results, points)
 
 
 def training_lines(results: dict[str, Any]) -> list[Line]:
@@ -332,8 +345,8 @@ def _bottom(members: list[int], middles: list[float], heights: list[float]) -> f
     return min(max(wanted, 0.0), max(1.0 - total, 0.0))
 
 
-def _told(lines: list[Line]) -> str:
-    values = [f"{line.label} {wording.decimals(line.y[-1]) if len(line.y) else 'no value'}" for line in lines]
+def _told(lines: list[Line], format_value: Callable[[float], str] = wording.decimals) -> str:
+    values = [f"{line.label} {format_value(line.y[-1]) if len(line.y) else 'no value'}" for line in lines]
     return f"at the end: {', '.join(values)}"
 
 

@@ -74,8 +74,10 @@ def write_picture(results: dict[str, Any], path: str | Path) -> None:
     from sense_v2.report import plots
 
     told = f"{results['model']['name']} reads {results['corpus']['name']}; further down and left is better."
-    with plots.titled(path, headline(results), wording.printable(told)) as figure:
-        _draw(figure.add_axes((0.1, 0.14, 0.86, 0.66)), results["runs"])
+    runs = results["runs"]
+    values = ", ".join(f"{run['label']} {decimals(run['loss'])} nats a token" for run in runs.values())
+    with plots.titled(path, headline(results), wording.printable(told), wording.printable(values)) as figure:
+        _draw(figure.add_axes((0.115, 0.14, 0.845, 0.63)), runs)
 
 
 def terminal_table(results: dict[str, Any]) -> str:
@@ -181,7 +183,7 @@ def _draw(axes: Axes, runs: dict[str, dict[str, Any]]) -> None:
     points = {name: point for name, point in points.items() if all(map(wording.is_finite, point))}
     widest = max((x for x, _ in points.values()), default=0.0) or 1.0
     plots.prepare(axes, "damage: KL on texts that the untouched model wrote, nats a token")
-    axes.set_ylabel("held-out loss, nats a token")
+    axes.set_ylabel("held-out loss, nats a token", labelpad=8)
     axes.set_xlim(-0.03 * widest, 1.06 * widest)
     axes.margins(y=0.15)
     for name, (x, y) in points.items():
@@ -197,5 +199,6 @@ def _draw(axes: Axes, runs: dict[str, dict[str, Any]]) -> None:
             va="center",
             color=color,
             weight="bold" if name == "memory" else "normal",
+            bbox={"facecolor": plots.PALETTE["page"], "linewidth": 0, "pad": 1.5},  # no grid line runs through it
             parse_math=False,
         )

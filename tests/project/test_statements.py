@@ -10,6 +10,7 @@ import re
 from pathlib import Path
 
 import pytest
+from PIL import Image
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING_NAMES
 
 from sense_v2.core.config import TrainConfig
@@ -44,6 +45,16 @@ def test_the_demos_figures_are_the_same_on_all_pages() -> None:
         others = re.findall(r"(?<![\d.])(\d+ %) lower", PAGES[page])
         assert set(others) <= {lower}
     assert all(f"{perplexity:.4g}" in PAGES["tutorial.md"] for perplexity in (plain, engram))
+
+
+def test_the_pictures_show_the_figures_of_the_pages() -> None:
+    """A picture carries the values that were drawn, in its PNG's `Description`."""
+    with Image.open(ROOT / "docs" / "demo.png") as picture:
+        drawn = dict(re.findall(r"(\w+ \w+) ([\d.]+)", picture.text["Description"].partition(": ")[2]))
+    assert {name: float(perplexity) for name, perplexity in drawn.items()} == demo()
+    with Image.open(ROOT / "docs" / "retrofit.png") as picture:
+        memory, lora = re.findall(r"(?:memory|LoRA) ([\d.]+)", picture.text["Description"])[:2]
+    assert f"({memory} and {lora} nats" in PAGES["retrofit.md"]
 
 
 def test_the_disk_that_setting_up_takes_is_the_same_on_all_pages() -> None:

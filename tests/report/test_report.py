@@ -10,6 +10,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from PIL import Image
 from report_pages import HOSTILE, NAN, Page, contrast, schemes
 
 from sense_v2.core.config import EngramConfig, TrainConfig
@@ -587,6 +588,20 @@ def test_picture(make, tmp_path):
     assert data.startswith(b"\x89PNG")
     assert int.from_bytes(data[16:20], "big") == 1600
     assert int.from_bytes(data[20:24], "big") == 900
+    with Image.open(tmp_path / "new" / "picture.png") as picture:
+        for run in make()["runs"].values():
+            label = wording.printable(run["label"])
+            assert f"{label} {wording.perplexity(run['perplexity'])}" in picture.text["Description"]
+
+
+def test_a_picture_ends_in_the_value_that_the_tables_have(tmp_path):
+    results = made_results()
+    results["runs"]["shuffled"]["evals"][-1]["perplexity"] += 0.1  # rows are dealt anew at each evaluation
+    write_picture(results, tmp_path / "picture.png")
+    label, perplexity = (results["runs"]["shuffled"][name] for name in ("label", "perplexity"))
+    with Image.open(tmp_path / "picture.png") as picture:
+        assert f"{label} {wording.perplexity(perplexity)}" in picture.text["Description"]
+    assert f"{wording.perplexity(perplexity)} " in terminal_table(results)
 
 
 def test_plots_end_in_each_runs_name_and_value(tmp_path):
