@@ -89,3 +89,11 @@ def test_the_citation_is_of_this_version() -> None:
 def test_the_links_lead_somewhere(name: str) -> None:
     for target in re.findall(r"\]\(((?!https?://)[^)#\s]+)", (ROOT / name).read_text(encoding="utf-8")):
         assert (ROOT / name).parent.joinpath(target).exists(), target
+
+
+def test_what_pip_is_told_to_install_is_there():
+    """Nothing is on a package index yet, so the pages install from the clone, and the extras exist."""
+    for path in (ROOT / "README.md", *(ROOT / "docs").glob("*.md")):
+        page = path.read_text(encoding="utf-8")
+        assert not re.search(r"pip install ['\"]?sense-v2", page), path.name
+        assert set(re.findall(r"pip install -e ['\"]\.\[(\w+)\]", page)) <= set(PROJECT["optional-dependencies"])
