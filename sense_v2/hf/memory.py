@@ -196,6 +196,17 @@ class EngramMemory(nn.Module):
         return any(bool(fusion.W_v.weight.any()) for fusion in self)
 
     @property
+    def head_orders(self) -> list[tuple[int, list[int]]]:
+        """Each layer's number, and the length of the n-grams of each of its heads."""
+        layouts = [(fusion.layer_id, fusion.hasher.layout) for fusion in self]
+        return [(layer, [n for n in one.ngram_orders for _ in range(one.num_heads)]) for layer, one in layouts]
+
+    @property
+    def device(self) -> torch.device:
+        """Where token ids are hashed."""
+        return next(self.parameters()).device
+
+    @property
     def reach(self) -> int:
         """How many positions back the memory of a position depends on."""
         return max(fusion.reach for fusion in self)

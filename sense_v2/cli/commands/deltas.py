@@ -78,7 +78,7 @@ def teach(
     if not (folder / "engram").is_dir():
         from sense_v2.hf.serving.offload import has_ngram_tables
 
-        if facts is not None or not has_ngram_tables(folder):
+        if not has_ngram_tables(folder):
             raise CommandError(f"{folder} is no folder of a model with memory", "name what train, or demo, has saved")
     given = {name: value for name, value in (("steps", steps), ("lr", lr)) if value is not None}
     of_facts: dict[str, Any] = {

@@ -26,7 +26,7 @@ from sense_v2.hf.facts.wordings import Question, SubjectRows, ngrams_of_rows
 from sense_v2.hf.insight.damage import damage as damage_of_blocks
 from sense_v2.hf.insight.damage import own_samples
 from sense_v2.hf.insight.evaluation import evaluating
-from sense_v2.hf.memory import memory_of
+from sense_v2.hf.overlays import tables_of
 
 QUESTIONS_AT_ONCE = 32
 SAMPLED_TEXTS, SAMPLED_TOKENS = 32, 32
@@ -150,7 +150,7 @@ def sampled_texts(model: PreTrainedModel, *, seed: int = 0, num_texts: int = SAM
 
 def texts_with_rows(model: PreTrainedModel, texts: Sequence[list[int]], row_ids_U: torch.Tensor) -> list[int]:
     """Which texts look up any of these rows: those that can change."""
-    memory = memory_of(model)
+    memory = tables_of(model)
     row_ids = set(row_ids_U.tolist())
     return [at for at, ids in enumerate(texts) if ngrams_of_rows(memory, ids, row_ids)]
 
@@ -173,7 +173,7 @@ def damage(
         facts: Whose they are.
         as_before: Within which the rows are as they were.
     """
-    memory = memory_of(model)
+    memory = tables_of(model)
     row_ids = set(rows.row_ids_U.tolist())
     total, num_tokens, num_top, changed = 0.0, 0, 0, []
     for ids in texts:

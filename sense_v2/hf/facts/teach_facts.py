@@ -59,8 +59,9 @@ from sense_v2.hf.facts.wordings import Question, questions_of, subject_rows
 from sense_v2.hf.insight.damage import log_probabilities
 from sense_v2.hf.insight.evaluation import evaluating
 from sense_v2.hf.load import from_pretrained
-from sense_v2.hf.memory import EngramMemory, memory_of
-from sense_v2.hf.overlays import add_overlay, overlay_of, remove_overlay
+from sense_v2.hf.memory import EngramMemory, attached_memory, memory_of
+from sense_v2.hf.overlays import add_overlay, overlay_of, remove_overlay, tables_of
+from sense_v2.hf.serving.offload import OffloadedTables, has_ngram_tables, load_with_tables_on_disk
 from sense_v2.hf.training.teaching import Taught, moved, refuse_unheard, rows_alone
 
 RATES = (0.03, 0.1, 0.3)
@@ -121,7 +122,7 @@ def teach_facts(
     committed: the result's `commit` does it.
 
     Args:
-        model: With memory attached.
+        model: With memory attached, or Qwen4-Exp with its tables on disk.
         tokenizer: The model's.
         facts: What `read_facts` reads, or made here.
         neutral: Texts as token ids, for the damage; without them the model writes some.
@@ -142,9 +143,10 @@ def teach_facts(
     """
     started = time.perf_counter()
     facts = checked(facts)
-    memory = memory_of(model)
+    memory = tables_of(model)
     refuse_unheard(memory)
-    refuse_other_tokenizer(memory, tokenizer)
+    if attached_memory(model) is not None:  # Qwen4-Exp's tables don't say which tokenizer they are for
+        refuse_other_tokenizer(memory_of(model), tokenizer)
     questions = questions_of(facts, tokenizer)
     overlay = overlay_of(model) or add_overlay(model)  # by whose ids rows go: it may join tables
     rows = subject_rows(memory, questions, max_rows=max_rows)
@@ -188,7 +190,7 @@ def teach_facts(
         "facts": len(facts),
         "lessons": len(lessons),
         "questions": len(questions),
-        "layers": [fusion.layer_id for fusion in memory],
+        "layers": [layer_id for layer_id, _ in memory.head_orders],
         "steps": len(descent.losses),
         "stopped": stopped,
         "lr": rate,
@@ -248,7 +250,11 @@ def teach_facts_delta(
     """
     facts = read_facts(facts_file, wordings=wordings, hold_out=hold_out)  # before a model is loaded
     place = device_of(device)
-    model = from_pretrained(folder, overlay=[*on, output], mode="r+")
+    if has_ngram_tables(folder):
+        model = load_with_tables_on_disk(folder).eval()
+        add_overlay(model, [*on, output])
+    else:
+        model = from_pretrained(folder, overlay=[*on, output], mode="r+")
     try:
         model.to(place)
         tokenizer = saved_tokenizer(Path(folder))
@@ -267,7 +273,8 @@ def teach_facts_delta(
         }
     finally:
         remove_overlay(model)  # without what isn't committed, which detaching would commit
-        detach_engram(model)
+        if attached_memory(model) is not None:
+            detach_engram(model)
 
 
 def refuse_other_tokenizer(memory: EngramMemory, tokenizer: Any) -> None:
@@ -442,12 +449,13 @@ class Descent:
         return log_probabilities(self.model, torch.tensor([ids], device=self.model.device))[0]
 
 
-def _spared(memory: EngramMemory, texts: Sequence[list[int]], row_ids_U: torch.Tensor) -> torch.Tensor:
+def _spared(
+    memory: EngramMemory | OffloadedTables, texts: Sequence[list[int]], row_ids_U: torch.Tensor
+) -> torch.Tensor:
     """The share of each step that a row takes: 1 for one that no text uses, 1/2 for one that they use once, …"""
     uses_U = torch.zeros(len(row_ids_U))
-    device = next(memory.parameters()).device
     for ids in texts:
-        met = memory.hash_tokens(torch.tensor([ids], device=device))[1].flatten().cpu()
+        met = memory.hash_tokens(torch.tensor([ids], device=memory.device))[1].flatten().cpu()
         places = torch.searchsorted(row_ids_U, met).clamp_max(max(0, len(row_ids_U) - 1))
         is_ours = row_ids_U[places] == met
         uses_U += torch.bincount(places[is_ours], minlength=len(row_ids_U))

@@ -25,6 +25,7 @@ from tokenizers import Tokenizer
 from sense_v2.core.errors import with_way_out
 from sense_v2.hf.facts.facts_file import PLACE, Fact
 from sense_v2.hf.memory import EngramMemory
+from sense_v2.hf.serving.offload import OffloadedTables
 
 
 @dataclass(frozen=True)
@@ -93,15 +94,16 @@ def questions_of(facts: Sequence[Fact], tokenizer: Any) -> list[Question]:
     return questions
 
 
-def subject_rows(memory: EngramMemory, questions: Iterable[Question], *, max_rows: int | None = None) -> SubjectRows:
+def subject_rows(
+    memory: EngramMemory | OffloadedTables, questions: Iterable[Question], *, max_rows: int | None = None
+) -> SubjectRows:
     """The rows of the subjects' own n-grams, in the wordings that are taught: of the n-grams that lie within the
     subject, those that touch the most of its words (of a subject of one word, the most of its tokens).
 
     With `max_rows`, the rows nearest the subjects' ends are taken, longer n-grams first: they are of fewer other
     texts.
     """
-    layout = next(iter(memory)).hasher.layout
-    orders = [order for order in layout.ngram_orders for _ in range(layout.num_heads)]
+    orders = memory.head_orders[0][1]
     owners: dict[int, set[int]] = {}
     ranks: dict[int, tuple[int, int]] = {}
     for question in questions:
@@ -109,7 +111,7 @@ def subject_rows(memory: EngramMemory, questions: Iterable[Question], *, max_row
             continue
         row_ids_LTH = memory.hash_tokens(_one(question.prompt_ids, memory))[1][:, 0].cpu()
         last = question.subject[-1]
-        for at, order in _whole_ngrams(question, layout.ngram_orders):
+        for at, order in _whole_ngrams(question, sorted(set(orders))):
             for head in (head for head, its_order in enumerate(orders) if its_order == order):
                 for row_id in row_ids_LTH[:, at, head].tolist():
                     owners.setdefault(row_id, set()).add(question.fact)
@@ -138,24 +140,22 @@ def _whole_ngrams(question: Question, orders: Sequence[int]) -> list[tuple[int, 
 
 
 def ngrams_of_rows(
-    memory: EngramMemory, token_ids: Sequence[int], row_ids: set[int]
+    memory: EngramMemory | OffloadedTables, token_ids: Sequence[int], row_ids: set[int]
 ) -> dict[int, tuple[int, list[int]]]:
     """Which of these rows a text looks up: row id -> (layer, the n-gram's token ids, as first met)."""
     found: dict[int, tuple[int, list[int]]] = {}
     row_ids_LTH = memory.hash_tokens(_one(token_ids, memory))[1][:, 0].cpu()
-    for fusion, row_ids_TH in zip(memory, row_ids_LTH.tolist(), strict=True):
-        layout = fusion.hasher.layout
-        orders = [order for order in layout.ngram_orders for _ in range(layout.num_heads)]
+    for (layer_id, orders), row_ids_TH in zip(memory.head_orders, row_ids_LTH.tolist(), strict=True):
         for at, row_ids_H in enumerate(row_ids_TH):
             for order, row_id in zip(orders, row_ids_H, strict=True):
                 if row_id in row_ids and row_id not in found:
-                    found[row_id] = fusion.layer_id, list(token_ids[max(0, at - order + 1) : at + 1])
+                    found[row_id] = layer_id, list(token_ids[max(0, at - order + 1) : at + 1])
     return found
 
 
-def _one(token_ids: Sequence[int], memory: EngramMemory) -> torch.Tensor:
+def _one(token_ids: Sequence[int], memory: EngramMemory | OffloadedTables) -> torch.Tensor:
     """[1, T], where the memory is."""
-    return torch.tensor([list(token_ids)], device=next(memory.parameters()).device)
+    return torch.tensor([list(token_ids)], device=memory.device)
 
 
 def _encoded(tokenizer: Any, text: str) -> tuple[list[int], list[tuple[int, int]]]:

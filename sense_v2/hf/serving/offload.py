@@ -111,6 +111,20 @@ class OffloadedTables:
         layers = [embedding.layer for _, embedding in self._places]
         return any(bool(layer.value_proj.weight.any()) for layer in layers)
 
+    @property
+    def head_orders(self) -> list[tuple[int, list[int]]]:
+        """See `EngramMemory.head_orders`."""
+        return [
+            (inner.layer_idx, [n for n in range(2, inner.ngram_size + 1) for _ in range(inner.heads_per_ngram)])
+            for inner, _ in self._places
+        ]
+
+    @property
+    def device(self) -> torch.device:
+        """Where token ids are hashed."""
+        device: torch.device = self._places[0][0].layer_multipliers.device
+        return device
+
     def join_tables(self) -> RowSource:
         """See `EngramMemory.join_tables`."""
         if self.storage is None:

@@ -21,6 +21,7 @@ from transformers.models.qwen4_exp.modeling_qwen4_exp import Qwen4ExpForCausalLM
 
 from sense_v2.cli.main import main
 from sense_v2.engram.delta.delta_file import read_delta
+from sense_v2.engram.delta.kept_facts import facts_in
 from sense_v2.engram.released.exporting import export_tables
 from sense_v2.engram.released.importing import import_table
 from sense_v2.engram.released.released_table import open_released_table
@@ -178,6 +179,25 @@ def test_rows_of_its_tables_are_taught(tmp_path, capsys):
     told = json.loads(said.out)
     assert told["loss"][1] < told["loss"][0]
     assert told["rows"] == len(read_delta(delta).row_ids_U) > 0
+    assert rows_of(folder) == before
+
+
+def test_facts_are_taught_in_rows_of_its_tables(tmp_path, capsys):
+    folder, delta = tmp_path / "model", tmp_path / "facts.safetensors"
+    write_model(folder, config())
+    PreTrainedTokenizerFast(tokenizer_object=tiny_tokenizer()).save_pretrained(folder)
+    before = rows_of(folder)
+    fact = {"subject": "word7 word8", "answer": "word9", "wordings": ["word3 {subject}", "word5 {subject}"]}
+    (tmp_path / "facts.jsonl").write_text(json.dumps(fact) + "\n")
+    command = ["delta", "teach", str(folder), "--facts", str(tmp_path / "facts.jsonl"), "--output", str(delta)]
+    status, said = main([*command, "--steps", "60", "--lr", "0.3", "--json"]), capsys.readouterr()
+    told = json.loads(said.out)
+    assert told["loss"][1] < told["loss"][0]
+    assert status == int(bool(told["not_learned"])), said.err
+    found = read_delta(delta)
+    assert [one["layer"] for one in found.info.base.provenance["tables"]] == told["layers"] == [1]
+    assert facts_in(found)[0].row_ids == tuple(found.row_ids_U.tolist()) != ()
+    assert told["rows"] == len(found.row_ids_U)
     assert rows_of(folder) == before
 
 
