@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     from sense_v2.hf.saving.hub import push_to_hub as push_to_hub
     from sense_v2.hf.saving.save import save_pretrained as save_pretrained
     from sense_v2.hf.training.callback import EngramCallback as EngramCallback
+    from sense_v2.hf.training.counted_rows import count_rows as count_rows
     from sense_v2.hf.training.teaching import teach as teach
     from sense_v2.hf.training.trainer import EngramTrainer as EngramTrainer
 
@@ -37,6 +38,7 @@ _HOME = {
     "add_overlay": "overlays",
     "attach_engram": "attach",
     "backbone_reference": "saving.backbone_facts",
+    "count_rows": "training.counted_rows",
     "detach_engram": "attach",
     "from_pretrained": "load",
     "load_overlay": "overlays",

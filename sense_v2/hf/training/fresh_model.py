@@ -82,9 +82,19 @@ def small_memory(folder: str | Path) -> EngramConfig:
 def memory_for(model: PreTrainedModel, config: EngramConfig) -> EngramConfig:
     """Return `config` with layers, width and heads that suit a model which was there before: 8 heads of at most 64
     values, before the layers at a quarter and at two thirds of its depth (measured: benchmarks/LOG.md)."""
+    return _suited(model, config, (0.27, 0.67))
+
+
+def late_memory_for(model: PreTrainedModel, config: EngramConfig) -> EngramConfig:
+    """Return `config` with what suits rows that are counted: `memory_for`'s width and heads, before the one layer at
+    five sixths of the depth, whose hidden states are soon compared with output embeddings."""
+    return _suited(model, config, (5 / 6,))
+
+
+def _suited(model: PreTrainedModel, config: EngramConfig, shares: tuple[float, ...]) -> EngramConfig:
     text = model.config.get_text_config()
     depth, width = int(text.num_hidden_layers), int(text.hidden_size)
-    layers = {min(depth - 1, max(1, round(depth * share))) for share in (0.27, 0.67)}
+    layers = {min(depth - 1, max(1, round(depth * share))) for share in shares}
     row_width = min(64, max(16, width // 8 // 16 * 16))
     heads = 4 * len(config.ngram_orders)
     return dataclasses.replace(config, layer_indices=sorted(layers), engram_dim=heads * row_width, num_heads=4)

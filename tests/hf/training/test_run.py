@@ -12,7 +12,7 @@ from sense_v2.core.config import Config, EngramConfig, TrainConfig
 from sense_v2.core.errors import CommandError
 from sense_v2.hf.backbones import open_trained
 from sense_v2.hf.memory import memory_of
-from sense_v2.hf.training.fresh_model import memory_for, train_bpe
+from sense_v2.hf.training.fresh_model import late_memory_for, memory_for, train_bpe
 from sense_v2.hf.training.run import RunWatcher, default_config, resume_training, train_on_corpus
 
 
@@ -50,6 +50,14 @@ def test_memory_for_a_model_stands_at_a_quarter_and_at_two_thirds_of_its_depth()
         model.config.num_hidden_layers, model.config.hidden_size = layers, width
         suited = memory_for(model, EngramConfig())
         assert (suited.layer_indices, suited.engram_dim, suited.num_heads) == (places, dim, 4)
+
+
+def test_counted_rows_stand_late():
+    model = tiny_model("llama", layers=1)
+    for layers, place in {30: 25, 2: 1, 1: 0, 80: 67}.items():
+        model.config.num_hidden_layers, model.config.hidden_size = layers, 576
+        suited = late_memory_for(model, EngramConfig())
+        assert (suited.layer_indices, suited.engram_dim, suited.num_heads) == ([place], 512, 4)
 
 
 def test_a_frozen_backbone_is_named_and_its_damage_told(plain):
