@@ -17,6 +17,7 @@ from sense_v2.cli.output import progress_to
 from sense_v2.cli.progress import TrainingProgress
 from sense_v2.core.config import Config, TrainConfig
 from sense_v2.hf.data.corpus import Corpus
+from sense_v2.hf.training.counted_rows import Counted
 from sense_v2.hf.training.fit import History
 from sense_v2.hf.training.run import DEFAULT_OUTPUT, RunWatcher, resume_training, train_on_corpus
 from sense_v2.report import wording
@@ -68,6 +69,13 @@ class PrintingWatcher(RunWatcher):
     def corpus_opened(self, corpus: Corpus) -> None:
         self.echo(f"corpus   {corpus.line()}")
 
+    def counted(self, counted: Counted) -> None:
+        self.echo(
+            f"counted  {wording.count(counted.tokens)} tokens into {wording.count(counted.rows)} rows in "
+            f"{counted.seconds:.0f} s: loss {wording.decimals(counted.loss_before)} before, "
+            f"{wording.decimals(counted.loss_after)} after, on text kept back; strength {counted.strength:.2g}"
+        )
+
     def prepared(self, facts: dict[str, Any]) -> None:
         model, memory = facts["model"], facts["memory"]
         self.memory = memory
@@ -103,6 +111,8 @@ class PrintingWatcher(RunWatcher):
 def _doubts(settings: TrainConfig, memory: dict[str, Any] | None) -> Iterator[str]:
     """What a run's settings are unlikely to be meant to do."""
     steps, warmup = settings.steps, settings.warmup_steps
+    if not steps:
+        return
     if steps <= warmup:
         share, verb = wording.percent(steps / (warmup + 1)), "ends" if steps == 1 else "end"
         yield (

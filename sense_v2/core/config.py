@@ -324,7 +324,7 @@ class TrainConfig(_Serializable):
     """
 
     steps: int = 300
-    """Optimizer steps; each reads one batch."""
+    """Optimizer steps; each reads one batch. 0: rows are counted, and nothing is trained."""
     batch_size: int = 8
     """Sequences a step."""
     sequence_length: int = 256
@@ -369,7 +369,7 @@ class TrainConfig(_Serializable):
 
     def validate(self) -> None:
         super().validate()
-        for name in ("steps", "batch_size", "eval_sequences"):
+        for name in ("batch_size", "eval_sequences"):
             _require(getattr(self, name) >= 1, self, name, "at least 1")
         _require(self.sequence_length >= 2, self, "sequence_length", "at least 2 (a token and the next)")
         for name in (
@@ -380,7 +380,7 @@ class TrainConfig(_Serializable):
             "max_grad_norm",
         ):
             _require(getattr(self, name) > 0, self, name, "above 0")
-        for name in ("lora_rank", "weight_decay", "warmup_steps", "eval_every", "commit_every"):
+        for name in ("steps", "lora_rank", "weight_decay", "warmup_steps", "eval_every", "commit_every"):
             _require(getattr(self, name) >= 0, self, name, "0 or more")
         _require(0 <= self.seed < 2**63, self, "seed", "from 0 to 2**63 - 1")
         _require(self.durability in DURABILITIES, self, "durability", f"one of {', '.join(DURABILITIES)}")

@@ -1,5 +1,6 @@
 """What `sense-engram train` says before and after the steps: warm-up, table, Ctrl-C; and the defaults in its help."""
 
+import json
 import re
 import signal
 
@@ -9,7 +10,7 @@ from test_cli import SMALL
 
 from sense_v2.cli import train
 from sense_v2.core.config import Config, TrainConfig
-from sense_v2.hf.training.run import default_config
+from sense_v2.hf.training.run import COUNTED_ROW_RATE, default_config
 
 
 def notes(output):
@@ -45,6 +46,34 @@ def test_a_table_far_too_large_for_the_text_is_named(run, corpus, tmp_path):
         r"--table-size 770 has a row for each",
         line,
     )
+
+
+def test_a_frozen_models_rows_begin_with_counts_unless_told_otherwise(run, run_json, corpus, tmp_path):
+    plain, output = tmp_path / "plain", tmp_path / "with"
+    run_json("train", "--corpus", corpus, *SMALL, "--steps", 1, "--no-memory", "--output", plain)
+    shape = ("--batch-size", 2, "--sequence-length", 32, "--table-size", 20_000, "--model", plain)
+    frozen = ("train", "--corpus", corpus, *shape, "--freeze-backbone", "--output", output, "--force")
+    status, out, error = run(*frozen, "--steps", 0)
+    assert status == 0, error
+    assert re.search(
+        r"counted  [\d,]+ tokens into [\d,]+ rows in \d+ s: loss [\d.]+ before, [\d.]+ after, on text kept back; "
+        r"strength [\d.]+",
+        out,
+    )
+    assert notes(out) == []
+    assert Config.load(output / "config.yaml").train.row_learning_rate == COUNTED_ROW_RATE
+    for way, init_std in (("zeros", 0), ("noise", 0.02)):
+        result = run_json(*frozen, "--steps", 1, "--begin-with", way)
+        saved = Config.load(output / "config.yaml")
+        assert (result["counted"], saved.engram.init_std, saved.train.row_learning_rate) == (None, init_std, 0.3)
+    documents = tmp_path / "texts.jsonl"
+    documents.write_text("".join(json.dumps({"text": f"one {which} two three " * 50}) + "\n" for which in range(200)))
+    streamed = ("train", "--corpus", documents, *shape, "--freeze-backbone", "--output", output, "--force")
+    status, _, error = run(*streamed, "--steps", 1, "--begin-with", "counts")
+    assert status == 1
+    assert "rows can't be counted: the corpus texts.jsonl is read while it is trained on" in " ".join(error.split())
+    assert "--begin-with zeros" in error
+    assert run_json(*streamed, "--steps", 1)["counted"] is None
 
 
 def test_a_run_that_was_stopped_says_where_and_how_to_go_on(run, corpus, tmp_path, monkeypatch):

@@ -183,7 +183,7 @@ REFUSED: list[tuple[type, dict[str, Any], str]] = [
     (EngramConfig, {"seed": -1}, f"seed = -1: must be {SEEDS}"),
     (EngramConfig, {"seed": 2**63}, f"seed = {2**63}: must be {SEEDS}"),
     (EngramConfig, {"num_streams": 4}, "num_streams = 4: must be 1 in variant 'sense'"),
-    (TrainConfig, {"steps": 0}, "steps = 0: must be at least 1"),
+    (TrainConfig, {"steps": -1}, "steps = -1: must be 0 or more"),
     (TrainConfig, {"steps": 1.5}, "steps = 1.5: must be of type int"),
     (TrainConfig, {"batch_size": 0}, "batch_size = 0: must be at least 1"),
     (TrainConfig, {"eval_sequences": 0}, "eval_sequences = 0: must be at least 1"),
@@ -240,8 +240,8 @@ def test_every_field_is_refused_somewhere() -> None:
 
 def test_validate_of_config_reaches_its_sections() -> None:
     config = Config()
-    config.train.steps = 0
-    with pytest.raises(ValueError, match=r"^TrainConfig\.steps = 0: must be at least 1$"):
+    config.train.steps = -1
+    with pytest.raises(ValueError, match=r"^TrainConfig\.steps = -1: must be 0 or more$"):
         config.validate()
     config = Config()
     config.engram.num_heads = 3

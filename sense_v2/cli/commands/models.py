@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import typer
 
@@ -26,7 +26,7 @@ from sense_v2.cli.options import (
     settings_of,
 )
 from sense_v2.cli.output import lines_to, print_json, require_plots
-from sense_v2.core.config import TrainConfig
+from sense_v2.core.config import EngramConfig, TrainConfig
 
 
 def demo(
@@ -84,7 +84,9 @@ def train(
     corpus: CorpusOption = None,
     output: Annotated[Path, typer.Option(metavar="FOLDER", help="Where the model goes.")] = Path("runs/train"),
     config: ConfigOption = None,
-    steps: Annotated[int | None, typer.Option(min=1, help=f"Optimizer steps ({TrainConfig.steps}).")] = None,
+    steps: Annotated[
+        int | None, typer.Option(min=0, help=f"Optimizer steps, 0 to count rows only ({TrainConfig.steps}).")
+    ] = None,
     tokens: Annotated[int | None, typer.Option(min=1, help="Tokens to train on, in place of --steps.")] = None,
     batch_size: Annotated[
         int | None, typer.Option(min=1, help=f"Sequences a step ({TrainConfig.batch_size}).")
@@ -98,13 +100,25 @@ def train(
     ] = None,
     row_learning_rate: Annotated[
         float | None,
-        typer.Option(min=0, help=f"Of the table's rows ({TrainConfig.row_learning_rate:g}, and 0.3 with --model)."),
+        typer.Option(
+            min=0,
+            help="Of the table's rows, a tenth if they are counted "
+            f"({TrainConfig.row_learning_rate:g}, and 0.3 with --model).",
+        ),
     ] = None,
     warmup_steps: Annotated[
         int | None,
         typer.Option(min=0, help=f"Steps over which the rates rise to their peaks ({TrainConfig.warmup_steps})."),
     ] = None,
     freeze_backbone: Annotated[bool, typer.Option("--freeze-backbone", help="Only the memory learns.")] = False,
+    begin_with: Annotated[
+        Literal["counts", "zeros", "noise"] | None,
+        typer.Option(
+            help="Rows before the first step: counts of what follows each n-gram (the default with --model and "
+            "--freeze-backbone), zeros, noise.",
+            show_default=False,
+        ),
+    ] = None,
     lora_rank: Annotated[
         int | None, typer.Option(min=0, help="Train a LoRA of this rank beside the memory, not the whole backbone.")
     ] = None,
@@ -154,11 +168,12 @@ def train(
         if steps is not None and tokens is not None:
             raise typer.BadParameter("--steps and --tokens say the same thing; give one of them")
         from sense_v2.cli.train import run_train
+        from sense_v2.hf.data.large_corpus import fits_memory
         from sense_v2.hf.saving.folder import MEMORY_FOLDER
         from sense_v2.hf.training.run import default_config
         from sense_v2.hf.training.settings import parse_set
 
-        engram = {
+        engram: dict[str, Any] = {
             "table_size": table_size,
             "layer_indices": numbers("--layers", layers),
             "seed": seed,
@@ -179,7 +194,13 @@ def train(
             raise typer.BadParameter(
                 f"{model} has a memory, which is trained further as it is: leave --table-size and --layers out"
             )
-        settings = settings_of(config, default_config(model, lora_rank or 0), engram, train)
+        # By default where it is known to be better, and can be done: see docs/retrofit.md.
+        has_memory = model is not None and (Path(model) / MEMORY_FOLDER).is_dir()
+        can_count = model is not None and freeze_backbone and not (has_memory or no_memory or lora_rank or config)
+        counts = begin_with == "counts" or (begin_with is None and can_count and fits_memory(corpus))
+        if begin_with is not None:
+            engram["init_std"] = EngramConfig.init_std if begin_with == "noise" else 0.0
+        settings = settings_of(config, default_config(model, lora_rank or 0, counts=counts), engram, train)
         settings.trainer |= parse_set(trainer or [])
         if tokens is not None:
             settings.train.steps = math.ceil(tokens / (settings.train.batch_size * settings.train.sequence_length))
@@ -190,6 +211,7 @@ def train(
             text_column=text_column,
             output=output,
             force=force,
+            counts=counts,
             suits_model=model is not None and config is None and layers is None,
             echo=lines_to(as_json),
         )

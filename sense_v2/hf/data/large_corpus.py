@@ -52,6 +52,16 @@ def _text_bytes(files: CorpusFiles) -> int:
     return sum(file.stat().st_size * (COMPRESSION if is_compressed(file) else 1) for file in texts)
 
 
+def fits_memory(corpus: Sequence[str | Path] | None) -> bool:
+    """Return whether a run of any length reads this corpus whole before it trains (None: the standard library)."""
+    if not corpus:
+        return True
+    if is_hub_dataset(corpus):
+        return False
+    files = find_corpus(corpus)
+    return not files.documents and _text_bytes(files) <= MAX_RESIDENT_BYTES
+
+
 def open_corpus(corpus: Sequence[str | Path] | None, settings: TrainConfig, *, text_column: str = "text") -> Corpus:
     """As much of the corpus (none named: the standard library) as a run of `settings` needs. Text past that only
     costs time to tokenise. The same settings give the same part, so that `eval` reads what `train` held out.

@@ -148,6 +148,8 @@ def fit(
     _refuse_nothing(model, memory, config)
     if should_stop():
         return History(stopped=True)
+    if config.steps == 0:
+        return History()
     trainer = trainer or {}
     checkpoint = resumable_checkpoint(folder, model) if folder is not None and resumes else None
     with nullcontext(folder) if folder is not None else tempfile.TemporaryDirectory() as output:

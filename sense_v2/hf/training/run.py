@@ -22,6 +22,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from transformers import PreTrainedModel
 
@@ -54,13 +55,18 @@ from sense_v2.hf.saving.staged_folder import (
     resumed_folder,
     staged_folder,
 )
+from sense_v2.hf.training.counted_rows import Counted, count_rows
 from sense_v2.hf.training.fit import History, fit, resumable_checkpoint
-from sense_v2.hf.training.fresh_model import memory_for, small_memory
+from sense_v2.hf.training.fresh_model import late_memory_for, memory_for, small_memory
 from sense_v2.hf.training.settings import checked_trainer
 
 DEFAULT_OUTPUT = "runs/train"
 # Enough for the damage's first digit, in seconds.
 DAMAGE_SEQUENCES, DAMAGE_TOKENS = 16, 1024
+MOST_NOT_COUNTED = 0.25
+"""Of the text: what is left out of the count, to be trained on."""
+COUNTED_ROW_RATE = 0.03
+"""A tenth of what suits rows of zeros, which forgets what was counted (benchmarks/LOG.md)."""
 
 
 class RunWatcher:
@@ -70,6 +76,9 @@ class RunWatcher:
 
     def corpus_opened(self, corpus: Corpus) -> None:
         """Called before anything is read of the text to train on."""
+
+    def counted(self, counted: Counted) -> None:
+        """Called when the rows were counted."""
 
     def prepared(self, facts: dict[str, Any]) -> None:
         """Called before the first step, with what will be trained: `model` and `memory` of the result."""
@@ -89,6 +98,9 @@ class Run:
     corpus: list[str] | None = None
     text_column: str = "text"
     suits_model: bool = False
+    counts: bool = False
+    counted: dict[str, Any] | None = None
+    """What `count_rows` did, once it has."""
     weights: str | None = None
     """A digest of the backbone that it began with,"""
     text: str | None = None
@@ -111,13 +123,13 @@ class Run:
             ) from error
 
 
-def default_config(model: str | None, lora_rank: int = 0) -> Config:
+def default_config(model: str | None, lora_rank: int = 0, *, counts: bool = False) -> Config:
     """Return what a run without a configuration file uses: the demo's memory; a backbone that has learned something
-    moves slower than a fresh one, and slower than an adapter."""
+    moves slower than a fresh one, and slower than an adapter; counted rows slower than zeros."""
     if model is None:
         return Config(small_memory(DEFAULT_OUTPUT), TrainConfig())
     rates: dict[str, Any] = dict.fromkeys(("fusion_learning_rate", "value_learning_rate"), 3e-3)
-    rates |= {"learning_rate": 3e-3 if lora_rank else 1e-4, "row_learning_rate": 0.3}
+    rates |= {"learning_rate": 3e-3 if lora_rank else 1e-4, "row_learning_rate": COUNTED_ROW_RATE if counts else 0.3}
     return Config(small_memory(DEFAULT_OUTPUT), TrainConfig(**rates))
 
 
@@ -130,6 +142,7 @@ def train_on_corpus(
     output: str | Path = DEFAULT_OUTPUT,
     force: bool = False,
     suits_model: bool = False,
+    counts: bool = False,
     watcher: RunWatcher | None = None,
 ) -> dict[str, Any]:
     """Train and save.
@@ -144,7 +157,9 @@ def train_on_corpus(
         text_column: Where documents have their text.
         output: The model's folder.
         force: Whether a model that is there is replaced.
-        suits_model: Whether layers, width and heads of the memory are chosen by the model's shape (`memory_for`).
+        suits_model: Whether layers, width and heads of the memory are chosen by the model's shape (`memory_for`, or
+            `late_memory_for` where rows are counted).
+        counts: Whether the rows are counted first (`count_rows`), from text that is then not trained on.
         watcher: What the run tells while it goes on, and who may stop it. A run that was stopped is saved, and one
             that was stopped, killed, or failed after a checkpoint goes on with `resume_training`.
 
@@ -161,7 +176,9 @@ def train_on_corpus(
             f"lora_rank = {config.train.lora_rank}: a fresh model has learned nothing that an adapter goes on from",
             "name a model with --model, or leave it out",
         )
-    run = Run(config, model, absolute_paths(corpus), text_column, suits_model=suits_model)
+    if not config.train.steps and not counts:
+        raise CommandError("steps = 0, and no rows are counted: nothing would be learned", "more --steps")
+    run = Run(config, model, absolute_paths(corpus), text_column, suits_model=suits_model, counts=counts)
     with staged_folder(Path(output), force=force) as staging:
         result, memory = _train(run, staging, Path(output), watcher or RunWatcher(), resumes=False)
     return _closed(result, memory)
@@ -213,8 +230,11 @@ def _train(
             )
         config = dataclasses.replace(config, engram=memory_of(backbone.model).config)
     elif run.suits_model:
-        config = dataclasses.replace(config, engram=memory_for(backbone.model, config.engram))
-    batches, held_out_BT = _batches(text, backbone, config.train, watcher)
+        suited = late_memory_for if run.counts else memory_for
+        config = dataclasses.replace(config, engram=suited(backbone.model, config.engram))
+    if run.counts:
+        _refuse_count(config.engram, text, run, has_memory=backbone.trained is not None)
+    to_count_T, batches, held_out_BT = _batches(text, backbone, config.train, watcher, counts=run.counts)
     config = dataclasses.replace(config, engram=_engram_config(config.engram, backbone, staging))
     began = dataclasses.replace(
         run, weights=backbone_facts(backbone.model)["weights"], text=_text_digest(run, text, held_out_BT)
@@ -252,6 +272,11 @@ def _train(
 
     if backbone.trained is None:
         check(model, watcher.progress)  # at resuming too: the memory that was just attached adds nothing yet
+    if to_count_T is not None and not resumes:
+        found = count_rows(backbone.model, to_count_T, progress=watcher.progress)
+        began.counted = dataclasses.asdict(found)
+        began.save(state_folder)
+        watcher.counted(found)
     with watcher.training(config.train) as (on_step, should_stop):
         with _explained(output, resumes):
             history = fit(
@@ -288,6 +313,7 @@ def _train(
         },
         "memory": facts["memory"],
         "trainable": facts["trainable"],
+        "counted": began.counted,
         **_training_facts(history, config.train),
         "perplexity": {"before": evaluations[0].perplexity, "after": evaluations[-1].perplexity},
         "bits_per_byte": {"before": evaluations[0].bits_per_byte, "after": evaluations[-1].bits_per_byte},
@@ -334,12 +360,30 @@ def _backbone(model: str | None, text: Corpus, settings: TrainConfig, progress: 
     return backbone
 
 
+def _refuse_count(engram: EngramConfig, text: Corpus, run: Run, *, has_memory: bool) -> None:
+    """Say why rows can't be counted into this memory, before anything takes long."""
+    found = None
+    if run.model is None:
+        found = "a fresh model's embeddings mean nothing yet"
+    elif not engram.enabled:
+        found = "this run is to have no memory"
+    elif has_memory:
+        found = f"{run.model} has a memory already, whose rows have learned"
+    elif engram.init_std:
+        found = f"init_std = {engram.init_std:g}, so the rows begin as noise"
+    elif text.documents is not None:
+        found = f"the corpus {text.name} is read while it is trained on"
+    if found is not None:
+        raise CommandError(f"rows can't be counted: {found}", "--begin-with zeros")
+
+
 def _batches(
-    text: Corpus, backbone: Backbone, settings: TrainConfig, watcher: RunWatcher
-) -> tuple[Batches | StreamBatches, torch.Tensor]:
-    """What is trained on, and held_out_BT."""
+    text: Corpus, backbone: Backbone, settings: TrainConfig, watcher: RunWatcher, *, counts: bool = False
+) -> tuple[np.ndarray[Any, Any] | None, Batches | StreamBatches, torch.Tensor]:
+    """The text to count, if `counts`, what is trained on, and held_out_BT."""
     shape = {"batch_size": settings.batch_size, "sequence_length": settings.sequence_length, "seed": settings.seed}
-    found = []
+    found: list[Batches] = []
+    to_count_T = None
     parts = [("text to train on", text.train_texts), ("held-out text", text.held_out_texts)]
     for name, texts in parts if text.documents is None else parts[1:]:
         token_ids = token_stream(texts, backbone.tokenizer, watcher.progress)
@@ -349,10 +393,15 @@ def _batches(
                 f"{settings.sequence_length}",
                 "more text, or a shorter --sequence-length",
             )
+        if counts and not found:
+            needed = settings.steps * settings.batch_size * settings.sequence_length
+            num_trained = min(needed, int(MOST_NOT_COUNTED * len(token_ids)))
+            num_trained = max(num_trained, settings.sequence_length)
+            to_count_T, token_ids = token_ids[:-num_trained], token_ids[-num_trained:]
         found.append(Batches(token_ids, **shape))
     held_out_BT = found[-1].sample(settings.eval_sequences)
     if text.documents is None:
-        return found[0], held_out_BT
+        return to_count_T, found[0], held_out_BT
     stream = PackedStream(
         text.documents,
         backbone.tokenizer,
@@ -361,7 +410,7 @@ def _batches(
         text_column=text.text_column,
         seed=settings.seed,
     )
-    return StreamBatches(stream, batch_size=settings.batch_size), held_out_BT
+    return None, StreamBatches(stream, batch_size=settings.batch_size), held_out_BT
 
 
 def _text_digest(run: Run, text: Corpus, held_out_BT: torch.Tensor) -> str:

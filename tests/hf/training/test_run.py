@@ -1,5 +1,6 @@
 """A run on a model that was there before: memory that suits its shape, beside a LoRA, named and not copied."""
 
+import dataclasses
 import json
 from contextlib import nullcontext
 
@@ -201,3 +202,91 @@ def test_a_lora_without_memory_trains_to_be_compared_with(plain):
 def test_a_lora_of_a_fresh_model_is_refused(tmp_path):
     with pytest.raises(CommandError, match=r"lora_rank.*--model"):
         train_on_corpus(settings(lora_rank=2), corpus=[write_corpus(tmp_path / "corpus")], output=tmp_path / "out")
+
+
+def counting(**train):
+    return settings(train_backbone=False, row_learning_rate=0.03, **train)
+
+
+def test_rows_are_counted_and_then_trained_on_other_text(plain):
+    told = []
+
+    class Watcher(RunWatcher):
+        def counted(self, counted):
+            told.append(counted)
+
+    result, output = trained(plain, counting(), counts=True, suits_model=True, watcher=Watcher())
+    (counted,) = told
+    assert result["counted"] == vars(counted)
+    assert counted.loss_after <= counted.loss_before
+    model, _ = open_trained(output)
+    assert memory_of(model).config.layer_indices == [2]
+    assert counted.rows <= int(memory_of(model).storage.weight.any(1).sum())
+    assert not list(output.glob("model*"))
+
+
+def test_counting_alone_is_a_run(plain):
+    some, _ = trained(plain, counting(), counts=True)
+    result, output = trained(plain, counting(steps=0), counts=True, force=True)
+    assert result["counted"]["tokens"] > some["counted"]["tokens"]  # what is trained on isn't counted
+    assert (result["steps"], result["stopped"], result["train_loss"]) == (0, False, None)
+    assert result["perplexity"]["after"] < result["perplexity"]["before"]
+    model, _ = open_trained(output)
+    assert memory_of(model).storage.weight.any(1).sum() == result["counted"]["rows"]
+    assert not (output.parent / ".trained.partial").exists()
+
+
+def test_a_counted_run_goes_on_bit_for_bit(plain):
+    whole, output = trained(plain, counting(), counts=True)
+    expected = output.rename(plain.parent / "whole")
+
+    class Stopping(RunWatcher):
+        def training(self, settings):
+            steps = []
+            return nullcontext((steps.append, lambda: len(steps) == 3))
+
+    stopped, _ = trained(plain, counting(), counts=True, watcher=Stopping())
+    assert stopped["stopped"]
+    result = resume_training(output)
+    assert {**result["counted"], "seconds": 0} == {**whole["counted"], "seconds": 0}
+    assert (output / "engram/engram_table.dat").read_bytes() == (expected / "engram/engram_table.dat").read_bytes()
+    assert result["perplexity"] == whole["perplexity"]
+
+
+def test_a_lora_trains_beside_counted_rows(plain):
+    result, output = trained(plain, counting(lora_rank=2, learning_rate=1e-2), counts=True)
+    assert result["counted"]["rows"] > 0
+    model, _ = open_trained(output)
+    assert all(value.any() for name, value in model.named_parameters() if "lora_B" in name)
+
+
+@pytest.mark.parametrize(
+    ("changes", "more", "message"),
+    [
+        (
+            {"init_std": 0.02},
+            {},
+            r"^rows can't be counted: init_std = 0\.02, so the rows begin as noise; --begin-with zeros$",
+        ),
+        ({"enabled": False}, {}, r"^rows can't be counted: this run is to have no memory; --begin-with zeros$"),
+        (
+            {},
+            {"model": None},
+            r"^rows can't be counted: a fresh model's embeddings mean nothing yet; --begin-with zeros$",
+        ),
+    ],
+)
+def test_what_cant_be_counted_is_said_at_once(plain, changes, more, message):
+    config = counting()
+    config.engram = dataclasses.replace(config.engram, **changes)
+    call = {"model": str(plain), "corpus": [plain.parent / "corpus"], "output": plain.parent / "out", **more}
+    with pytest.raises(CommandError, match=message):
+        train_on_corpus(config, counts=True, **call)
+    assert not (plain.parent / "out").exists()
+
+
+def test_no_steps_and_no_counts_are_nothing(plain):
+    with pytest.raises(
+        CommandError, match=r"^steps = 0, and no rows are counted: nothing would be learned; more --steps$"
+    ):
+        trained(plain, counting(steps=0))
