@@ -71,7 +71,7 @@ class PrintingWatcher(RunWatcher):
 
     def counted(self, counted: Counted) -> None:
         self.echo(
-            f"counted  {wording.count(counted.tokens)} tokens into {wording.count(counted.rows)} rows in "
+            f"counted  {wording.number_of(counted.tokens, 'token')} into {wording.number_of(counted.rows, 'row')} in "
             f"{counted.seconds:.0f} s: loss {wording.decimals(counted.loss_before)} before, "
             f"{wording.decimals(counted.loss_after)} after, on text kept back; strength {counted.strength:.2g}"
         )
