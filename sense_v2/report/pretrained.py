@@ -9,7 +9,8 @@ returns:
       "model": {"name", "type", "layers", "hidden_size", "parameters"},
       "engram": the fields of EngramConfig, "train": the fields of TrainConfig,
       "table": {"rows", "width", "dtype", "bytes", "layers"},
-      "runs": {"untouched": RUN, "memory": RUN, "lora": RUN, "both": RUN (optional), "random_rows": RUN (optional)},
+      "runs": {"untouched": RUN, "counted": RUN, "memory": RUN, "lora": RUN,
+               "both": RUN (optional), "random_rows": RUN (optional)},
       "changes": {"memory - lora": {"mean", "low", "high"}, …}: of the loss, over the same sequences,
       "random_rows_keep": share of the memory's gain that random rows keep, or None,
       "reading": what the memory's lookups cost, as `ReadStats.summary` says it,
@@ -34,6 +35,7 @@ if TYPE_CHECKING:
 
 COLORS = {
     "untouched": "run-plain",
+    "counted": "run-engram",
     "memory": "run-engram",
     "lora": "run-random_rows",
     "both": "run-shuffled",
@@ -115,7 +117,10 @@ def sentences(results: dict[str, Any]) -> list[str]:
     """What a reader should take away."""
     runs, changes = results["runs"], results["changes"]
     found = [
-        f"Against a LoRA in as many seconds, the memory’s held-out loss is {_difference(changes['memory - lora'])}."
+        f"Against a LoRA in as many seconds, the memory’s held-out loss is {_difference(changes['memory - lora'])}.",
+        f"Rows that are counted, in {runs['counted']['seconds']:.0f} s and without a step of training, against the "
+        f"model as it is: {_difference(changes['counted - untouched'])}; against the LoRA: "
+        f"{_difference(changes['counted - lora'])}.",
     ]
     if "both" in runs:
         found.append(f"Both together against the LoRA: {_difference(changes['both - lora'])}.")

@@ -1,12 +1,13 @@
 """A pretrained model reads new text: memory beside a LoRA, both, and what each one loses.
 
     backbone ──▶ held-out loss, and texts that it writes by itself
-       ├─ memory        rows and fusion layers learn, the model's weights stay
-       ├─ lora          the same text for as many seconds, by step times measured in turns
-       ├─ both          one beside the other, as many steps as the memory
+       ├─ counted       rows hold what follows each n-gram of the text; no step is taken
+       ├─ memory        the same, and then rows and fusion layers learn from text that wasn't counted
+       ├─ lora          the text for as many seconds as the memory took, by step times measured in turns
+       ├─ both          counted rows and a LoRA beside them, as many steps as the memory
        └─ random_rows   the memory's control: its rows stay noise
 
-All share the seed, the data and its order, and the schedule. The weights of the backbone never change, so it is the
+All share the seed and the schedule. The weights of the backbone never change, so it is the
 untouched model whenever memory and LoRA are off. What comes out is one dictionary, from which a report is made, and
 the model with its memory in a folder.
 """
@@ -48,9 +49,10 @@ from sense_v2.hf.saving.backbone_facts import backbone_reference
 from sense_v2.hf.saving.folder import memory_paths
 from sense_v2.hf.saving.save import save_pretrained
 from sense_v2.hf.saving.staged_folder import staged_folder
+from sense_v2.hf.training.counted_rows import count_rows
 from sense_v2.hf.training.fit import fit
-from sense_v2.hf.training.fresh_model import memory_for
-from sense_v2.hf.training.run import default_config
+from sense_v2.hf.training.fresh_model import late_memory_for
+from sense_v2.hf.training.run import MOST_NOT_COUNTED, default_config
 
 LORA_RANK = 8
 STEPS, BATCH, LENGTH, HELD_OUT_SEQUENCES = 60, 4, 128, 32
@@ -74,9 +76,10 @@ class Way:
 
 WAYS = {
     "untouched": Way("the model as it is", "nothing is trained"),
-    "memory": Way("memory", "rows and fusion layers learn, the model’s own weights stay", has_memory=True),
+    "counted": Way("memory, counted", "rows hold what follows each n-gram; nothing is trained", has_memory=True),
+    "memory": Way("memory", "counted, and then rows and fusion layers learn from other text", has_memory=True),
     "lora": Way("LoRA", f"rank {LORA_RANK} on every linear layer, for as many seconds", has_lora=True),
-    "both": Way("memory and LoRA", "as many steps as the memory", has_memory=True, has_lora=True),
+    "both": Way("memory and LoRA", "counted rows, and as many steps as the memory", has_memory=True, has_lora=True),
     "random_rows": Way("random rows", "the memory’s table stays noise; its fusion layers learn", has_memory=True),
 }
 
@@ -84,7 +87,7 @@ WAYS = {
 def pretrained_settings(name: str, **changes: Any) -> TrainConfig:
     """How all ways are trained: the rates of `train --model` and `train --lora-rank`."""
     shape = {"steps": STEPS, "batch_size": BATCH, "sequence_length": LENGTH, "eval_sequences": HELD_OUT_SEQUENCES}
-    settings = dataclasses.replace(default_config(name, LORA_RANK).train, **{**shape, **changes})
+    settings = dataclasses.replace(default_config(name, LORA_RANK, counts=True).train, **{**shape, **changes})
     return dataclasses.replace(
         settings,
         train_backbone=False,
@@ -138,7 +141,7 @@ def run_pretrained(
         corpus: Files and folders; None is transformers' own modelling code.
         output: Gets the model with its memory, in `model`.
         settings: How all ways are trained; by default `pretrained_settings(name)`.
-        engram: The memory, with layers and width; by default what suits the model. Its paths don't count.
+        engram: The memory, of zeros, with layers and width; by default what suits the model. Its paths don't count.
         controls: Whether both together, and random rows, are trained, too.
         watcher: What the experiment tells while it goes on.
         text_column: Where documents have their text.
@@ -161,7 +164,7 @@ def run_pretrained(
     text = dataclasses.replace(text, name=corpus_name or text.name)
     watcher.corpus_opened(text)
     backbone = named_backbone(name)
-    engram = memory_for(backbone.model, default_config(name).engram) if engram is None else engram
+    engram = late_memory_for(backbone.model, default_config(name).engram) if engram is None else engram
     with staged_folder(output / "model", force=True) as staging:
         results = _run_in(staging, backbone, text, settings, engram, controls, watcher)
         save_corpus(staging, corpus, text_column)
@@ -184,6 +187,9 @@ def _run_in(
     )
     shape = {"batch_size": settings.batch_size, "sequence_length": settings.sequence_length, "seed": settings.seed}
     batches = Batches(train_ids, **shape)
+    needed = settings.steps * settings.batch_size * settings.sequence_length
+    num_trained = max(min(needed, int(MOST_NOT_COUNTED * len(train_ids))), settings.sequence_length)
+    to_count_T, not_counted = train_ids[:-num_trained], Batches(train_ids[-num_trained:], **shape)
     held_out_BT = Batches(held_out_ids, **shape).sample(settings.eval_sequences)
     with watcher.progress("the model writes texts of its own", SAMPLES * SAMPLE_TOKENS) as advance:
         samples_BT = own_samples(model, held_out_BT[:, 0].repeat(SAMPLES)[:SAMPLES], num_tokens=SAMPLE_TOKENS)
@@ -202,42 +208,65 @@ def _run_in(
     losses_of: dict[str, np.ndarray[Any, Any]] = {}
     written: dict[str, list[str]] = {}
     text_bytes = count_text_bytes(held_out_BT[:, 1:], tokenizer)
+
+    def measure(name: str, learner: PreTrainedModel, steps: int, seconds: float) -> None:
+        way, lost = WAYS[name], None
+        if name != "untouched":
+            lost = dataclasses.asdict(damage(learner, partial(untouched, learner), samples_BT))
+        losses_BT = token_losses(learner, held_out_BT)
+        losses_of[name] = losses_BT.mean(1).numpy()
+        found = Evaluation(float(losses_BT.mean()), losses_BT.numel(), text_bytes)
+        counts = trainable_parameters(learner) if steps else {"fusion": 0, "backbone": 0}
+        runs[name] = {
+            "label": way.label,
+            "description": way.description,
+            "steps": steps,
+            "seconds": seconds,
+            "damage": lost,
+            "loss": found.loss,
+            "perplexity": found.perplexity,
+            "bits_per_byte": found.bits_per_byte,
+            "trained": {"fusion": counts["fusion"], "lora": counts["backbone"]},
+        }
+        written[name] = continuations(learner, prompts_BT, tokenizer)
+
     for name, way in WAYS.items():
-        if name in ("both", "random_rows") and not controls:
+        if name == "counted" or (name in ("both", "random_rows") and not controls):
             continue
         own = dataclasses.replace(settings, lora_rank=LORA_RANK if way.has_lora else 0)
         if name == "lora":
-            own.steps = max(1, round(settings.steps * step_times["ratio"]))
+            # A step's time is measured in turns, so that the memory's seconds are those of this LoRA's steps.
+            counting = runs["counted"]["seconds"] / step_times["seconds"]["lora"]["median"]
+            own.steps = max(1, round(settings.steps * step_times["ratio"] + counting))
         # The memory itself trains where it is saved.
         memory = engram if name == "memory" else own_table(name, engram, staging) if way.has_memory else None
         torch.manual_seed(settings.seed)
         with adapted(model, memory, own.lora_rank, tokenizer) as learner:
+            seconds, text_to_learn = 0.0, batches
             if name == "random_rows":
                 freeze_rows(memory_of(model))
-            run = {"label": way.label, "description": way.description, "steps": 0, "seconds": 0.0, "damage": None}
-            if name != "untouched":
+            elif way.has_memory:
+                counted = count_rows(model, to_count_T, progress=watcher.progress)
+                seconds, text_to_learn = counted.seconds, not_counted
+                if name == "memory":
+                    measure("counted", learner, 0, seconds)
+            if name == "untouched":
+                measure(name, learner, 0, 0.0)
+            else:
                 with watcher.training(way.label, own) as on_step:
-                    history = fit(learner, batches, own, on_step=on_step)
-                lost = damage(learner, partial(untouched, learner), samples_BT)
-                run |= {"steps": own.steps, "seconds": history.seconds[-1], "damage": dataclasses.asdict(lost)}
-            losses_BT = token_losses(learner, held_out_BT)
-            losses_of[name] = losses_BT.mean(1).numpy()
-            found = Evaluation(float(losses_BT.mean()), losses_BT.numel(), text_bytes)
-            measured = {"perplexity": found.perplexity, "bits_per_byte": found.bits_per_byte}
-            counts = trainable_parameters(learner)
-            trained = {"fusion": counts["fusion"], "lora": counts["backbone"]}
-            runs[name] = {**run, "loss": found.loss, **measured, "trained": trained}
-            written[name] = continuations(learner, prompts_BT, tokenizer)
+                    history = fit(learner, text_to_learn, own, on_step=on_step)
+                measure(name, learner, own.steps, seconds + history.seconds[-1])
             if name == "memory":
                 table = _table(model, engram)
                 reading = memory_of(model).storage.stats().summary()
                 evaluation = {f"perplexity, {WAYS[which].label}": runs[which]["perplexity"] for which in runs}
+                training = {"corpus": text.name, "steps": own.steps, "trained": "memory", "seed": own.seed}
                 save_pretrained(
                     model,
                     staging,
                     tokenizer=tokenizer,
                     backbone=reference,
-                    training={"corpus": text.name, "steps": own.steps, "trained": "memory", "seed": own.seed},
+                    training={**training, "tokens counted": counted.tokens},
                     evaluation={"held-out files": len(text.held_out_texts), **evaluation},
                     name="model",
                 )
@@ -267,7 +296,13 @@ def _run_in(
         "runs": runs,
         "changes": {
             f"{one} - {other}": _change(losses_of[one] - losses_of[other], settings.seed)
-            for one, other in (("memory", "untouched"), ("memory", "lora"), ("both", "lora"))
+            for one, other in (
+                ("counted", "untouched"),
+                ("memory", "untouched"),
+                ("counted", "lora"),
+                ("memory", "lora"),
+                ("both", "lora"),
+            )
             if one in runs
         },
         "random_rows_keep": _kept(runs) if "random_rows" in runs else None,

@@ -43,15 +43,21 @@ def test_each_way_learns_and_what_it_loses_is_told(folder, monkeypatch):
     results, saved = run(folder)
     json.dumps(results, allow_nan=False)
     runs = results["runs"]
-    assert list(runs) == list(WAYS)
+    assert set(runs) == set(WAYS)
     untouched = runs.pop("untouched")
     assert (untouched["steps"], untouched["damage"], untouched["trained"]) == (0, None, {"fusion": 0, "lora": 0})
+    counted = runs.pop("counted")
+    assert (counted["steps"], counted["trained"]) == (0, {"fusion": 0, "lora": 0})
+    assert counted["loss"] < untouched["loss"]
     assert all(one["loss"] < untouched["loss"] and one["damage"]["divergence"] > 0 for one in runs.values())
     assert runs["both"]["loss"] < runs["memory"]["loss"] < runs["random_rows"]["loss"]
     assert {name: one["steps"] for name, one in runs.items() if name != "lora"} == dict.fromkeys(
         ("memory", "both", "random_rows"), 8
     )
-    assert runs["lora"]["steps"] == max(1, round(8 * results["step_times"]["ratio"]))
+    times = results["step_times"]
+    counting = counted["seconds"] / times["seconds"]["lora"]["median"]
+    assert runs["lora"]["steps"] == max(1, round(8 * times["ratio"] + counting))
+    assert runs["memory"]["seconds"] > counted["seconds"] > 0
     fusion, lora = runs["memory"]["trained"]["fusion"], runs["lora"]["trained"]["lora"]
     assert fusion > 0 < lora
     assert runs["memory"]["trained"]["lora"] == 0 == runs["lora"]["trained"]["fusion"]
@@ -73,9 +79,11 @@ def test_each_way_learns_and_what_it_loses_is_told(folder, monkeypatch):
 def test_without_controls_there_are_three_ways(folder, monkeypatch):
     monkeypatch.setattr(pretrained, "SAMPLE_TOKENS", 4)
     results, _ = run(folder, controls=False)
-    assert list(results["runs"]) == ["untouched", "memory", "lora"]
+    assert list(results["runs"]) == ["untouched", "counted", "memory", "lora"]
     assert results["random_rows_keep"] is None
-    assert set(results["changes"]) == {"memory - untouched", "memory - lora"}
+    assert set(results["changes"]) == {
+        f"{one} - {other}" for one in ("counted", "memory") for other in ("untouched", "lora")
+    }
 
 
 @pytest.mark.parametrize("memory", [False, True])
