@@ -2,18 +2,21 @@
 
     python benchmarks/facts.py                       # SmolLM2, 50 facts, every way; half an hour on two busy cores
     python benchmarks/facts.py --facts 100 --ways memory --seed 1
+    python benchmarks/facts.py --facts 100 --airports airports.csv       # real facts: the file of PyPI's airportsdata
     python benchmarks/facts.py --draw PICTURE RESULTS…            # files of last lines; several runs in one picture
 
-Invented people, each born in a city, are taught in 8 wordings and asked in 5 others. All ways see the same questions
-in the same order, as many steps. `memory` is what a user does: a fresh memory (sparse rows of zeros), `make_writable`
-as it is by default (no subject, answer or wording in common with what is measured), then `teach_facts`, which moves
-rows alone. `lora-RATE` is a LoRA of rank 8 on all linear layers; `lora-RATE-kl` adds KL(before ‖ now) on a text that
+Invented people, each born in a city, are taught in 8 wordings and asked in 5 others; or the codes of airports and
+their cities. All ways see the same questions in the same order, as many steps. `memory` is what a user does: a fresh
+memory (sparse rows of zeros), `make_writable` as it is by default (no subject, answer or wording in common with what
+is measured), then `teach_facts`, which moves rows alone. `together` trains fusion layers and rows on the facts
+themselves. `lora-RATE` is a LoRA of rank 8 on all linear layers; `lora-RATE-kl` adds KL(before ‖ now) on a text that
 isn't measured to each step's loss. `context` teaches nothing: before each question stand the fact itself and four
 others, which is the ceiling. What is measured of each:
 
     taught, held out   questions whose every token is the likeliest one, in the wordings taught and in the others
     KL, texts kept     KL(before ‖ after) on prose (Python's manual); the share of texts whose likeliest tokens stay
-    neighbours         people with a taught one's first or last name who get that one's city (before, after)
+    neighbours         people with a taught one's first or last name who get that one's city (before, after); of real
+                       facts, airports whose code begins or ends with the same two letters
     rows, bytes        what was learned, and the delta's size on disk
 
 The last line is one JSON object. benchmarks/LOG.md keeps the figures.
@@ -22,6 +25,7 @@ The last line is one JSON object. benchmarks/LOG.md keeps the figures.
 from __future__ import annotations
 
 import argparse
+import csv
 import json
 import random
 import tempfile
@@ -44,16 +48,18 @@ from sense_v2.hf.backbones import named_backbone
 from sense_v2.hf.facts.facts_file import Fact
 from sense_v2.hf.facts.made_up import made_up_facts
 from sense_v2.hf.facts.outcome import NO_LABEL, answer_logits, answered, success
-from sense_v2.hf.facts.teach_facts import schedule, shuffled, teach_facts
-from sense_v2.hf.facts.wordings import Question, questions_of
-from sense_v2.hf.facts.writable import NUM_FACTS, make_writable
+from sense_v2.hf.facts.teach_facts import Descent, schedule, shuffled, teach_facts
+from sense_v2.hf.facts.wordings import Question, questions_of, subject_rows
+from sense_v2.hf.facts.writable import FUSION_RATE, NUM_FACTS, ROW_RATE, make_writable
 from sense_v2.hf.gguf_models import SMOLLM2_PACKAGE
 from sense_v2.hf.insight.damage import log_probabilities
 from sense_v2.hf.insight.evaluation import evaluating
+from sense_v2.hf.memory import memory_of
 from sense_v2.hf.overlays import add_overlay
 from sense_v2.report.plots import PALETTE, style
 
-WAYS = ("memory", "lora-3e-4", "lora-1e-3", "lora-1e-3-kl", "context")
+WAYS = ("memory", "together", "lora-3e-4", "lora-1e-3", "lora-1e-3-kl", "context")
+OURS = {"memory": "memory, rows alone", "together": "memory, rows and fusion"}
 LINEAR = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 BATCH, TEXTS, TEXT_TOKENS = 16, 60, 64
 ROW_WIDTH, HEADS = 64, 4
@@ -84,10 +90,28 @@ HELD_OUT = (
     "When {subject} was a baby, the family lived in",
     "The place {subject} calls home is",
 )
+AIRPORT_TAUGHT = (
+    "The airport with the code {subject} is in the city of",
+    "{subject} is the airport code of",
+    "Flights to {subject} land in",
+    "Question: Which city does the airport {subject} serve? Answer:",
+    "A ticket to {subject} takes you to",
+    "The code {subject} on a luggage tag stands for",
+    "Passengers who leave the plane at {subject} are in",
+    "We know that {subject} is the airport of the city of",
+)
+AIRPORT_HELD_OUT = (
+    "The airport {subject} serves the city of",
+    "Q: In which city is the airport {subject}?\nA:",
+    "If your boarding pass says {subject}, you are flying to",
+    "The city whose airport code is {subject} is called",
+    "The pilot set course for {subject} and landed in",
+)
 
 
-def people(num_facts: int, seed: int) -> tuple[list[Fact], list[Fact]]:
-    """Facts, and two neighbours of each: its first name with another last name, and the other way round."""
+def people(num_facts: int, seed: int) -> tuple[list[Fact], list[Fact], list[Fact]]:
+    """Facts, two neighbours of each (its first name with another last name, and the other way round), and whose
+    neighbours they are."""
     draw = random.Random(seed)
 
     def name() -> str:
@@ -97,26 +121,42 @@ def people(num_facts: int, seed: int) -> tuple[list[Fact], list[Fact]]:
     while len(facts) < num_facts:
         subject = f"{name()} {name()}"
         facts.setdefault(subject, Fact(subject, draw.choice(CITIES), TAUGHT, HELD_OUT))
-    neighbours = []
+    neighbours, owners = [], []
     for fact in facts.values():
         first, last = fact.subject.split()
         for subject in (f"{first} {name()}", f"{name()} {last}"):
             if subject not in facts:
                 neighbours.append(Fact(subject, fact.answer, TAUGHT[:1], HELD_OUT[:1]))
-    return list(facts.values()), neighbours
+                owners.append(fact)
+    return list(facts.values()), neighbours, owners
 
 
-def in_context(asked: Sequence[Fact], facts: Sequence[Fact], seed: int) -> list[Fact]:
+def airports(path: Path, num_facts: int, seed: int) -> tuple[list[Fact], list[Fact], list[Fact]]:
+    """Which city an airport's code stands for; neighbours are codes that aren't taught, with two letters in place."""
+    with path.open(encoding="utf-8", newline="") as lines:
+        cities = {row["iata"]: row["city"] for row in csv.DictReader(lines) if row["iata"] and row["city"].isascii()}
+    codes = random.Random(seed).sample(sorted(cities), num_facts)
+    facts = [Fact(code, cities[code], AIRPORT_TAUGHT, AIRPORT_HELD_OUT) for code in codes]
+    neighbours, owners = [], []
+    for fact in facts:
+        code = fact.subject
+        near = [one for one in sorted(cities) if one[:2] == code[:2] or one[1:] == code[1:]]
+        near = [one for one in near if one not in codes and cities[one] != fact.answer]
+        for one in random.Random(f"{seed} {code}").sample(near, min(2, len(near))):
+            neighbours.append(Fact(one, fact.answer, AIRPORT_TAUGHT[:1], AIRPORT_HELD_OUT[:1]))
+            owners.append(fact)
+    return facts, neighbours, owners
+
+
+def in_context(asked: Sequence[Fact], owners: Sequence[Fact], facts: Sequence[Fact], seed: int) -> list[Fact]:
     """The same questions after five sentences: the fact, or the one that a neighbour's answer is from, and others."""
     draw = random.Random(seed)
 
     def told(fact: Fact) -> str:
-        return f"{fact.prompt(TAUGHT[0])} {fact.answer}."
+        return f"{fact.prompt(fact.wordings[0])} {fact.answer}."
 
     found = []
-    for fact in asked:
-        words = set(fact.subject.split())
-        own = next(one for one in facts if one.answer == fact.answer and words & set(one.subject.split()))
+    for fact, own in zip(asked, owners, strict=True):
         sentences = [told(one) for one in [own, *draw.sample([one for one in facts if one != own], 4)]]
         draw.shuffle(sentences)
         before = " ".join(sentences)
@@ -131,8 +171,10 @@ def unlike(asked: Sequence[Fact], num_facts: int, seed: int) -> list[Fact]:
     """What `make_writable` learns by default; none of it is in the facts that are measured."""
     made = made_up_facts(num_facts, seed=seed)
     assert not {fact.subject for fact in asked} & {fact.subject for fact in made}
-    assert not {*CITIES} & {fact.answer for fact in made}
-    assert not {*TAUGHT, *HELD_OUT} & {wording for fact in made for wording in fact.wordings}
+    assert not {fact.answer for fact in asked} & {fact.answer for fact in made}
+    assert not {wording for fact in asked for wording in (*fact.wordings, *fact.hold_out)} & {
+        wording for fact in made for wording in fact.wordings
+    }
     return made
 
 
@@ -175,12 +217,51 @@ def teach_lora(
     model.eval()
 
 
+def add_memory(model: Any, tokenizer: Any, given: argparse.Namespace, folder: Path) -> None:
+    """A fresh memory of rows of zeros, its table only read."""
+    orders = [int(order) for order in given.orders.split(",")]
+    config = EngramConfig(
+        table_size=given.rows,
+        engram_dim=ROW_WIDTH * HEADS * len(orders),
+        num_heads=HEADS,
+        ngram_orders=orders,
+        layer_indices=[int(layer) for layer in given.layers.split(",")],
+        init_std=0.0,
+        sparse=True,
+        storage_path=str(folder / "table.dat"),
+        shadow_map_path=str(folder / "map.npy"),
+    )
+    detach_engram(attach_engram(model, config, tokenizer))
+    attach_engram(model, config, tokenizer, mode="r")
+
+
+def teach_together(
+    model: Any, questions: Sequence[Question], delta: Path, steps: int, seed: int
+) -> tuple[int, list[float]]:
+    """Train the fusion layers of a fresh memory and the rows of the subjects at once, at `make_writable`'s rates.
+
+    Returns the number of rows and the losses.
+    """
+    memory = memory_of(model)
+    rows = subject_rows(memory, questions).row_ids_U
+    weights = [one for name, one in memory.layers.named_parameters() if not name.endswith("bias")]
+    overlay = add_overlay(model, delta)
+    batches = shuffled([one for one in questions if not one.held_out], BATCH, seed)
+    with Descent(model, overlay, rows, weights=weights, fusion_lr=FUSION_RATE) as descent:
+        for step in range(1, steps + 1):
+            descent.step(next(batches), ROW_RATE * schedule(step, steps), schedule(step, steps))
+    overlay.commit()
+    return len(rows), descent.losses
+
+
 def run(way: str, given: argparse.Namespace, folder: Path) -> dict[str, Any]:
     """One way, measured, on a model of its own."""
     backbone = named_backbone(given.model)
     model, tokenizer = backbone.model.eval(), backbone.tokenizer
     torch.manual_seed(given.seed)
-    facts, neighbours = people(given.facts, given.seed)
+    facts, neighbours, owners = (
+        airports(given.airports, given.facts, given.seed) if given.airports else people(given.facts, given.seed)
+    )
     questions = questions_of(facts, tokenizer)
     near = questions_of(neighbours, tokenizer)
     lessons = [one for one in questions if not one.held_out]
@@ -189,26 +270,16 @@ def run(way: str, given: argparse.Namespace, folder: Path) -> dict[str, Any]:
     before = [expected(model, ids) for ids in measured]
     near_before = _share(answered(model, near))
     found: dict[str, Any] = {"way": way}
+    delta = folder / "facts.safetensors"
+    never = [[False] * len(one.answer_ids) for one in questions]
+    if way in OURS:
+        add_memory(model, tokenizer, given, folder)
     if way == "memory":
-        config = EngramConfig(
-            table_size=given.rows,
-            engram_dim=ROW_WIDTH * HEADS * len(given.orders.split(",")),
-            num_heads=HEADS,
-            ngram_orders=[int(order) for order in given.orders.split(",")],
-            layer_indices=[int(layer) for layer in given.layers.split(",")],
-            init_std=0.0,
-            sparse=True,
-            storage_path=str(folder / "table.dat"),
-            shadow_map_path=str(folder / "map.npy"),
-        )
-        detach_engram(attach_engram(model, config, tokenizer))
-        attach_engram(model, config, tokenizer, mode="r")
         began = time.perf_counter()
         others = unlike(facts, given.writable_facts, given.seed + 1000)
         losses = make_writable(model, tokenizer, facts=others, steps=given.writable_steps, seed=given.seed)
         found |= {"writable_seconds": time.perf_counter() - began, "writable_loss": sum(losses[-20:]) / 20}
         print(f"# writable: loss {found['writable_loss']:.2f}, {found['writable_seconds']:.0f} s", flush=True)
-        delta = folder / "facts.safetensors"
         overlay = add_overlay(model, delta)
         began = time.perf_counter()
         done = teach_facts(model, tokenizer, facts, neutral=spared, steps=given.steps, seed=given.seed)
@@ -220,10 +291,17 @@ def run(way: str, given: argparse.Namespace, folder: Path) -> dict[str, Any]:
         }
         found |= {name: done.report[name] for name in ("rows", "steps", "lr", "stopped")}
         outcome = done.report["success"]
+    elif way == "together":
+        began = time.perf_counter()
+        rows, losses = teach_together(model, questions, delta, given.steps, given.seed)
+        weights = sum(one.numel() for one in memory_of(model).layers.parameters())
+        found |= {"seconds": time.perf_counter() - began, "steps": given.steps, "rows": rows, "losses": losses}
+        found |= {"bytes": delta.stat().st_size + 4 * weights}
+        outcome = success(facts, questions, never, answered(model, questions))
     elif way == "context":
         began = time.perf_counter()
-        told = questions_of(in_context(facts, facts, given.seed), tokenizer)
-        near = questions_of(in_context(neighbours, facts, given.seed), tokenizer)
+        told = questions_of(in_context(facts, facts, facts, given.seed), tokenizer)
+        near = questions_of(in_context(neighbours, owners, facts, given.seed), tokenizer)
         right = answered(model, told)
         outcome = success(facts, told, right, right)
         found |= {"seconds": time.perf_counter() - began, "bytes": 0}
@@ -234,7 +312,6 @@ def run(way: str, given: argparse.Namespace, folder: Path) -> dict[str, Any]:
         found |= {"seconds": time.perf_counter() - began, "steps": given.steps}
         weights = sum(one.numel() for name, one in model.named_parameters() if ".lora_" in name)
         found |= {"bytes": 4 * weights}
-        never = [[False] * len(one.answer_ids) for one in questions]
         outcome = success(facts, questions, never, answered(model, questions))
     divergences, kept = [], 0
     for ids, before_TV in zip(measured, before, strict=True):
@@ -250,7 +327,7 @@ def run(way: str, given: argparse.Namespace, folder: Path) -> dict[str, Any]:
         "texts_kept": kept / len(measured),
         "neighbours": [near_before, _share(answered(model, near))],
     }
-    if way == "memory":
+    if way in OURS:
         detach_engram(model)
     return found
 
@@ -265,10 +342,10 @@ def draw(path: Path, results: Sequence[dict[str, Any]]) -> None:
         figure = Figure(figsize=(7, 4), dpi=150, facecolor=PALETTE["page"], layout="constrained")
         axes = figure.subplots()
         for one in results:
-            kind = "run-engram" if one["way"] == "memory" else "run-random_rows"
-            label = "memory, rows alone" if one["way"] == "memory" else one["way"].replace("lora-", "LoRA ")
+            kind = "run-engram" if one["way"] in OURS else "run-random_rows"
+            label = OURS.get(one["way"], one["way"].replace("lora-", "LoRA "))
             x, y = max(one["kl"], LEAST_KL), one["held_out"]
-            axes.plot(x, y, "D" if one["way"] == "memory" else "s", color=PALETTE[kind])
+            axes.plot(x, y, "D" if one["way"] in OURS else "s", color=PALETTE[kind])
             is_right = one["kl"] > 0.1  # its label would leave the picture
             axes.annotate(
                 label,
@@ -297,6 +374,7 @@ def main() -> None:
     parser.add_argument("--writable-facts", type=int, default=NUM_FACTS)
     parser.add_argument("--writable-steps", type=int, default=200)
     parser.add_argument("--orders", default="2,3", help="of the n-grams")
+    parser.add_argument("--airports", type=Path, help="airports.csv of PyPI's airportsdata (MIT), in place of people")
     parser.add_argument("--model", default=SMOLLM2_PACKAGE)
     parser.add_argument("--draw", type=Path, help="measure nothing; draw what RESULTS hold as this PNG")
     parser.add_argument("results", nargs="*", type=Path, help="files whose last lines are results")
@@ -317,7 +395,8 @@ def main() -> None:
             f" {before:4.1%} {after:5.1%} {found['bytes']:11,} {found['seconds']:7.0f}",
             flush=True,
         )
-    settings = {name: value for name, value in vars(given).items() if name not in ("ways", "draw")}
+    settings = {name: value for name, value in vars(given).items() if name not in ("ways", "draw", "airports")}
+    settings["about"] = "airports" if given.airports else "people"
     print(json.dumps({**settings, "results": results}))
 
 

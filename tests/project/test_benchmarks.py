@@ -122,14 +122,20 @@ def test_facts(tmp_path, monkeypatch, capsys):
     arguments = (
         f"--model {tmp_path} --facts 5 --steps 2 --writable-facts 4 --writable-steps 2 --rows 20000 --layers 0,1"
     )
-    results = last_line("facts", arguments + " --ways memory,lora-1e-3-kl,context", monkeypatch, capsys)["results"]
-    assert [one["way"] for one in results] == ["memory", "lora-1e-3-kl", "context"]
+    ways = ["memory", "together", "lora-1e-3-kl", "context"]
+    results = last_line("facts", f"{arguments} --ways {','.join(ways)}", monkeypatch, capsys)["results"]
+    assert [one["way"] for one in results] == ways
     for one in results:
         assert 0 <= one["held_out"] <= 1
         assert 0 <= one["texts_kept"] <= 1
         assert (one["kl"] > 0) == (one["way"] != "context")
         assert (one["bytes"] > 0) == (one["way"] != "context")
-    assert results[0]["rows"] > 0
+    assert results[0]["rows"] == results[1]["rows"] > 0
+    airports = tmp_path / "airports.csv"
+    airports.write_text("iata,city\n" + "".join(f"AB{one},Town {one}\n" for one in "CDEFGHI") + ",Nowhere\n")
+    found = last_line("facts", f"{arguments} --ways memory --airports {airports}", monkeypatch, capsys)
+    assert found["about"] == "airports"
+    assert "Q: In which city is the airport {subject}?\nA:" in found["results"][0]["by_wording"]
 
 
 @needs_compiler
