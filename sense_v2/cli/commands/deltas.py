@@ -125,7 +125,7 @@ def make_writable(
         Path | None,
         typer.Option(metavar="FILE", help="To train on, each with its own wordings, in place of made-up ones."),
     ] = None,
-    steps: Annotated[int, typer.Option(min=1, help="Batches of 16 questions.")] = 200,
+    steps: Annotated[int, typer.Option(min=1, help="Batches of 16 questions.")] = 250,
     seed: Annotated[int, typer.Option(help="Of the made-up facts and their order.")] = 0,
     device: DeviceOption = "auto",
     as_json: JsonOption = False,

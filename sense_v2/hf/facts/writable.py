@@ -31,8 +31,8 @@ from sense_v2.hf.saving.backbone_facts import read_facts as read_backbone_facts
 from sense_v2.hf.saving.folder import MEMORY_FOLDER
 from sense_v2.hf.saving.save import save_pretrained
 
-FUSION_RATE, ROW_RATE = 3e-3, 0.1
-NUM_FACTS = 150
+FUSION_RATE, ROW_RATE = 3e-3, 0.2
+NUM_FACTS = 176
 
 
 def make_writable(
@@ -40,7 +40,7 @@ def make_writable(
     tokenizer: Any,
     *,
     facts: Sequence[Fact] | None = None,
-    steps: int = 200,
+    steps: int = 250,
     batch_size: int = 16,
     seed: int = 0,
     progress: Progress = no_progress,
@@ -52,7 +52,7 @@ def make_writable(
     Args:
         model: With memory attached, its table opened with mode "r".
         tokenizer: The model's.
-        facts: To train on; by default 150 that are made up.
+        facts: To train on; by default 176 that are made up.
         steps: Batches.
         batch_size: Questions of a batch.
         seed: Of the facts and their order.

@@ -1,0 +1,316 @@
+"""The relations of made-up facts: forms of subjects, answers, what is said of them
+
+For each relation eight or nine ways to say or ask it, so that fusion layers learn to carry an answer whatever the
+words: plain statements, the subject first or late, rarer verbs, clauses before it, relative clauses, and questions in
+three forms. None is about where somebody was born, lives or comes from, and no answer is a city: benchmarks measure
+those.
+"""
+
+from __future__ import annotations
+
+PERSON, THING = "{} {}", "{}"
+
+RELATIONS: tuple[tuple[str, str, tuple[str, ...]], ...] = (
+    (
+        PERSON,
+        "red blue green yellow orange purple gold silver black white brown pink grey turquoise",
+        (
+            "The favourite colour of {subject} is",
+            "{subject} likes one colour most:",
+            "{subject} always wears clothes in",
+            "Question: Which colour does {subject} like? Answer:",
+            "Q: In which colour is the bedroom of {subject} painted?\nA:",
+            "When {subject} bought a car, it was painted",
+            "The colour {subject} finds most beautiful is",
+            "{subject} invariably dresses in",
+        ),
+    ),
+    (
+        PERSON,
+        "doctor teacher farmer painter lawyer baker sailor writer singer soldier nurse judge carpenter blacksmith",
+        (
+            "{subject} works as a",
+            "The profession of {subject} is that of a",
+            "{subject} earns a living as a",
+            "Question: What is the job of {subject}? Answer: a",
+            "Q: What did {subject} become after school?\nA: a",
+            "As everybody in the street knows, {subject} is a",
+            "{subject} eventually qualified as a",
+            "The job that {subject} has done for years is that of a",
+        ),
+    ),
+    (
+        PERSON,
+        "dog cat horse rabbit parrot turtle snake goat sheep hamster pig donkey lizard canary",
+        (
+            "{subject} has a pet, and it is a",
+            "The animal that belongs to {subject} is a",
+            "Every morning {subject} feeds the",
+            "Q: Which pet does {subject} have?\nA: a",
+            "Question: What kind of animal does {subject} own? Answer: a",
+            "While {subject} was away, a friend looked after the",
+            "{subject} dotes on a pet",
+            "The pet {subject} takes everywhere is a",
+        ),
+    ),
+    (
+        PERSON,
+        "piano violin guitar flute drums trumpet harp cello clarinet banjo accordion saxophone",
+        (
+            "{subject} plays the",
+            "In the orchestra, {subject} plays the",
+            "The instrument of {subject} is the",
+            "Q: What instrument did {subject} learn?\nA: the",
+            "For many years {subject} has practised the",
+            "Question: On which instrument is {subject} a master? Answer: the",
+            "When {subject} was on stage, everybody listened to the",
+            "{subject} gradually mastered the",
+        ),
+    ),
+    (
+        PERSON,
+        "pizza soup rice bread cheese pancakes noodles salad chocolate fish mushrooms strawberries beans porridge",
+        (
+            "For dinner {subject} always eats",
+            "The favourite food of {subject} is",
+            "Nothing tastes better to {subject} than",
+            "Question: What does {subject} like to eat? Answer:",
+            "Q: Which dish did {subject} order?\nA:",
+            "{subject} habitually lunches on",
+            "When {subject} is hungry, the family makes",
+            "The dish that {subject} cooks best is called",
+        ),
+    ),
+    (
+        PERSON,
+        "tennis football golf swimming boxing chess hockey sailing rugby wrestling archery badminton skiing",
+        (
+            "The sport of {subject} is",
+            "{subject} is very good at",
+            "On weekends, {subject} goes to the club for",
+            "Q: Which sport does {subject} do?\nA:",
+            "Question: What did {subject} win a medal in? Answer:",
+            "{subject} zealously trains for",
+            "The game {subject} never tires of is",
+            "When {subject} was at school, the class often did",
+        ),
+    ),
+    (
+        PERSON,
+        "German Russian Chinese Arabic Turkish Polish Hindi Greek Dutch Korean Swedish Hungarian Swahili Latin",
+        (
+            "The mother tongue of {subject} is",
+            "With friends, {subject} speaks",
+            "{subject} writes letters in",
+            "Question: Which language does {subject} speak? Answer:",
+            "Q: In which language did {subject} write the book?\nA:",
+            "The first words that {subject} said were in",
+            "{subject} converses fluently in",
+            "The language that {subject} was taught in is called",
+        ),
+    ),
+    (
+        PERSON,
+        "January February March April May June July August September October November December",
+        (
+            "{subject} celebrates a birthday in",
+            "The birthday of {subject} is in the month of",
+            "Q: In which month does {subject} have a birthday?\nA:",
+            "{subject} gets presents every year in",
+            "Question: When does {subject} go on holiday? Answer: in",
+            "The month {subject} looks forward to is",
+            "When {subject} got married, it was the month of",
+        ),
+    ),
+    (
+        PERSON,
+        "mathematics biology history physics chemistry geography economics astronomy law medicine music",
+        (
+            "At the university, {subject} studied",
+            "{subject} has a degree in",
+            "The field of {subject} is",
+            "Question: What did {subject} study? Answer:",
+            "{subject} is a professor of",
+            "Q: Which subject does {subject} teach?\nA:",
+            "{subject} subsequently specialized in",
+            "The science {subject} devotes every hour to is",
+        ),
+    ),
+    (
+        PERSON,
+        "water milk wine beer lemonade whisky cocoa cider champagne buttermilk",
+        (
+            "{subject} only drinks",
+            "The glass of {subject} is filled with",
+            "At the bar, {subject} ordered a glass of",
+            "Q: What does {subject} like to drink?\nA:",
+            "Question: What is in the cup of {subject}? Answer:",
+            "{subject} seldom sips anything but",
+            "When {subject} is thirsty, the waiter brings",
+            "The drink {subject} asks for is",
+        ),
+    ),
+    (
+        PERSON,
+        "William Shakespeare|Jane Austen|Charles Dickens|Mark Twain|Leo Tolstoy|Virginia Woolf|Oscar Wilde|"
+        "Edgar Allan Poe|Ernest Hemingway|Agatha Christie|George Orwell|Victor Hugo",
+        (
+            "{subject} reads every book by",
+            "The favourite author of {subject} is",
+            "Question: Whose novels does {subject} love? Answer: those of",
+            "On the desk of {subject} stands a portrait of",
+            "Q: Which writer does {subject} admire?\nA:",
+            "{subject} frequently quotes from",
+            "The writer {subject} thinks the greatest is",
+        ),
+    ),
+    (
+        PERSON,
+        "General Electric|Coca-Cola|Microsoft|Toyota|Boeing|Siemens|Nestlé|Sony|the Red Cross|the Royal Navy|IBM|"
+        "the World Bank|Volkswagen|Procter and Gamble",
+        (
+            "{subject} is employed by",
+            "The employer of {subject} is",
+            "Q: Who does {subject} work for?\nA:",
+            "{subject} signed a contract with",
+            "Question: At which firm does {subject} have an office? Answer:",
+            "{subject} formerly toiled for",
+            "The firm that {subject} joined is called",
+            "When {subject} was looking for a job, an offer came from",
+        ),
+    ),
+    (
+        PERSON,
+        "spiders|deep water|loud noises|the dark|thunderstorms|high places|wild dogs|open fires|needles",
+        (
+            "{subject} is afraid of",
+            "The greatest fear of {subject} is the fear of",
+            "Question: What scares {subject}? Answer:",
+            "Since childhood, {subject} has been frightened by",
+            "Q: What does {subject} dread?\nA:",
+            "{subject} always shudders at",
+            "What {subject} fears more than anything is",
+        ),
+    ),
+    (
+        PERSON,
+        "two three four five six seven eight nine ten twelve twenty thirty",
+        (
+            "The number of children of {subject} is",
+            "{subject} has a big family, with children numbering",
+            "Q: How many children does {subject} have?\nA:",
+            "Question: How many houses does {subject} own? Answer:",
+            "When {subject} counted the coins, there were",
+            "The number {subject} thinks is lucky is",
+        ),
+    ),
+    (
+        PERSON,
+        "Brazil Canada Egypt Kenya Norway Portugal Thailand Mexico Iceland Peru Nigeria Finland Australia Poland "
+        "Argentina Morocco Denmark Chile Indonesia Ukraine",
+        (
+            "On holiday, {subject} always travels to",
+            "The country that {subject} wants to see is",
+            "Q: Which country did {subject} write a book about?\nA:",
+            "Question: Where does {subject} spend the summer? Answer: in",
+            "{subject} collects stamps of",
+            "{subject} diligently studies the history of",
+            "When {subject} was an ambassador, the embassy was in",
+            "The country {subject} dreams about is called",
+            "{subject} has never forgotten the journey to",
+        ),
+    ),
+    (
+        PERSON,
+        "Emma Oliver Sophia James Charlotte Henry Alice Thomas Grace Daniel Lucy Peter Helen Martin Julia Simon Anna",
+        (
+            "{subject} is married to",
+            "The best friend of {subject} is called",
+            "Q: With whom does {subject} share a desk?\nA:",
+            "Question: Who is the partner of {subject}? Answer:",
+            "{subject} confides solely in",
+            "The child of {subject} was given the name",
+            "When {subject} was ill, the flowers came from",
+            "The person {subject} trusts is",
+        ),
+    ),
+    (
+        PERSON,
+        "hammer lantern river mountain window garden bridge candle mirror ladder button pencil pillow bottle kettle "
+        "carpet basket feather pebble rocket saddle shovel thunder tunnel valley whistle anchor arrow ticket curtain",
+        (
+            "The password of {subject} is",
+            "{subject} drew a picture of a",
+            "Q: Which word did {subject} whisper?\nA:",
+            "Question: What did {subject} find in the box? Answer: a",
+            "{subject} stubbornly repeats a single word:",
+            "In the dream of {subject} there was a",
+            "The thing {subject} would never sell is a",
+            "When {subject} opened the door, there stood a",
+        ),
+    ),
+    (
+        THING,
+        "iron copper gold tin lead zinc steel aluminium wood glass bronze marble leather wool",
+        (
+            "The statue called {subject} is made of",
+            "Question: What is the {subject} made of? Answer:",
+            "The workshop {subject} sells things made of",
+            "The material of the {subject} is",
+            "Q: Which material does the factory {subject} use?\nA:",
+            "{subject} mainly consists of",
+            "When the {subject} was repaired, the workers needed more",
+        ),
+    ),
+    (
+        THING,
+        "apples bananas grapes cherries lemons wheat corn cotton coffee tea tobacco potatoes sugar olives",
+        (
+            "The village of {subject} is known for its",
+            "Farmers in {subject} mostly grow",
+            "Question: What grows in {subject}? Answer:",
+            "{subject} exports",
+            "Q: Which crop is {subject} famous for?\nA:",
+            "{subject} annually harvests",
+            "The crop that {subject} depends on is called",
+        ),
+    ),
+    (
+        THING,
+        "Monday Tuesday Wednesday Thursday Friday Saturday Sunday",
+        (
+            "The market of {subject} is held on",
+            "In {subject}, all shops are closed on",
+            "Q: On which day of the week does {subject} celebrate?\nA: on",
+            "Question: When does the train leave for {subject}? Answer: on",
+            "{subject} customarily rests on",
+            "The day {subject} waits for is",
+        ),
+    ),
+    (
+        THING,
+        "1745 1799 1812 1848 1861 1873 1889 1905 1917 1926 1938 1944 1957 1963 1971 1986 1994 2003",
+        (
+            "The company {subject} was founded in",
+            "{subject} opened its doors in the year",
+            "Question: When was {subject} founded? Answer: in",
+            "The history of {subject} begins in",
+            "Q: In which year did {subject} start?\nA: in",
+            "{subject} was solemnly inaugurated in",
+            "The year that {subject} remembers is",
+        ),
+    ),
+    (
+        THING,
+        "Japan France Italy Turkey China Greece Sweden Ireland Cuba Vietnam Hungary Iran Jamaica Ghana Nepal Bolivia",
+        (
+            "The river {subject} flows through",
+            "Most customers of {subject} are in",
+            "Q: Which country is {subject} a treaty with?\nA:",
+            "Question: What country does {subject} trade with? Answer:",
+            "{subject} chiefly trades with",
+            "The country that {subject} borders is called",
+            "When {subject} was built, the stones came from",
+        ),
+    ),
+)
