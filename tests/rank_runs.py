@@ -421,7 +421,9 @@ class Server:
         assert self._process.stdin is not None
         assert self._process.stdout is not None
         print(json.dumps(request), file=self._process.stdin, flush=True)
-        answers: list[dict[str, Any]] = json.loads(self._process.stdout.readline())
+        # PyTorch 2.8's Gloo says there, too, which ranks are connected.
+        answer = next(line for line in self._process.stdout if line.startswith("[{"))
+        answers: list[dict[str, Any]] = json.loads(answer)
         return answers
 
     def results(self, call: str, num_ranks: int, folder: Path, **arguments: Any) -> list[Any]:

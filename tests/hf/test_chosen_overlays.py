@@ -190,8 +190,10 @@ def test_a_cache_goes_on_with_the_overlays_that_it_was_begun_with():
 
 def test_compiled():
     model, ids = with_both(), some_ids()
+    model.set_attn_implementation("eager")  # transformers 5.19 masks another way when it is compiled
     step = torch.compile(model, fullgraph=True, backend="eager")
-    assert torch.equal(logits(step, ids, overlay=CHOSEN), logits(model, ids, overlay=CHOSEN))
+    alone = {"overlay": CHOSEN, "use_cache": False}  # nor does PyTorch 2.8 trace how it makes a cache
+    assert torch.equal(logits(step, ids, **alone), logits(model, ids, **alone))
     found, expected = (StaticCache(config=model.config, max_cache_len=16) for _ in range(2))
     for cache in (found, expected):
         logits(model, ids[:, :-1], **{CACHE: cache}, overlay=CHOSEN)

@@ -394,7 +394,7 @@ BARE_CANNOT = {
         )
     ),
 }
-# Newer than transformers 5.18: static layers that are cropped, Mamba's cache by the name that all others have, and
+# Newer than transformers 5.19: static layers that are cropped, Mamba's cache by the name that all others have, and
 # ids that reach its layers through gradient checkpointing.
 STATIC_CACHES_ARE_CROPPED = hasattr(cache_utils.StaticLayer, "crop")
 MAMBA_IS_AS_OTHERS = "cache_params" not in inspect.signature(MambaModel.forward).parameters
@@ -559,7 +559,7 @@ def uncompiled_quanto(monkeypatch):
 
 # quanto: its groups divide the tiny heads.
 QUANTIZED = {"fp8": {}, "quanto": {"nbits": 4, "q_group_size": 4, "residual_length": 2}}
-if not hasattr(cache_utils, "Fp8QuantizedLayer"):  # transformers 5.18 has none
+if not hasattr(cache_utils, "Fp8QuantizedLayer"):  # transformers 5.19 has none
     del QUANTIZED["fp8"]
 
 

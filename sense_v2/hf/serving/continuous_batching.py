@@ -111,15 +111,6 @@ def why_not_batched(model: Any) -> str | None:
 
 def _refuse(model: Any, memory: EngramMemory, config: Any) -> None:
     """Raise `ValueError` for what can't be served."""
-    from transformers.generation.continuous_batching import cache
-
-    if not hasattr(cache.PagedAttentionCache, "count_storable_requests"):
-        raise with_way_out(
-            ValueError(
-                "continuous batching with memory takes transformers 5.24 or later, whose paged cache has allocators"
-            ),
-            "use model.generate, a batch at a time, or detach_engram(model)",
-        )
     if not memory.config.causal:
         raise ValueError(
             "this memory looks ahead (EngramConfig.causal = False), so it can't go on from a cache: model.generate "

@@ -39,7 +39,7 @@ import importlib, mmap, os, sys, ctypes, tempfile, traceback, warnings
 from pathlib import Path
 import numpy as np
 import torch
-import transformers, accelerate, transformers.trainer, safetensors.torch, psutil, yaml
+import transformers, accelerate, transformers.trainer, safetensors.torch, psutil, yaml, torch.distributed.checkpoint
 
 posix_only = set(sys.argv[2].split())
 
