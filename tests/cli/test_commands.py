@@ -68,6 +68,14 @@ def test_its_help_says_what_it_does_and_what_each_option_is_for(name):
 
 
 @every_command
+def test_its_help_names_what_an_option_takes_not_a_type_of_python(name):
+    """A user reads N, FILE or NUMBER; typer says INTEGER, PATH or FLOAT <range> where it isn't told."""
+    for parameter in COMMANDS[name].params:
+        if parameter.param_type_name == "option" and not parameter.is_flag:
+            assert parameter.metavar, f"{name} {parameter.opts[0]}: no metavar"
+
+
+@every_command
 def test_it_has_json(name):
     (option,) = (parameter for parameter in COMMANDS[name].params if "--json" in parameter.opts)
     assert option.is_flag

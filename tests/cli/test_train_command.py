@@ -111,8 +111,8 @@ def test_the_help_says_the_defaults(option, field):
     (text,) = [parameter.help for parameter in COMMANDS["train"].params if option in parameter.opts]
     fresh, named = (getattr(config.train, field) for config in (default_config(None), default_config("m")))
     assert fresh == getattr(TrainConfig(), field)
-    shown = f"{fresh:g}" if fresh == named else f"{fresh:g}, and {named:g} with --model"
-    assert text.endswith(f" ({shown}).")
+    shown = f"{fresh:g}" if fresh == named else f"{fresh:g}, with --model {named:g}"
+    assert text.endswith(f" (default {shown}).")
 
 
 def test_the_help_says_how_large_the_table_is():

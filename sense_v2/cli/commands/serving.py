@@ -33,9 +33,11 @@ def generate(
     chat: Annotated[
         bool, typer.Option("--chat", help="Ask as the model's chat template does; without PROMPT, line by line.")
     ] = False,
-    max_new_tokens: Annotated[int, typer.Option(min=1, help="Tokens to add at most.")] = 64,
-    temperature: Annotated[float, typer.Option(min=0, help="0: always the likeliest token.")] = 0.7,
-    seed: Annotated[int, typer.Option(min=0, help="Of the sampling.")] = 0,
+    max_new_tokens: Annotated[int, typer.Option(metavar="N", min=1, help="Tokens to add at most.")] = 64,
+    temperature: Annotated[
+        float, typer.Option(metavar="NUMBER", min=0, help="How freely to choose; 0: always the likeliest token.")
+    ] = 0.7,
+    seed: Annotated[int, typer.Option(metavar="N", min=0, help="Seed of the sampling.")] = 0,
     without_memory: WithoutMemoryOption = False,
     device: DeviceOption = "auto",
     dtype: DtypeOption = "auto",
@@ -102,10 +104,12 @@ def serve(
     model: Annotated[
         str, typer.Argument(metavar="FOLDER", help="What train, demo (runs/demo/model) or save_pretrained has saved.")
     ],
-    host: Annotated[str, typer.Option(help="Address to listen on; 0.0.0.0 lets other machines in.")] = "127.0.0.1",
-    port: Annotated[int, typer.Option(min=1, max=65535, help="Port to listen on.")] = 8000,
-    device: Annotated[str, typer.Option(help="Where the model runs: cpu, cuda:0, auto.")] = "cpu",
-    dtype: Annotated[str, typer.Option(help="Type of the weights; auto: as saved.")] = "auto",
+    host: Annotated[
+        str, typer.Option(metavar="ADDRESS", help="Address to listen on; 0.0.0.0 lets other machines in.")
+    ] = "127.0.0.1",
+    port: Annotated[int, typer.Option(metavar="N", min=1, max=65535, help="Port to listen on.")] = 8000,
+    device: Annotated[str, typer.Option(metavar="DEVICE", help="Where the model runs: cpu, cuda:0, auto.")] = "cpu",
+    dtype: Annotated[str, typer.Option(metavar="DTYPE", help="Type of the weights; auto: as saved.")] = "auto",
     allow_name: Annotated[
         list[str] | None,
         typer.Option(metavar="NAME", help="Answer requests to this name, too, as behind a proxy; repeatable."),
@@ -118,21 +122,25 @@ def serve(
         ),
     ] = True,
     cache_tokens: Annotated[
-        int, typer.Option(min=64, help="Tokens of all requests that a batch's cache holds at once.")
+        int, typer.Option(metavar="N", min=64, help="Tokens of all requests that a batch's cache holds at once.")
     ] = 16_384,
     max_waiting: Annotated[
-        int, typer.Option(min=1, help="Requests in work or waiting; what comes beyond gets a 503.")
+        int, typer.Option(metavar="N", min=1, help="Requests being answered or waiting; any beyond that get a 503.")
     ] = 256,
     api_key: Annotated[
         str | None,
-        typer.Option(envvar="SENSE_ENGRAM_API_KEY", help="What requests must bear; without it anyone may ask."),
+        typer.Option(
+            metavar="KEY",
+            envvar="SENSE_ENGRAM_API_KEY",
+            help="The key that requests must carry; without one, anyone may ask.",
+        ),
     ] = None,
     overlays: Annotated[
         Path | None,
         typer.Option(
             metavar="FOLDER",
             help="Deltas of this folder are served, too: facts.safetensors as the model FOLDER+facts. Files that "
-            "come, change or go while it serves are followed.",
+            "are added, changed or removed while it serves are noticed.",
         ),
     ] = None,
     as_json: JsonOption = False,
@@ -170,7 +178,9 @@ def serve(
 
 def play(
     folder: FolderArgument,
-    port: Annotated[int, typer.Option(min=0, max=65535, help="Port to listen on; 0: any free one.")] = 7860,
+    port: Annotated[
+        int, typer.Option(metavar="N", min=0, max=65535, help="Port to listen on; 0: any free one.")
+    ] = 7860,
     save_to: Annotated[
         Path, typer.Option(metavar="FOLDER", help="Where what you teach the model goes, if you save it.")
     ] = Path("deltas"),

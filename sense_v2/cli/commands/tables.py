@@ -69,17 +69,19 @@ def create(
         Path | None, typer.Option(metavar="FILE.npy", help="The tokenizer's map, by default where setup puts it.")
     ] = None,
     table_size: TableSizeOption = None,
-    engram_dim: Annotated[int | None, typer.Option(help="Width of all heads' rows together.")] = None,
-    num_heads: Annotated[int | None, typer.Option(help="Heads per n-gram order.")] = None,
+    engram_dim: Annotated[int | None, typer.Option(metavar="N", help="Width of all heads' rows together.")] = None,
+    num_heads: Annotated[int | None, typer.Option(metavar="N", help="Heads per n-gram order.")] = None,
     ngram_orders: Annotated[str | None, typer.Option(metavar="2,3", help="Lengths of the n-grams.")] = None,
     layers: LayersOption = None,
     dtype: RowDtypeOption = None,
     variant: VariantOption = None,
-    seed: Annotated[int | None, typer.Option(help="Of the hashes and the rows' noise.")] = None,
-    init_std: Annotated[float | None, typer.Option(help="Deviation of the rows' noise.")] = None,
+    seed: Annotated[int | None, typer.Option(metavar="N", help="Seed of the hashes and the rows' noise.")] = None,
+    init_std: Annotated[
+        float | None, typer.Option(metavar="NUMBER", help="Standard deviation of the rows' noise.")
+    ] = None,
     as_json: JsonOption = False,
 ) -> None:
-    """Make a table. One that is there already is compared with the settings and left as it is.
+    """Make a table. If there is one, compare it with the settings and leave it as it is.
 
     Example: sense-engram create --shadow-map data/shadow_map.npy --table-size 1000000 --engram-dim 512
     """
@@ -158,7 +160,7 @@ def verify(
     ] = False,
     as_json: JsonOption = False,
 ) -> None:
-    """Check that a table is what its last commit left. Ends with status 1 where something is wrong.
+    """Check that a table is what its last commit left. Exits with status 1 if something is wrong.
 
     Example: sense-engram verify data/engram_table.dat
     """
@@ -212,7 +214,9 @@ def warm(
     rows: Annotated[
         Path | None, typer.Option(metavar="FILE.npy", help="What profile wrote; without it, the whole table.")
     ] = None,
-    share: Annotated[float | None, typer.Option(help="How many of the table's rows to load, at most.")] = None,
+    share: Annotated[
+        float | None, typer.Option(metavar="NUMBER", help="How many of the table's rows to load, at most.")
+    ] = None,
     as_json: JsonOption = False,
 ) -> None:
     """Load a table, or its hottest rows, into memory, where every process that opens it finds them.
