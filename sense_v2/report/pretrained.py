@@ -192,17 +192,35 @@ def _draw(axes: Axes, runs: dict[str, dict[str, Any]]) -> None:
     axes.set_xlim(-0.03 * widest, 1.06 * widest)
     axes.margins(y=0.15)
     for name, (x, y) in points.items():
-        color = plots.PALETTE[COLORS[name]]
-        axes.plot([x], [y], marker="o", markersize=9, color=color, linestyle="none")
-        is_right = x > widest / 2
+        axes.plot([x], [y], marker="o", markersize=9, color=plots.PALETTE[COLORS[name]], linestyle="none")
+    for is_right in (False, True):
+        _name_points(
+            axes, {name: at for name, at in points.items() if (at[0] > widest / 2) == is_right}, runs, is_right
+        )
+
+
+def _name_points(
+    axes: Axes, points: dict[str, tuple[float, float]], runs: dict[str, dict[str, Any]], is_right: bool
+) -> None:
+    """Names of the points of one half, on the side that has room, moved apart where they would overlap."""
+    import matplotlib
+
+    from sense_v2.report import plots
+
+    axes.autoscale_view()  # it would wait for the drawing
+    to_fraction = axes.transData + axes.transAxes.inverted()
+    height = axes.bbox.height / axes.get_figure(root=True).dpi * 72  # type: ignore[union-attr]
+    middles = [float(to_fraction.transform(at)[1]) for at in points.values()]
+    placed = plots.spread(middles, [1.5 * matplotlib.rcParams["font.size"] / height] * len(middles))
+    for (name, at), middle, place in zip(points.items(), middles, placed, strict=True):
         axes.annotate(
             wording.printable(runs[name]["label"]),
-            (x, y),
-            (-10 if is_right else 10, 0),
+            at,
+            (-10 if is_right else 10, (place - middle) * height),
             textcoords="offset points",
             ha="right" if is_right else "left",
             va="center",
-            color=color,
+            color=plots.PALETTE[COLORS[name]],
             weight="bold" if name == "memory" else "normal",
             bbox={"facecolor": plots.PALETTE["page"], "linewidth": 0, "pad": 1.5},  # no grid line runs through it
             parse_math=False,

@@ -1,9 +1,12 @@
 """The report of a pretrained model: the sentences follow the numbers, and every number comes from the results."""
 
 import copy
+import itertools
 import json
 
 import pytest
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
 from report_pages import HOSTILE, NAN, Page
 
 from sense_v2.report import pretrained
@@ -129,6 +132,20 @@ def test_the_table_for_a_terminal_is_narrow_and_its_numbers_are_those_of_the_pag
         for cell in filter(None, row.removeprefix(run["label"]).split("  ")):
             if "lower" not in cell:
                 assert cell.strip() in page, cell
+
+
+def test_names_of_points_that_lie_near_each_other_stand_apart():
+    figure = Figure(figsize=(10, 5.6))
+    canvas = FigureCanvasAgg(figure)
+    axes = figure.add_axes((0.115, 0.14, 0.845, 0.63))
+    untouched = RESULTS["runs"]["untouched"]["loss"]
+    pretrained._draw(axes, changed(runs__random_rows__loss=untouched - 0.01)["runs"])
+    canvas.draw()
+    boxes = [text.get_window_extent(canvas.get_renderer()) for text in axes.texts]
+    assert len(boxes) == len(RESULTS["runs"])
+    whole = axes.get_window_extent()
+    assert all(whole.y0 - 9 < (box.y0 + box.y1) / 2 < whole.y1 + 9 for box in boxes)
+    assert not [pair for pair in itertools.combinations(boxes, 2) if pair[0].overlaps(pair[1])]
 
 
 def test_results_that_are_not_finite_are_drawn_without_them(tmp_path):
