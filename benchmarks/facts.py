@@ -51,7 +51,7 @@ from sense_v2.hf.facts.made_up import made_up_facts
 from sense_v2.hf.facts.outcome import NO_LABEL, answer_logits, answered, success
 from sense_v2.hf.facts.teach_facts import Descent, schedule, shuffled, teach_facts
 from sense_v2.hf.facts.wordings import Question, questions_of, subject_rows
-from sense_v2.hf.facts.writable import FUSION_RATE, NUM_FACTS, ROW_RATE, make_writable
+from sense_v2.hf.facts.writable import FUSION_RATE, NUM_FACTS, ROW_RATE, STEPS, make_writable
 from sense_v2.hf.gguf_models import SMOLLM2_PACKAGE
 from sense_v2.hf.insight.damage import log_probabilities
 from sense_v2.hf.insight.evaluation import evaluating
@@ -380,7 +380,7 @@ def main() -> None:
     parser.add_argument("--layers", default="4,10", help="that the memory stands before")
     parser.add_argument("--rows", type=int, default=32_000_000, help="of the table, which is sparse")
     parser.add_argument("--writable-facts", type=int, default=NUM_FACTS)
-    parser.add_argument("--writable-steps", type=int, default=250)
+    parser.add_argument("--writable-steps", type=int, default=STEPS)
     parser.add_argument("--fusion", type=Path, help="fusion layers that carry facts: read, or made and written")
     parser.add_argument("--orders", default="2,3", help="of the n-grams")
     parser.add_argument("--airports", type=Path, help="airports.csv of PyPI's airportsdata (MIT), in place of people")
@@ -407,7 +407,7 @@ def main() -> None:
     settings = {name: str(value) if isinstance(value, Path) else value for name, value in vars(given).items()}
     settings = {name: value for name, value in settings.items() if name not in ("ways", "draw", "airports")}
     settings["about"] = "airports" if given.airports else "people"
-    print(json.dumps({**settings, "results": results}, default=str))
+    print(json.dumps({**settings, "results": results}))
 
 
 if __name__ == "__main__":

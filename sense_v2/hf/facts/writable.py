@@ -32,7 +32,7 @@ from sense_v2.hf.saving.folder import MEMORY_FOLDER
 from sense_v2.hf.saving.save import save_pretrained
 
 FUSION_RATE, ROW_RATE = 3e-3, 0.2
-NUM_FACTS = 176
+NUM_FACTS, STEPS = 176, 250
 
 
 def make_writable(
@@ -40,7 +40,7 @@ def make_writable(
     tokenizer: Any,
     *,
     facts: Sequence[Fact] | None = None,
-    steps: int = 250,
+    steps: int = STEPS,
     batch_size: int = 16,
     seed: int = 0,
     progress: Progress = no_progress,
